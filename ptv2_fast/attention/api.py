@@ -1,0 +1,106 @@
+"""The public function: its contract, and the choice of the backend that serves it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ptv2_fast.attention.checks import BACKENDS, check_arguments
+
+
+def prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    prompt_index: Tensor | None = None,
+    prompt_lens: Tensor | None = None,
+    prompt_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a prompt shared by the batch, followed by each row's own keys.
+
+    out = softmax(scale * q [prompt_k ; k]^T) [prompt_v ; v], as one softmax. Masks, causality and windows
+    apply to the text's keys only: every query sees the whole prompt.
+
+    Args:
+        q: queries, (B, H, N, D), any strides; or packed (T, H, D) with `cu_seqlens`.
+        k, v: the text's keys and values, (B, Hkv, M, D) with Hkv dividing H; packed (T, Hkv, D).
+        prompt_k, prompt_v: the prompt's keys and values, (Hkv, P, D), P >= 0; or a bank (R, Hkv, P, D) with
+            `prompt_index`. Same dtype and device as q.
+        key_mask: (B, M) bool or integer, nonzero where a text key may be attended to.
+        cu_seqlens: (S + 1,) int32, row boundaries of the packed form; excludes `key_mask` and `bias`.
+        max_seqlen: the longest packed row, where the caller knows it; saves empty work.
+        prompt_index: (B,) or (S,) integers: row b uses the bank entry `prompt_index[b]`.
+        prompt_lens: (R,) integers: entry r has only its first `prompt_lens[r]` tokens; the rest is padding.
+        prompt_bias: (H, P), or (R, H, P) with a bank: trainable, added to the prompt's scores.
+        bias: (1 or B, 1 or H, N, M), added to the text's scores; frozen; may hold -inf.
+        causal: query i stands at position i + M - N and sees text keys up to that position.
+        scale: factor on the scores; D ** -0.5 when None.
+        dropout_p: probability of dropping an attention weight, in [0, 1).
+        window: with `causal`, text keys with position - key < window; otherwise |position - key| <= window.
+        softcap: scores become softcap * tanh(scores / softcap), before the biases.
+        backend: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or "reference". A backend named
+            here serves the call or raises; it is never replaced by another.
+        return_lse: also return the natural log-sum-exp of each query's scores, without gradient.
+
+    Returns:
+        (B, H, N, D), or (T, H, D) packed; with `return_lse` also float32 (B, H, N) or (H, T) (the reference keeps
+        its own dtype). A query that sees no key gives zeros and -inf, never NaN.
+
+    Raises:
+        ValueError: a shape, dtype, device or value disagrees; the message names the argument, what was expected
+            and what came.
+        RuntimeError: the backend named cannot serve these tensors.
+
+    Source: P-Tuning v2 (Liu et al., 2022), section 3; one softmax over two key ranges as in Prefix-Tuning
+        (Li and Liang, 2021).
+    """
+    check_arguments(
+        q, k, v, prompt_k, prompt_v,
+        key_mask=key_mask, cu_seqlens=cu_seqlens, prompt_index=prompt_index, prompt_lens=prompt_lens,
+        prompt_bias=prompt_bias, bias=bias, dropout_p=dropout_p, window=window, softcap=softcap,
+    )  # fmt: skip
+    if prompt_k.dim() == 3:
+        prompt_k, prompt_v = prompt_k[None], prompt_v[None]
+        prompt_bias = prompt_bias[None] if prompt_bias is not None else None
+    run = _backend(backend, q)
+    return run(
+        q, k, v, prompt_k, prompt_v,
+        key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, prompt_index=prompt_index,
+        prompt_lens=prompt_lens, prompt_bias=prompt_bias, bias=bias, causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, dropout_p=dropout_p, window=window,
+        softcap=softcap, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def _backend(name: str, q: Tensor):
+    """The function that serves backend `name` for tensors like q; imported only when chosen."""
+    if name == "auto":
+        name = "triton" if q.is_cuda and q.dtype.itemsize <= 4 else "torch"
+    match name:
+        case "torch":
+            from ptv2_fast.attention.torch_backend import prompt_attention as run
+        case "reference":
+            from ptv2_fast.reference.attention import prompt_attention as run
+        case "triton":
+            from ptv2_fast.attention import triton_backend
+
+            reason = triton_backend.unavailable_reason(q.device)
+            if reason is not None:
+                raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
+            run = triton_backend.prompt_attention
+        case _:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return run

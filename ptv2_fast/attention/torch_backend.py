@@ -1,0 +1,181 @@
+"""Prompt attention through PyTorch's SDPA: any device, and the CPU's fast path.
+
+Keys and values of the prompt are concatenated in front of the text's here, inside attention, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    *,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    prompt_index: Tensor | None,
+    prompt_lens: Tensor | None,
+    prompt_bias: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    window: int | None,
+    softcap: float | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Serve the contract of `ptv2_fast.attention.prompt_attention`, its arguments checked and the prompt a bank."""
+    options = {
+        "prompt_lens": prompt_lens,
+        "prompt_bias": prompt_bias,
+        "causal": causal,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "window": window,
+        "softcap": softcap,
+        "return_lse": return_lse,
+    }
+    if cu_seqlens is None:
+        out, lse = _dense(q, k, v, prompt_k, prompt_v, prompt_index, key_mask, bias, **options)
+        return (out, lse) if return_lse else out
+
+    # SDPA knows no packed form on every device: the rows run one by one, without any padding.
+    parts = []
+    bounds = cu_seqlens.tolist()
+    for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        one_q, one_k, one_v = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))  # (1, H, n, D)
+        index = prompt_index[row : row + 1] if prompt_index is not None else None
+        parts.append(_dense(one_q, one_k, one_v, prompt_k, prompt_v, index, None, None, **options))
+    if not parts:
+        return (q * 0, q.new_zeros(q.shape[1], 0, dtype=torch.float32)) if return_lse else q * 0
+    out = torch.cat([out[0].transpose(0, 1) for out, _ in parts])
+    return (out, torch.cat([lse[0] for _, lse in parts], dim=-1)) if return_lse else out
+
+
+def _dense(
+    q, k, v, prompt_k, prompt_v, index, key_mask, bias,
+    *, prompt_lens, prompt_bias, causal, scale, dropout_p, window, softcap, return_lse,
+):  # fmt: skip
+    """One padded batch: (B, H, N, D) and, if asked, (B, H, N)."""
+    batch, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
+    prompt_length = prompt_k.shape[2]
+    if prompt_length:
+        row_k = torch.cat([_rows(prompt_k, index, batch), k], dim=2)  # (B, Hkv, P+M, D)
+        row_v = torch.cat([_rows(prompt_v, index, batch), v], dim=2)
+    else:
+        row_k, row_v = k, v
+    prompt_part = _prompt_part(prompt_lens, prompt_bias, index, prompt_length, q)
+    text_part = _text_part(key_mask, bias, causal, window, num_queries, num_keys, q)
+    mask = _join(prompt_part, text_part, prompt_length, num_keys, q.dtype)
+    blind = None
+    if mask is not None and (prompt_length == 0 or prompt_lens is not None):
+        mask, blind = _open_blind_rows(mask)
+    if row_k.shape[2] == 0 or q.numel() == 0:
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    elif softcap is None and not return_lse:
+        out = F.scaled_dot_product_attention(
+            q, row_k, row_v, attn_mask=mask, dropout_p=dropout_p, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        lse = None
+    else:
+        out, lse = _explicit(q, row_k, row_v, mask, scale, dropout_p, softcap)
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
+        lse = lse.masked_fill(blind[..., 0], float("-inf")) if lse is not None else None
+    return out, lse
+
+
+def _open_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Let queries that see no key see all of them, and say which they were, (B or 1, H or 1, N or 1, 1).
+
+    With an empty prompt a query may see nothing. PyTorch's kernels do not agree on what that gives, and the
+    gradient of an empty softmax is NaN: such rows run as if unmasked and their output is then set to zero.
+    """
+    sees = mask if mask.dtype == torch.bool else mask > float("-inf")
+    blind = ~sees.any(-1, keepdim=True)
+    return mask.masked_fill(blind, True if mask.dtype == torch.bool else 0.0), blind
+
+
+def _rows(bank: Tensor, index: Tensor | None, batch: int) -> Tensor:
+    """(B, Hkv, P, D): each row's prompt, as a view of stride 0 where all rows share one."""
+    return bank.expand(batch, -1, -1, -1) if index is None else bank[index]
+
+
+def _prompt_part(prompt_lens, prompt_bias, index, prompt_length, q) -> Tensor | None:
+    """(B or 1, H or 1, 1, P), bool or additive; None where every query sees the prompt as it is."""
+    part = None
+    if prompt_lens is not None:
+        slots = torch.arange(prompt_length, device=q.device)
+        lens = prompt_lens if index is None else prompt_lens[index]
+        part = (slots < lens[:, None])[:, None, None, :]
+    if prompt_bias is not None:
+        row_bias = (prompt_bias if index is None else prompt_bias[index])[:, :, None, :].to(q.dtype)
+        part = row_bias if part is None else row_bias.masked_fill(~part, float("-inf"))
+    return part
+
+
+def _text_part(key_mask, bias, causal, window, num_queries, num_keys, q) -> Tensor | None:
+    """(B or 1, H or 1, N or 1, M), bool or additive; None where every query sees every text key."""
+    part = None
+    if key_mask is not None:
+        part = key_mask.bool()[:, None, None, :]
+    # One query at the end of its row sees everything that is there.
+    if (causal and num_queries > 1) or window is not None:
+        position = torch.arange(num_queries, device=q.device)[:, None] + num_keys - num_queries
+        distance = position - torch.arange(num_keys, device=q.device)[None, :]  # (N, M)
+        visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window is not None:
+            visible &= distance < window if causal else distance.abs() <= window
+        part = visible if part is None else part & visible
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        part = bias if part is None else bias.masked_fill(~part, float("-inf"))
+    return part
+
+
+def _join(prompt_part, text_part, prompt_length, num_keys, dtype) -> Tensor | None:
+    """One mask over [prompt | text] from the two parts, bool unless one of them is additive."""
+    if prompt_part is None and text_part is None:
+        return None
+    sides = [(prompt_part, prompt_length), (text_part, num_keys)]
+    additive = any(part is not None and part.dtype != torch.bool for part, _ in sides)
+    like = next(part for part, _ in sides if part is not None)
+    filled = []
+    for part, length in sides:
+        if part is None:
+            shape = (1, 1, 1, length)
+            fill = 0.0 if additive else True
+            part = torch.full(shape, fill, dtype=dtype if additive else torch.bool, device=like.device)
+        elif part.dim() == 2:
+            part = part[None, None]
+        if additive and part.dtype == torch.bool:
+            part = torch.zeros_like(part, dtype=dtype).masked_fill(~part, float("-inf"))
+        filled.append(part)
+    leading = torch.broadcast_shapes(*(part.shape[:-1] for part in filled))
+    return torch.cat([part.expand(*leading, part.shape[-1]) for part in filled], dim=-1)
+
+
+def _explicit(q, row_k, row_v, mask, scale, dropout_p, softcap) -> tuple[Tensor, Tensor]:
+    """The score matrix written out, softmax in float32: what SDPA does not offer (softcap, log-sum-exp)."""
+    group = q.shape[1] // row_k.shape[1]
+    row_k = row_k.repeat_interleave(group, dim=1)
+    row_v = row_v.repeat_interleave(group, dim=1)
+    precision = torch.promote_types(q.dtype, torch.float32)
+    scores = scale * (q @ row_k.transpose(-1, -2)).to(precision)  # (B, H, N, P+M)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        additive = mask.dtype != torch.bool
+        scores = scores + mask if additive else scores.masked_fill(~mask, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    probs = torch.exp(scores - lse.masked_fill(torch.isneginf(lse), 0.0)[..., None])
+    probs = F.dropout(probs, dropout_p).to(q.dtype)
+    return probs @ row_v, lse.detach()

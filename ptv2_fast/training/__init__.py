@@ -1,0 +1,1 @@
+"""Training systems around the model: data, metrics, recipes, curves and the Trainer."""
