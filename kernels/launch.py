@@ -1,0 +1,142 @@
+"""How a kernel is launched: tile sizes per architecture, fresh outputs, and what 32-bit tile offsets can hold."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PASSES = ("forward", "backward_query", "backward_text", "backward_prompt", "decode")
+
+# Arithmetic inside a tile is done in 32 bits: the largest tile has 128 rows and 256 columns.
+_LARGEST_TILE_STRIDE = 2**31 // (128 + 256) - 1
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and compiler options of one kernel: BLOCK_M queries by BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# One row per pass: padded head size -> (block_m, block_n, warps, stages) for 16-bit tensors. The forward sizes are the
+# published starting points for Hopper and Ampere; every entry is compiled ahead of time and must not spill
+# (kernels/README.md holds the table). They are starting points for tuning, not measurements.
+_HALF = {
+    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
+    "backward_query": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "backward_text": {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+    "backward_prompt": {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
+    "decode": {64: (16, 128, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
+}
+# float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
+_SINGLE = {
+    "forward": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+    "backward_query": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "backward_text": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "backward_prompt": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "decode": {64: (16, 32, 4, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
+}
+# Triton's interpreter has no registers to fill; small tiles let small tests cross many tile borders.
+_INTERPRETER = LaunchConfig(block_m=16, block_n=32, num_warps=4, num_stages=1)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two a tile of this head size occupies (80, 96 -> 128; 192 -> 256)."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def choose_config(arch: int, head_dim: int, dtype: torch.dtype, kernel_pass: str) -> LaunchConfig:
+    """The launch configuration of a pass.
+
+    Args:
+        arch: compute capability times ten (80, 90, 100, ...); 0 for Triton's interpreter.
+        head_dim: one of `HEAD_DIMS`.
+        dtype: one of `DTYPES`.
+        kernel_pass: one of `PASSES`.
+    Raises:
+        ValueError: an argument is not one of those.
+    """
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim must be one of {HEAD_DIMS}; got {head_dim}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}; got {dtype}")
+    if kernel_pass not in PASSES:
+        raise ValueError(f"kernel_pass must be one of {PASSES}; got {kernel_pass!r}")
+    if arch == 0:
+        return _INTERPRETER
+    table = (_SINGLE if dtype == torch.float32 else _HALF)[kernel_pass]
+    block_m, block_n, num_warps, num_stages = table[max(64, padded_head_dim(head_dim))]
+    if shared_memory_limit(arch) < 128 * 1024:
+        num_stages = min(num_stages, 2)
+        block_m, block_n = min(block_m, 64), min(block_n, 64)
+    return LaunchConfig(block_m, block_n, num_warps, num_stages)
+
+
+def shared_memory_limit(arch: int) -> int:
+    """Bytes of shared memory one program may use. Source: CUDA C++ Programming Guide, technical specifications."""
+    if arch in (86, 89) or arch >= 120:
+        return 99 * 1024
+    if arch in (80, 87):
+        return 163 * 1024
+    return 227 * 1024
+
+
+@functools.cache
+def _cuda_architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability times ten, or 0 on the CPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 0
+    return _cuda_architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def target_programs(device: torch.device) -> int:
+    """How many programs keep the device busy; decides how finely a reduction is split."""
+    if device.type != "cuda":
+        return 6
+    return 4 * _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory for an output; every element is written by the kernel that gets it."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def allocate_heads(like: torch.Tensor) -> torch.Tensor:
+    """A fresh (B, H, N, d) tensor laid out as (B, N, H, d), so that merging the heads is a free reshape."""
+    batch, heads, tokens, head_dim = like.shape
+    return allocate((batch, tokens, heads, head_dim), like.dtype, like.device).transpose(1, 2)
+
+
+def tile_safe(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied only when the strides of its last two axes are too long for 32-bit offsets inside a tile."""
+    if tensor.numel() and max(tensor.stride()[-2:]) > _LARGEST_TILE_STRIDE:
+        return tensor.contiguous()
+    return tensor
+
+
+def split_for(device: torch.device, programs: int, most: int) -> int:
+    """Into how many parts to split each of `programs` programs, at most `most`, to keep the device busy."""
+    return max(1, min(most, -(-target_programs(device) // max(1, programs))))
