@@ -1,0 +1,191 @@
+"""Batches: padding of features to tensors, and rows grouped so that steps cost about the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# The label that every loss of this package leaves out.
+IGNORED_LABEL = -100
+
+# Kept in a feature for decoding, never given to the model.
+DECODING_KEYS = ("word_ids", "num_words", "offset_mapping", "example_index")
+_POSITIONS = ("start_positions", "end_positions")
+
+# Rows are sorted by length within so many steps: enough for little padding, few enough that the
+# order of an epoch stays random.
+_STEPS_SORTED_TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class PadCollator:
+    """Pads features to the longest of the batch and stacks them into tensors.
+
+    Per-token lists (input_ids, attention_mask, token_type_ids, integer labels) are padded on the
+    tokenizer's side, or on `padding_side`; numbers become (B,) tensors; lists of floats (several
+    labels a row) are stacked as they are. Start and end positions move along with left padding.
+    What only decoding needs (`DECODING_KEYS`) is left out. A tokenizer without a padding token
+    pads with its end-of-text token, which the mask hides.
+
+    Args:
+        tokenizer: gives the padding ids and the side.
+        label_pad: what pads labels of tokens.
+        pad_to_multiple_of: round the padded length up to a multiple of this.
+        padding_side: "left" or "right"; None takes the tokenizer's.
+
+    Raises:
+        ValueError: an argument is not as expected, the features differ in their keys, or a list is
+            not as long as its row's input_ids.
+    """
+
+    tokenizer: Any
+    label_pad: int = IGNORED_LABEL
+    pad_to_multiple_of: int | None = None
+    padding_side: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in (None, "left", "right"):
+            raise ValueError(
+                f"padding_side: must be 'left', 'right' or None; got {self.padding_side!r}"
+            )
+        multiple = self.pad_to_multiple_of
+        if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
+            raise ValueError(
+                f"pad_to_multiple_of: must be a positive integer or None; got {multiple!r}"
+            )
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """(B, N) tensors of per-token lists and (B,) tensors of numbers, int64 (floats float32)."""
+        if not features:
+            raise ValueError("features: expected at least one row; got none")
+        lengths = [len(feature["input_ids"]) for feature in features]
+        width = max(lengths)
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-width // multiple) * multiple
+        left = (self.padding_side or self.tokenizer.padding_side) == "left"
+        keys = [key for key in features[0] if key not in DECODING_KEYS]
+        batch = {}
+        for key in keys:
+            missing = [index for index, feature in enumerate(features) if key not in feature]
+            if missing:
+                raise ValueError(f"features[{missing[0]}]: expected {key!r} as in features[0]")
+            values = [feature[key] for feature in features]
+            if key in _POSITIONS and left:
+                values = [
+                    value + width - length for value, length in zip(values, lengths, strict=True)
+                ]
+            if _is_sequence(values[0]) and not _holds_floats(values):
+                values = self._pad(key, values, lengths, width, left)
+            kind = torch.float32 if _holds_floats(values) else torch.int64
+            batch[key] = torch.tensor(values, dtype=kind)
+        return batch
+
+    def _pad(
+        self, key: str, rows: list[Any], lengths: list[int], width: int, left: bool
+    ) -> list[list[int]]:
+        filler = self._filler(key)
+        padded = []
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            if len(row) != length:
+                raise ValueError(
+                    f"features[{index}]: expected {key!r} as long as input_ids ({length});"
+                    f" got {len(row)}"
+                )
+            padding = [filler] * (width - length)
+            padded.append(padding + list(row) if left else list(row) + padding)
+        return padded
+
+    def _filler(self, key: str) -> int:
+        if key == "labels":
+            return self.label_pad
+        if key == "input_ids":
+            candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+            return next(candidate for candidate in candidates if candidate is not None)
+        if key == "token_type_ids":
+            return self.tokenizer.pad_token_type_id
+        if key == "special_tokens_mask":
+            return 1
+        return 0
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, torch.Tensor) and value.dim() > 0)
+
+
+def _holds_floats(values: Sequence[Any]) -> bool:
+    return any(
+        isinstance(item, float)
+        for value in values
+        for item in (value if _is_sequence(value) else (value,))
+    )
+
+
+def token_budget_batches(
+    lengths: Sequence[int], max_tokens: int, *, shuffle: bool, seed: int = 0
+) -> list[list[int]]:
+    """Groups of rows whose real tokens add up to at most max_tokens, as evenly as order allows.
+
+    Each index is in exactly one group. With `shuffle`, rows come in an order drawn from the seed
+    (give another seed each epoch), and rows of similar length share a group, so that little is
+    padded; without, they keep their order.
+
+    Args:
+        lengths: real tokens of each row.
+        max_tokens: the most real tokens of one group.
+        shuffle: draw the order from `seed`.
+        seed: any integer.
+
+    Raises:
+        ValueError: max_tokens is not a positive integer, or a length is not in [1, max_tokens].
+    """
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"max_tokens: must be a positive integer; got {max_tokens!r}")
+    for index, length in enumerate(lengths):
+        if not 1 <= length <= max_tokens:
+            raise ValueError(
+                f"lengths[{index}]: must be in [1, max_tokens = {max_tokens}]; got {length!r}"
+            )
+    order = list(range(len(lengths)))
+    if not order:
+        return []
+    generator = random.Random(seed)
+    if shuffle:
+        generator.shuffle(order)
+        order = _sorted_in_windows(order, lengths, max_tokens * _STEPS_SORTED_TOGETHER)
+    # The smallest budget that needs no more groups than max_tokens does makes the groups even.
+    fewest = len(_fill(order, lengths, max_tokens))
+    low, high = max(lengths), max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill(order, lengths, middle)) <= fewest:
+            high = middle
+        else:
+            low = middle + 1
+    groups = _fill(order, lengths, low)
+    if shuffle:
+        generator.shuffle(groups)
+    return groups
+
+
+def _sorted_in_windows(order: list[int], lengths: Sequence[int], window_tokens: int) -> list[int]:
+    # Up, then down: the group across the border of two windows has rows of similar length too.
+    arranged: list[int] = []
+    for number, window in enumerate(_fill(order, lengths, window_tokens)):
+        arranged += sorted(window, key=lambda index: lengths[index], reverse=number % 2 == 1)
+    return arranged
+
+
+def _fill(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    tokens = budget + 1
+    for index in order:
+        if tokens + lengths[index] > budget:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(index)
+        tokens += lengths[index]
+    return groups

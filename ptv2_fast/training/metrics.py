@@ -1,0 +1,171 @@
+"""Metrics: accuracy, entity F1, exact match and F1 of answers, perplexity; one way to choose."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a task is scored: `compute` gives scores by name, `name` is the one to choose by."""
+
+    name: str
+    compute: Callable[..., dict[str, float]]
+    greater_is_better: bool
+
+
+def metric_for(task: str) -> Metric:
+    """The metric of a task.
+
+    SEQ_CLS: accuracy; TOKEN_CLS: entity F1; QUESTION_ANS: F1; CAUSAL_LM: perplexity (smaller is
+    better). Every `compute` takes (predictions, references).
+
+    Raises:
+        ValueError: the task has no metric.
+    """
+    if task not in _METRICS:
+        raise ValueError(f"task: must be one of {sorted(_METRICS)}; got {task!r}")
+    return _METRICS[task]
+
+
+def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> None:
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"predictions: expected as many as references ({len(references)});"
+            f" got {len(predictions)}"
+        )
+    if len(references) == 0:
+        raise ValueError("references: expected at least one; got none")
+
+
+def classification_scores(
+    predictions: Sequence[Any], references: Sequence[Any], *, positive_label: Any = None
+) -> dict[str, float]:
+    """`accuracy` and `f1` of single labels, in [0, 1].
+
+    F1 is the mean over the classes that occur, or, with positive_label, of that class alone.
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+
+    _check_lengths(predictions, references)
+    truth, guess = list(references), list(predictions)
+    chosen = None if positive_label is None else [positive_label]
+    return {
+        "accuracy": float(accuracy_score(truth, guess)),
+        "f1": float(f1_score(truth, guess, labels=chosen, average="macro", zero_division=0.0)),
+    }
+
+
+def entity_scores(
+    predictions: Sequence[Sequence[str]],
+    references: Sequence[Sequence[str]],
+    *,
+    strict: bool = True,
+) -> dict[str, float]:
+    """`f1`, `precision` and `recall` of whole entities, and `accuracy` of single tags, in [0, 1].
+
+    An entity counts when its type and both of its ends are right. Strict IOB2: only B-x begins an
+    entity, a stray I-x is none. With strict=False a stray I-x begins one, as in the script of the
+    CoNLL-2003 task, by which most published numbers are computed.
+
+    Raises:
+        ValueError: not as many sentences, or not as many tags in a sentence.
+    Source: seqeval.
+    """
+    from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
+    from seqeval.scheme import IOB2
+
+    _check_lengths(predictions, references)
+    for index, (guess, truth) in enumerate(zip(predictions, references, strict=True)):
+        if len(guess) != len(truth):
+            raise ValueError(f"predictions[{index}]: expected {len(truth)} tags; got {len(guess)}")
+    truth, guess = [list(tags) for tags in references], [list(tags) for tags in predictions]
+    options: dict[str, Any] = {"zero_division": 0}
+    if strict:
+        options |= {"mode": "strict", "scheme": IOB2}
+    return {
+        "f1": float(f1_score(truth, guess, **options)),
+        "precision": float(precision_score(truth, guess, **options)),
+        "recall": float(recall_score(truth, guess, **options)),
+        "accuracy": float(accuracy_score(truth, guess)),
+    }
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and repeated white space (SQuAD's equality)."""
+    bare = text.lower().translate(_WITHOUT_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", bare).split())
+
+
+def answer_f1(prediction: str, reference: str) -> float:
+    """F1 of the words that two answers share; an empty answer agrees with an empty one only."""
+    guess, truth = normalize_answer(prediction).split(), normalize_answer(reference).split()
+    if not guess or not truth:
+        return float(guess == truth)
+    shared = sum((Counter(guess) & Counter(truth)).values())
+    return 2.0 * shared / (len(guess) + len(truth))
+
+
+def answer_scores(
+    predictions: Sequence[str | Mapping[str, Any]],
+    references: Sequence[Sequence[str] | Mapping[str, Any]],
+) -> dict[str, float]:
+    """`f1` and `exact_match` of answers, each the best over the references, in percent.
+
+    Args:
+        predictions: texts (or the dicts of `decode_answers`); "" means that there is no answer.
+        references: for each question its right answers (texts, or the `answers` of an example);
+            none means that the question has no answer.
+
+    Source: SQuAD 2.0 (Rajpurkar et al., 2018), evaluation.
+    """
+    _check_lengths(predictions, references)
+    exact = f1 = 0.0
+    for prediction, reference in zip(predictions, references, strict=True):
+        guess = prediction["text"] if isinstance(prediction, Mapping) else prediction
+        texts = reference["text"] if isinstance(reference, Mapping) else reference
+        # An answer that normalises to nothing ("the") cannot be told from no answer.
+        truths = [text for text in texts if normalize_answer(text)] or [""]
+        exact += max(float(normalize_answer(guess) == normalize_answer(text)) for text in truths)
+        f1 += max(answer_f1(guess, text) for text in truths)
+    count = len(references)
+    return {"f1": 100.0 * f1 / count, "exact_match": 100.0 * exact / count}
+
+
+def perplexity(loss_sums: Sequence[float], token_counts: Sequence[int]) -> dict[str, float]:
+    """`perplexity` = exp(sum of token losses / tokens) and that mean `loss` in nats.
+
+    Args:
+        loss_sums: cross-entropy summed over the predicted tokens of each batch, in nats.
+        token_counts: how many tokens each batch predicted.
+
+    Raises:
+        ValueError: no tokens, or a count below zero.
+    """
+    _check_lengths(loss_sums, token_counts)
+    tokens = sum(int(count) for count in token_counts)
+    if tokens <= 0 or any(count < 0 for count in token_counts):
+        raise ValueError(f"token_counts: expected positive counts; got {list(token_counts)}")
+    loss = math.fsum(float(value) for value in loss_sums) / tokens
+    try:
+        value = math.exp(loss)
+    except OverflowError:
+        value = math.inf
+    return {"perplexity": value, "loss": loss}
+
+
+_METRICS = {
+    "SEQ_CLS": Metric("accuracy", classification_scores, True),
+    "TOKEN_CLS": Metric("f1", entity_scores, True),
+    "QUESTION_ANS": Metric("f1", answer_scores, True),
+    "CAUSAL_LM": Metric("perplexity", perplexity, False),
+}

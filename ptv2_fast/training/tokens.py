@@ -1,0 +1,382 @@
+"""Tokens: examples to model inputs with a fast tokenizer, and predictions back to text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ptv2_fast.training.batches import IGNORED_LABEL, PadCollator, token_budget_batches
+from ptv2_fast.training.data import LabelSet
+
+__all__ = [
+    "IGNORED_LABEL",
+    "PadCollator",
+    "decode_answers",
+    "decode_tags",
+    "encode_classification",
+    "encode_language_model",
+    "encode_question_answering",
+    "encode_tokens",
+    "token_budget_batches",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def _check_fast(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            "tokenizer: must be a fast tokenizer (with word ids and offsets);"
+            f" got {type(tokenizer).__name__}"
+        )
+
+
+def encode_classification(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    labels: LabelSet | None = None,
+    *,
+    max_length: int = 128,
+) -> list[dict[str, Any]]:
+    """Inputs and class numbers of SEQ_CLS examples; longer texts are cut at max_length.
+
+    Returns:
+        Features with the tokenizer's inputs and, where the example has a label, `labels` (an int).
+
+    Raises:
+        ValueError: the tokenizer is not fast, `labels` is missing or does not know a label.
+    """
+    _check_fast(tokenizer)
+    features = []
+    for example in examples:
+        texts = [example[key] for key in ("text", "text_pair") if key in example]
+        feature = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+        if "label" in example:
+            feature["labels"] = _known(labels).to_id(example["label"])
+        features.append(feature)
+    return features
+
+
+def _known(labels: LabelSet | None) -> LabelSet:
+    if labels is None:
+        raise ValueError("labels: the examples have labels; expected a LabelSet, got None")
+    return labels
+
+
+def encode_tokens(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    labels: LabelSet | None = None,
+    *,
+    max_length: int = 128,
+) -> list[dict[str, Any]]:
+    """Inputs and tag numbers of TOKEN_CLS examples: the first sub-word has the tag, the rest -100.
+
+    Returns:
+        Features with the tokenizer's inputs, `word_ids` (the word of each sub-word, None for
+        special tokens), `num_words` and, where the example has tags, `labels` (a list). Words that
+        max_length cuts off are counted in a warning; `decode_tags` calls them O.
+
+    Raises:
+        ValueError: the tokenizer is not fast, `labels` is missing or does not know a tag.
+    """
+    _check_fast(tokenizer)
+    spaced = _splits_differ(tokenizer)
+    features, cut = [], 0
+    for example in examples:
+        words = list(example["tokens"])
+        if spaced:
+            words = words[:1] + [" " + word for word in words[1:]]
+        encoding = tokenizer(
+            words,
+            is_split_into_words=True,
+            truncation=True,
+            max_length=max_length,
+            return_overflowing_tokens=True,
+        )
+        cut += len(encoding.encodings) > 1
+        feature = _model_inputs(encoding, tokenizer, 0)
+        word_ids = encoding.word_ids(0)
+        feature["word_ids"] = word_ids
+        feature["num_words"] = len(words)
+        if "tags" in example:
+            tag_ids = [_known(labels).to_id(tag) for tag in example["tags"]]
+            firsts = _first_subwords(word_ids)
+            feature["labels"] = [
+                tag_ids[word] if index in firsts else IGNORED_LABEL
+                for index, word in enumerate(word_ids)
+            ]
+        features.append(feature)
+    if cut:
+        logger.warning(
+            "%d of %d sentences were cut at %d sub-words; the words beyond count as O",
+            cut,
+            len(examples),
+            max_length,
+        )
+    return features
+
+
+def _model_inputs(encoding: Any, tokenizer: Any, window: int) -> dict[str, Any]:
+    names = (name for name in tokenizer.model_input_names if name in encoding)
+    return {name: encoding[name][window] for name in names}
+
+
+def _splits_differ(tokenizer: Any) -> bool:
+    """Whether a list of words loses the spaces that text has (byte-level tokenizers).
+
+    Their vocabulary has a space inside the word ("Ġthe"); without it every word of a list would
+    look glued to the one before.
+    """
+    text = tokenizer("the the", add_special_tokens=False)["input_ids"]
+    words = tokenizer(["the", "the"], is_split_into_words=True, add_special_tokens=False)
+    return text != words["input_ids"]
+
+
+def _first_subwords(word_ids: Sequence[int | None]) -> set[int]:
+    return {
+        index
+        for index, word in enumerate(word_ids)
+        if word is not None and (index == 0 or word_ids[index - 1] != word)
+    }
+
+
+def decode_tags(
+    tag_ids: Sequence[int],
+    feature: Mapping[str, Any],
+    labels: LabelSet,
+    *,
+    padding_side: str = "right",
+) -> list[str]:
+    """The tag of each word from the predicted tag number of each sub-word of one row.
+
+    A word takes the tag of its first sub-word. A word without one (cut off, or made of characters
+    that the tokenizer deletes) is O.
+
+    Args:
+        tag_ids: (N,) integers, N at least the feature's length (padding is left out).
+        feature: as `encode_tokens` made it.
+        labels: the tags of training.
+        padding_side: where the row was padded.
+    """
+    word_ids = feature["word_ids"]
+    row = _without_padding(tag_ids, len(word_ids), padding_side)
+    tags = ["O"] * feature["num_words"]
+    for index in _first_subwords(word_ids):
+        tags[word_ids[index]] = labels.to_name(int(row[index]))
+    return tags
+
+
+def _without_padding(row: Sequence[Any], length: int, padding_side: str) -> Sequence[Any]:
+    if len(row) < length:
+        raise ValueError(f"row: expected at least {length} positions; got {len(row)}")
+    return row[len(row) - length :] if padding_side == "left" else row[:length]
+
+
+def encode_question_answering(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    max_length: int = 384,
+    doc_stride: int = 128,
+) -> list[dict[str, Any]]:
+    """Windows over each context, with the answer's first and last token where answers are given.
+
+    A context that does not fit is cut into windows that share doc_stride tokens. A window that
+    does not hold the whole (first) answer, and a question without one, points at the CLS token
+    (position 0 for tokenizers that have none).
+
+    Returns:
+        Features with the tokenizer's inputs, `example_index`, `offset_mapping` (None outside the
+        context) and, where the example has answers, `start_positions` and `end_positions` (ints).
+
+    Raises:
+        ValueError: the tokenizer is not fast, or a question leaves no room for the context.
+    """
+    _check_fast(tokenizer)
+    features = []
+    for example_index, example in enumerate(examples):
+        question = example["question"].strip()
+        used = len(tokenizer(question, add_special_tokens=False)["input_ids"])
+        room = max_length - used - tokenizer.num_special_tokens_to_add(pair=True)
+        if room <= doc_stride:
+            raise ValueError(
+                f"examples[{example_index}]: the question has {used} tokens; with max_length"
+                f" {max_length} that leaves {room} for the context, expected more than doc_stride"
+                f" {doc_stride}"
+            )
+        encoding = tokenizer(
+            question,
+            example["context"],
+            truncation="only_second",
+            max_length=max_length,
+            stride=doc_stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        for window in range(len(encoding["input_ids"])):
+            feature = _model_inputs(encoding, tokenizer, window)
+            feature["example_index"] = example_index
+            feature["offset_mapping"] = [
+                tuple(offset) if sequence == 1 else None
+                for offset, sequence in zip(
+                    encoding["offset_mapping"][window], encoding.sequence_ids(window), strict=True
+                )
+            ]
+            if "answers" in example:
+                span = _answer_span(feature, example["answers"], tokenizer.cls_token_id)
+                feature["start_positions"], feature["end_positions"] = span
+            features.append(feature)
+    return features
+
+
+def _cls_position(input_ids: Sequence[int], cls_token_id: int | None) -> int:
+    return input_ids.index(cls_token_id) if cls_token_id in input_ids else 0
+
+
+def _answer_span(
+    feature: Mapping[str, Any], answers: Mapping[str, Any], cls_token_id: int | None
+) -> tuple[int, int]:
+    nowhere = _cls_position(feature["input_ids"], cls_token_id)
+    if not answers["text"]:
+        return nowhere, nowhere
+    start = answers["answer_start"][0]
+    end = start + len(answers["text"][0])
+    offsets = feature["offset_mapping"]
+    inside = [
+        index
+        for index, offset in enumerate(offsets)
+        if offset is not None and offset[0] < end and offset[1] > start
+    ]
+    # The window's first and last tokens must reach the ends of the answer, or it is cut here.
+    if not inside or offsets[inside[0]][0] > start or offsets[inside[-1]][1] < end:
+        return nowhere, nowhere
+    return inside[0], inside[-1]
+
+
+def decode_answers(
+    start_logits: Sequence[Sequence[float]],
+    end_logits: Sequence[Sequence[float]],
+    features: Sequence[Mapping[str, Any]],
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    n_best: int = 20,
+    max_answer_length: int = 30,
+    no_answer: bool = False,
+    null_threshold: float = 0.0,
+) -> list[dict[str, Any]]:
+    """The best span of each example over all of its windows.
+
+    score(i, j) = start_logits[i] + end_logits[j] for i <= j < i + max_answer_length inside the
+    context, among the n_best starts and ends of each window. With `no_answer`, the answer is "" if
+    the smallest CLS score of the windows exceeds the best span's by more than null_threshold.
+
+    Args:
+        start_logits, end_logits: one row a feature, padded on the right or not at all.
+        features: as `encode_question_answering` made them.
+        examples: the examples they came from.
+
+    Returns:
+        For each example {"id", "text", "score", "null_score", "n_best": [(score, text), ...]}.
+
+    Raises:
+        ValueError: the rows and the features are not as many, or a row is too short.
+    """
+    if not len(start_logits) == len(end_logits) == len(features):
+        raise ValueError(
+            f"start_logits, end_logits: expected {len(features)} rows, one a feature;"
+            f" got {len(start_logits)} and {len(end_logits)}"
+        )
+    spans: list[list[tuple[float, str]]] = [[] for _ in examples]
+    null_scores = [float("inf")] * len(examples)
+    for starts, ends, feature in zip(start_logits, end_logits, features, strict=True):
+        index = feature["example_index"]
+        length = len(feature["input_ids"])
+        start = np.asarray(_without_padding(starts, length, "right"), dtype=np.float64)
+        end = np.asarray(_without_padding(ends, length, "right"), dtype=np.float64)
+        cls = _cls_position(feature["input_ids"], tokenizer.cls_token_id)
+        null_scores[index] = min(null_scores[index], float(start[cls] + end[cls]))
+        context = examples[index]["context"]
+        spans[index] += _best_spans(
+            start, end, feature["offset_mapping"], context, n_best, max_answer_length
+        )
+    predictions = []
+    for example, found, null_score in zip(examples, spans, null_scores, strict=True):
+        found = sorted(found, key=lambda pair: -pair[0])[:n_best]
+        score, text = found[0] if found else (float("-inf"), "")
+        if no_answer and null_score - score > null_threshold:
+            text = ""
+        predictions.append(
+            {
+                "id": example["id"],
+                "text": text,
+                "score": score,
+                "null_score": null_score,
+                "n_best": found,
+            }
+        )
+    return predictions
+
+
+def _best_spans(
+    start: np.ndarray,
+    end: np.ndarray,
+    offsets: Sequence[tuple[int, int] | None],
+    context: str,
+    n_best: int,
+    max_answer_length: int,
+) -> list[tuple[float, str]]:
+    inside = np.array([i for i, offset in enumerate(offsets) if offset is not None], dtype=int)
+    first = inside[np.argsort(-start[inside], kind="stable")[:n_best]]
+    last = inside[np.argsort(-end[inside], kind="stable")[:n_best]]
+    return [
+        (float(start[i] + end[j]), context[offsets[i][0] : offsets[j][1]])
+        for i in first
+        for j in last
+        if i <= j < i + max_answer_length
+    ]
+
+
+def encode_language_model(
+    examples: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int = 512
+) -> list[dict[str, Any]]:
+    """Inputs and labels of CAUSAL_LM examples; an end-of-text token follows every text.
+
+    A text longer than max_length becomes several windows that overlap by the one token that the
+    next window predicts from, so that each token but the first is predicted exactly once. In a
+    prompt with a completion only the completion is predicted; if both are too long, the prompt is
+    cut on its left, then the completion on its right.
+
+    Raises:
+        ValueError: the tokenizer is not fast, max_length < 2, or an example has nothing to predict.
+    """
+    _check_fast(tokenizer)
+    if max_length < 2:
+        raise ValueError(f"max_length: must be at least 2; got {max_length!r}")
+    ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    features = []
+    for index, example in enumerate(examples):
+        prompt: list[int] = []
+        if "prompt" in example:
+            prompt = list(tokenizer(example["prompt"])["input_ids"])
+            text = tokenizer(example["completion"], add_special_tokens=False)["input_ids"]
+            # Room for one prompt token to predict the completion from.
+            text = (list(text) + ending)[: max_length - 1]
+            prompt = prompt[max(0, len(prompt) + len(text) - max_length) :]
+        else:
+            text = list(tokenizer(example["text"])["input_ids"]) + ending
+        if len(prompt) + len(text) < 2 or not text:
+            raise ValueError(f"examples[{index}]: expected at least two tokens; got {example!r}")
+        input_ids = prompt + text
+        labels = [IGNORED_LABEL] * len(prompt) + text
+        for begin in range(0, len(input_ids) - 1, max_length - 1):
+            ids = input_ids[begin : begin + max_length]
+            targets = labels[begin : begin + max_length]
+            if begin:
+                targets[0] = IGNORED_LABEL
+            features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": targets})
+    return features
