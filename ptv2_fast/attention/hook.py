@@ -1,0 +1,184 @@
+"""Prompt attention as an attention implementation of transformers, under the name "ptv2_fast".
+
+transformers calls `attention_forward` with queries, keys and values after projection, normalisation and rotary
+embedding, and `attention_mask` wherever a model asks for a mask. Nothing in transformers is patched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
+
+from ptv2_fast.attention.api import prompt_attention
+from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
+
+IMPLEMENTATION = "ptv2_fast"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    ptv2_prompts: PromptBatch | None = None,
+    ptv2_record: list[tuple[Tensor, Tensor]] | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Serve one attention layer of a transformers model, with the prompt that the call carries for it.
+
+    Args:
+        module: the attention module; its `layer_idx` picks the layer's prompt.
+        query: (B, H, N, D); key, value: (B, Hkv, M, D).
+        attention_mask: what `padding_mask` returned: None, (B, M) bool, or (B, 1, N, M) bool or additive.
+        ptv2_prompts: the prompts of this forward pass; None runs the layer without any.
+        ptv2_record: a list to which (key, value) of every layer is appended.
+
+    Returns:
+        (B, N, H, D) and None, since attention weights are never materialised.
+    """
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if ptv2_record is not None:
+        ptv2_record.append((key, value))
+
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    bias = None if position_bias is None else position_bias.to(dtype)
+    key_mask = attention_mask
+    if attention_mask is not None and attention_mask.dim() == 4:
+        # Such a mask already holds causality, windows and whatever else the model asked for.
+        bias = _additive(attention_mask, dtype) if bias is None else bias + _additive(attention_mask, dtype)
+        key_mask, causal, sliding_window = None, False, None
+    if bias is not None:
+        bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
+
+    batch = ptv2_prompts or PromptBatch(layers=())
+    prompt = batch.layers[module.layer_idx] if batch.layers else None
+    index = batch.index if prompt is not None else None
+    prompt = _cast(prompt, dtype) if prompt is not None else _empty_prompt(key)
+    options = {
+        "prompt_index": index,
+        "prompt_lens": prompt.lens,
+        "prompt_bias": prompt.bias,
+        "causal": causal,
+        "scale": scaling,
+        "dropout_p": dropout,
+        "window": sliding_window,
+        "softcap": softcap,
+        "backend": batch.backend,
+    }
+    if batch.cu_seqlens is None:
+        out = prompt_attention(
+            query, key, value, prompt.keys, prompt.values, key_mask=key_mask, bias=bias, **options
+        )
+        return out.transpose(1, 2), None
+
+    rows, tokens = query.shape[0], query.shape[2]
+    out = prompt_attention(
+        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
+        prompt.keys, prompt.values, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, **options,
+    )  # fmt: skip
+    return out.unflatten(0, (rows, tokens)), None
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs,
+) -> Tensor | None:
+    """Hand the tokenizer's own 2-D mask through, so that no extended mask is built.
+
+    Only where a layer's visibility is more than padding, causality and a sliding window is the 4-D mask built that
+    transformers builds for SDPA: custom mask functions, and several queries against a static cache.
+
+    Returns:
+        None, (B, M) bool, or (B, 1, N, M) bool.
+    """
+    # The queries stand at the end of the keys: what "causal" means to prompt_attention.
+    at_end = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
+    # A single query sees every key written so far; in a static cache those are the ones up to its own position.
+    single = q_length == 1 and mask_function is causal_mask_function
+    if use_vmap or not _is_plain(mask_function) or not (at_end or single):
+        kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+            use_vmap=use_vmap, **kwargs,
+        )  # fmt: skip
+    mask = None
+    if attention_mask is not None:
+        missing = kv_offset + kv_length - attention_mask.shape[-1]
+        if missing > 0:
+            attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
+        mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+    if not at_end:
+        device = kwargs.get("device") or getattr(q_offset, "device", None)
+        written = torch.arange(kv_length, device=device)[None, :] + kv_offset <= q_offset
+        mask = written.expand(batch_size, -1) if mask is None else mask & written
+    return mask
+
+
+def register() -> None:
+    """Make "ptv2_fast" an attention implementation of transformers; calling it again changes nothing.
+
+    Both halves are needed: with the attention function alone transformers would silently drop the padding mask.
+    """
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
+
+
+def _is_plain(mask_function) -> bool:
+    """Whether visibility is causal or bidirectional, with or without the layer's own sliding window."""
+    if mask_function in (causal_mask_function, bidirectional_mask_function):
+        return True
+    # A window arrives as a closure over (window overlay, base function). What cannot be recognised is not plain:
+    # it takes the way of the 4-D mask, which is always right.
+    cells = getattr(mask_function, "__closure__", None) or ()
+    parts = next((c.cell_contents for c in cells if isinstance(c.cell_contents, tuple)), ())
+    if len(parts) != 2 or not mask_function.__qualname__.startswith("and_masks."):
+        return False
+    overlay, base = parts
+    window = overlay.__qualname__.split(".")[0]
+    return (window, base) in (
+        ("sliding_window_overlay", causal_mask_function),
+        ("sliding_window_bidirectional_overlay", bidirectional_mask_function),
+    )
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A 4-D mask as numbers to add to scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+
+
+def _cast(prompt: LayerPrompt, dtype: torch.dtype) -> LayerPrompt:
+    if prompt.keys.dtype == dtype and prompt.values.dtype == dtype:
+        return prompt
+    return LayerPrompt(prompt.keys.to(dtype), prompt.values.to(dtype), prompt.bias, prompt.lens)
+
+
+def _empty_prompt(key: Tensor) -> LayerPrompt:
+    nothing = key.new_empty(key.shape[1], 0, key.shape[3])
+    return LayerPrompt(nothing, nothing)

@@ -1,0 +1,229 @@
+"""The configuration of one adapter: everything but the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ptv2_fast.attention.checks import BACKENDS
+
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "FEATURE_EXTRACTION")
+INJECTIONS = ("deep", "shallow", "prefix")
+INITS = ("text", "normal", "gated")
+POOLINGS = ("first", "last", "mean")
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+# A prompt longer than this is a mistake far more often than a wish: cartridges use a few thousand tokens.
+MAX_VIRTUAL_TOKENS = 1 << 17
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """One trained head on the backbone's output.
+
+    Attributes:
+        task_type: SEQ_CLS (one vector per row), TOKEN_CLS (one per token) or QUESTION_ANS (start and end logits).
+        num_labels: number of classes; 2 for QUESTION_ANS (start, end).
+        pooling: what a SEQ_CLS head reads: the row's "first" or "last" real token, or the "mean" of its real tokens.
+        dropout: dropout before the linear layer, in [0, 1).
+        labels: names of the classes in the order of their ids, or None.
+    """
+
+    task_type: str
+    num_labels: int
+    pooling: str = "first"
+    dropout: float = 0.0
+    labels: Sequence[str] | None = None
+
+    def __post_init__(self):
+        _one_of("task_type", self.task_type, HEAD_TASKS)
+        _integer("num_labels", self.num_labels, 1)
+        _one_of("pooling", self.pooling, POOLINGS)
+        _probability("dropout", self.dropout)
+        if self.labels is not None:
+            object.__setattr__(self, "labels", tuple(self.labels))
+            if len(set(self.labels)) != self.num_labels:
+                raise ValueError(f"labels must be {self.num_labels} distinct names; got {self.labels!r}")
+        if self.task_type == "QUESTION_ANS" and self.num_labels != 2:
+            raise ValueError(f"num_labels must be 2 for QUESTION_ANS (start, end); got {self.num_labels}")
+
+
+@dataclass
+class PTuningV2Config:
+    """How prompts are injected into a frozen model, and what is trained on top.
+
+    Attributes:
+        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM or FEATURE_EXTRACTION.
+        num_virtual_tokens: P, the length of the prompt.
+        injection: "deep" (a trained hidden state per layer and token), "shallow" (one at the embeddings, evolving
+            through the layers) or "prefix" (trained keys and values per layer).
+        layers: which layers get prompts, as indices (negative ones count from the end); None means all. Not for
+            "shallow".
+        prompt_init: "text" (what the frozen model itself computes for a given text), "normal", or "gated" ("normal"
+            plus a trained bias on the prompt's scores that starts so low that the prompt starts as a no-op). None
+            means "text" where a text and a tokenizer are given, else "normal".
+        prompt_dropout: dropout on the prompt's elements while training, in [0, 1).
+        reparameterization: hidden size of the MLP that makes the prompts from P embeddings, or None for trained
+            prompts. Not for "shallow".
+        heads: trained heads on a backbone, name -> number of labels or HeadConfig (or its dict). None where the
+            base brings its own head or needs none.
+        position_offset: added to the position of every text token. None means the injection's own: 0 for "deep" and
+            "prefix", P for "shallow". P with "prefix" is what PEFT and the paper's code do on BERT-like models.
+        backend: which backend of `prompt_attention` serves the model.
+        init_std: standard deviation of "normal" initialisation; None means the model's own initializer_range.
+
+    Raises:
+        ValueError: a value is unknown or two values contradict each other; the message names the field.
+    """
+
+    task_type: str
+    num_virtual_tokens: int = 20
+    injection: str = "deep"
+    layers: Sequence[int] | None = None
+    prompt_init: str | None = None
+    prompt_dropout: float = 0.0
+    reparameterization: int | None = None
+    heads: Mapping[str, int | HeadConfig | Mapping[str, Any]] | None = None
+    position_offset: int | None = None
+    backend: str = "auto"
+    init_std: float | None = field(default=None)
+
+    def __post_init__(self):
+        _one_of("task_type", self.task_type, TASK_TYPES)
+        _integer("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_VIRTUAL_TOKENS)
+        _one_of("injection", self.injection, INJECTIONS)
+        if self.prompt_init is not None:
+            _one_of("prompt_init", self.prompt_init, INITS)
+        _probability("prompt_dropout", self.prompt_dropout)
+        _one_of("backend", self.backend, BACKENDS)
+        if self.position_offset is not None:
+            _integer("position_offset", self.position_offset, 0)
+        if self.reparameterization is not None:
+            _integer("reparameterization", self.reparameterization, 1)
+        if self.init_std is not None and not self.init_std > 0:
+            raise ValueError(f"init_std must be positive or None; got {self.init_std!r}")
+        self._check_injection()
+        self._check_layers()
+        self._check_heads()
+
+    def _check_injection(self) -> None:
+        if self.injection == "shallow":
+            for name in ("layers", "reparameterization"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} must be None with injection='shallow'; got {getattr(self, name)!r}"
+                    )
+            if self.position_offset not in (None, self.num_virtual_tokens):
+                raise ValueError(
+                    "position_offset must be None or num_virtual_tokens with injection='shallow', whose virtual "
+                    f"tokens take positions; got {self.position_offset}"
+                )
+            if self.prompt_init == "gated":
+                raise ValueError("prompt_init must be 'text' or 'normal' with injection='shallow'; got 'gated'")
+        if self.prompt_init == "text" and self.reparameterization is not None:
+            raise ValueError(
+                "prompt_init must be 'normal' or 'gated' with reparameterization: an MLP's output cannot be "
+                "set to given states; got 'text'"
+            )
+
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        if isinstance(self.layers, (str, bytes)) or not isinstance(self.layers, Sequence):
+            raise ValueError(f"layers must be a sequence of integers or None; got {self.layers!r}")
+        for layer in self.layers:
+            _integer("layers", layer, None)
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers must name at least one layer, none of them twice; got {self.layers!r}")
+        self.layers = tuple(self.layers)
+
+    def _check_heads(self) -> None:
+        if self.heads is None:
+            return
+        if not isinstance(self.heads, Mapping) or not self.heads:
+            raise ValueError(f"heads must be a non-empty mapping of names or None; got {self.heads!r}")
+        if self.task_type == "CAUSAL_LM":
+            raise ValueError("heads must be None with task_type='CAUSAL_LM': the model's own head is used")
+        heads = {}
+        for name, head in self.heads.items():
+            if not isinstance(name, str) or not name.isidentifier():
+                raise ValueError(f"heads must have identifiers as names; got {name!r}")
+            if isinstance(head, Mapping):
+                unknown = set(head) - {f.name for f in fields(HeadConfig)}
+                if unknown:
+                    raise ValueError(f"heads[{name!r}] has unknown keys {sorted(unknown)}")
+                head = HeadConfig(**{"task_type": self.task_type, **head})
+            elif not isinstance(head, HeadConfig):
+                _integer(f"heads[{name!r}]", head, 1)
+                if self.task_type not in HEAD_TASKS:
+                    raise ValueError(
+                        f"heads[{name!r}] must be a HeadConfig where task_type={self.task_type!r} does not say "
+                        f"what kind of head it is; got {head!r}"
+                    )
+                head = HeadConfig(self.task_type, head)
+            heads[name] = head
+        self.heads = heads
+
+    def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The prompted layers of a model with `num_layers` layers, sorted, all non-negative.
+
+        Raises:
+            ValueError: a layer does not exist.
+        """
+        if self.layers is None:
+            return tuple(range(num_layers))
+        for layer in self.layers:
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(
+                    f"layers must lie in [{-num_layers}, {num_layers - 1}] for this model; got {layer}"
+                )
+        resolved = {layer % num_layers for layer in self.layers}
+        if len(resolved) != len(self.layers):
+            raise ValueError(f"layers names a layer twice for {num_layers} layers; got {self.layers!r}")
+        return tuple(sorted(resolved))
+
+    @property
+    def text_offset(self) -> int:
+        """How far the text's positions are shifted."""
+        if self.position_offset is not None:
+            return self.position_offset
+        return self.num_virtual_tokens if self.injection == "shallow" else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values, which `from_dict` reads."""
+        values = asdict(self)
+        values["layers"] = list(self.layers) if self.layers is not None else None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PTuningV2Config:
+        """Build a configuration from `to_dict`'s output.
+
+        Raises:
+            ValueError: a key is unknown, `task_type` is missing, or a value is refused.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = set(values) - known
+        if unknown:
+            raise ValueError(f"unknown configuration keys {sorted(unknown)}; known are {sorted(known)}")
+        if "task_type" not in values:
+            raise ValueError("the configuration lacks task_type")
+        return cls(**values)
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _integer(name: str, value: object, low: int | None, high: int | None = None) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool)
+    if not fits or (low is not None and value < low) or (high is not None and value > high):
+        limits = "" if low is None else f" of at least {low}" + ("" if high is None else f", at most {high}")
+        raise ValueError(f"{name} must be an integer{limits}; got {value!r}")
+
+
+def _probability(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1); got {value!r}")

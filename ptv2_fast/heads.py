@@ -1,0 +1,116 @@
+"""Trained heads on the backbone's output, and the losses of the tasks they serve."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.config import HeadConfig
+
+IGNORED_LABEL = -100
+
+
+class Head(nn.Module):
+    """A linear classifier over rows or tokens.
+
+    SEQ_CLS gives (B, C) from one vector per row, TOKEN_CLS (B, N, C), QUESTION_ANS (B, N, 2).
+    """
+
+    def __init__(self, hidden_size: int, config: HeadConfig):
+        super().__init__()
+        self.config = config
+        self.dropout = nn.Dropout(config.dropout)
+        self.linear = nn.Linear(hidden_size, config.num_labels)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Logits of hidden states (B, N, D); attention_mask (B, N) marks the real tokens, None all."""
+        if self.config.task_type == "SEQ_CLS":
+            hidden = pool(hidden, attention_mask, self.config.pooling)
+        return self.linear(self.dropout(hidden).to(self.linear.weight.dtype))
+
+
+def pool(hidden: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
+    """One vector (B, D) per row of hidden (B, N, D): its first or last real token, or the mean of all of them.
+
+    Any padding side; a row without a real token gives its first token, or zeros for "mean".
+    """
+    if attention_mask is None:
+        return {"first": hidden[:, 0], "last": hidden[:, -1], "mean": hidden.mean(1)}[how]
+    real = attention_mask.bool()
+    if how == "mean":
+        weights = real.to(hidden.dtype)[..., None]
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    slots = torch.arange(real.shape[1], device=real.device)
+    if how == "first":
+        index = slots.masked_fill(~real, real.shape[1]).amin(-1) % real.shape[1]
+    else:
+        index = slots.masked_fill(~real, -1).amax(-1).clamp(min=0)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
+
+
+def own_heads(base: PreTrainedModel) -> dict[str, nn.Module]:
+    """The children of a task model that are its head: everything with parameters beside the backbone."""
+    prefix = base.base_model_prefix
+    if not hasattr(base, prefix):
+        return {}
+    return {
+        name: child
+        for name, child in base.named_children()
+        if name != prefix and any(True for _ in child.parameters())
+    }
+
+
+def copied_heads(base: PreTrainedModel) -> nn.ModuleDict:
+    """Trainable copies of a task model's own head, one set per adapter."""
+    copies = nn.ModuleDict({name: copy.deepcopy(child) for name, child in own_heads(base).items()})
+    return copies.requires_grad_(True)
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (..., C) and labels (...), over labels other than -100; 0 where there is none.
+
+    Raises:
+        ValueError: shapes disagree, or a label lies outside [0, C) and is not -100.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}; "
+            f"got {tuple(labels.shape)}"
+        )
+    check_labels("labels", labels, logits.shape[-1])
+    flat = labels.reshape(-1)
+    total = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), flat, ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+    return total / (flat != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def span_loss(logits: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
+    """Mean of the start's and the end's cross-entropy; logits (B, N, 2), positions (B,), -100 ignored.
+
+    Raises:
+        ValueError: a position lies outside [0, N) and is not -100.
+    """
+    sides = {"start_positions": start_positions, "end_positions": end_positions}
+    losses: list[Tensor] = []
+    for (name, positions), side in zip(sides.items(), logits.unbind(-1)):
+        positions = positions.reshape(-1)
+        check_labels(name, positions, side.shape[1])
+        losses.append(classification_loss(side, positions))
+    return (losses[0] + losses[1]) / 2
+
+
+def check_labels(name: str, labels: Tensor, count: int) -> None:
+    """Refuse class labels outside [0, count) other than -100, where looking is free (labels on the CPU)."""
+    if labels.device.type != "cpu" or labels.is_floating_point() or torch.compiler.is_compiling():
+        return
+    wrong = ((labels < 0) | (labels >= count)) & (labels != IGNORED_LABEL)
+    if bool(wrong.any()):
+        found = sorted(set(labels[wrong].flatten().tolist()))[:5]
+        raise ValueError(f"{name} must lie in [0, {count - 1}] or be {IGNORED_LABEL}; got {found}")

@@ -1,0 +1,403 @@
+"""PTuningV2Model: a frozen transformers model with trained prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.adapter import Adapter
+from ptv2_fast.attention import hook
+from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
+from ptv2_fast.config import PTuningV2Config
+from ptv2_fast.models.families import family_of
+from ptv2_fast.models.inputs import check_inputs, packed_rows, text_positions
+from ptv2_fast.models.view import view_of
+from ptv2_fast.prompts.keys_values import layer_prompts, stack_bank
+from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
+
+BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
+
+
+class PTuningV2Model(nn.Module):
+    """A frozen transformers model whose attention layers also see trained prompts.
+
+    The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values inside attention,
+    so every output has the N rows of the text. One model holds any number of adapters over one base.
+
+    Use `get_ptv2_model` to build the subclass that fits a task.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: PTuningV2Config,
+        adapter_name: str = "default",
+        *,
+        tokenizer=None,
+        init_text: str | Sequence[str] | None = None,
+    ):
+        """Freeze `base`, attach the prompt attention to it and create the first adapter.
+
+        Args:
+            base: a transformers model of a supported family; it is changed in two ways: its parameters no longer
+                require gradients and its attention implementation becomes "ptv2_fast" (`unload` takes that back).
+            config: the adapter's configuration.
+            adapter_name: the adapter's name.
+            tokenizer, init_text: the text for `prompt_init="text"`, and what splits it into tokens.
+
+        Raises:
+            ValueError: base, configuration and task do not fit together.
+        """
+        super().__init__()
+        if not isinstance(base, PreTrainedModel):
+            raise ValueError(f"base must be a transformers PreTrainedModel; got {type(base).__name__}")
+        self._family = family_of(base.base_model)
+        self._disabled = False
+        self._prompt_cache: dict[str, tuple[Any, tuple[LayerPrompt | None, ...]]] = {}
+        self.base_model = base
+        self.adapters = nn.ModuleDict()
+        self.active_adapter = adapter_name
+        _attach(base)
+        self.add_adapter(adapter_name, config, tokenizer=tokenizer, init_text=init_text)
+        self.set_adapter(adapter_name)
+
+
+    def add_adapter(
+        self,
+        name: str,
+        config: PTuningV2Config,
+        *,
+        tokenizer=None,
+        init_text: str | Sequence[str] | None = None,
+    ) -> None:
+        """Create another adapter over the same base; it becomes active only by `set_adapter`.
+
+        Raises:
+            ValueError: the name is taken or unusable, or the configuration does not fit the base or this class.
+        """
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"name must be a non-empty string without dots; got {name!r}")
+        if name in self.adapters or name == BASE_ROW:
+            raise ValueError(f"name must be unused; got {name!r}, adapters are {', '.join(self.adapters)}")
+        first = next(iter(self.adapters.values()), None)
+        if first is not None and first.config.task_type != config.task_type:
+            raise ValueError(
+                f"config.task_type must be {first.config.task_type!r} like the other adapters of this model (several "
+                f"kinds of heads on one backbone: heads={{...}}); got {config.task_type!r}"
+            )
+        adapter = Adapter(self.base_model, config)
+        has_text = tokenizer is not None and init_text is not None
+        if config.prompt_init == "text" and not has_text:
+            raise ValueError("tokenizer and init_text must be given with prompt_init='text'")
+        wants_text = config.prompt_init == "text" or (
+            config.prompt_init is None and has_text and config.reparameterization is None
+        )
+        if wants_text:
+            ids = token_ids(tokenizer, init_text, config.num_virtual_tokens)
+            initialise_from_text(adapter.encoder, self.backbone, self._family, ids)
+        adapter.requires_grad_(name == self.active_adapter)
+        adapter.train(self.training)
+        self.adapters[name] = adapter
+
+    def set_adapter(self, name: str) -> None:
+        """Make an adapter the one that runs by default and the only one that trains."""
+        self._check_name(name)
+        self.active_adapter = name
+        for other, adapter in self.adapters.items():
+            adapter.requires_grad_(other == name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter; if it was active, the oldest remaining one becomes active."""
+        self._check_name(name)
+        if len(self.adapters) == 1:
+            raise ValueError(f"name must leave at least one adapter; {name!r} is the only one")
+        del self.adapters[name]
+        self._prompt_cache.pop(name, None)
+        if name == self.active_adapter:
+            self.set_adapter(next(iter(self.adapters)))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the model is the bare base, with the base's own attention, bit for bit."""
+        before, self._disabled = self._disabled, True
+        self.base_model.set_attn_implementation(self.base_model._ptv2_original_attention)
+        try:
+            yield
+        finally:
+            self._disabled = before
+            if not before:
+                self.base_model.set_attn_implementation(hook.IMPLEMENTATION)
+
+    def unload(self) -> PreTrainedModel:
+        """Give the base back with its own attention implementation; its parameters stay frozen."""
+        self.base_model.set_attn_implementation(self.base_model._ptv2_original_attention)
+        return self.base_model
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The base without its task head."""
+        return self.base_model.base_model
+
+    @property
+    def ptv2_config(self) -> dict[str, PTuningV2Config]:
+        """The configuration of every adapter, by name."""
+        return {name: adapter.config for name, adapter in self.adapters.items()}
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trained parameters and of all parameters, base included."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trained, sum(p.numel() for p in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many, and their share."""
+        trained, total = self.trainable_parameters()
+        print(f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.4f} %)")
+
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs,
+    ):
+        """Run the base with prompts: what the base returns, for the N tokens of each row.
+
+        Args:
+            input_ids: (B, N); or inputs_embeds (B, N, D).
+            attention_mask: (B, N) over the text alone, any padding side; or (B, 1, N, N).
+            adapter_names: one name per row, "__base__" for none; None runs the active adapter on all rows.
+            kwargs: whatever else the base takes.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
+        return self.run(self.base_model, inputs, adapter_names)
+
+    def run(
+        self, target: nn.Module, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None = None
+    ):
+        """Call `target` (the base, its backbone, or a view of one) with the prompts among its inputs.
+
+        Inputs that are None are left out, so that a target need not know every one.
+        """
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if self._disabled:
+            return target(**inputs)
+        names = self._row_names(adapter_names, inputs)
+        evolving = [n for n in names if n != BASE_ROW and self._evolves_with_text(self.adapters[n])]
+        if not evolving:
+            return target(**self.with_prompts(inputs, names))
+        if len(names) > 1:
+            raise ValueError(
+                "adapter_names must not mix a shallow prompt on a bidirectional model with other adapters: its "
+                f"virtual tokens are rows of the batch; got {sorted(set(names))}"
+            )
+        return self._run_evolving(target, inputs, self.adapters[names[0]])
+
+    def with_prompts(self, inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """`inputs` with the prompts, and with the positions that the text has beside them.
+
+        Args:
+            inputs: keyword arguments of the base's forward, none of them None.
+            names: the adapter of every row, or of all rows if it is only one.
+        """
+        if getattr(self.backbone, "gradient_checkpointing", False) and self.training:
+            self._check_checkpointing()
+        past_length = _past_length(inputs)
+        mask = inputs.get("attention_mask")
+        rows, tokens = check_inputs(
+            inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, past_length
+        )
+        offsets = [0 if n == BASE_ROW else self._text_offset(self.adapters[n]) for n in names]
+        if isinstance(past_length, int):
+            self._check_length(tokens + past_length + max(offsets))
+        device = self.backbone.device
+        is_first = inputs.get("past_key_values") is None
+        packing = packed_rows(inputs.get("position_ids"), mask) if is_first else None
+        first = self._family.first_position(self.backbone)
+        positions = text_positions(
+            inputs.get("position_ids"), mask,
+            rows=rows, tokens=tokens, past_length=past_length, first=first, device=device,
+            offset=offsets[0] if len(names) == 1 else torch.tensor(offsets, device=device)[:, None],
+        )  # fmt: skip
+        prompts, bank = self._prompts(names)
+        index = None if bank is None else torch.tensor(bank, device=device)
+        bounds = longest = None
+        if packing is not None:
+            bounds, row_of, longest = packing
+            index = index[row_of] if index is not None else None
+            # With a mask at hand transformers does not look for packed rows itself.
+            mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        backend = self.adapters[self.active_adapter].config.backend
+        batch = PromptBatch(prompts, index, bounds, longest, backend)
+        injected = {**inputs, "attention_mask": mask, "position_ids": positions, "ptv2_prompts": batch}
+        return {name: value for name, value in injected.items() if value is not None}
+
+
+    def _run_evolving(self, target: nn.Module, inputs: dict[str, Any], adapter: Adapter):
+        """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
+        mask = inputs.get("attention_mask")
+        rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
+        length, device = adapter.config.num_virtual_tokens, self.backbone.device
+        self._check_length(tokens + length)
+        if packed_rows(inputs.get("position_ids"), mask) is not None:
+            raise ValueError("position_ids must not pack rows with a shallow prompt on a bidirectional model")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"attention_mask must have shape (B, N) with a shallow prompt; got {mask.shape}")
+        positions = text_positions(
+            inputs.get("position_ids"), mask,
+            rows=rows, tokens=tokens, past_length=0, device=device, offset=length,
+            first=self._family.first_position(self.backbone),
+        )  # fmt: skip
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(rows, length), mask], dim=1)
+        prompts = adapter.encoder().to(self.backbone.dtype)
+        view = self._family.shallow_view(self.backbone, prompts)
+        if target is not self.backbone:
+            view = view_of(target, children={self.base_model.base_model_prefix: view})
+        empty = PromptBatch(layers=(), backend=adapter.config.backend)
+        inputs = {**inputs, "position_ids": positions, "attention_mask": mask, "ptv2_prompts": empty}
+        output = view(**{name: value for name, value in inputs.items() if value is not None})
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(state[:, -tokens:] for state in output.hidden_states)
+        return output
+
+    def _prompts(self, names: Sequence[str]) -> tuple[tuple[LayerPrompt | None, ...], list[int] | None]:
+        """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""
+        if len(names) == 1 and names[0] != BASE_ROW:
+            return self._layer_prompts(names[0]), None
+        members = sorted(set(names))
+        nothing = (None,) * len(self._family.layers(self.backbone))
+        bank = stack_bank([nothing if n == BASE_ROW else self._layer_prompts(n) for n in members])
+        return bank, [members.index(name) for name in names]
+
+    def _layer_prompts(self, name: str) -> tuple[LayerPrompt | None, ...]:
+        """Keys and values of one adapter: made anew while training, kept while nothing changes."""
+        encoder = self.adapters[name].encoder
+        if torch.is_grad_enabled() or encoder.training or torch.compiler.is_compiling():
+            return layer_prompts(encoder, self.backbone, self._family)
+        made_from = _state_of(encoder, self.backbone)
+        kept = self._prompt_cache.get(name)
+        if kept is None or made_from is None or kept[0] != made_from:
+            kept = (made_from, layer_prompts(encoder, self.backbone, self._family))
+            self._prompt_cache[name] = kept
+        return kept[1]
+
+    def _row_names(self, adapter_names: Sequence[str] | None, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """The adapter of every row; a single name where all rows use the same."""
+        if adapter_names is None:
+            return (self.active_adapter,)
+        if isinstance(adapter_names, str):
+            raise ValueError(f"adapter_names must be one name per row; got the string {adapter_names!r}")
+        ids = inputs.get("input_ids")
+        rows = (ids if ids is not None else inputs["inputs_embeds"]).shape[0]
+        # Beam search and several returned sequences repeat each row in place.
+        if not adapter_names or rows % len(adapter_names):
+            raise ValueError(f"adapter_names must name {rows} rows; got {len(adapter_names)} names")
+        for name in set(adapter_names) - {BASE_ROW}:
+            self._check_name(name)
+        if len(set(adapter_names)) == 1:
+            return (adapter_names[0],)
+        repeats = rows // len(adapter_names)
+        return tuple(name for name in adapter_names for _ in range(repeats))
+
+    def _evolves_with_text(self, adapter: Adapter) -> bool:
+        return adapter.config.injection == "shallow" and not self._family.causal
+
+    def _text_offset(self, adapter: Adapter) -> int:
+        """How far the text's positions shift; rotary ones need no room for a shallow prompt."""
+        is_shallow = adapter.config.injection == "shallow"
+        return 0 if is_shallow and self._family.rotary else adapter.config.text_offset
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.adapters:
+            raise ValueError(f"adapter must be one of {', '.join(self.adapters)}; got {name!r}")
+
+    def _check_length(self, length: int) -> None:
+        """Refuse texts that run past a table of learned positions."""
+        if self._family.rotary:
+            return
+        limit = self.backbone.config.max_position_embeddings
+        limit -= self._family.first_position(self.backbone)
+        if length > limit:
+            raise ValueError(
+                f"input_ids must leave the text's last position within the model's {limit} learned positions; "
+                f"tokens and position offset come to {length}"
+            )
+
+    def _check_checkpointing(self) -> None:
+        function = getattr(self.backbone, "_gradient_checkpointing_func", None)
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient checkpointing must be non-reentrant: prompts reach the layers beside the inputs that the "
+                "reentrant kind tracks; pass use_reentrant=False"
+            )
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
+        """Recompute the base's activations in backward; gradients stay the same."""
+        chosen = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if chosen["use_reentrant"]:
+            raise ValueError("use_reentrant must be False: the reentrant kind loses the prompts' gradients")
+        if hasattr(self.base_model, "activation_checkpointing_enable"):
+            self.base_model.activation_checkpointing_enable(chosen, **kwargs)
+        else:
+            self.base_model.gradient_checkpointing_enable(chosen, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def __getattr__(self, name: str):
+        """What this class does not define is the base's: config, device, dtype, generation_config, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def _attach(base: PreTrainedModel) -> None:
+    """Freeze the base and let its attention run through the hook."""
+    hook.register()
+    current = base.config._attn_implementation
+    if current != hook.IMPLEMENTATION:
+        base._ptv2_original_attention = current
+        base.set_attn_implementation(hook.IMPLEMENTATION)
+    if base.base_model.config._attn_implementation != hook.IMPLEMENTATION:
+        raise ValueError(
+            f"base must use transformers' attention interface; {type(base).__name__} does not let its attention "
+            "implementation be set"
+        )
+    base.requires_grad_(False)
+
+
+def _past_length(inputs: Mapping[str, Any]) -> int | Tensor:
+    """Cached tokens; a tensor for a static cache, whose length lives on the device."""
+    past = inputs.get("past_key_values")
+    return 0 if past is None else past.get_seq_length()
+
+
+def _state_of(encoder: nn.Module, backbone: PreTrainedModel) -> tuple | None:
+    """What changes whenever the prompts are written to, or the frozen base is moved, cast or loaded anew.
+
+    None where that cannot be seen (parameters made in inference mode).
+    """
+    parameters = [*encoder.parameters(), next(backbone.parameters())]
+    if any(p.is_inference() for p in parameters):
+        return None
+    return tuple((id(p), p._version, p.data_ptr(), p.dtype) for p in parameters)

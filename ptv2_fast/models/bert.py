@@ -1,0 +1,61 @@
+"""BERT and RoBERTa: post-norm encoders, whose layers project the prompt as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.models.view import view_of
+
+
+def layers(backbone: PreTrainedModel) -> nn.ModuleList:
+    """The encoder's layers in order."""
+    return backbone.encoder.layer
+
+
+def project(backbone: PreTrainedModel, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of prompt states (P, D) at one layer, each (H, P, d)."""
+    attention = backbone.encoder.layer[layer].attention.self
+    split = (*states.shape[:-1], -1, attention.attention_head_size)
+    keys = attention.key(states).view(split).transpose(0, 1)
+    values = attention.value(states).view(split).transpose(0, 1)
+    return keys, values
+
+
+def roberta_first_position(backbone: PreTrainedModel) -> int:
+    """RoBERTa counts positions from padding_idx + 1."""
+    return backbone.embeddings.padding_idx + 1
+
+
+def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
+    """A view of the backbone in which virtual tokens evolve in front of every row's text.
+
+    Text cannot be computed without the virtual tokens nor they without the text, so the rows of both live in one
+    (B, P + N, D) buffer that the embedding step writes once; what follows the last layer sees the text only.
+
+    Args:
+        backbone: BertModel or RobertaModel.
+        prompts: (P, D) embeddings of the virtual tokens, at positions 0..P-1.
+
+    Returns:
+        A module called like the backbone, with a (B, P + N) attention mask beside inputs of N tokens.
+    """
+    length = prompts.shape[0]
+
+    def embed(original, input_ids=None, inputs_embeds=None, **kwargs):
+        text = original(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)  # (B, N, D)
+        # Without position ids the embedding module counts from its own first position.
+        virtual = original(inputs_embeds=prompts[None].to(text.dtype))  # (1, P, D)
+        return torch.cat([virtual.expand(text.shape[0], -1, -1), text], dim=1)
+
+    def encode(original, *args, **kwargs):
+        output = original(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state[:, length:]
+        return output
+
+    children = {
+        "embeddings": view_of(backbone.embeddings, forward=embed),
+        "encoder": view_of(backbone.encoder, forward=encode),
+    }
+    return view_of(backbone, children=children)

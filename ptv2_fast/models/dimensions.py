@@ -1,0 +1,33 @@
+"""Sizes of a backbone, read from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """hidden_size D, num_layers L, num_heads H, num_kv_heads Hkv, head_dim d of a backbone."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    initializer_range: float
+
+    @classmethod
+    def of(cls, backbone: PreTrainedModel) -> Dimensions:
+        """Read the sizes that `backbone.config` states."""
+        config = backbone.config
+        heads = config.num_attention_heads
+        return cls(
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            initializer_range=getattr(config, "initializer_range", 0.02),
+        )

@@ -1,0 +1,91 @@
+"""The registry of model families: everything the rest of the package needs to know about one.
+
+A family is found by the base model's `config.model_type`. Adding one means one file beside this and one line in
+`_FAMILIES`; nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.models import bert, gpt2, llama
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model families.
+
+    Attributes:
+        causal: text cannot see what stands after it; a shallow prompt then runs through the stack on its own.
+        layers: the backbone's transformer layers in order.
+        project: (backbone, layer index, prompt states (P, D)) -> keys and values, each (Hkv, P, d), exactly as the
+            layer would make them for rows that stand before the text.
+        first_position: (backbone) -> the position id of a row's first token.
+        rotary: positions are rotary: only differences count, there is no table of them, and a prompt stands at
+            -P..-1 before a text at 0.. whatever its injection.
+        shallow_view: (backbone, prompts (P, D)) -> the backbone with virtual tokens evolving in front of the text;
+            for bidirectional families only.
+    """
+
+    causal: bool
+    layers: Callable[[PreTrainedModel], nn.ModuleList]
+    project: Callable[[PreTrainedModel, int, Tensor], tuple[Tensor, Tensor]]
+    first_position: Callable[[PreTrainedModel], int]
+    rotary: bool = False
+    shallow_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
+
+
+_BERT = Family(
+    causal=False,
+    layers=bert.layers,
+    project=bert.project,
+    first_position=lambda backbone: 0,
+    shallow_view=bert.shallow_view,
+)
+_ROBERTA = replace(_BERT, first_position=bert.roberta_first_position)
+_GPT2 = Family(
+    causal=True, layers=gpt2.layers, project=gpt2.project, first_position=lambda backbone: 0
+)
+_LLAMA = Family(
+    causal=True,
+    layers=llama.layers,
+    project=llama.project,
+    first_position=lambda backbone: 0,
+    rotary=True,
+)
+
+_FAMILIES = {
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+def family_of(backbone: PreTrainedModel) -> Family:
+    """The family of a backbone.
+
+    Raises:
+        ValueError: no family is known for its `config.model_type`; the message lists the known ones.
+    """
+    model_type = getattr(backbone.config, "model_type", None)
+    if model_type not in _FAMILIES:
+        raise ValueError(
+            f"base must be of a supported family ({', '.join(sorted(_FAMILIES))}); "
+            f"got {type(backbone).__name__} with model_type {model_type!r}"
+        )
+    if getattr(backbone.config, "is_decoder", False) and not _FAMILIES[model_type].causal:
+        raise ValueError(
+            f"base must be an encoder; got {type(backbone).__name__} configured with is_decoder=True"
+        )
+    return _FAMILIES[model_type]
+
+
+def supported_families() -> tuple[str, ...]:
+    """The model types that have a family, sorted."""
+    return tuple(sorted(_FAMILIES))

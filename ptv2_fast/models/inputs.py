@@ -1,0 +1,96 @@
+"""What a forward pass needs to know about its inputs: sizes, positions of the text, packed rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_inputs(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    past_length: int | Tensor,
+) -> tuple[int, int]:
+    """Rows B and tokens N of the call.
+
+    Raises:
+        ValueError: not exactly one of input_ids and inputs_embeds, or a mask of another length.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+    if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
+        raise ValueError(
+            f"input_ids must be integers of shape (B, N); got {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
+    if inputs_embeds is not None and inputs_embeds.dim() != 3:
+        raise ValueError(f"inputs_embeds must have shape (B, N, D); got {tuple(inputs_embeds.shape)}")
+    rows, tokens = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        if isinstance(past_length, Tensor):
+            return rows, tokens  # reading a static cache's length would wait for the device
+        expected = (rows, past_length + tokens)
+        if attention_mask.shape != expected:
+            raise ValueError(
+                f"attention_mask must have shape {expected}: {rows} rows, {past_length} cached tokens and "
+                f"{tokens} new ones (the prompt is not masked); got {tuple(attention_mask.shape)}"
+            )
+    elif isinstance(attention_mask, Tensor) and attention_mask.dim() != 4:
+        raise ValueError(f"attention_mask must have 2 or 4 dimensions; got {tuple(attention_mask.shape)}")
+    return rows, tokens
+
+
+def text_positions(
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    *,
+    rows: int,
+    tokens: int,
+    past_length: int | Tensor,
+    first: int,
+    offset: int | Tensor,
+    device: torch.device,
+) -> Tensor | None:
+    """Position ids of the text, or None where the model's own are right.
+
+    A row's real tokens count up from `first` wherever its padding stands, so that a left-padded row, a right-padded
+    row and the row alone are the same row: what counts with rotary positions is their distance to the prompt.
+
+    Args:
+        position_ids: the caller's, (B or 1, N), in the model's own numbering; None derives them.
+        attention_mask: (B, past + N), or None.
+        first: the family's first position.
+        offset: added to every position: P for shallow prompts at learned positions, or (B, 1) where rows differ.
+    """
+    if position_ids is not None:
+        return position_ids + offset
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        counted = attention_mask.long().cumsum(-1)[:, -tokens:] - 1
+        return counted.clamp(min=0) + first + offset
+    if isinstance(offset, int) and offset == 0:
+        return None
+    return (torch.arange(tokens, device=device) + first + past_length).expand(rows, -1) + offset
+
+
+def packed_rows(
+    position_ids: Tensor | None, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor, int] | None:
+    """Boundaries of packed rows, read off positions that restart; None where each row is one text.
+
+    As in transformers, a batch with a mask is padded, not packed.
+
+    Returns:
+        cu_seqlens (S + 1,) int32 over the flattened (B, N) tokens, row_of (S,) the batch row that each packed row
+        stands in, and the longest packed row.
+    """
+    if position_ids is None or attention_mask is not None or position_ids.dim() != 2:
+        return None
+    batch, tokens = position_ids.shape
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    begin = starts.flatten().nonzero().flatten()
+    if begin.numel() == batch:
+        return None
+    end = torch.tensor([batch * tokens], device=begin.device)
+    bounds = torch.cat([begin, end])
+    return bounds.to(torch.int32), begin // tokens, int(bounds.diff().max())

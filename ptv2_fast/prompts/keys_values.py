@@ -1,0 +1,100 @@
+"""From trained prompts to the keys and values that attention reads, once per step and never per row."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptv2_fast.attention.prompt_batch import LayerPrompt
+from ptv2_fast.models.families import Family
+from ptv2_fast.prompts.encoder import PromptEncoder
+
+
+def layer_prompts(
+    encoder: PromptEncoder, backbone: PreTrainedModel, family: Family
+) -> tuple[LayerPrompt | None, ...]:
+    """The prompt of every layer of the backbone; None where a layer has none.
+
+    deep: K_p, V_p = the layer's own projection of its prompt states; prefix: the parameters themselves; shallow on a
+    causal model: one pass of the P virtual tokens through the frozen stack, which cannot see the text.
+
+    Returns:
+        One LayerPrompt of keys and values (Hkv, P, d) per layer, in the backbone's dtype.
+
+    Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its size.
+    """
+    prompts = encoder().to(backbone.dtype)
+    match encoder.injection:
+        case "prefix":
+            pairs = dict(zip(encoder.layers, (layer.unbind(0) for layer in prompts.unbind(0))))
+        case "deep":
+            states = zip(encoder.layers, prompts.unbind(0))
+            pairs = {layer: family.project(backbone, layer, state) for layer, state in states}
+        case "shallow":
+            recorded = record_keys_values(backbone, prompts[None], family)
+            pairs = {layer: recorded[layer] for layer in encoder.layers}
+    gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
+    count = len(family.layers(backbone))
+    return tuple(
+        LayerPrompt(*pairs[layer], bias=gates.get(layer)) if layer in pairs else None
+        for layer in range(count)
+    )
+
+
+def record_keys_values(
+    backbone: PreTrainedModel, embeddings: Tensor, family: Family
+) -> list[tuple[Tensor, Tensor]]:
+    """Run embeddings (1, P, D) through the backbone and keep each layer's keys and values, (Hkv, P, d).
+
+    They stand right before the text: at rotary positions -P..-1, or at the first P learned ones.
+    """
+    length = embeddings.shape[1]
+    start = -length if family.rotary else family.first_position(backbone)
+    positions = torch.arange(start, start + length, device=embeddings.device)[None]
+    record: list[tuple[Tensor, Tensor]] = []
+    backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False, ptv2_record=record)
+    # A recomputation in backward (gradient checkpointing) appends again: only the first pass counts.
+    return [(keys[0], values[0]) for keys, values in record[: len(family.layers(backbone))]]
+
+
+def stack_bank(
+    members: list[tuple[LayerPrompt | None, ...]],
+) -> tuple[LayerPrompt | None, ...]:
+    """One bank per layer out of the prompts of R adapters, padded to the longest.
+
+    Args:
+        members: per adapter, the LayerPrompt (Hkv, P_r, d) of every layer, or None.
+
+    Returns:
+        Per layer a bank (R, Hkv, max P, d) with lens (R,); None where no adapter prompts the layer.
+    """
+    return tuple(_stack_layer(layer) for layer in zip(*members))
+
+
+def _stack_layer(prompts: tuple[LayerPrompt | None, ...]) -> LayerPrompt | None:
+    present = [prompt for prompt in prompts if prompt is not None]
+    if not present:
+        return None
+    like = present[0].keys
+    lens = [0 if prompt is None else prompt.keys.shape[1] for prompt in prompts]
+    longest = max(lens)
+    nothing = like.new_zeros(like.shape[0], 0, like.shape[2])
+
+    def padded(tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (0, 0, 0, longest - tensor.shape[1]))
+
+    keys = torch.stack([padded(nothing if p is None else p.keys) for p in prompts])
+    values = torch.stack([padded(nothing if p is None else p.values) for p in prompts])
+    gate = next((prompt.bias for prompt in present if prompt.bias is not None), None)
+    bias = None
+    if gate is not None:
+        rows = [
+            gate.new_zeros(gate.shape[0], longest)
+            if p is None or p.bias is None
+            else F.pad(p.bias, (0, longest - p.bias.shape[1]))
+            for p in prompts
+        ]
+        bias = torch.stack(rows)
+    return LayerPrompt(keys, values, bias, torch.tensor(lens, dtype=torch.int32, device=like.device))

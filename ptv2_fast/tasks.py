@@ -1,0 +1,247 @@
+"""The model classes of the tasks: their forward signatures, heads and losses.
+
+Trainer reads a model's labels off its class name and forward signature, so each task has a class of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from ptv2_fast.adapter import Adapter
+from ptv2_fast.config import PTuningV2Config
+from ptv2_fast.heads import check_labels, classification_loss, span_loss
+from ptv2_fast.model import BASE_ROW, PTuningV2Model
+from ptv2_fast.models.view import view_of
+
+
+class _PTuningV2ModelWithHeads(PTuningV2Model):
+    """What the tasks with trained heads share: running the head that an adapter has."""
+
+    def _run_task(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        task: str | None,
+        targets: dict[str, Tensor | None],
+    ):
+        """The task's output with logits, and a loss where `targets` (labels, or start and end) are given."""
+        return_dict = inputs.pop("return_dict", None)
+        names = list(dict.fromkeys(adapter_names)) if adapter_names else [self.active_adapter]
+        targets = {name: target for name, target in targets.items() if target is not None}
+        adapters = [self.adapters[n] for n in names if n in self.adapters]
+        if self._disabled or not adapters or not any(len(a.heads) for a in adapters):
+            output = self._run_base_head(inputs, adapter_names, adapters, targets)
+        else:
+            output = self._run_own_heads(inputs, adapter_names, names, task, targets)
+        return output.to_tuple() if return_dict is False else output
+
+    def _run_base_head(self, inputs, adapter_names, adapters: list[Adapter], targets):
+        """The base's own forward, with the adapter's copy of the base's head in its place."""
+        for name, labels in targets.items():
+            if self.base_model.num_labels > 1 and name == "labels":
+                check_labels(name, labels, self.base_model.num_labels)
+        target = self.base_model
+        if adapters and not self._disabled:
+            if len(adapters) > 1:
+                raise ValueError(
+                    "adapter_names must name one adapter where each has its own copy of the base's head; configure "
+                    f"heads={{...}} on the backbone to mix them in one batch; got {len(adapters)} adapters"
+                )
+            target = view_of(target, children=dict(adapters[0].base_heads.items()))
+        return self.run(target, {**inputs, **targets}, adapter_names)
+
+    def _run_own_heads(self, inputs, adapter_names, names, task, targets):
+        """The backbone with prompts, then our head of each row's adapter."""
+        output = self.run(self.backbone, inputs, adapter_names)
+        hidden = output.last_hidden_state
+        mask = inputs.get("attention_mask")
+        mask = mask if mask is not None and mask.dim() == 2 else None
+        if len(names) == 1:
+            head = self.adapters[names[0]].head(task)
+            return _task_output(head.config.task_type, head(hidden, mask), targets, output)
+        if BASE_ROW in names:
+            raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
+        if targets:
+            raise ValueError(
+                f"{', '.join(targets)} must be None with several adapters in one batch: train one at a time"
+            )
+        rows = [
+            self.adapters[name].head(task)(hidden[i : i + 1], None if mask is None else mask[i : i + 1])
+            for i, name in enumerate(adapter_names)
+        ]
+        kinds = {self.adapters[name].head(task).config.task_type for name in names}
+        same = len(kinds) == 1 and len({row.shape for row in rows}) == 1
+        # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
+        logits = torch.cat(rows) if same else tuple(row[0] for row in rows)
+        return _task_output(next(iter(kinds)) if same else "SEQ_CLS", logits, targets, output)
+
+
+class PTuningV2ModelForSequenceClassification(_PTuningV2ModelWithHeads):
+    """Prompts for classifying whole rows (task_type SEQ_CLS)."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        task: str | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs,
+    ):
+        """Logits (B, C) and, with labels (B,), the mean cross-entropy; `task` picks one of several heads."""
+        inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
+        return self._run_task(inputs, adapter_names, task, {"labels": labels})
+
+
+class PTuningV2ModelForTokenClassification(PTuningV2ModelForSequenceClassification):
+    """Prompts for tagging tokens (task_type TOKEN_CLS): logits (B, N, C), labels (B, N), -100 ignored."""
+
+
+class PTuningV2ModelForQuestionAnswering(_PTuningV2ModelWithHeads):
+    """Prompts for extractive question answering (task_type QUESTION_ANS)."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        task: str | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs,
+    ):
+        """Start and end logits (B, N) over the text's own tokens and, with positions (B,), their mean loss."""
+        inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
+        targets = {"start_positions": start_positions, "end_positions": end_positions}
+        return self._run_task(inputs, adapter_names, task, targets)
+
+
+class PTuningV2ModelForCausalLM(PTuningV2Model):
+    """Prompts for a causal language model (task_type CAUSAL_LM)."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs,
+    ):
+        """The base's output: logits (B, N, V), the cache of the text alone, and the loss of shifted labels (B, N)."""
+        inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
+        if labels is not None:
+            check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size)
+        return self.run(self.base_model, {**inputs, "labels": labels}, adapter_names)
+
+    def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+        """`generate` of the base with the prompts in every step; all its modes, caches and arguments.
+
+        The cache that it returns holds the text alone: a second turn on it is a run on the whole text.
+        """
+        if self._disabled:
+            return self.base_model.generate(*args, **kwargs)
+
+        def forward(original, *call_args, **inputs):
+            # generate calls with keywords; what it leaves out stays out.
+            return self.run(original, inputs, adapter_names)
+
+        with torch.no_grad():
+            return view_of(self.base_model, forward=forward).generate(*args, **kwargs)
+
+
+class PTuningV2ModelForFeatureExtraction(PTuningV2Model):
+    """Prompts for the backbone's hidden states themselves (task_type FEATURE_EXTRACTION), or for several heads."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs,
+    ):
+        """The backbone's output; last_hidden_state is (B, N, D)."""
+        inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
+        return self.run(self.backbone, inputs, adapter_names)
+
+
+MODEL_CLASSES: dict[str, type[PTuningV2Model]] = {
+    "SEQ_CLS": PTuningV2ModelForSequenceClassification,
+    "TOKEN_CLS": PTuningV2ModelForTokenClassification,
+    "QUESTION_ANS": PTuningV2ModelForQuestionAnswering,
+    "CAUSAL_LM": PTuningV2ModelForCausalLM,
+    "FEATURE_EXTRACTION": PTuningV2ModelForFeatureExtraction,
+}
+
+
+def get_ptv2_model(
+    base: PreTrainedModel,
+    config: PTuningV2Config,
+    adapter_name: str = "default",
+    *,
+    tokenizer=None,
+    init_text: str | Sequence[str] | None = None,
+) -> PTuningV2Model:
+    """Freeze a transformers model and give it trained prompts.
+
+    Args:
+        base: a model of a supported family: a task model (AutoModelFor...), whose head is copied and trained, or a
+            backbone (AutoModel) with `config.heads`.
+        config: how prompts are injected and what they are for.
+        adapter_name: the name of the first adapter.
+        tokenizer, init_text: a tokenizer and a text for prompts that start as what the model computes for it.
+
+    Returns:
+        The PTuningV2ModelFor... of `config.task_type`.
+
+    Raises:
+        ValueError: base and configuration do not fit together.
+    """
+    if not isinstance(config, PTuningV2Config):
+        raise ValueError(f"config must be a PTuningV2Config; got {type(config).__name__}")
+    cls = MODEL_CLASSES[config.task_type]
+    return cls(base, config, adapter_name, tokenizer=tokenizer, init_text=init_text)
+
+
+def _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, others) -> dict[str, Any]:
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "position_ids": position_ids,
+        "inputs_embeds": inputs_embeds,
+        **others,
+    }
+
+
+def _task_output(task_type: str, logits, targets: dict[str, Tensor], output):
+    """The output class of a task, with its loss where there are targets."""
+    states = {"hidden_states": output.hidden_states}
+    if task_type == "QUESTION_ANS":
+        start, end = logits.unbind(-1)
+        loss = span_loss(logits, **targets) if targets else None
+        return QuestionAnsweringModelOutput(loss, start_logits=start, end_logits=end, **states)
+    loss = classification_loss(logits, targets["labels"]) if targets else None
+    cls = TokenClassifierOutput if task_type == "TOKEN_CLS" else SequenceClassifierOutput
+    return cls(loss, logits=logits, **states)
