@@ -17,13 +17,14 @@ from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.families import family_of
 from ptv2_fast.models.inputs import check_inputs, packed_rows, text_positions
 from ptv2_fast.models.view import view_of
+from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.keys_values import layer_prompts, stack_bank
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 
 BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
 
 
-class PTuningV2Model(nn.Module):
+class PTuningV2Model(Persistence, nn.Module):
     """A frozen transformers model whose attention layers also see trained prompts.
 
     The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values inside attention,

@@ -5,6 +5,7 @@ Trainer reads a model's labels off its class name and forward signature, so each
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,22 @@ from ptv2_fast.models.view import view_of
 
 class _PTuningV2ModelWithHeads(PTuningV2Model):
     """What the tasks with trained heads share: running the head that an adapter has."""
+
+    @property
+    def config(self):
+        """The base's configuration; with the active adapter's label names where it has a single head of its own.
+
+        A pipeline reads label names from here.
+        """
+        config = self.base_model.config
+        heads = list(self.adapters[self.active_adapter].heads.values())
+        if len(heads) != 1:
+            return config
+        config = copy.copy(config)
+        labels = heads[0].config.labels or [f"LABEL_{i}" for i in range(heads[0].config.num_labels)]
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+        return config
 
     def _run_task(
         self,

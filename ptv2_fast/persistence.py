@@ -1,0 +1,152 @@
+"""Saving and loading of a PTuningV2Model: folders, and a state dict of nothing but what is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptv2_fast import checkpoint
+from ptv2_fast.adapter import Adapter
+
+
+class Persistence:
+    """What a PTuningV2Model knows of saving; mixed into it.
+
+    The state dict holds the adapters alone, with a description of themselves: Trainer's checkpoints therefore hold
+    only what is trained, resume exactly, and can be read by `from_pretrained`.
+    """
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, adapter_names: list[str] | None = None, **kwargs
+    ) -> None:
+        """Write adapters: a single one into the folder itself, several into a sub-folder each.
+
+        Args:
+            save_directory: a folder; created where it does not exist.
+            adapter_names: which adapters; None means all.
+            kwargs: arguments that save_pretrained has elsewhere; `is_main_process=False` writes nothing.
+
+        Raises:
+            ValueError: an adapter is unknown, or the folder is a file.
+        """
+        names = list(self.adapters) if adapter_names is None else list(adapter_names)
+        for name in names:
+            self._check_name(name)
+        if not kwargs.get("is_main_process", True):
+            return
+        for name in names:
+            adapter = self.adapters[name]
+            folder = Path(save_directory) if len(names) == 1 else Path(save_directory) / name
+            description = checkpoint.describe(name, adapter.config, self.base_model)
+            checkpoint.save_adapter(folder, description, adapter.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: PreTrainedModel,
+        load_directory: str | Path,
+        *,
+        is_trainable: bool = False,
+        adapter_name: str | None = None,
+    ):
+        """Rebuild the model that `save_pretrained` (or Trainer) wrote, over `base`.
+
+        Args:
+            base: a model of the architecture that the adapters were trained on.
+            load_directory: a folder with one adapter, with a sub-folder per adapter, or a Trainer checkpoint.
+            is_trainable: whether the active adapter goes on training; otherwise everything is frozen and in eval mode.
+            adapter_name: which adapter becomes active; None means the first. A folder with a single adapter gives
+                it this name.
+
+        Raises:
+            ValueError: nothing to load, a damaged or foreign checkpoint, an unknown version, another base, or
+                tensors that do not fit; the message names the file or the tensor.
+        """
+        from ptv2_fast.tasks import MODEL_CLASSES
+
+        adapters = checkpoint.load_adapters(load_directory, base)
+        if adapter_name is not None and len(adapters) == 1:
+            adapters = {adapter_name: next(iter(adapters.values()))}
+        first = adapter_name if adapter_name is not None else next(iter(adapters))
+        if first not in adapters:
+            raise ValueError(f"adapter_name must be one of {', '.join(adapters)}; got {adapter_name!r}")
+        # Everything is built and checked before the base is touched.
+        built = {name: _rebuild(base, name, *parts) for name, parts in adapters.items()}
+        config = adapters[first][0]
+        model = MODEL_CLASSES[config.task_type](base, config, first)
+        for name, adapter in built.items():
+            if name not in model.adapters:
+                model.add_adapter(name, adapter.config)
+            model.adapters[name].load_state_dict(adapter.state_dict())
+        if is_trainable:
+            model.set_adapter(first)
+        else:
+            model.requires_grad_(False)
+            model.eval()
+        return model
+
+    def load_adapter(
+        self, load_directory: str | Path, adapter_name: str, *, is_trainable: bool = False
+    ) -> None:
+        """Add the single adapter of a folder under a name; `is_trainable` makes it the active one.
+
+        Raises:
+            ValueError: as `from_pretrained`, or the folder holds several adapters, or the name is taken.
+        """
+        found = checkpoint.load_adapters(load_directory, self.base_model)
+        if len(found) != 1:
+            raise ValueError(f"load_directory must hold one adapter; got {', '.join(found)}")
+        config, tensors = next(iter(found.values()))
+        loaded = _rebuild(self.base_model, adapter_name, config, tensors)
+        self.add_adapter(adapter_name, config)
+        self.adapters[adapter_name].load_state_dict(loaded.state_dict())
+        if is_trainable:
+            self.set_adapter(adapter_name)
+
+    def state_dict(self, *, destination=None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """The adapters' tensors and their description; the frozen base is left out."""
+        state = self.adapters.state_dict(
+            destination=destination, prefix=f"{prefix}adapters.", keep_vars=keep_vars
+        )
+        descriptions = [
+            checkpoint.describe(name, adapter.config, self.base_model)
+            for name, adapter in self.adapters.items()
+        ]
+        state[prefix + checkpoint.DESCRIPTION_KEY] = checkpoint.pack_description(descriptions)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
+        """Load what `state_dict` gave; the base keeps its weights."""
+        own = {k: v for k, v in state_dict.items() if k != checkpoint.DESCRIPTION_KEY}
+        result = super().load_state_dict(own, strict=False, assign=assign)
+        kept = [key for key in result.missing_keys if not key.startswith("base_model.")]
+        result.missing_keys[:] = kept
+        if strict and (kept or result.unexpected_keys):
+            raise RuntimeError(
+                f"state_dict does not fit: missing {kept}, unexpected {result.unexpected_keys}"
+            )
+        return result
+
+
+def _rebuild(base: PreTrainedModel, name: str, config, tensors: dict[str, Tensor]) -> Adapter:
+    """An adapter with the given tensors.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape.
+    """
+    adapter = Adapter(base, config)
+    expected = adapter.state_dict()
+    if set(expected) != set(tensors):
+        missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+        raise ValueError(f"adapter {name!r}: tensors missing {missing}, unknown {unknown}")
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"adapter {name!r}: {key} must have shape {tuple(expected[key].shape)}; "
+                f"got {tuple(tensor.shape)}"
+            )
+    adapter.load_state_dict(tensors)
+    return adapter
