@@ -1,0 +1,25 @@
+"""Settings of every test: one thread, the Triton interpreter where there is no GPU, the shared helpers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Triton reads the variable when its first kernel is decorated, so it stands before any import of ours.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Helpers are plain modules: with --import-mode=importlib tests are in no package they could share.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Every test starts from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
