@@ -24,7 +24,8 @@ class Adapter(nn.Module):
         config: the adapter's PTuningV2Config.
         encoder: the prompts.
         heads: our heads by name, where `config.heads` asks for them.
-        base_heads: trainable copies of the base's own head, where it has one and `config.heads` is None.
+        base_heads: trainable copies of the base's own head, where it has one and `config.heads` is
+            None.
     """
 
     def __init__(self, base: PreTrainedModel, config: PTuningV2Config):

@@ -1,7 +1,9 @@
-"""Checkpoints: what is trained, its configuration and the base it belongs to, never the base itself.
+"""Checkpoints: what is trained, its configuration and the base it belongs to, never the base
+itself.
 
-An adapter is two files. `ptv2_model.safetensors` holds the tensors and, in its metadata, the description below, so
-that this one file is whole by itself; `ptv2_config.json` is the same description for people and for the hub.
+An adapter is two files. `ptv2_model.safetensors` holds the tensors and, in its metadata, the
+description below, so that this one file is whole by itself; `ptv2_config.json` is the same
+description for people and for the hub.
 
     {"format_version": 1, "adapter_name": ..., "base": {...}, "config": {...}}
 """
@@ -26,7 +28,8 @@ from ptv2_fast.models.dimensions import Dimensions
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "ptv2_model.safetensors"
 CONFIG_NAME = "ptv2_config.json"
-# Trainer writes a model's state dict under this name; ours carries its description as a tensor of bytes.
+# Trainer writes a model's state dict under this name; ours carries its description as a tensor of
+# bytes.
 TRAINER_WEIGHTS_NAME = "model.safetensors"
 DESCRIPTION_KEY = "ptv2_description"
 
@@ -42,7 +45,8 @@ def describe(name: str, config: PTuningV2Config, base: PreTrainedModel) -> dict[
 
 
 def save_adapter(folder: str | Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write one adapter into a folder; killed at any moment, the folder holds the old adapter or the new one.
+    """Write one adapter into a folder; killed at any moment, the folder holds the old adapter or
+    the new one.
 
     Raises:
         ValueError: `folder` exists and is not a folder.
@@ -59,14 +63,15 @@ def save_adapter(folder: str | Path, description: dict[str, Any], tensors: dict[
 
 
 def load_adapters(folder: str | Path, base: PreTrainedModel) -> dict[str, tuple[PTuningV2Config, dict[str, Tensor]]]:
-    """Read every adapter of a folder: one in the folder itself, or one per sub-folder, or a Trainer checkpoint.
+    """Read every adapter of a folder: one in the folder itself, or one per sub-folder, or a Trainer
+    checkpoint.
 
     Returns:
         name -> (configuration, tensors on the CPU).
 
     Raises:
-        ValueError: nothing to load, a damaged or foreign file, an unknown version, or another base; the message
-            names the file.
+        ValueError: nothing to load, a damaged or foreign file, an unknown version, or another base;
+            the message names the file.
     """
     folder = Path(folder)
     if not folder.is_dir():

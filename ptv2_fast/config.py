@@ -14,7 +14,8 @@ INITS = ("text", "normal", "gated")
 POOLINGS = ("first", "last", "mean")
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
-# A prompt longer than this is a mistake far more often than a wish: cartridges use a few thousand tokens.
+# A prompt longer than this is a mistake far more often than a wish: cartridges use a few thousand
+# tokens.
 MAX_VIRTUAL_TOKENS = 1 << 17
 
 
@@ -23,9 +24,11 @@ class HeadConfig:
     """One trained head on the backbone's output.
 
     Attributes:
-        task_type: SEQ_CLS (one vector per row), TOKEN_CLS (one per token) or QUESTION_ANS (start and end logits).
+        task_type: SEQ_CLS (one vector per row), TOKEN_CLS (one per token) or QUESTION_ANS (start
+            and end logits).
         num_labels: number of classes; 2 for QUESTION_ANS (start, end).
-        pooling: what a SEQ_CLS head reads: the row's "first" or "last" real token, or the "mean" of its real tokens.
+        pooling: what a SEQ_CLS head reads: the row's "first" or "last" real token, or the "mean" of
+            its real tokens.
         dropout: dropout before the linear layer, in [0, 1).
         labels: names of the classes in the order of their ids, or None.
     """
@@ -56,25 +59,30 @@ class PTuningV2Config:
     Attributes:
         task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM or FEATURE_EXTRACTION.
         num_virtual_tokens: P, the length of the prompt.
-        injection: "deep" (a trained hidden state per layer and token), "shallow" (one at the embeddings, evolving
-            through the layers) or "prefix" (trained keys and values per layer).
-        layers: which layers get prompts, as indices (negative ones count from the end); None means all. Not for
-            "shallow".
-        prompt_init: "text" (what the frozen model itself computes for a given text), "normal", or "gated" ("normal"
-            plus a trained bias on the prompt's scores that starts so low that the prompt starts as a no-op). None
-            means "text" where a text and a tokenizer are given, else "normal".
+        injection: "deep" (a trained hidden state per layer and token), "shallow" (one at the
+            embeddings, evolving through the layers) or "prefix" (trained keys and values per
+            layer).
+        layers: which layers get prompts, as indices (negative ones count from the end); None means
+            all. Not for "shallow".
+        prompt_init: "text" (what the frozen model itself computes for a given text), "normal", or
+            "gated" ("normal" plus a trained bias on the prompt's scores that starts so low that the
+            prompt starts as a no-op). None means "text" where a text and a tokenizer are given,
+            else "normal".
         prompt_dropout: dropout on the prompt's elements while training, in [0, 1).
-        reparameterization: hidden size of the MLP that makes the prompts from P embeddings, or None for trained
-            prompts. Not for "shallow".
-        heads: trained heads on a backbone, name -> number of labels or HeadConfig (or its dict). None where the
-            base brings its own head or needs none.
-        position_offset: added to the position of every text token. None means the injection's own: 0 for "deep" and
-            "prefix", P for "shallow". P with "prefix" is what PEFT and the paper's code do on BERT-like models.
+        reparameterization: hidden size of the MLP that makes the prompts from P embeddings, or None
+            for trained prompts. Not for "shallow".
+        heads: trained heads on a backbone, name -> number of labels or HeadConfig (or its dict).
+            None where the base brings its own head or needs none.
+        position_offset: added to the position of every text token. None means the injection's own:
+            0 for "deep" and "prefix", P for "shallow". P with "prefix" is what PEFT and the paper's
+            code do on BERT-like models.
         backend: which backend of `prompt_attention` serves the model.
-        init_std: standard deviation of "normal" initialisation; None means the model's own initializer_range.
+        init_std: standard deviation of "normal" initialisation; None means the model's own
+            initializer_range.
 
     Raises:
-        ValueError: a value is unknown or two values contradict each other; the message names the field.
+        ValueError: a value is unknown or two values contradict each other; the message names the
+            field.
     """
 
     task_type: str

@@ -36,7 +36,8 @@ class Head(nn.Module):
 
 
 def pool(hidden: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
-    """One vector (B, D) per row of hidden (B, N, D): its first or last real token, or the mean of all of them.
+    """One vector (B, D) per row of hidden (B, N, D): its first or last real token, or the mean of
+    all of them.
 
     Any padding side; a row without a real token gives its first token, or zeros for "mean".
     """
@@ -73,7 +74,8 @@ def copied_heads(base: PreTrainedModel) -> nn.ModuleDict:
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (..., C) and labels (...), over labels other than -100; 0 where there is none.
+    """Mean cross-entropy of logits (..., C) and labels (...), over labels other than -100; 0 where
+    there is none.
 
     Raises:
         ValueError: shapes disagree, or a label lies outside [0, C) and is not -100.
@@ -92,7 +94,8 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def span_loss(logits: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
-    """Mean of the start's and the end's cross-entropy; logits (B, N, 2), positions (B,), -100 ignored.
+    """Mean of the start's and the end's cross-entropy; logits (B, N, 2), positions (B,), -100
+    ignored.
 
     Raises:
         ValueError: a position lies outside [0, N) and is not -100.

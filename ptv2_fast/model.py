@@ -27,8 +27,9 @@ BASE_ROW = "__base__"  # an adapter name that means: this row runs without a pro
 class PTuningV2Model(Persistence, nn.Module):
     """A frozen transformers model whose attention layers also see trained prompts.
 
-    The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values inside attention,
-    so every output has the N rows of the text. One model holds any number of adapters over one base.
+    The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values
+    inside attention, so every output has the N rows of the text. One model holds any number of
+    adapters over one base.
 
     Use `get_ptv2_model` to build the subclass that fits a task.
     """
@@ -45,8 +46,9 @@ class PTuningV2Model(Persistence, nn.Module):
         """Freeze `base`, attach the prompt attention to it and create the first adapter.
 
         Args:
-            base: a transformers model of a supported family; it is changed in two ways: its parameters no longer
-                require gradients and its attention implementation becomes "ptv2_fast" (`unload` takes that back).
+            base: a transformers model of a supported family; it is changed in two ways: its
+                parameters no longer require gradients and its attention implementation becomes
+                "ptv2_fast" (`unload` takes that back).
             config: the adapter's configuration.
             adapter_name: the adapter's name.
             tokenizer, init_text: the text for `prompt_init="text"`, and what splits it into tokens.
@@ -79,7 +81,8 @@ class PTuningV2Model(Persistence, nn.Module):
         """Create another adapter over the same base; it becomes active only by `set_adapter`.
 
         Raises:
-            ValueError: the name is taken or unusable, or the configuration does not fit the base or this class.
+            ValueError: the name is taken or unusable, or the configuration does not fit the base or
+                this class.
         """
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
             raise ValueError(f"name must be a non-empty string without dots; got {name!r}")
@@ -175,7 +178,8 @@ class PTuningV2Model(Persistence, nn.Module):
         Args:
             input_ids: (B, N); or inputs_embeds (B, N, D).
             attention_mask: (B, N) over the text alone, any padding side; or (B, 1, N, N).
-            adapter_names: one name per row, "__base__" for none; None runs the active adapter on all rows.
+            adapter_names: one name per row, "__base__" for none; None runs the active adapter on
+                all rows.
             kwargs: whatever else the base takes.
         """
         inputs = {
@@ -191,7 +195,8 @@ class PTuningV2Model(Persistence, nn.Module):
     def run(
         self, target: nn.Module, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None = None
     ):
-        """Call `target` (the base, its backbone, or a view of one) with the prompts among its inputs.
+        """Call `target` (the base, its backbone, or a view of one) with the prompts among its
+        inputs.
 
         Inputs that are None are left out, so that a target need not know every one.
         """
@@ -394,7 +399,8 @@ def _past_length(inputs: Mapping[str, Any]) -> int | Tensor:
 
 
 def _state_of(encoder: nn.Module, backbone: PreTrainedModel) -> tuple | None:
-    """What changes whenever the prompts are written to, or the frozen base is moved, cast or loaded anew.
+    """What changes whenever the prompts are written to, or the frozen base is moved, cast or loaded
+    anew.
 
     None where that cannot be seen (parameters made in inference mode).
     """

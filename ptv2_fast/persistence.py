@@ -15,8 +15,8 @@ from ptv2_fast.adapter import Adapter
 class Persistence:
     """What a PTuningV2Model knows of saving; mixed into it.
 
-    The state dict holds the adapters alone, with a description of themselves: Trainer's checkpoints therefore hold
-    only what is trained, resume exactly, and can be read by `from_pretrained`.
+    The state dict holds the adapters alone, with a description of themselves: Trainer's checkpoints
+        therefore hold only what is trained, resume exactly, and can be read by `from_pretrained`.
     """
 
     def save_pretrained(
@@ -27,7 +27,8 @@ class Persistence:
         Args:
             save_directory: a folder; created where it does not exist.
             adapter_names: which adapters; None means all.
-            kwargs: arguments that save_pretrained has elsewhere; `is_main_process=False` writes nothing.
+            kwargs: arguments that save_pretrained has elsewhere; `is_main_process=False` writes
+                nothing.
 
         Raises:
             ValueError: an adapter is unknown, or the folder is a file.
@@ -56,14 +57,16 @@ class Persistence:
 
         Args:
             base: a model of the architecture that the adapters were trained on.
-            load_directory: a folder with one adapter, with a sub-folder per adapter, or a Trainer checkpoint.
-            is_trainable: whether the active adapter goes on training; otherwise everything is frozen and in eval mode.
-            adapter_name: which adapter becomes active; None means the first. A folder with a single adapter gives
-                it this name.
+            load_directory: a folder with one adapter, with a sub-folder per adapter, or a Trainer
+                checkpoint.
+            is_trainable: whether the active adapter goes on training; otherwise everything is
+                frozen and in eval mode.
+            adapter_name: which adapter becomes active; None means the first. A folder with a single
+                adapter gives it this name.
 
         Raises:
-            ValueError: nothing to load, a damaged or foreign checkpoint, an unknown version, another base, or
-                tensors that do not fit; the message names the file or the tensor.
+            ValueError: nothing to load, a damaged or foreign checkpoint, an unknown version,
+                another base, or tensors that do not fit; the message names the file or the tensor.
         """
         from ptv2_fast.tasks import MODEL_CLASSES
 
@@ -94,7 +97,8 @@ class Persistence:
         """Add the single adapter of a folder under a name; `is_trainable` makes it the active one.
 
         Raises:
-            ValueError: as `from_pretrained`, or the folder holds several adapters, or the name is taken.
+            ValueError: as `from_pretrained`, or the folder holds several adapters, or the name is
+                taken.
         """
         found = checkpoint.load_adapters(load_directory, self.base_model)
         if len(found) != 1:

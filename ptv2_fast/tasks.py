@@ -1,6 +1,7 @@
 """The model classes of the tasks: their forward signatures, heads and losses.
 
-Trainer reads a model's labels off its class name and forward signature, so each task has a class of its own.
+Trainer reads a model's labels off its class name and forward signature, so each task has a class of
+its own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
 
     @property
     def config(self):
-        """The base's configuration; with the active adapter's label names where it has a single head of its own.
+        """The base's configuration; with the active adapter's label names where it has a single
+        head of its own.
 
         A pipeline reads label names from here.
         """
@@ -170,9 +172,11 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         return self.run(self.base_model, {**inputs, "labels": labels}, adapter_names)
 
     def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
-        """`generate` of the base with the prompts in every step; all its modes, caches and arguments.
+        """`generate` of the base with the prompts in every step; all its modes, caches and
+        arguments.
 
-        The cache that it returns holds the text alone: a second turn on it is a run on the whole text.
+        The cache that it returns holds the text alone: a second turn on it is a run on the whole
+            text.
         """
         if self._disabled:
             return self.base_model.generate(*args, **kwargs)
@@ -223,11 +227,12 @@ def get_ptv2_model(
     """Freeze a transformers model and give it trained prompts.
 
     Args:
-        base: a model of a supported family: a task model (AutoModelFor...), whose head is copied and trained, or a
-            backbone (AutoModel) with `config.heads`.
+        base: a model of a supported family: a task model (AutoModelFor...), whose head is copied
+            and trained, or a backbone (AutoModel) with `config.heads`.
         config: how prompts are injected and what they are for.
         adapter_name: the name of the first adapter.
-        tokenizer, init_text: a tokenizer and a text for prompts that start as what the model computes for it.
+        tokenizer, init_text: a tokenizer and a text for prompts that start as what the model
+            computes for it.
 
     Returns:
         The PTuningV2ModelFor... of `config.task_type`.

@@ -31,41 +31,44 @@ def prompt_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a prompt shared by the batch, followed by each row's own keys.
 
-    out = softmax(scale * q [prompt_k ; k]^T) [prompt_v ; v], as one softmax. Masks, causality and windows
-    apply to the text's keys only: every query sees the whole prompt.
+    out = softmax(scale * q [prompt_k ; k]^T) [prompt_v ; v], as one softmax. Masks, causality and
+    windows apply to the text's keys only: every query sees the whole prompt.
 
     Args:
         q: queries, (B, H, N, D), any strides; or packed (T, H, D) with `cu_seqlens`.
         k, v: the text's keys and values, (B, Hkv, M, D) with Hkv dividing H; packed (T, Hkv, D).
-        prompt_k, prompt_v: the prompt's keys and values, (Hkv, P, D), P >= 0; or a bank (R, Hkv, P, D) with
-            `prompt_index`. Same dtype and device as q.
+        prompt_k, prompt_v: the prompt's keys and values, (Hkv, P, D), P >= 0; or a bank (R, Hkv, P,
+            D) with `prompt_index`. Same dtype and device as q.
         key_mask: (B, M) bool or integer, nonzero where a text key may be attended to.
-        cu_seqlens: (S + 1,) int32, row boundaries of the packed form; excludes `key_mask` and `bias`.
+        cu_seqlens: (S + 1,) int32, row boundaries of the packed form; excludes `key_mask` and
+            `bias`.
         max_seqlen: the longest packed row, where the caller knows it; saves empty work.
         prompt_index: (B,) or (S,) integers: row b uses the bank entry `prompt_index[b]`.
-        prompt_lens: (R,) integers: entry r has only its first `prompt_lens[r]` tokens; the rest is padding.
+        prompt_lens: (R,) integers: entry r has only its first `prompt_lens[r]` tokens; the rest is
+            padding.
         prompt_bias: (H, P), or (R, H, P) with a bank: trainable, added to the prompt's scores.
         bias: (1 or B, 1 or H, N, M), added to the text's scores; frozen; may hold -inf.
         causal: query i stands at position i + M - N and sees text keys up to that position.
         scale: factor on the scores; D ** -0.5 when None.
         dropout_p: probability of dropping an attention weight, in [0, 1).
-        window: with `causal`, text keys with position - key < window; otherwise |position - key| <= window.
+        window: with `causal`, text keys with position - key < window; otherwise |position - key| <=
+            window.
         softcap: scores become softcap * tanh(scores / softcap), before the biases.
-        backend: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or "reference". A backend named
-            here serves the call or raises; it is never replaced by another.
+        backend: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or "reference". A
+            backend named here serves the call or raises; it is never replaced by another.
         return_lse: also return the natural log-sum-exp of each query's scores, without gradient.
 
     Returns:
-        (B, H, N, D), or (T, H, D) packed; with `return_lse` also float32 (B, H, N) or (H, T) (the reference keeps
-        its own dtype). A query that sees no key gives zeros and -inf, never NaN.
+        (B, H, N, D), or (T, H, D) packed; with `return_lse` also float32 (B, H, N) or (H, T) (the
+        reference keeps its own dtype). A query that sees no key gives zeros and -inf, never NaN.
 
     Raises:
-        ValueError: a shape, dtype, device or value disagrees; the message names the argument, what was expected
-            and what came.
+        ValueError: a shape, dtype, device or value disagrees; the message names the argument, what
+            was expected and what came.
         RuntimeError: the backend named cannot serve these tensors.
 
-    Source: P-Tuning v2 (Liu et al., 2022), section 3; one softmax over two key ranges as in Prefix-Tuning
-        (Li and Liang, 2021).
+    Source: P-Tuning v2 (Liu et al., 2022), section 3; one softmax over two key ranges as in
+        Prefix-Tuning (Li and Liang, 2021).
     """
     check_arguments(
         q, k, v, prompt_k, prompt_v,

@@ -1,7 +1,8 @@
 """Prompt attention as an attention implementation of transformers, under the name "ptv2_fast".
 
-transformers calls `attention_forward` with queries, keys and values after projection, normalisation and rotary
-embedding, and `attention_mask` wherever a model asks for a mask. Nothing in transformers is patched.
+transformers calls `attention_forward` with queries, keys and values after projection, normalisation
+and rotary embedding, and `attention_mask` wherever a model asks for a mask. Nothing in transformers
+is patched.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ def attention_forward(
     ptv2_record: list[tuple[Tensor, Tensor]] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Serve one attention layer of a transformers model, with the prompt that the call carries for it.
+    """Serve one attention layer of a transformers model, with the prompt that the call carries.
 
     Args:
         module: the attention module; its `layer_idx` picks the layer's prompt.
         query: (B, H, N, D); key, value: (B, Hkv, M, D).
-        attention_mask: what `padding_mask` returned: None, (B, M) bool, or (B, 1, N, M) bool or additive.
+        attention_mask: what `padding_mask` returned: None, (B, M) bool, or (B, 1, N, M) bool or
+            additive.
         ptv2_prompts: the prompts of this forward pass; None runs the layer without any.
         ptv2_record: a list to which (key, value) of every layer is appended.
 
@@ -109,7 +111,8 @@ def padding_mask(
 ) -> Tensor | None:
     """Hand the tokenizer's own 2-D mask through, so that no extended mask is built.
 
-    Only where a layer's visibility is more than padding, causality and a sliding window is the 4-D mask built that
+    Only where a layer's visibility is more than padding, causality and a sliding window is the 4-D
+    mask built that
     transformers builds for SDPA: custom mask functions, and several queries against a static cache.
 
     Returns:
@@ -117,7 +120,8 @@ def padding_mask(
     """
     # The queries stand at the end of the keys: what "causal" means to prompt_attention.
     at_end = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
-    # A single query sees every key written so far; in a static cache those are the ones up to its own position.
+    # A single query sees every key written so far; in a static cache those are the ones up to its
+    # own position.
     single = q_length == 1 and mask_function is causal_mask_function
     if use_vmap or not _is_plain(mask_function) or not (at_end or single):
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
@@ -140,9 +144,10 @@ def padding_mask(
 
 
 def register() -> None:
-    """Make "ptv2_fast" an attention implementation of transformers; calling it again changes nothing.
+    """Make "ptv2_fast" an attention implementation of transformers, once or many times.
 
-    Both halves are needed: with the attention function alone transformers would silently drop the padding mask.
+    Both halves are needed: with the attention function alone transformers would silently drop the
+    padding mask.
     """
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
@@ -152,8 +157,8 @@ def _is_plain(mask_function) -> bool:
     """Whether visibility is causal or bidirectional, with or without the layer's own sliding window."""
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         return True
-    # A window arrives as a closure over (window overlay, base function). What cannot be recognised is not plain:
-    # it takes the way of the 4-D mask, which is always right.
+    # A window arrives as a closure over (window overlay, base function). What cannot be recognised
+    # is not plain: it takes the way of the 4-D mask, which is always right.
     cells = getattr(mask_function, "__closure__", None) or ()
     parts = next((c.cell_contents for c in cells if isinstance(c.cell_contents, tuple)), ())
     if len(parts) != 2 or not mask_function.__qualname__.startswith("and_masks."):

@@ -27,13 +27,15 @@ class LayerPrompt:
 class PromptBatch:
     """The prompts of one forward pass, given to the model as the keyword argument `ptv2_prompts`.
 
-    It travels through the model's own keyword arguments, so that no module holds state: two models, two threads
-    and a recomputation in backward cannot see each other's prompts.
+    It travels through the model's own keyword arguments, so that no module holds state: two models,
+    two threads and a recomputation in backward cannot see each other's prompts.
 
     Attributes:
         layers: one entry per attention layer; None where the layer has no prompt.
-        index: (B,) or packed (S,): the bank entry of each row; None where all rows share one prompt.
-        cu_seqlens: (S + 1,) int32 row boundaries when the batch is packed: its (B, N) tokens, flattened, are S rows.
+        index: (B,) or packed (S,): the bank entry of each row; None where all rows share one
+            prompt.
+        cu_seqlens: (S + 1,) int32 row boundaries when the batch is packed: its (B, N) tokens,
+            flattened, are S rows.
         max_seqlen: the longest packed row, where known.
         backend: which backend of `prompt_attention` serves it.
     """

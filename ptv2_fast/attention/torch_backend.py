@@ -1,6 +1,7 @@
 """Prompt attention through PyTorch's SDPA: any device, and the CPU's fast path.
 
-Keys and values of the prompt are concatenated in front of the text's here, inside attention, and nowhere else.
+Keys and values of the prompt are concatenated in front of the text's here, inside attention, and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -94,10 +95,13 @@ def _dense(
 
 
 def _open_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Let queries that see no key see all of them, and say which they were, (B or 1, H or 1, N or 1, 1).
+    """Let queries that see no key see all of them, and say which they were, (B or 1, H or 1, N or
+    1, 1).
 
-    With an empty prompt a query may see nothing. PyTorch's kernels do not agree on what that gives, and the
-    gradient of an empty softmax is NaN: such rows run as if unmasked and their output is then set to zero.
+    With an empty prompt a query may see nothing. PyTorch's kernels do not agree on what that gives,
+    and the
+    gradient of an empty softmax is NaN: such rows run as if unmasked and their output is then set
+        to zero.
     """
     sees = mask if mask.dtype == torch.bool else mask > float("-inf")
     blind = ~sees.any(-1, keepdim=True)

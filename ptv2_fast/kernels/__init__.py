@@ -1,6 +1,7 @@
 """The Triton kernels, importable as `ptv2_fast.kernels.<file>`.
 
-In a checkout the files live in the folder `kernels/` at the root; an installed wheel carries them here.
+In a checkout the files live in the folder `kernels/` at the root; an installed wheel carries them
+here.
 """
 
 from pathlib import Path

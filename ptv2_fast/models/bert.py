@@ -31,15 +31,17 @@ def roberta_first_position(backbone: PreTrainedModel) -> int:
 def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
     """A view of the backbone in which virtual tokens evolve in front of every row's text.
 
-    Text cannot be computed without the virtual tokens nor they without the text, so the rows of both live in one
-    (B, P + N, D) buffer that the embedding step writes once; what follows the last layer sees the text only.
+    Text cannot be computed without the virtual tokens nor they without the text, so the rows of
+    both live in one (B, P + N, D) buffer that the embedding step writes once; what follows the last
+    layer sees the text only.
 
     Args:
         backbone: BertModel or RobertaModel.
         prompts: (P, D) embeddings of the virtual tokens, at positions 0..P-1.
 
     Returns:
-        A module called like the backbone, with a (B, P + N) attention mask beside inputs of N tokens.
+        A module called like the backbone, with a (B, P + N) attention mask beside inputs of N
+        tokens.
     """
     length = prompts.shape[0]
 

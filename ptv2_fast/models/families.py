@@ -1,7 +1,7 @@
 """The registry of model families: everything the rest of the package needs to know about one.
 
-A family is found by the base model's `config.model_type`. Adding one means one file beside this and one line in
-`_FAMILIES`; nothing else changes.
+A family is found by the base model's `config.model_type`. Adding one means one file beside this and
+one line in `_FAMILIES`; nothing else changes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ class Family:
     """What differs between model families.
 
     Attributes:
-        causal: text cannot see what stands after it; a shallow prompt then runs through the stack on its own.
+        causal: text cannot see what stands after it; a shallow prompt then runs through the stack
+            on its own.
         layers: the backbone's transformer layers in order.
-        project: (backbone, layer index, prompt states (P, D)) -> keys and values, each (Hkv, P, d), exactly as the
-            layer would make them for rows that stand before the text.
+        project: (backbone, layer index, prompt states (P, D)) -> keys and values, each (Hkv, P, d),
+            exactly as the layer would make them for rows that stand before the text.
         first_position: (backbone) -> the position id of a row's first token.
-        rotary: positions are rotary: only differences count, there is no table of them, and a prompt stands at
-            -P..-1 before a text at 0.. whatever its injection.
-        shallow_view: (backbone, prompts (P, D)) -> the backbone with virtual tokens evolving in front of the text;
-            for bidirectional families only.
+        rotary: positions are rotary: only differences count, there is no table of them, and a
+            prompt stands at -P..-1 before a text at 0.. whatever its injection.
+        shallow_view: (backbone, prompts (P, D)) -> the backbone with virtual tokens evolving in
+            front of the text; for bidirectional families only.
     """
 
     causal: bool
@@ -71,7 +72,8 @@ def family_of(backbone: PreTrainedModel) -> Family:
     """The family of a backbone.
 
     Raises:
-        ValueError: no family is known for its `config.model_type`; the message lists the known ones.
+        ValueError: no family is known for its `config.model_type`; the message lists the known
+            ones.
     """
     model_type = getattr(backbone.config, "model_type", None)
     if model_type not in _FAMILIES:

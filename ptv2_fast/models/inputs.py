@@ -53,14 +53,17 @@ def text_positions(
 ) -> Tensor | None:
     """Position ids of the text, or None where the model's own are right.
 
-    A row's real tokens count up from `first` wherever its padding stands, so that a left-padded row, a right-padded
-    row and the row alone are the same row: what counts with rotary positions is their distance to the prompt.
+    A row's real tokens count up from `first` wherever its padding stands, so that a left-padded
+    row, a right-padded
+    row and the row alone are the same row: what counts with rotary positions is their distance to
+        the prompt.
 
     Args:
         position_ids: the caller's, (B or 1, N), in the model's own numbering; None derives them.
         attention_mask: (B, past + N), or None.
         first: the family's first position.
-        offset: added to every position: P for shallow prompts at learned positions, or (B, 1) where rows differ.
+        offset: added to every position: P for shallow prompts at learned positions, or (B, 1) where
+            rows differ.
     """
     if position_ids is not None:
         return position_ids + offset
@@ -80,8 +83,8 @@ def packed_rows(
     As in transformers, a batch with a mask is padded, not packed.
 
     Returns:
-        cu_seqlens (S + 1,) int32 over the flattened (B, N) tokens, row_of (S,) the batch row that each packed row
-        stands in, and the longest packed row.
+        cu_seqlens (S + 1,) int32 over the flattened (B, N) tokens, row_of (S,) the batch row that
+        each packed row stands in, and the longest packed row.
     """
     if position_ids is None or attention_mask is not None or position_ids.dim() != 2:
         return None

@@ -15,7 +15,8 @@ def layers(backbone: PreTrainedModel) -> nn.ModuleList:
 def project(backbone: PreTrainedModel, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of prompt states (P, D) at one layer, each (Hkv, P, d).
 
-    Rotary attention sees differences of positions only: with the text at 0.. the prompt stands at -P..-1.
+    Rotary attention sees differences of positions only: with the text at 0.. the prompt stands at
+        -P..-1.
     """
     block = backbone.layers[layer]
     attention = block.self_attn

@@ -20,7 +20,8 @@ def view_of(
     Args:
         module: the module to look at; it is not changed.
         children: direct children that the view has instead of the module's own.
-        forward: called as forward(original_forward, *args, **kwargs) in place of the module's forward.
+        forward: called as forward(original_forward, *args, **kwargs) in place of the module's
+            forward.
 
     Returns:
         A module of a subclass of type(module), with the same class name and forward signature.
@@ -33,7 +34,7 @@ def view_of(
     return view
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _class_with_forward(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` whose forward goes through the instance's `_view_forward`."""
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ptv2_fast.config import PTuningV2Config
 
-# A gate's first value: e^-10 of the attention mass, so that the prompt starts as a no-op yet still gets gradients.
+# A gate's first value: e^-10 of the attention mass, so that the prompt starts as a no-op yet still
+# gets gradients.
 GATE_START = -10.0
 
 
@@ -16,10 +17,11 @@ class PromptEncoder(nn.Module):
     """Trained parameters that stand for P virtual tokens.
 
     forward() gives, for the prompted layers in order (`layers`, L' of them):
-        deep     (L', P, D)          the hidden states that each layer's keys and values are projected from
-        shallow  (P, D)              the embeddings that evolve through the stack
+        deep     (L', P, D)          the hidden states that each layer's keys and values are
+        projected from shallow  (P, D)              the embeddings that evolve through the stack
         prefix   (L', 2, Hkv, P, d)  the keys and values themselves
-    With `reparameterization` the prompts are an MLP's output over P trained embeddings: run once on P rows.
+    With `reparameterization` the prompts are an MLP's output over P trained embeddings: run once on
+    P rows.
 
     Source: P-Tuning v2 (Liu et al., 2022), section 3.2 (deep prompts, reparameterization).
     """
@@ -35,7 +37,8 @@ class PromptEncoder(nn.Module):
         head_dim: int,
         std: float,
     ):
-        """Create and initialise the parameters ("normal"; `ptv2_fast.prompts.text_init` overwrites them).
+        """Create and initialise the parameters ("normal"; `ptv2_fast.prompts.text_init` overwrites
+        them).
 
         Args:
             config: the adapter's configuration.

@@ -17,13 +17,16 @@ def layer_prompts(
 ) -> tuple[LayerPrompt | None, ...]:
     """The prompt of every layer of the backbone; None where a layer has none.
 
-    deep: K_p, V_p = the layer's own projection of its prompt states; prefix: the parameters themselves; shallow on a
-    causal model: one pass of the P virtual tokens through the frozen stack, which cannot see the text.
+    deep: K_p, V_p = the layer's own projection of its prompt states; prefix: the parameters
+        themselves; shallow on a
+    causal model: one pass of the P virtual tokens through the frozen stack, which cannot see the
+        text.
 
     Returns:
         One LayerPrompt of keys and values (Hkv, P, d) per layer, in the backbone's dtype.
 
-    Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its size.
+    Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its
+        size.
     """
     prompts = encoder().to(backbone.dtype)
     match encoder.injection:
@@ -46,7 +49,8 @@ def layer_prompts(
 def record_keys_values(
     backbone: PreTrainedModel, embeddings: Tensor, family: Family
 ) -> list[tuple[Tensor, Tensor]]:
-    """Run embeddings (1, P, D) through the backbone and keep each layer's keys and values, (Hkv, P, d).
+    """Run embeddings (1, P, D) through the backbone and keep each layer's keys and values, (Hkv, P,
+    d).
 
     They stand right before the text: at rotary positions -P..-1, or at the first P learned ones.
     """
@@ -55,7 +59,8 @@ def record_keys_values(
     positions = torch.arange(start, start + length, device=embeddings.device)[None]
     record: list[tuple[Tensor, Tensor]] = []
     backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False, ptv2_record=record)
-    # A recomputation in backward (gradient checkpointing) appends again: only the first pass counts.
+    # A recomputation in backward (gradient checkpointing) appends again: only the first pass
+    # counts.
     return [(keys[0], values[0]) for keys, values in record[: len(family.layers(backbone))]]
 
 

@@ -31,10 +31,11 @@ def initialise_from_text(
 ) -> None:
     """Overwrite the encoder's prompts by what the backbone computes for token ids (P,).
 
-    deep: the hidden states that enter each prompted layer; prefix: each layer's keys and values; shallow: the word
-    embeddings. Texts longer than the position table run in pieces.
+    deep: the hidden states that enter each prompted layer; prefix: each layer's keys and values;
+        shallow: the word embeddings. Texts longer than the position table run in pieces.
 
-    Source: the initialisation that PEFT's own benchmark shows to decide prefix quality (keys and values of real text).
+    Source: the initialisation that PEFT's own benchmark shows to decide prefix quality (keys and
+        values of real text).
     """
     device = backbone.get_input_embeddings().weight.device
     embeddings = backbone.get_input_embeddings()(ids.to(device))[None]  # (1, P, D)

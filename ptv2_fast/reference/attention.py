@@ -28,7 +28,8 @@ def prompt_attention(
     return_lse: bool = False,
     dropout_keep: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Copy the prompt to every row, concatenate, mask, softmax, multiply: nothing is fused or skipped.
+    """Copy the prompt to every row, concatenate, mask, softmax, multiply: nothing is fused or
+    skipped.
 
     scores = [cap(scale * q prompt_k^T) + prompt_bias | cap(scale * q k^T) + bias + mask]
     out    = dropout(softmax(scores)) [prompt_v ; v]
@@ -52,8 +53,8 @@ def prompt_attention(
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        (B, H, N, D) or (T, H, D); with `return_lse` also (B, H, N) or (H, T). A query that sees no key gives
-        zeros and -inf.
+        (B, H, N, D) or (T, H, D); with `return_lse` also (B, H, N) or (H, T). A query that sees no
+        key gives zeros and -inf.
     """
     options = {
         "prompt_lens": prompt_lens,
@@ -113,7 +114,8 @@ def _dense(
         absent = slots >= prompt_lens[index][:, None, None, None]
         prompt_scores = prompt_scores.masked_fill(absent, float("-inf"))
     scores = torch.cat([prompt_scores, text_scores], dim=-1)
-    # Where no key is visible, softmax would be 0/0: such a query attends to nothing and gives zeros.
+    # Where no key is visible, softmax would be 0/0: such a query attends to nothing and gives
+    # zeros.
     nothing = torch.isneginf(scores).all(dim=-1, keepdim=True)
     probs = torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
     lse = torch.logsumexp(scores.detach(), dim=-1)
