@@ -60,6 +60,11 @@ class Problem:
            dropout_p=0.0, seed=None) -> Problem:
         """Normalise the arguments of `prompt_attention_forward`, whose docstring describes them."""
         packed = cu_seqlens is not None
+        if q.dtype == torch.bfloat16 and launch.architecture(q.device) == 0:
+            raise ValueError(
+                "q must be float32 or float16 under Triton's interpreter, whose matrix product misreads bfloat16; "
+                f"got {q.dtype}"
+            )
         if scale is None:
             scale = q.shape[-1] ** -0.5
         if not scale > 0.0:
@@ -161,4 +166,5 @@ def _broadcast_strides(bias: torch.Tensor | None) -> tuple[int, ...]:
 
 # Sizes change from batch to batch; compiling a kernel again for "divisible by 16" or "equal to 1" buys nothing, since
 # every access that depends on them is masked.
-UNSPECIALIZED = ("num_queries", "num_keys", "prompt_length", "num_heads", "num_tiles", "window", "num_slots")
+UNSPECIALIZED = ("num_queries", "num_keys", "prompt_length", "num_heads", "num_tiles", "window", "num_entries", "num_splits", "num_slots",
+                 "num_rows", "slot_size", "bias_slot_size")

@@ -17,17 +17,16 @@ from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
 from ptv2_fast.kernels.tiles import (
     dropout_keep,
     finish_softmax,
-    key_bounds,
+    key_blocks,
     load_tile,
     offset_of,
     online_softmax_step,
+    part_range,
     program_coordinates,
     prompt_entry,
     row_extent,
-    split_blocks,
     store_tile,
     tile_scores,
-    visible_keys,
     widen,
 )
 
@@ -99,14 +98,13 @@ def _prompt_attention_forward_kernel(
         if prompt_bias_ptr is not None:
             prompt_bias_ptrs = prompt_bias_ptr + offset_of(prompt_bias_strides, entry, head, 0) + queries * 0
         full = length // BLOCK_P * BLOCK_P
-        for CHECK in tl.static_range(2):
-            begin = full if CHECK else 0
-            end = length if CHECK else full
+        for PART in tl.static_range(1, 3):
+            begin, end = part_range(PART, 0, 0, full, length)
             acc, row_max, row_sum = attend_range(
                 acc, row_max, row_sum, q, queries, 0, prompt_k, prompt_v, prompt_k_strides, prompt_v_strides,
                 prompt_bias_ptrs, prompt_bias_strides[2], None, 0, begin, end, length, num_queries,
                 scale, softcap, 0, seed, dropout_p, stream, 0,
-                HEAD_DIM, BLOCK_D, BLOCK_P, CHECK, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+                HEAD_DIM, BLOCK_D, BLOCK_P, PART != 1, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
 
     k = k_ptr + offset_of(k_strides, memory_row, kv_head, first_token)
     v = v_ptr + offset_of(v_strides, memory_row, kv_head, first_token)
@@ -116,23 +114,15 @@ def _prompt_attention_forward_kernel(
     mask = None
     if key_mask_ptr is not None:
         mask = key_mask_ptr + widen(row) * key_mask_strides[0]
-    shift = num_keys - num_queries
-    lowest, highest, has_holes = key_bounds(mask, key_mask_strides[1], num_keys)
-    begin, full_begin, full_end, end = visible_keys(
-        start_m + shift, tl.minimum(start_m + BLOCK_M, num_queries) - 1 + shift, lowest, highest, window,
-        IS_CAUSAL, HAS_WINDOW)
-    head_end, body_end = split_blocks(begin, full_begin, full_end, BLOCK_N)
-    if mask is not None:
-        # With holes, every block needs the mask: leave no full ones.
-        head_end = tl.where(has_holes, begin, head_end)
-        body_end = tl.where(has_holes, begin, body_end)
+    first, head_end, body_end, last = key_blocks(
+        mask, key_mask_strides[1], start_m, num_queries, num_keys, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
     for PART in tl.static_range(3):
-        # Without a window no block before the full ones is partial.
+        # Only a window leaves partial blocks before the full ones.
         if PART != 0 or HAS_WINDOW:
+            begin, end = part_range(PART, first, head_end, body_end, last)
             acc, row_max, row_sum = attend_range(
-                acc, row_max, row_sum, q, queries, shift, k, v, k_strides, v_strides, bias_ptrs, bias_strides[3],
-                mask, key_mask_strides[1], begin if PART == 0 else (head_end if PART == 1 else body_end),
-                tl.minimum(head_end, end) if PART == 0 else (body_end if PART == 1 else end), end, num_queries,
+                acc, row_max, row_sum, q, queries, num_keys - num_queries, k, v, k_strides, v_strides,
+                bias_ptrs, bias_strides[3], mask, key_mask_strides[1], begin, end, last, num_queries,
                 scale, softcap, window, seed, dropout_p, stream, prompt_length,
                 HEAD_DIM, BLOCK_D, BLOCK_N, PART != 1, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
 

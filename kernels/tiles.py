@@ -169,6 +169,34 @@ def split_blocks(begin, full_begin, full_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def key_blocks(key_mask_ptr, key_mask_stride, start_m, num_queries, num_keys, window, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """The text keys that a tile of queries has to visit, as (begin, head_end, body_end, end) of `part_range`."""
+    shift = num_keys - num_queries
+    last_query = tl.minimum(start_m + BLOCK_M, num_queries) - 1
+    lowest, highest, has_holes = key_bounds(key_mask_ptr, key_mask_stride, num_keys)
+    begin, full_begin, full_end, end = visible_keys(
+        start_m + shift, last_query + shift, lowest, highest, window, IS_CAUSAL, HAS_WINDOW)
+    head_end, body_end = split_blocks(begin, full_begin, full_end, BLOCK_N)
+    if key_mask_ptr is not None:
+        # With holes every block needs the mask: none is full.
+        head_end = tl.where(has_holes, begin, head_end)
+        body_end = tl.where(has_holes, begin, body_end)
+    return begin, head_end, body_end, end
+
+
+@triton.jit
+def part_range(PART: tl.constexpr, begin, head_end, body_end, end):
+    """Part 0, 1 or 2 of a walk: partial blocks before the full ones, the full ones, partial blocks after them."""
+    if PART == 0:
+        return begin, tl.minimum(head_end, end)
+    elif PART == 1:
+        return head_end, body_end
+    else:
+        return body_end, end
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent in float32, accurate near zero."""
     square = x * x

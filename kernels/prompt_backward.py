@@ -1,0 +1,520 @@
+"""Prompt attention, backward: only the gradients that are asked for, no atomics, nothing of size N x (P + M).
+
+    delta = rowsum(do * o)                        dP = keep * (do V^T) / (1 - p)
+    dS    = P * (dP - delta)                      dQ = scale * dS K
+    dK    = scale * dS^T Q                        dV = (keep * P / (1 - p))^T do
+
+P is recomputed from q, k and lse. Text gradients come from one program per tile of queries (dQ) or of keys (dK, dV).
+The prompt's gradients are sums over every row that uses it: each program sums a fixed share of the queries into a slot
+of float32 partials, and one more launch adds the slots in a fixed order. Derivation and grids: README.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
+from ptv2_fast.kernels.tiles import (
+    dropout_keep,
+    key_blocks,
+    load_lse,
+    load_tile,
+    offset_of,
+    part_range,
+    program_coordinates,
+    prompt_entry,
+    row_extent,
+    score_gradient,
+    seeing_queries,
+    split_blocks,
+    store_tile,
+    tile_scores,
+    widen,
+)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _prompt_attention_delta_kernel(
+    o_ptr, do_ptr, cu_seqlens_ptr, delta_ptr, o_strides, do_strides, delta_strides,
+    num_queries, num_heads, num_tiles,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    tile, head, row = program_coordinates(num_tiles, num_heads)
+    memory_row, first_token, num_queries, _ = row_extent(cu_seqlens_ptr, row, num_queries, num_queries)
+    start_m = tile * BLOCK_M
+    if start_m >= num_queries:
+        return
+    first = first_token + start_m
+    o = load_tile(o_ptr + offset_of(o_strides, memory_row, head, first), o_strides[2], o_strides[3],
+                  num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    do = load_tile(do_ptr + offset_of(do_strides, memory_row, head, first), do_strides[2], do_strides[3],
+                   num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    rows = tl.arange(0, BLOCK_M)
+    tl.store(delta_ptr + offset_of(delta_strides, memory_row, head, first + rows), tl.sum(o * do, 1),
+             mask=start_m + rows < num_queries)
+
+
+@triton.jit
+def query_gradient_range(dq, q, do, lse, delta, queries, shift, k_ptr, v_ptr, k_strides, v_strides, bias_ptrs,
+                         bias_stride, key_mask_ptr, key_mask_stride, begin, end, key_limit, num_queries, scale,
+                         softcap, window, seed, dropout_p, stream, first_column,
+                         HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr,
+                         IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the share of keys begin..end-1 of one key list to dq / scale; the mirror of `attend_range`."""
+    for start in range(begin, end, BLOCK_N):
+        k = load_tile(k_ptr + widen(start) * k_strides[2], k_strides[2], k_strides[3], key_limit - start,
+                      BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(v_ptr + widen(start) * v_strides[2], v_strides[2], v_strides[3], key_limit - start,
+                      BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
+        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        keys = start + tl.arange(0, BLOCK_N)[None, :]
+        scores, unit, slope = tile_scores(
+            dots, queries, keys, shift, bias_ptrs, bias_stride, key_mask_ptr, key_mask_stride, num_queries, key_limit,
+            scale, softcap, window, CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP)
+        probs = tl.exp2(scores * unit - lse[:, None])
+        dprobs = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        keep = None
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed, stream, queries, first_column + keys, dropout_p)
+        dscores, _ = score_gradient(probs, dprobs, delta[:, None], keep, dropout_p, HAS_DROPOUT)
+        dq = tl.dot((dscores * slope).to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _prompt_attention_backward_query_kernel(
+    q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, key_mask_ptr, bias_ptr, prompt_bias_ptr, prompt_index_ptr,
+    prompt_lens_ptr, cu_seqlens_ptr, seed_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_strides, k_strides, v_strides, prompt_k_strides, prompt_v_strides, key_mask_strides, bias_strides,
+    prompt_bias_strides, do_strides, lse_strides, dq_strides,
+    num_queries, num_keys, prompt_length, num_heads, num_tiles, scale, softcap, window, dropout_p,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, HAS_PROMPT: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    tile, head, row = program_coordinates(num_tiles, num_heads)
+    if IS_CAUSAL:
+        tile = num_tiles - 1 - tile
+    kv_head = head // GROUP
+    memory_row, first_token, num_queries, num_keys = row_extent(cu_seqlens_ptr, row, num_queries, num_keys)
+    start_m = tile * BLOCK_M
+    if start_m >= num_queries:
+        return
+
+    first_row = first_token + start_m
+    q = load_tile(q_ptr + offset_of(q_strides, memory_row, head, first_row), q_strides[2], q_strides[3],
+                  num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    do = load_tile(do_ptr + offset_of(do_strides, memory_row, head, first_row), do_strides[2], do_strides[3],
+                   num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    rows = start_m + tl.arange(0, BLOCK_M)
+    queries = rows[:, None]
+    statistics = offset_of(lse_strides, memory_row, head, first_token)
+    lse = load_lse(lse_ptr + statistics, rows, lse_strides[2], num_queries)
+    delta = tl.load(delta_ptr + statistics + widen(rows) * lse_strides[2], mask=rows < num_queries, other=0.0)
+    stream = row * num_heads + head
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+
+    if HAS_PROMPT:
+        entry, length = prompt_entry(prompt_index_ptr, prompt_lens_ptr, row, prompt_length)
+        prompt_k = prompt_k_ptr + offset_of(prompt_k_strides, entry, kv_head, 0)
+        prompt_v = prompt_v_ptr + offset_of(prompt_v_strides, entry, kv_head, 0)
+        prompt_bias_ptrs = None
+        if prompt_bias_ptr is not None:
+            prompt_bias_ptrs = prompt_bias_ptr + offset_of(prompt_bias_strides, entry, head, 0) + queries * 0
+        full = length // BLOCK_P * BLOCK_P
+        for PART in tl.static_range(1, 3):
+            begin, end = part_range(PART, 0, 0, full, length)
+            dq = query_gradient_range(
+                dq, q, do, lse, delta, queries, 0, prompt_k, prompt_v, prompt_k_strides, prompt_v_strides,
+                prompt_bias_ptrs, prompt_bias_strides[2], None, 0, begin, end, length, num_queries,
+                scale, softcap, 0, seed, dropout_p, stream, 0,
+                HEAD_DIM, BLOCK_D, BLOCK_P, PART != 1, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+
+    k = k_ptr + offset_of(k_strides, memory_row, kv_head, first_token)
+    v = v_ptr + offset_of(v_strides, memory_row, kv_head, first_token)
+    bias_ptrs = None
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + offset_of(bias_strides, row, head, queries)  # [BLOCK_M, 1]
+    mask = None
+    if key_mask_ptr is not None:
+        mask = key_mask_ptr + widen(row) * key_mask_strides[0]
+    first, head_end, body_end, last = key_blocks(
+        mask, key_mask_strides[1], start_m, num_queries, num_keys, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
+    for PART in tl.static_range(3):
+        # Only a window leaves partial blocks before the full ones.
+        if PART != 0 or HAS_WINDOW:
+            begin, end = part_range(PART, first, head_end, body_end, last)
+            dq = query_gradient_range(
+                dq, q, do, lse, delta, queries, num_keys - num_queries, k, v, k_strides, v_strides,
+                bias_ptrs, bias_strides[3], mask, key_mask_strides[1], begin, end, last, num_queries,
+                scale, softcap, window, seed, dropout_p, stream, prompt_length,
+                HEAD_DIM, BLOCK_D, BLOCK_N, PART != 1, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+
+    store_tile(dq_ptr + offset_of(dq_strides, memory_row, head, first_row), dq_strides[2], dq_strides[3],
+               num_queries - start_m, dq * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def key_gradient_step(dk, dv, k, v, q, do, lse, delta, queries, keys, shift, bias_ptrs, bias_stride, num_queries,
+                      key_limit, scale, softcap, window, seed, dropout_p, stream, first_column,
+                      CHECK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+                      HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add one tile of queries' share to dk / scale and dv of a tile of keys; also gives that tile's d score.
+
+    Tiles are (keys, queries), so that probabilities feed the next product without leaving their registers.
+    """
+    dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    scores, unit, slope = tile_scores(
+        dots, queries, keys, shift, bias_ptrs, bias_stride, None, 0, num_queries, key_limit,
+        scale, softcap, window, CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP)
+    probs = tl.exp2(scores * unit - lse[None, :])
+    dprobs = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    keep = None
+    if HAS_DROPOUT:
+        keep = dropout_keep(seed, stream, queries, first_column + keys, dropout_p)
+    dscores, dropped = score_gradient(probs, dprobs, delta[None, :], keep, dropout_p, HAS_DROPOUT)
+    dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+    dk = tl.dot((dscores * slope).to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv, dscores
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _prompt_attention_backward_text_kernel(
+    q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, key_mask_ptr, bias_ptr, prompt_bias_ptr, prompt_index_ptr,
+    prompt_lens_ptr, cu_seqlens_ptr, seed_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_strides, k_strides, v_strides, prompt_k_strides, prompt_v_strides, key_mask_strides, bias_strides,
+    prompt_bias_strides, do_strides, lse_strides, dk_strides, dv_strides,
+    num_queries, num_keys, prompt_length, num_heads, num_tiles, scale, softcap, window, dropout_p,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_PROMPT: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    tile, kv_head, row = program_coordinates(num_tiles, num_heads // GROUP)
+    memory_row, first_token, num_queries, num_keys = row_extent(cu_seqlens_ptr, row, num_queries, num_keys)
+    start_n = tile * BLOCK_N
+    if start_n >= num_keys:
+        return
+
+    first_key = first_token + start_n
+    k = load_tile(k_ptr + offset_of(k_strides, memory_row, kv_head, first_key), k_strides[2], k_strides[3],
+                  num_keys - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    v = load_tile(v_ptr + offset_of(v_strides, memory_row, kv_head, first_key), v_strides[2], v_strides[3],
+                  num_keys - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    keys = start_n + tl.arange(0, BLOCK_N)[:, None]
+    shift = num_keys - num_queries
+    last_key = tl.minimum(start_n + BLOCK_N, num_keys) - 1
+    first, full_begin, full_end, last = seeing_queries(
+        start_n, last_key, shift, num_queries, window, IS_CAUSAL, HAS_WINDOW)
+    attended = keys < num_keys
+    if key_mask_ptr is not None:
+        mask = key_mask_ptr + widen(row) * key_mask_strides[0] + widen(keys) * key_mask_strides[1]
+        attended = tl.load(mask, mask=attended, other=0) != 0
+        last = tl.where(tl.max(attended.to(tl.int32)) == 0, first, last)
+    head_end, body_end = split_blocks(first, full_begin, tl.minimum(full_end, last), BLOCK_M)
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+
+    for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+        q_head = q_ptr + offset_of(q_strides, memory_row, head, first_token)
+        do_head = do_ptr + offset_of(do_strides, memory_row, head, first_token)
+        statistics = offset_of(lse_strides, memory_row, head, first_token)
+        for PART in tl.static_range(3):
+            # Only causality or a window leaves partial blocks before the full ones.
+            if PART != 0 or IS_CAUSAL or HAS_WINDOW:
+                begin, end = part_range(PART, first, head_end, body_end, last)
+                for start_m in range(begin, end, BLOCK_M):
+                    q = load_tile(q_head + widen(start_m) * q_strides[2], q_strides[2], q_strides[3],
+                                  last - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, PART != 1)  # [BLOCK_M, BLOCK_D]
+                    do = load_tile(do_head + widen(start_m) * do_strides[2], do_strides[2], do_strides[3],
+                                   last - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, PART != 1)  # [BLOCK_M, BLOCK_D]
+                    rows = start_m + tl.arange(0, BLOCK_M)
+                    lse = load_lse(lse_ptr + statistics, rows, lse_strides[2], last)
+                    delta = tl.load(delta_ptr + statistics + widen(rows) * lse_strides[2], mask=rows < last, other=0.0)
+                    queries = rows[None, :]
+                    bias_ptrs = None
+                    if bias_ptr is not None:
+                        bias_ptrs = bias_ptr + offset_of(bias_strides, row, head, queries)  # [1, BLOCK_M]
+                    dk, dv, _ = key_gradient_step(
+                        dk, dv, k, v, q, do, lse, delta, queries, keys, shift, bias_ptrs, bias_strides[3], last,
+                        num_keys, scale, softcap, window, seed, dropout_p, row * num_heads + head, prompt_length,
+                        PART != 1, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+
+    # A masked key was computed like any other, with a probability that may overflow: its sums are replaced, not scaled.
+    dk = tl.where(attended, dk * scale, 0.0)
+    dv = tl.where(attended, dv, 0.0)
+    store_tile(dk_ptr + offset_of(dk_strides, memory_row, kv_head, first_key), dk_strides[2], dk_strides[3],
+               num_keys - start_n, dk, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dv_ptr + offset_of(dv_strides, memory_row, kv_head, first_key), dv_strides[2], dv_strides[3],
+               num_keys - start_n, dv, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _prompt_attention_backward_prompt_kernel(
+    q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, key_mask_ptr, bias_ptr, prompt_bias_ptr, prompt_index_ptr,
+    prompt_lens_ptr, cu_seqlens_ptr, seed_ptr, do_ptr, lse_ptr, delta_ptr, row_order_ptr, row_bounds_ptr,
+    dk_slots_ptr, dv_slots_ptr, dbias_slots_ptr,
+    q_strides, k_strides, v_strides, prompt_k_strides, prompt_v_strides, key_mask_strides, bias_strides,
+    prompt_bias_strides, do_strides, lse_strides, slot_strides, dbias_strides,
+    num_queries, num_keys, prompt_length, num_heads, num_tiles, scale, softcap, window, dropout_p,
+    num_rows, num_entries, num_splits, slot_size, bias_slot_size,
+    GROUP: tl.constexpr, HEADS_IN_LOOP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, HAS_PROMPT: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    # A program owns a tile of one entry's keys, HEADS_IN_LOOP query heads of one kv head, and every num_splits-th of
+    # the query tiles of the rows that use the entry.
+    tile, head_set, rest = program_coordinates(num_tiles, num_heads // HEADS_IN_LOOP)
+    entry = rest % num_entries
+    split = rest // num_entries
+    first_head = head_set * HEADS_IN_LOOP
+    kv_head = first_head // GROUP
+    start_p = tile * BLOCK_P
+    length = prompt_length
+    if prompt_lens_ptr is not None:
+        length = tl.load(prompt_lens_ptr + entry).to(tl.int32)
+    first_row = 0
+    if row_bounds_ptr is not None:
+        first_row = tl.load(row_bounds_ptr + entry)
+        num_rows = tl.load(row_bounds_ptr + entry + 1) - first_row
+    tiles_per_row = tl.cdiv(num_queries, BLOCK_M)
+    num_items = tl.where(start_p < length, num_rows * tiles_per_row, 0)
+
+    prompt_k = prompt_k_ptr + offset_of(prompt_k_strides, entry, kv_head, start_p)
+    prompt_v = prompt_v_ptr + offset_of(prompt_v_strides, entry, kv_head, start_p)
+    k = load_tile(prompt_k, prompt_k_strides[2], prompt_k_strides[3], length - start_p,
+                  BLOCK_P, HEAD_DIM, BLOCK_D, True)  # [BLOCK_P, BLOCK_D]
+    v = load_tile(prompt_v, prompt_v_strides[2], prompt_v_strides[3], length - start_p,
+                  BLOCK_P, HEAD_DIM, BLOCK_D, True)  # [BLOCK_P, BLOCK_D]
+    rows_p = start_p + tl.arange(0, BLOCK_P)
+    keys = rows_p[:, None]
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    dk = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_P], dtype=tl.float32)
+
+    for head in range(first_head, first_head + HEADS_IN_LOOP):
+        for item in range(split, num_items, num_splits):
+            row = first_row + item // tiles_per_row
+            if row_order_ptr is not None:
+                row = tl.load(row_order_ptr + row)
+            start_m = item % tiles_per_row * BLOCK_M
+            memory_row, first_token, row_queries, _ = row_extent(cu_seqlens_ptr, row, num_queries, num_keys)
+            first = first_token + start_m
+            q = load_tile(q_ptr + offset_of(q_strides, memory_row, head, first), q_strides[2], q_strides[3],
+                          row_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+            do = load_tile(do_ptr + offset_of(do_strides, memory_row, head, first), do_strides[2], do_strides[3],
+                           row_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+            rows = start_m + tl.arange(0, BLOCK_M)
+            statistics = offset_of(lse_strides, memory_row, head, first_token)
+            lse = load_lse(lse_ptr + statistics, rows, lse_strides[2], row_queries)
+            delta = tl.load(delta_ptr + statistics + widen(rows) * lse_strides[2], mask=rows < row_queries, other=0.0)
+            queries = rows[None, :]
+            bias_ptrs = None
+            if prompt_bias_ptr is not None:
+                bias_ptrs = prompt_bias_ptr + offset_of(prompt_bias_strides, entry, head, 0) + queries * 0
+            dk, dv, dscores = key_gradient_step(
+                dk, dv, k, v, q, do, lse, delta, queries, keys, 0, bias_ptrs, prompt_bias_strides[2], row_queries,
+                length, scale, softcap, 0, seed, dropout_p, row * num_heads + head, 0,
+                False, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+            if dbias_slots_ptr is not None:
+                dbias += tl.sum(dscores, 1)
+
+    # Keys beyond the entry's length were read as zeros and attended to like any other: their sums are replaced.
+    real = keys < length
+    slot = split * (GROUP // HEADS_IN_LOOP) + first_head % GROUP // HEADS_IN_LOOP
+    base = widen(slot) * slot_size + offset_of(slot_strides, entry, kv_head, start_p)
+    store_tile(dk_slots_ptr + base, slot_strides[2], slot_strides[3], prompt_length - start_p,
+               tl.where(real, dk * scale, 0.0), BLOCK_P, HEAD_DIM, BLOCK_D)
+    store_tile(dv_slots_ptr + base, slot_strides[2], slot_strides[3], prompt_length - start_p,
+               tl.where(real, dv, 0.0), BLOCK_P, HEAD_DIM, BLOCK_D)
+    if dbias_slots_ptr is not None:
+        dbias = tl.where(rows_p < length, dbias, 0.0)
+        base = widen(split) * bias_slot_size + offset_of(dbias_strides, entry, first_head, rows_p)
+        tl.store(dbias_slots_ptr + base, dbias, mask=rows_p < prompt_length)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _sum_slots_kernel(first_slots_ptr, second_slots_ptr, first_ptr, second_ptr, slot_size, num_slots,
+                      BLOCK: tl.constexpr):
+    """out = sum over slots, in slot order; grid axis 1 chooses which of two such sums."""
+    elements = widen(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    in_first = elements < tl.where(tl.program_id(1) == 0, slot_size, 0)
+    in_second = elements < tl.where(tl.program_id(1) == 1, slot_size, 0)
+    for slot in range(num_slots):
+        offsets = widen(slot) * slot_size + elements
+        total += tl.load(first_slots_ptr + offsets, mask=in_first, other=0.0)
+        total += tl.load(second_slots_ptr + offsets, mask=in_second, other=0.0)
+    tl.store(first_ptr + elements, total.to(first_ptr.dtype.element_ty), mask=in_first)
+    tl.store(second_ptr + elements, total.to(second_ptr.dtype.element_ty), mask=in_second)
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass has to compute."""
+
+    query: bool = False
+    text: bool = False
+    prompt: bool = False
+    prompt_bias: bool = False
+
+
+class Gradients(NamedTuple):
+    """Gradients of one backward pass, None where nobody asked; shapes as the inputs'."""
+
+    q: torch.Tensor | None = None
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    prompt_k: torch.Tensor | None = None
+    prompt_v: torch.Tensor | None = None
+    prompt_bias: torch.Tensor | None = None
+
+
+def prompt_attention_backward(grad_output, q, k, v, prompt_k, prompt_v, output, lse, *, needs: Needs,
+                              config: launch.LaunchConfig | None = None, **arguments) -> Gradients:
+    """The gradients of `prompt_attention_forward` that `needs` asks for, from what the forward saved.
+
+    Args:
+        grad_output: gradient of o, o's shape, any strides.
+        q, k, v, prompt_k, prompt_v: the forward's inputs.
+        output, lse: the forward's results.
+        needs: which gradients to compute; what is not asked for costs nothing.
+        config: tile sizes for every pass; chosen per pass when absent.
+        arguments: the forward's keyword arguments, the same seed among them.
+    Returns:
+        `Gradients`. The prompt's gradients are summed over every row (and query head) that used the entry, in a fixed
+        order: two runs give the same bits.
+    Raises:
+        ValueError: as the forward.
+    """
+    problem = Problem.of(q, k, v, prompt_k, prompt_v, **arguments)
+    if not any(needs):
+        return Gradients()
+    grad_output, output = (
+        launch.tile_safe(x.transpose(0, 1).unsqueeze(0) if problem.packed else x) for x in (grad_output, output))
+    delta = _delta(problem, grad_output, output, lse, config)
+    saved = {"do_ptr": grad_output, "lse_ptr": lse, "delta_ptr": delta, "do_strides": grad_output.stride(),
+             "lse_strides": problem.row_stride(lse)}
+    dq = _query_gradient(problem, saved, config) if needs.query else None
+    dk, dv = _text_gradients(problem, saved, config) if needs.text else (None, None)
+    prompt = (None, None, None)
+    if needs.prompt or needs.prompt_bias:
+        prompt = _prompt_gradients(problem, saved, needs.prompt_bias, config)
+    if problem.packed:
+        dq, dk, dv = (None if x is None else x[0].transpose(0, 1) for x in (dq, dk, dv))
+    return Gradients(dq, dk, dv, *prompt)
+
+
+def _delta(problem: Problem, grad_output, output, lse, config) -> torch.Tensor:
+    """rowsum(grad_output * output), lse's shape."""
+    delta = launch.allocate(lse.shape, torch.float32, lse.device)
+    block_m = (config or problem.config("backward_query")).block_m
+    num_tiles = triton.cdiv(problem.num_queries, block_m)
+    num_programs = num_tiles * problem.num_heads * problem.num_rows
+    if num_programs:
+        switches = problem.switches()
+        _prompt_attention_delta_kernel[(num_programs,)](
+            output, grad_output, problem.cu_seqlens, delta, output.stride(), grad_output.stride(),
+            problem.row_stride(delta), problem.num_queries, problem.num_heads, num_tiles,
+            HEAD_DIM=switches["HEAD_DIM"], BLOCK_D=switches["BLOCK_D"], BLOCK_M=block_m)
+    return delta
+
+
+def _query_gradient(problem: Problem, saved: dict, config) -> torch.Tensor:
+    """dq, laid out as the output is."""
+    dq = launch.allocate_heads(problem.q)
+    config = config or problem.config("backward_query")
+    num_tiles = triton.cdiv(problem.num_queries, config.block_m)
+    num_programs = num_tiles * problem.num_heads * problem.num_rows
+    if num_programs:
+        _prompt_attention_backward_query_kernel[(num_programs,)](
+            **problem.inputs(), **saved, dq_ptr=dq, dq_strides=dq.stride(), num_tiles=num_tiles, **problem.switches(),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=problem.prompt_block(config.block_n),
+            **config.options)
+    return dq
+
+
+def _text_gradients(problem: Problem, saved: dict, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk and dv, laid out as the output is."""
+    dk, dv = launch.allocate_heads(problem.k), launch.allocate_heads(problem.v)
+    config = config or problem.config("backward_text")
+    num_tiles = triton.cdiv(problem.num_keys, config.block_n)
+    num_programs = num_tiles * problem.num_kv_heads * problem.num_rows
+    if num_programs:
+        _prompt_attention_backward_text_kernel[(num_programs,)](
+            **problem.inputs(), **saved, dk_ptr=dk, dv_ptr=dv, dk_strides=dk.stride(), dv_strides=dv.stride(),
+            num_tiles=num_tiles, **problem.switches(), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            **config.options)
+    return dk, dv
+
+
+def _prompt_gradients(problem: Problem, saved: dict, wants_bias: bool, config) -> tuple[torch.Tensor | None, ...]:
+    """(d prompt_k, d prompt_v, d prompt_bias or None), contiguous."""
+    device, dtype = problem.q.device, problem.prompt_k.dtype
+    shape = tuple(problem.prompt_k.shape)  # (R, Hkv, P, d)
+    bias_shape = (shape[0], problem.num_heads, shape[2])
+    dk, dv = launch.allocate(shape, dtype, device), launch.allocate(shape, dtype, device)
+    dbias = launch.allocate(bias_shape, problem.prompt_bias.dtype, device) if wants_bias else None
+    if dk.numel() == 0:
+        return dk, dv, dbias
+    row_order, row_bounds = _rows_by_entry(problem)
+    if problem.packed and row_order is None and problem.seed is None:
+        # One prompt for all and no dropout counter: where a row ends does not matter, so no tile is cut there.
+        problem = dataclasses.replace(problem, cu_seqlens=None, num_rows=1, num_queries=problem.q.shape[2])
+
+    config = config or problem.config("backward_prompt")
+    block_p = problem.prompt_block(config.block_n)
+    # A bias gradient belongs to one query head; the others are sums over the heads of a group.
+    heads_in_loop = 1 if wants_bias else problem.group
+    num_tiles = triton.cdiv(problem.prompt_length, block_p)
+    num_programs = num_tiles * (problem.num_heads // heads_in_loop) * shape[0]
+    most = max(1, problem.num_rows * triton.cdiv(problem.num_queries, config.block_m))
+    num_splits = launch.split_for(device, num_programs, most)
+    num_slots = num_splits * (problem.group // heads_in_loop)
+    dk_slots = launch.allocate((num_slots, *shape), torch.float32, device)
+    dv_slots = launch.allocate((num_slots, *shape), torch.float32, device)
+    dbias_slots = launch.allocate((num_splits, *bias_shape), torch.float32, device) if wants_bias else None
+    _prompt_attention_backward_prompt_kernel[(num_programs * num_splits,)](
+        **problem.inputs(), **saved, row_order_ptr=row_order, row_bounds_ptr=row_bounds,
+        dk_slots_ptr=dk_slots, dv_slots_ptr=dv_slots, dbias_slots_ptr=dbias_slots,
+        slot_strides=dk_slots.stride()[1:], dbias_strides=dbias_slots.stride()[1:] if wants_bias else (0, 0, 0),
+        num_tiles=num_tiles, num_rows=problem.num_rows, num_entries=shape[0], num_splits=num_splits,
+        slot_size=dk.numel(), bias_slot_size=dbias.numel() if wants_bias else 0, **problem.switches(),
+        HEADS_IN_LOOP=heads_in_loop, BLOCK_M=config.block_m, BLOCK_P=block_p, **config.options)
+    _sum_slots(dk_slots, dv_slots, dk, dv)
+    if wants_bias:
+        _sum_slots(dbias_slots, None, dbias, None)
+    return dk, dv, dbias
+
+
+def _rows_by_entry(problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Rows sorted by the bank entry they use, and where each entry's rows begin and end; (None, None) for one entry."""
+    num_entries = problem.prompt_k.shape[0]
+    if problem.prompt_index is None or num_entries == 1:
+        return None, None
+    by_entry, order = torch.sort(problem.prompt_index, stable=True)
+    entries = torch.arange(num_entries + 1, device=order.device, dtype=by_entry.dtype)
+    return order.to(torch.int32), torch.searchsorted(by_entry, entries).to(torch.int32)
+
+
+def _sum_slots(first_slots, second_slots, first, second) -> None:
+    """first = first_slots.sum(0) and, if given, second = second_slots.sum(0), in one launch and a fixed order."""
+    pair = second is not None
+    block = 1024
+    _sum_slots_kernel[(triton.cdiv(first.numel(), block), 1 + pair)](
+        first_slots, second_slots if pair else first_slots, first, second if pair else first,
+        first.numel(), first_slots.shape[0], BLOCK=block)
