@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,7 +53,7 @@ _SINGLE = {
     "decode": {64: (16, 32, 4, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
 }
 # Triton's interpreter has no registers to fill; small tiles let small tests cross many tile borders.
-_INTERPRETER = LaunchConfig(block_m=16, block_n=32, num_warps=4, num_stages=1)
+_INTERPRETER = LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -105,8 +108,53 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel and every argument it would have been called with."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+@dataclass
+class _Recorder:
+    arch: int
+    launches: list[Launch]
+
+
+_recorder: _Recorder | None = None
+
+
+@contextlib.contextmanager
+def record(arch: int) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, with configurations chosen for `arch`; works without a GPU.
+
+    This is how `aot.py` compiles exactly what the host functions launch. Not for concurrent use.
+    """
+    global _recorder
+    before, _recorder = _recorder, _Recorder(arch, [])
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = before
+
+
+def run(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
+    """Launch a kernel on `device`; an empty grid launches nothing."""
+    if _recorder is not None:
+        _recorder.launches.append(Launch(kernel, arguments))
+        return
+    if math.prod(grid) == 0:
+        return
+    # Triton launches on the current device, which need not be the tensors' one.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments)
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability times ten, or 0 on the CPU (Triton's interpreter)."""
+    if _recorder is not None:
+        return _recorder.arch
     if device.type != "cuda":
         return 0
     return _cuda_architecture(torch.cuda.current_device() if device.index is None else device.index)

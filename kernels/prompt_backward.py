@@ -425,12 +425,13 @@ def _delta(problem: Problem, grad_output, output, lse, config) -> torch.Tensor:
     block_m = (config or problem.config("backward_query")).block_m
     num_tiles = triton.cdiv(problem.num_queries, block_m)
     num_programs = num_tiles * problem.num_heads * problem.num_rows
-    if num_programs:
-        switches = problem.switches()
-        _prompt_attention_delta_kernel[(num_programs,)](
-            output, grad_output, problem.cu_seqlens, delta, output.stride(), grad_output.stride(),
-            problem.row_stride(delta), problem.num_queries, problem.num_heads, num_tiles,
-            HEAD_DIM=switches["HEAD_DIM"], BLOCK_D=switches["BLOCK_D"], BLOCK_M=block_m)
+    switches = problem.switches()
+    launch.run(
+        _prompt_attention_delta_kernel, (num_programs,), lse.device, o_ptr=output, do_ptr=grad_output,
+        cu_seqlens_ptr=problem.cu_seqlens, delta_ptr=delta, o_strides=output.stride(),
+        do_strides=grad_output.stride(), delta_strides=problem.row_stride(delta), num_queries=problem.num_queries,
+        num_heads=problem.num_heads, num_tiles=num_tiles, HEAD_DIM=switches["HEAD_DIM"],
+        BLOCK_D=switches["BLOCK_D"], BLOCK_M=block_m)
     return delta
 
 
@@ -440,11 +441,10 @@ def _query_gradient(problem: Problem, saved: dict, config) -> torch.Tensor:
     config = config or problem.config("backward_query")
     num_tiles = triton.cdiv(problem.num_queries, config.block_m)
     num_programs = num_tiles * problem.num_heads * problem.num_rows
-    if num_programs:
-        _prompt_attention_backward_query_kernel[(num_programs,)](
-            **problem.inputs(), **saved, dq_ptr=dq, dq_strides=dq.stride(), num_tiles=num_tiles, **problem.switches(),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=problem.prompt_block(config.block_n),
-            **config.options)
+    launch.run(
+        _prompt_attention_backward_query_kernel, (num_programs,), dq.device, **problem.inputs(), **saved, dq_ptr=dq,
+        dq_strides=dq.stride(), num_tiles=num_tiles, **problem.switches(), BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, BLOCK_P=problem.prompt_block(config.block_n), **config.options)
     return dq
 
 
@@ -454,11 +454,10 @@ def _text_gradients(problem: Problem, saved: dict, config) -> tuple[torch.Tensor
     config = config or problem.config("backward_text")
     num_tiles = triton.cdiv(problem.num_keys, config.block_n)
     num_programs = num_tiles * problem.num_kv_heads * problem.num_rows
-    if num_programs:
-        _prompt_attention_backward_text_kernel[(num_programs,)](
-            **problem.inputs(), **saved, dk_ptr=dk, dv_ptr=dv, dk_strides=dk.stride(), dv_strides=dv.stride(),
-            num_tiles=num_tiles, **problem.switches(), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            **config.options)
+    launch.run(
+        _prompt_attention_backward_text_kernel, (num_programs,), dk.device, **problem.inputs(), **saved, dk_ptr=dk,
+        dv_ptr=dv, dk_strides=dk.stride(), dv_strides=dv.stride(), num_tiles=num_tiles, **problem.switches(),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, **config.options)
     return dk, dv
 
 
@@ -488,8 +487,8 @@ def _prompt_gradients(problem: Problem, saved: dict, wants_bias: bool, config) -
     dk_slots = launch.allocate((num_slots, *shape), torch.float32, device)
     dv_slots = launch.allocate((num_slots, *shape), torch.float32, device)
     dbias_slots = launch.allocate((num_splits, *bias_shape), torch.float32, device) if wants_bias else None
-    _prompt_attention_backward_prompt_kernel[(num_programs * num_splits,)](
-        **problem.inputs(), **saved, row_order_ptr=row_order, row_bounds_ptr=row_bounds,
+    launch.run(
+        _prompt_attention_backward_prompt_kernel, (num_programs * num_splits,), device, **problem.inputs(), **saved, row_order_ptr=row_order, row_bounds_ptr=row_bounds,
         dk_slots_ptr=dk_slots, dv_slots_ptr=dv_slots, dbias_slots_ptr=dbias_slots,
         slot_strides=dk_slots.stride()[1:], dbias_strides=dbias_slots.stride()[1:] if wants_bias else (0, 0, 0),
         num_tiles=num_tiles, num_rows=problem.num_rows, num_entries=shape[0], num_splits=num_splits,
@@ -515,6 +514,7 @@ def _sum_slots(first_slots, second_slots, first, second) -> None:
     """first = first_slots.sum(0) and, if given, second = second_slots.sum(0), in one launch and a fixed order."""
     pair = second is not None
     block = 1024
-    _sum_slots_kernel[(triton.cdiv(first.numel(), block), 1 + pair)](
-        first_slots, second_slots if pair else first_slots, first, second if pair else first,
-        first.numel(), first_slots.shape[0], BLOCK=block)
+    launch.run(
+        _sum_slots_kernel, (triton.cdiv(first.numel(), block), 1 + pair), first.device, first_slots_ptr=first_slots,
+        second_slots_ptr=second_slots if pair else first_slots, first_ptr=first, second_ptr=second if pair else first,
+        slot_size=first.numel(), num_slots=first_slots.shape[0], BLOCK=block)

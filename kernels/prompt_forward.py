@@ -172,9 +172,9 @@ def prompt_attention_forward(q, k, v, prompt_k, prompt_v, *, config: launch.Laun
     config = config or problem.config("forward")
     num_tiles = triton.cdiv(problem.num_queries, config.block_m)
     num_programs = num_tiles * problem.num_heads * problem.num_rows
-    if num_programs:
-        _prompt_attention_forward_kernel[(num_programs,)](
-            **problem.inputs(), o_ptr=output, lse_ptr=lse, o_strides=output.stride(),
-            lse_strides=problem.row_stride(lse), num_tiles=num_tiles, **problem.switches(), BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, BLOCK_P=problem.prompt_block(config.block_n), **config.options)
+    launch.run(
+        _prompt_attention_forward_kernel, (num_programs,), q.device, **problem.inputs(), o_ptr=output, lse_ptr=lse,
+        o_strides=output.stride(), lse_strides=problem.row_stride(lse), num_tiles=num_tiles, **problem.switches(),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=problem.prompt_block(config.block_n),
+        **config.options)
     return (output[0].transpose(0, 1) if problem.packed else output), lse
