@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, the Triton interpreter where there is no GPU, the shared helpers."""
+"""Settings of every test: one thread, Triton interpreted without a GPU, the shared helpers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Triton reads the variable when its first kernel is decorated, so it stands before any import of ours.
+# Triton reads the variable when a kernel is decorated, so it stands before any import of ours.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

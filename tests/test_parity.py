@@ -94,7 +94,7 @@ def test_gated(family, injection):
     bare = base(**batch.inputs, position_ids=_positions(family, batch)).last_hidden_state[real]
     with torch.no_grad():
         closed = model(**batch.inputs).last_hidden_state[real]
-        # One prompt token of e^-10 of the attention mass each: close to the bare model, and not the same.
+        # Each virtual token has about e^-10 of the mass: close to the bare model, not the same.
         assert (closed - bare).norm() / bare.norm() < 5e-3
         assert not torch.equal(closed, bare)
         model.adapters["default"].encoder.gate.copy_(torch.randn(2, 4, 5))

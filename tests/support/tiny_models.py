@@ -54,7 +54,8 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
             "type_vocab_size": 2,
         }
     elif family == "gpt2":
-        sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "classifier_dropout": 0.0}
+        names = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")
+        sizes |= dict.fromkeys(names, 0.0)
     else:
         # Two query heads share a key head; Qwen3's 4 heads of 16 do not add up to the hidden size.
         head_dim = 16 if family == "qwen3" else 8
@@ -65,7 +66,7 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
 def tiny_base(
     family: str, task: str = "FEATURE_EXTRACTION", *, seed: int = 0, exact: bool = False, **changes
 ) -> transformers.PreTrainedModel:
-    """A tiny model in eval mode; the same seed gives the same weights. `exact` makes it true float64."""
+    """A tiny model in eval mode; one seed, one set of weights. `exact` makes it true float64."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     if task == "QUESTION_ANS":
@@ -113,7 +114,7 @@ def literal_states(
     adapter: str = "default",
     **inputs,
 ) -> Tensor:
-    """What the literal form of an adapter's injection gives on a bare copy of the backbone, (B, N, D)."""
+    """What the literal form of an adapter gives on a bare copy of the backbone, (B, N, D)."""
     encoder = model.adapters[adapter].encoder
     config = model.adapters[adapter].config
     prompts = encoder()

@@ -22,7 +22,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def assert_equal(actual: Tensor, expected: Tensor, what: str = "", dtype=None) -> None:
     """Fail unless two tensors are the same up to rounding in their dtype."""
-    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} != {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
     budget = _BUDGET[dtype or actual.dtype]
     if expected.numel() == 0:
         return
