@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.config import HeadConfig
+from ptv2_fast.models.pooling import pool
 
 IGNORED_LABEL = -100
 
@@ -33,26 +34,6 @@ class Head(nn.Module):
         if self.config.task_type == "SEQ_CLS":
             hidden = pool(hidden, attention_mask, self.config.pooling)
         return self.linear(self.dropout(hidden).to(self.linear.weight.dtype))
-
-
-def pool(hidden: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
-    """One vector (B, D) per row of hidden (B, N, D): its first or last real token, or the mean of
-    all of them.
-
-    Any padding side; a row without a real token gives its first token, or zeros for "mean".
-    """
-    if attention_mask is None:
-        return {"first": hidden[:, 0], "last": hidden[:, -1], "mean": hidden.mean(1)}[how]
-    real = attention_mask.bool()
-    if how == "mean":
-        weights = real.to(hidden.dtype)[..., None]
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-    slots = torch.arange(real.shape[1], device=real.device)
-    if how == "first":
-        index = slots.masked_fill(~real, real.shape[1]).amin(-1) % real.shape[1]
-    else:
-        index = slots.masked_fill(~real, -1).amax(-1).clamp(min=0)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
 
 
 def own_heads(base: PreTrainedModel) -> dict[str, nn.Module]:

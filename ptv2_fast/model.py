@@ -272,9 +272,9 @@ class PTuningV2Model(Persistence, nn.Module):
         if mask is not None:
             mask = torch.cat([mask.new_ones(rows, length), mask], dim=1)
         prompts = adapter.encoder().to(self.backbone.dtype)
-        view = self._family.shallow_view(self.backbone, prompts)
-        if target is not self.backbone:
-            view = view_of(target, children={self.base_model.base_model_prefix: view})
+        view = self._family.shallow_view(target.base_model, prompts)
+        if target.base_model is not target:
+            view = view_of(target, children={target.base_model_prefix: view})
         empty = PromptBatch(layers=(), backend=adapter.config.backend)
         inputs = {**inputs, "position_ids": positions, "attention_mask": mask, "ptv2_prompts": empty}
         output = view(**{name: value for name, value in inputs.items() if value is not None})

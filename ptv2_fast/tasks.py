@@ -77,6 +77,9 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
                     f"heads={{...}} on the backbone to mix them in one batch; got {len(adapters)} adapters"
                 )
             target = view_of(target, children=dict(adapters[0].base_heads.items()))
+            mask, reader = inputs.get("attention_mask"), self._family.first_token_view
+            if adapters[0].config.task_type == "SEQ_CLS" and reader and mask is not None and mask.dim() == 2:
+                target = reader(target, mask)
         return self.run(target, {**inputs, **targets}, adapter_names)
 
     def _run_own_heads(self, inputs, adapter_names, names, task, targets):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.models.pooling import pool
 from ptv2_fast.models.view import view_of
 
 
@@ -61,3 +62,20 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
         "encoder": view_of(backbone.encoder, forward=encode),
     }
     return view_of(backbone, children=children)
+
+
+def first_token_view(target: PreTrainedModel, attention_mask: Tensor) -> nn.Module:
+    """A view of a sequence classifier whose head reads each row's first real token instead of its first slot.
+
+    With left padding the first slot is padding. BERT's head reads it in the backbone's pooler, RoBERTa's in its
+    classifier; both get the one row that they would read.
+    """
+
+    def read(original, hidden, *args, **kwargs):
+        return original(pool(hidden, attention_mask, "first")[:, None], *args, **kwargs)
+
+    backbone = target.base_model
+    if getattr(backbone, "pooler", None) is None:
+        return view_of(target, children={"classifier": view_of(target.classifier, forward=read)})
+    pooled = view_of(backbone, children={"pooler": view_of(backbone.pooler, forward=read)})
+    return view_of(target, children={target.base_model_prefix: pooled})

@@ -30,6 +30,8 @@ class Family:
             prompt stands at -P..-1 before a text at 0.. whatever its injection.
         shallow_view: (backbone, prompts (P, D)) -> the backbone with virtual tokens evolving in
             front of the text; for bidirectional families only.
+        first_token_view: (sequence classifier, mask (B, N)) -> the classifier with a head that reads each row's first
+            real token; for families whose own head reads slot 0.
     """
 
     causal: bool
@@ -38,6 +40,7 @@ class Family:
     first_position: Callable[[PreTrainedModel], int]
     rotary: bool = False
     shallow_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
+    first_token_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
 
 
 _BERT = Family(
@@ -46,6 +49,7 @@ _BERT = Family(
     project=bert.project,
     first_position=lambda backbone: 0,
     shallow_view=bert.shallow_view,
+    first_token_view=bert.first_token_view,
 )
 _ROBERTA = replace(_BERT, first_position=bert.roberta_first_position)
 _GPT2 = Family(

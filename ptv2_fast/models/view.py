@@ -1,4 +1,4 @@
-"""A view of a model: the same weights under another forward or with other children, the model itself untouched."""
+"""A view of a model: the same weights under another forward or with other children; the model itself is untouched."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Mapping
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 
 def view_of(
@@ -20,27 +22,32 @@ def view_of(
     Args:
         module: the module to look at; it is not changed.
         children: direct children that the view has instead of the module's own.
-        forward: called as forward(original_forward, *args, **kwargs) in place of the module's
-            forward.
+        forward: called as forward(original_forward, *args, **kwargs) in place of the module's forward.
 
     Returns:
-        A module of a subclass of type(module), with the same class name and forward signature.
+        A module of type(module), or of a subclass with the same name and forward signature.
     """
+    if isinstance(module, PreTrainedModel):
+        # transformers hooks a model's layers the first time that their outputs are asked for. Layers are shared, so
+        # that has to happen once, on the model itself: every fresh view would hook them again.
+        maybe_install_capturing_hooks(module)
     view = copy.copy(module)
     view._modules = {**module._modules, **(children or {})}
-    if forward is not None:
-        view.__class__ = _class_with_forward(type(module))
-        view._view_forward = forward
-    return view
+    if forward is None:
+        return view
+    outer = copy.copy(view)
+    outer.__class__ = _class_with_forward(type(module))
+    outer._view_forward = functools.partial(forward, view.forward)
+    return outer
 
 
 @functools.cache
 def _class_with_forward(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `cls` whose forward goes through the instance's `_view_forward`."""
+    """The subclass of `cls` whose forward is the instance's `_view_forward`."""
 
     # Generation reads the signature of forward, which wraps() carries over.
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
-        return self._view_forward(functools.partial(cls.forward, self), *args, **kwargs)
+        return self._view_forward(*args, **kwargs)
 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
