@@ -16,11 +16,7 @@ from tiny_models import (
 from tolerances import assert_differs, assert_equal
 from transformers import DynamicCache, StaticCache
 
-EVERY = [
-    pytest.param(family, injection, id=f"{family}-{injection}")
-    for family in DECODERS
-    for injection in INJECTIONS
-]
+EVERY = [pytest.param(family, injection, id=f"{family}-{injection}") for family in DECODERS for injection in INJECTIONS]
 NEW = 5
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 

@@ -22,11 +22,7 @@ from tolerances import assert_differs, assert_equal
 from ptv2_fast import HeadConfig
 from ptv2_fast.models.families import family_of
 
-EVERY = [
-    pytest.param(family, injection, id=f"{family}-{injection}")
-    for family in FAMILIES
-    for injection in INJECTIONS
-]
+EVERY = [pytest.param(family, injection, id=f"{family}-{injection}") for family in FAMILIES for injection in INJECTIONS]
 # A shallow prompt on an encoder is real rows of the batch, so it is shared by all of them.
 PER_ROW = [p for p in EVERY if not (p.values[0] in ENCODERS and p.values[1] == "shallow")]
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")

@@ -101,9 +101,7 @@ def tiny_model(
 
 def tiny_prompts(injection: str, task: str = "FEATURE_EXTRACTION", *, length: int = 5, **config):
     """A configuration whose prompts start large enough to change outputs visibly."""
-    return PTuningV2Config(
-        task, num_virtual_tokens=length, injection=injection, **{"init_std": 0.8, **config}
-    )
+    return PTuningV2Config(task, num_virtual_tokens=length, injection=injection, **{"init_std": 0.8, **config})
 
 
 def literal_states(
@@ -125,6 +123,4 @@ def literal_states(
         return literal_deep(backbone, prompts, input_ids, attention_mask, **inputs)
     offset = config.position_offset or 0
     keys, values = prompts.unbind(1)
-    return literal_prefix(
-        backbone, keys, values, input_ids, attention_mask, position_offset=offset, **inputs
-    )
+    return literal_prefix(backbone, keys, values, input_ids, attention_mask, position_offset=offset, **inputs)
