@@ -34,6 +34,9 @@ class PTuningV2Model(Persistence, nn.Module):
     Use `get_ptv2_model` to build the subclass that fits a task.
     """
 
+    # Trainer: our losses are means over a batch's own labels, so it divides by its accumulation steps itself.
+    accepts_loss_kwargs = False
+
     def __init__(
         self,
         base: PreTrainedModel,

@@ -157,6 +157,9 @@ class PTuningV2ModelForQuestionAnswering(_PTuningV2ModelWithHeads):
 class PTuningV2ModelForCausalLM(PTuningV2Model):
     """Prompts for a causal language model (task_type CAUSAL_LM)."""
 
+    # The base's loss divides by Trainer's num_items_in_batch, the labels of all accumulated batches.
+    accepts_loss_kwargs = True
+
     def forward(
         self,
         input_ids: Tensor | None = None,

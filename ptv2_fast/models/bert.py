@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: post-norm encoders, whose layers project the prompt as it is."""
+"""BERT and RoBERTa: post-norm encoders, whose layers project a prompt as it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.models.pooling import pool
+from ptv2_fast.models.projection import Projection, linear_projection
 from ptv2_fast.models.view import view_of
 
 
@@ -15,13 +16,20 @@ def layers(backbone: PreTrainedModel) -> nn.ModuleList:
     return backbone.encoder.layer
 
 
-def project(backbone: PreTrainedModel, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of prompt states (P, D) at one layer, each (H, P, d)."""
+def normed(backbone: PreTrainedModel, layer: int, states: Tensor) -> Tensor:
+    """What a layer's projections read: post-norm layers take their input as it is."""
+    return states
+
+
+def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Projection]:
+    """The key and the value projection of one layer."""
     attention = backbone.encoder.layer[layer].attention.self
-    split = (*states.shape[:-1], -1, attention.attention_head_size)
-    keys = attention.key(states).view(split).transpose(0, 1)
-    values = attention.value(states).view(split).transpose(0, 1)
-    return keys, values
+    return linear_projection(attention.key), linear_projection(attention.value)
+
+
+def finished(backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
+    """Keys (P, H, d) as attention reads them: BERT's projection is all there is."""
+    return keys
 
 
 def roberta_first_position(backbone: PreTrainedModel) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.models import bert, gpt2, llama
+from ptv2_fast.models.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class Family:
         causal: text cannot see what stands after it; a shallow prompt then runs through the stack
             on its own.
         layers: the backbone's transformer layers in order.
-        project: (backbone, layer index, prompt states (P, D)) -> keys and values, each (Hkv, P, d),
-            exactly as the layer would make them for rows that stand before the text.
+        normed: (backbone, layer index, states (P, D)) -> what the layer's projections read, (P, D).
+        projections: (backbone, layer index) -> the projections that make its keys and its values.
+        finished: (backbone, layer index, keys (P, Hkv, d)) -> the keys as attention reads them, for tokens that stand
+            right before the text.
         first_position: (backbone) -> the position id of a row's first token.
         rotary: positions are rotary: only differences count, there is no table of them, and a
             prompt stands at -P..-1 before a text at 0.. whatever its injection.
@@ -36,7 +39,9 @@ class Family:
 
     causal: bool
     layers: Callable[[PreTrainedModel], nn.ModuleList]
-    project: Callable[[PreTrainedModel, int, Tensor], tuple[Tensor, Tensor]]
+    normed: Callable[[PreTrainedModel, int, Tensor], Tensor]
+    projections: Callable[[PreTrainedModel, int], tuple[Projection, Projection]]
+    finished: Callable[[PreTrainedModel, int, Tensor], Tensor]
     first_position: Callable[[PreTrainedModel], int]
     rotary: bool = False
     shallow_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
@@ -46,19 +51,28 @@ class Family:
 _BERT = Family(
     causal=False,
     layers=bert.layers,
-    project=bert.project,
+    normed=bert.normed,
+    projections=bert.projections,
+    finished=bert.finished,
     first_position=lambda backbone: 0,
     shallow_view=bert.shallow_view,
     first_token_view=bert.first_token_view,
 )
 _ROBERTA = replace(_BERT, first_position=bert.roberta_first_position)
 _GPT2 = Family(
-    causal=True, layers=gpt2.layers, project=gpt2.project, first_position=lambda backbone: 0
+    causal=True,
+    layers=gpt2.layers,
+    normed=gpt2.normed,
+    projections=gpt2.projections,
+    finished=gpt2.finished,
+    first_position=lambda backbone: 0,
 )
 _LLAMA = Family(
     causal=True,
     layers=llama.layers,
-    project=llama.project,
+    normed=llama.normed,
+    projections=llama.projections,
+    finished=llama.finished,
     first_position=lambda backbone: 0,
     rotary=True,
 )

@@ -6,31 +6,36 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.models.projection import Projection, linear_projection
+
 
 def layers(backbone: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers in order."""
     return backbone.layers
 
 
-def project(backbone: PreTrainedModel, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of prompt states (P, D) at one layer, each (Hkv, P, d).
+def normed(backbone: PreTrainedModel, layer: int, states: Tensor) -> Tensor:
+    """What a layer's projections read: its input after the input norm."""
+    return backbone.layers[layer].input_layernorm(states)
 
-    Rotary attention sees differences of positions only: with the text at 0.. the prompt stands at
-        -P..-1.
+
+def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Projection]:
+    """The key and the value projection of one layer."""
+    attention = backbone.layers[layer].self_attn
+    return linear_projection(attention.k_proj), linear_projection(attention.v_proj)
+
+
+def finished(backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
+    """Keys (P, Hkv, d) as attention reads them: normalised where the family does that, then rotated.
+
+    Rotary attention sees differences of positions only: with the text at 0.. the prompt stands at -P..-1.
     """
-    block = backbone.layers[layer]
-    attention = block.self_attn
-    normed = block.input_layernorm(states)
-    split = (*states.shape[:-1], -1, attention.head_dim)
-    keys = attention.k_proj(normed).view(split)  # (P, Hkv, d)
-    values = attention.v_proj(normed).view(split)
+    attention = backbone.layers[layer].self_attn
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
-    length = states.shape[0]
-    positions = torch.arange(-length, 0, device=states.device)[None, :]
-    cos, sin = backbone.rotary_emb(states, positions)  # (1, P, d)
-    keys = _rotate(keys, cos[0, :, None, :], sin[0, :, None, :])
-    return keys.transpose(0, 1), values.transpose(0, 1)
+    positions = torch.arange(-keys.shape[0], 0, device=keys.device)[None, :]
+    cos, sin = backbone.rotary_emb(keys, positions)  # (1, P, d)
+    return _rotate(keys, cos[0, :, None, :], sin[0, :, None, :])
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

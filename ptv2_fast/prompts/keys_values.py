@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt
+from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
 
@@ -33,8 +36,7 @@ def layer_prompts(
         case "prefix":
             pairs = dict(zip(encoder.layers, (layer.unbind(0) for layer in prompts.unbind(0))))
         case "deep":
-            states = zip(encoder.layers, prompts.unbind(0))
-            pairs = {layer: family.project(backbone, layer, state) for layer, state in states}
+            pairs = dict(zip(encoder.layers, project(prompts, encoder.layers, backbone, family)))
         case "shallow":
             recorded = record_keys_values(backbone, prompts[None], family)
             pairs = {layer: recorded[layer] for layer in encoder.layers}
@@ -44,6 +46,23 @@ def layer_prompts(
         LayerPrompt(*pairs[layer], bias=gates.get(layer)) if layer in pairs else None
         for layer in range(count)
     )
+
+
+def project(
+    states: Tensor, layers: Sequence[int], backbone: PreTrainedModel, family: Family
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (Hkv, P, d) that each layer makes of its prompt states; states (L', P, D)."""
+    head_dim = Dimensions.of(backbone).head_dim
+    pairs = []
+    for layer, state in zip(layers, states.unbind(0)):
+        normed = family.normed(backbone, layer, state)
+        keys, values = (
+            F.linear(normed, projection.weight, projection.bias).unflatten(-1, (-1, head_dim))
+            for projection in family.projections(backbone, layer)
+        )  # (P, Hkv, d)
+        keys = family.finished(backbone, layer, keys)
+        pairs.append((keys.transpose(0, 1), values.transpose(0, 1)))
+    return pairs
 
 
 def record_keys_values(

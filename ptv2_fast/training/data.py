@@ -13,6 +13,7 @@ Nothing is dropped on the way: a record that cannot be used is an error that nam
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +171,7 @@ def read_examples(
             break
     if first_row is None:
         raise ValueError(f"{path_or_name}, line 1: expected at least one example; found none")
-    if task == "SEQ_CLS" and labelled:
+    if task == "SEQ_CLS" and labelled and labels is None:
         _refuse_header_as_example(first_row, examples)
     if task == "QUESTION_ANS":
         _refuse_repeated_ids(path_or_name, examples)
@@ -185,9 +186,7 @@ def _check_columns(task: str, named: tuple[str, ...], label_column: str | None) 
         raise ValueError(f"label_column: {task} has no label column; got {label_column!r}")
 
 
-def _rows(
-    path_or_name: str | Path, task: str, split: str | None, request: _Request
-) -> Iterator[Row]:
+def _rows(path_or_name: str | Path, task: str, split: str | None, request: _Request) -> Iterator[Row]:
     path = Path(path_or_name)
     suffix = path.suffix.lower()
     is_file = path.is_file() or (suffix in formats.FILE_SUFFIXES and not path.is_dir())
@@ -208,10 +207,7 @@ def _rows(
         wanted = (*request.text_columns, *filter(None, (request.label_column,)))
         yield from formats.delimited_rows(path, wanted)
     else:
-        raise ValueError(
-            f"{path}: expected a file with a suffix of {', '.join(formats.FILE_SUFFIXES)};"
-            f" got {suffix!r}"
-        )
+        raise ValueError(f"{path}: expected a file with a suffix of {', '.join(formats.FILE_SUFFIXES)}; got {suffix!r}")
 
 
 def _column(row: Row, usual: Sequence[str], named: str | None, argument: str) -> str:
@@ -220,9 +216,7 @@ def _column(row: Row, usual: Sequence[str], named: str | None, argument: str) ->
         if name in row.values:
             return name
     wanted = f"the column {named!r}" if named is not None else f"a column of {list(usual)}"
-    raise ValueError(
-        f"{row.where}: expected {wanted} ({argument}); the columns are {list(row.values)}"
-    )
+    raise ValueError(f"{row.where}: expected {wanted} ({argument}); the columns are {list(row.values)}")
 
 
 def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
@@ -234,9 +228,7 @@ def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
 
 def _check_known(where: str, what: str, name: str, labels: LabelSet | None) -> None:
     if labels is not None and name not in labels:
-        raise ValueError(
-            f"{where}: {what} {name!r} was not seen in training; known: {list(labels.names)}"
-        )
+        raise ValueError(f"{where}: {what} {name!r} was not seen in training; known: {list(labels.names)}")
 
 
 def _classification_example(row: Row, request: _Request) -> dict[str, Any]:
@@ -257,9 +249,7 @@ def _classification_example(row: Row, request: _Request) -> dict[str, Any]:
     if isinstance(label, str):
         label = label.strip()
     if not isinstance(label, str | int) or label == "":
-        raise ValueError(
-            f"{row.where}: expected a label (text or an integer) in {column!r}; got {label!r}"
-        )
+        raise ValueError(f"{row.where}: expected a label (text or an integer) in {column!r}; got {label!r}")
     example["label"] = str(label)
     _check_known(row.where, "label", example["label"], request.labels)
     return example
@@ -267,11 +257,12 @@ def _classification_example(row: Row, request: _Request) -> dict[str, Any]:
 
 def _refuse_header_as_example(row: Row, examples: list[dict[str, Any]]) -> None:
     """Refuses `comment_text<TAB>stars` as an example of a class "stars" that only it has."""
-    first, rest = examples[0], examples[1:]
     if list(row.values) != ["sentence", "label"] or not row.where.endswith(", line 1"):
         return
-    words = (first["text"], first["label"])
-    alone = rest and all(example["label"] != first["label"] for example in rest)
+    words = (examples[0]["text"], examples[0]["label"])
+    counts = Counter(example["label"] for example in examples)
+    # The only label that occurs once, beside a single word.
+    alone = len(counts) > 1 and [name for name in counts if counts[name] == 1] == [words[1]]
     if alone and all(_IDENTIFIER.fullmatch(word) for word in words):
         raise ValueError(
             f"{row.where}: {list(words)} looks like a header with unknown names;"
@@ -292,10 +283,7 @@ def _tokens_example(row: Row, request: _Request) -> dict[str, Any]:
     if not isinstance(tags, list | tuple):
         raise ValueError(f"{row.where}: expected a list of IOB tags; got {tags!r}")
     if len(tokens) != len(tags):
-        raise ValueError(
-            f"{row.where}: expected as many tags as tokens; got {len(tokens)} tokens"
-            f" and {len(tags)} tags"
-        )
+        raise ValueError(f"{row.where}: expected as many tags as tokens; got {len(tokens)} tokens and {len(tags)} tags")
     file_lines = row.values.get("lines")
     for index, tag in enumerate(tags):
         where = f"{row.where}, token {index + 1}"
@@ -328,14 +316,12 @@ def _question_example(row: Row, request: _Request) -> dict[str, Any]:
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text or type(start) is not int:
             raise ValueError(
-                f"{row.where}: expected an answer's text and an integer answer_start;"
-                f" got {text!r} and {start!r}"
+                f"{row.where}: expected an answer's text and an integer answer_start; got {text!r} and {start!r}"
             )
         found = context[start : start + len(text)] if start >= 0 else ""
         if found != text:
             raise ValueError(
-                f"{row.where}: answer_start {start} must point at the answer {text!r};"
-                f" the context has {found!r} there"
+                f"{row.where}: answer_start {start} must point at the answer {text!r}; the context has {found!r} there"
             )
     if row.values.get("is_impossible") and texts:
         raise ValueError(f"{row.where}: is_impossible is true; expected no answers, got {texts}")
@@ -354,9 +340,7 @@ def _answers(row: Row) -> tuple[list[Any], list[Any]]:
     else:
         texts = starts = None
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        raise ValueError(
-            f"{row.where}: expected answers with as many 'text' as 'answer_start'; got {answers!r}"
-        )
+        raise ValueError(f"{row.where}: expected answers with as many 'text' as 'answer_start'; got {answers!r}")
     return texts, starts
 
 
@@ -365,9 +349,7 @@ def _refuse_repeated_ids(name: str | Path, examples: list[dict[str, Any]]) -> No
     for number, example in enumerate(examples, start=1):
         earlier = seen.setdefault(example["id"], number)
         if earlier != number:
-            raise ValueError(
-                f"{name}: ids must differ; questions {earlier} and {number} have {example['id']!r}"
-            )
+            raise ValueError(f"{name}: ids must differ; questions {earlier} and {number} have {example['id']!r}")
 
 
 def _language_example(row: Row, request: _Request) -> dict[str, Any]:

@@ -86,6 +86,9 @@ def delimited_rows(path: Path, named: tuple[str, ...] = ()) -> Iterator[Row]:
                 repeated = sorted({name for name in header if header.count(name) > 1})
                 if repeated:
                     raise ValueError(f"{where}: column names must differ; repeated: {repeated}")
+                missing = [name for name in named if name not in header]
+                if missing:
+                    raise ValueError(f"{where}: expected the columns {missing}; got {header}")
                 continue
             if len(cells) > 2:
                 raise ValueError(
@@ -94,9 +97,7 @@ def delimited_rows(path: Path, named: tuple[str, ...] = ()) -> Iterator[Row]:
                 )
             header = ["sentence", "label"] if len(cells) == 2 else ["text"]
         if len(cells) != len(header):
-            raise ValueError(
-                f"{where}: expected {len(header)} columns {header}; got {len(cells)}: {cells}"
-            )
+            raise ValueError(f"{where}: expected {len(header)} columns {header}; got {len(cells)}: {cells}")
         yield Row(where, dict(zip(header, cells, strict=True)))
 
 
@@ -140,8 +141,7 @@ def json_rows(path: Path) -> Iterator[Row]:
             # "Extra data" after a whole object: JSON lines under the suffix .json.
             if not error.msg.startswith("Extra data"):
                 raise ValueError(
-                    f"{path}, line {error.lineno}: expected JSON;"
-                    f" {error.msg} at column {error.colno}"
+                    f"{path}, line {error.lineno}: expected JSON; {error.msg} at column {error.colno}"
                 ) from error
         else:
             yield from _document_rows(path, root)
@@ -185,9 +185,7 @@ def _squad_rows(path: Path, articles: list[Any]) -> Iterator[Row]:
             inner = f"{place}.paragraphs[{p}]"
             for q, question in enumerate(_member(inner, paragraph, "qas")):
                 where = f"{inner}.qas[{q}]"
-                yield Row(
-                    where, {"context": paragraph.get("context"), **_json_object(where, question)}
-                )
+                yield Row(where, {"context": paragraph.get("context"), **_json_object(where, question)})
 
 
 def _member(where: str, values: object, key: str) -> list[Any]:
