@@ -1,0 +1,131 @@
+"""Padding and the grouping of rows by real tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptv2_fast.training.batches import IGNORED_LABEL, PadCollator, token_budget_batches
+
+
+def feature(ids, **others):
+    return {"input_ids": list(ids), "attention_mask": [1] * len(ids), **others}
+
+
+class TestPadCollator:
+    def test_pads_each_kind_with_its_filler(self, tiny_tokenizer):
+        rows = [
+            feature([5, 6, 7], labels=[1, 0, 2], token_type_ids=[0, 1, 1]),
+            feature([8], labels=[3], token_type_ids=[1]),
+        ]
+        batch = PadCollator(tiny_tokenizer)(rows)
+        pad = tiny_tokenizer.pad_token_id
+        assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+        assert batch["token_type_ids"].tolist() == [[0, 1, 1], [1, 0, 0]]
+        assert batch["labels"].tolist() == [[1, 0, 2], [3, IGNORED_LABEL, IGNORED_LABEL]]
+        assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+    def test_left_padding_moves_positions(self, tiny_tokenizer):
+        rows = [
+            feature([5, 6, 7], start_positions=1, end_positions=2, labels=[1, 2, 3]),
+            feature([8], start_positions=0, end_positions=0, labels=[4]),
+        ]
+        batch = PadCollator(tiny_tokenizer, label_pad=-1, padding_side="left")(rows)
+        assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+        assert batch["labels"].tolist() == [[1, 2, 3], [-1, -1, 4]]
+        assert batch["start_positions"].tolist() == [1, 2]
+        assert batch["end_positions"].tolist() == [2, 2]
+        right = PadCollator(tiny_tokenizer, padding_side="right")(rows)
+        assert right["start_positions"].tolist() == [1, 0]
+
+    def test_labels_of_rows(self, tiny_tokenizer):
+        collate = PadCollator(tiny_tokenizer)
+        assert collate([feature([1], labels=3), feature([1, 2], labels=0)])["labels"].tolist() == [
+            3,
+            0,
+        ]
+        several = collate([feature([1], labels=[1.0, 0.0]), feature([1, 2], labels=[0.0, 1.0])])
+        assert several["labels"].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+        assert several["labels"].dtype == torch.float32
+
+    def test_multiple_of(self, tiny_tokenizer):
+        collate = PadCollator(tiny_tokenizer, pad_to_multiple_of=8)
+        assert collate([feature(range(3))])["input_ids"].shape == (1, 8)
+        assert collate([feature(range(8))])["input_ids"].shape == (1, 8)
+        assert collate([feature(range(9))])["attention_mask"].sum() == 9
+
+    def test_tokenizer_without_padding_token(self, byte_tokenizer):
+        batch = PadCollator(byte_tokenizer)([feature([1, 2]), feature([3])])
+        assert batch["input_ids"].tolist() == [[1, 2], [3, byte_tokenizer.eos_token_id]]
+        assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+    def test_decoding_keys_stay_behind(self, tiny_tokenizer):
+        row = feature([1], word_ids=[None], num_words=0, offset_mapping=[None], example_index=4)
+        assert set(PadCollator(tiny_tokenizer)([row])) == {"input_ids", "attention_mask"}
+
+    def test_refusals(self, tiny_tokenizer):
+        collate = PadCollator(tiny_tokenizer)
+        with pytest.raises(ValueError, match="at least one row"):
+            collate([])
+        with pytest.raises(ValueError, match=r"features\[1\]: expected 'labels'"):
+            collate([feature([1], labels=1), feature([1])])
+        with pytest.raises(ValueError, match=r"features\[1\]: expected 'labels' as long.*\(2\)"):
+            collate([feature([1], labels=[1]), feature([1, 2], labels=[1])])
+        with pytest.raises(ValueError, match="padding_side.*'top'"):
+            replace(collate, padding_side="top")
+        with pytest.raises(ValueError, match="pad_to_multiple_of.*0"):
+            replace(collate, pad_to_multiple_of=0)
+
+
+lengths = st.lists(st.integers(1, 40), max_size=120)
+
+
+class TestTokenBudget:
+    @given(lengths, st.integers(40, 200), st.booleans(), st.integers(0, 5))
+    def test_each_row_once_and_no_group_above_the_budget(self, lengths, budget, shuffle, seed):
+        groups = token_budget_batches(lengths, budget, shuffle=shuffle, seed=seed)
+        assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+        assert all(groups)
+        assert all(sum(lengths[index] for index in group) <= budget for group in groups)
+        assert groups == token_budget_batches(lengths, budget, shuffle=shuffle, seed=seed)
+
+    @given(lengths, st.integers(40, 200))
+    def test_order_is_kept_without_shuffle(self, lengths, budget):
+        groups = token_budget_batches(lengths, budget, shuffle=False)
+        assert [index for group in groups for index in group] == list(range(len(lengths)))
+
+    def test_groups_are_even(self):
+        lengths = [1 + (7 * index) % 60 for index in range(900)]
+        groups = token_budget_batches(lengths, 1000, shuffle=True, seed=3)
+        sums = [sum(lengths[index] for index in group) for group in groups]
+        assert len(groups) == -(-sum(lengths) // 1000)
+        assert min(sums) > 0.85 * max(sums)
+        # A last group of what is left over would have one row instead of half of all.
+        assert [len(g) for g in token_budget_batches([1] * 10, 9, shuffle=False)] == [5, 5]
+
+    def test_similar_lengths_share_a_group(self):
+        lengths = [1 + (7 * index) % 60 for index in range(900)]
+
+        def padded(groups):
+            return sum(len(group) * max(lengths[index] for index in group) for group in groups)
+
+        ordered = padded(token_budget_batches(lengths, 1000, shuffle=False))
+        assert padded(token_budget_batches(lengths, 1000, shuffle=True)) < 1.2 * sum(lengths)
+        assert ordered > 1.8 * sum(lengths)
+
+    def test_seed_changes_the_epoch(self):
+        first = token_budget_batches([3] * 50, 12, shuffle=True, seed=0)
+        assert first != token_budget_batches([3] * 50, 12, shuffle=True, seed=1)
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match="max_tokens.*0"):
+            token_budget_batches([1], 0, shuffle=False)
+        with pytest.raises(ValueError, match=r"lengths\[1\]: must be in \[1, max_tokens = 8\]; got 9"):
+            token_budget_batches([8, 9], 8, shuffle=False)
+        with pytest.raises(ValueError, match=r"lengths\[0\]"):
+            token_budget_batches([0], 8, shuffle=False)
