@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ptv2_fast.config import HEAD_TASKS, PTuningV2Config
 from ptv2_fast.heads import Head, copied_heads
 from ptv2_fast.models.dimensions import Dimensions
+from ptv2_fast.models.families import family_of
 from ptv2_fast.prompts.encoder import PromptEncoder
 
 _BASE_SUFFIX = {
@@ -72,7 +73,8 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
     """Refuse a base that cannot serve the task."""
     name = type(base).__name__
     if config.task_type == "CAUSAL_LM":
-        if base.get_output_embeddings() is None or not base.can_generate():
+        causal = family_of(base.base_model).causal
+        if not causal or base.get_output_embeddings() is None or not base.can_generate():
             raise ValueError(
                 f"base must be a causal language model for task_type='CAUSAL_LM'; got {name}"
             )

@@ -20,6 +20,8 @@ from ptv2_fast.models.view import view_of
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.keys_values import layer_prompts, stack_bank
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
+from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
+from ptv2_fast.step.unpad import can_unpad, unpadded
 
 BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
 
@@ -45,6 +47,7 @@ class PTuningV2Model(Persistence, nn.Module):
         *,
         tokenizer=None,
         init_text: str | Sequence[str] | None = None,
+        step_options: StepOptions | None = None,
     ):
         """Freeze `base`, attach the prompt attention to it and create the first adapter.
 
@@ -55,6 +58,7 @@ class PTuningV2Model(Persistence, nn.Module):
             config: the adapter's configuration.
             adapter_name: the adapter's name.
             tokenizer, init_text: the text for `prompt_init="text"`, and what splits it into tokens.
+            step_options: which savings of a training step are on; may be replaced at any time.
 
         Raises:
             ValueError: base, configuration and task do not fit together.
@@ -65,6 +69,8 @@ class PTuningV2Model(Persistence, nn.Module):
         self._family = family_of(base.base_model)
         self._disabled = False
         self._prompt_cache: dict[str, tuple[Any, tuple[LayerPrompt | None, ...]]] = {}
+        self.step_options = StepOptions() if step_options is None else step_options
+        self._logged_plan: StepPlan | None = None
         self.base_model = base
         self.adapters = nn.ModuleDict()
         self.active_adapter = adapter_name
@@ -209,13 +215,27 @@ class PTuningV2Model(Persistence, nn.Module):
         names = self._row_names(adapter_names, inputs)
         evolving = [n for n in names if n != BASE_ROW and self._evolves_with_text(self.adapters[n])]
         if not evolving:
-            return target(**self.with_prompts(inputs, names))
+            call = self.with_prompts(inputs, names)
+            if self.step_plan().unpad and can_unpad(call):
+                target, call = unpadded(target, call)
+            return target(**call)
         if len(names) > 1:
             raise ValueError(
                 "adapter_names must not mix a shallow prompt on a bidirectional model with other adapters: its "
                 f"virtual tokens are rows of the batch; got {sorted(set(names))}"
             )
         return self._run_evolving(target, inputs, self.adapters[names[0]])
+
+    def step_plan(self) -> StepPlan:
+        """What this step leaves out, by `step_options`; each change of it is logged once."""
+        backend = self.adapters[self.active_adapter].config.backend
+        plan = plan_step(
+            self.step_options, training=self.training, device=self.backbone.device, backend=backend
+        )
+        if plan != self._logged_plan:
+            self._logged_plan = plan
+            logger.info("training step: %s", plan)
+        return plan
 
     def with_prompts(self, inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """`inputs` with the prompts, and with the positions that the text has beside them.
@@ -279,11 +299,12 @@ class PTuningV2Model(Persistence, nn.Module):
         if target.base_model is not target:
             view = view_of(target, children={target.base_model_prefix: view})
         empty = PromptBatch(layers=(), backend=adapter.config.backend)
+        as_tuple = inputs.pop("return_dict", True) is False
         inputs = {**inputs, "position_ids": positions, "attention_mask": mask, "ptv2_prompts": empty}
         output = view(**{name: value for name, value in inputs.items() if value is not None})
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(state[:, -tokens:] for state in output.hidden_states)
-        return output
+        return output.to_tuple() if as_tuple else output
 
     def _prompts(self, names: Sequence[str]) -> tuple[tuple[LayerPrompt | None, ...], list[int] | None]:
         """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""

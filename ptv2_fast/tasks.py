@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -24,6 +25,8 @@ from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.heads import check_labels, classification_loss, span_loss
 from ptv2_fast.model import BASE_ROW, PTuningV2Model
 from ptv2_fast.models.view import view_of
+from ptv2_fast.step.labelled_rows import has_plain_head, labelled_rows_loss
+from ptv2_fast.step.options import StepOptions
 
 
 class _PTuningV2ModelWithHeads(PTuningV2Model):
@@ -58,6 +61,8 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
         names = list(dict.fromkeys(adapter_names)) if adapter_names else [self.active_adapter]
         targets = {name: target for name, target in targets.items() if target is not None}
         adapters = [self.adapters[n] for n in names if n in self.adapters]
+        if task is not None and not any(len(a.heads) for a in adapters):
+            raise ValueError(f"task must be None where no adapter has heads of its own; got {task!r}")
         if self._disabled or not adapters or not any(len(a.heads) for a in adapters):
             output = self._run_base_head(inputs, adapter_names, adapters, targets)
         else:
@@ -173,9 +178,20 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
     ):
         """The base's output: logits (B, N, V), the cache of the text alone, and the loss of shifted labels (B, N)."""
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
-        if labels is not None:
-            check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size)
+        if labels is None:
+            return self.run(self.base_model, inputs, adapter_names)
+        check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size)
+        if self.step_plan().labelled_rows_loss and has_plain_head(self.base_model) and not self._disabled:
+            return self._run_labelled_rows(inputs, labels, adapter_names)
         return self.run(self.base_model, {**inputs, "labels": labels}, adapter_names)
+
+    def _run_labelled_rows(self, inputs: dict[str, Any], labels: Tensor, adapter_names):
+        """The loss alone: logits are computed for labelled tokens only, a chunk at a time, and not returned."""
+        count = inputs.pop("num_items_in_batch", None)
+        inputs.pop("logits_to_keep", None)
+        output = self.run(self.backbone, inputs, adapter_names)
+        loss = labelled_rows_loss(output.last_hidden_state, labels, self.base_model.get_output_embeddings(), count)
+        return CausalLMOutputWithPast(loss=loss, hidden_states=output.hidden_states)
 
     def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         """`generate` of the base with the prompts in every step; all its modes, caches and
@@ -195,8 +211,8 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
             return view_of(self.base_model, forward=forward).generate(*args, **kwargs)
 
 
-class PTuningV2ModelForFeatureExtraction(PTuningV2Model):
-    """Prompts for the backbone's hidden states themselves (task_type FEATURE_EXTRACTION), or for several heads."""
+class PTuningV2ModelForFeatureExtraction(_PTuningV2ModelWithHeads):
+    """Prompts for the backbone's hidden states themselves (task_type FEATURE_EXTRACTION), and for heads of any kind."""
 
     def forward(
         self,
@@ -205,11 +221,21 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2Model):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        task: str | None = None,
         adapter_names: Sequence[str] | None = None,
         **kwargs,
     ):
-        """The backbone's output; last_hidden_state is (B, N, D)."""
+        """The backbone's output, last_hidden_state (B, N, D); with `task` the output of that head instead."""
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
+        targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
+        if task is not None:
+            return self._run_task(inputs, adapter_names, task, targets)
+        given = [name for name, target in targets.items() if target is not None]
+        if given:
+            raise ValueError(f"task must name the head that {', '.join(given)} belong to; got None")
         return self.run(self.backbone, inputs, adapter_names)
 
 
@@ -229,6 +255,7 @@ def get_ptv2_model(
     *,
     tokenizer=None,
     init_text: str | Sequence[str] | None = None,
+    step_options: StepOptions | None = None,
 ) -> PTuningV2Model:
     """Freeze a transformers model and give it trained prompts.
 
@@ -249,7 +276,9 @@ def get_ptv2_model(
     if not isinstance(config, PTuningV2Config):
         raise ValueError(f"config must be a PTuningV2Config; got {type(config).__name__}")
     cls = MODEL_CLASSES[config.task_type]
-    return cls(base, config, adapter_name, tokenizer=tokenizer, init_text=init_text)
+    return cls(
+        base, config, adapter_name, tokenizer=tokenizer, init_text=init_text, step_options=step_options
+    )
 
 
 def _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, others) -> dict[str, Any]:

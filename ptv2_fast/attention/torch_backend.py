@@ -94,9 +94,9 @@ def _dense(
     return out, lse
 
 
-def _open_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+def _open_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Let queries that see no key see all of them, and say which they were, (B or 1, H or 1, N or
-    1, 1).
+    1, 1), None for none.
 
     With an empty prompt a query may see nothing. PyTorch's kernels do not agree on what that gives,
     and the
@@ -105,6 +105,9 @@ def _open_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     sees = mask if mask.dtype == torch.bool else mask > float("-inf")
     blind = ~sees.any(-1, keepdim=True)
+    # Where looking is free, the rule is that there is no such row.
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(blind.any()):
+        return mask, None
     return mask.masked_fill(blind, True if mask.dtype == torch.bool else 0.0), blind
 
 
@@ -149,6 +152,8 @@ def _join(prompt_part, text_part, prompt_length, num_keys, dtype) -> Tensor | No
     """One mask over [prompt | text] from the two parts, bool unless one of them is additive."""
     if prompt_part is None and text_part is None:
         return None
+    if prompt_length == 0 and text_part is not None:
+        return text_part if text_part.dim() == 4 else text_part[None, None]
     sides = [(prompt_part, prompt_length), (text_part, num_keys)]
     additive = any(part is not None and part.dtype != torch.bool for part, _ in sides)
     like = next(part for part, _ in sides if part is not None)

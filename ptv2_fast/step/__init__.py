@@ -1,0 +1,1 @@
+"""What a training step leaves out: padding, logits nobody labelled, work below the first prompt."""

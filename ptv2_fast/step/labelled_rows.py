@@ -1,0 +1,42 @@
+"""The loss of a causal language model from its labelled tokens alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.heads import IGNORED_LABEL
+from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
+
+# Settings by which a model changes its logits after the head.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def has_plain_head(base: PreTrainedModel) -> bool:
+    """Whether the model's logits are a linear map of its backbone's output and nothing else."""
+    config = base.config.get_text_config()
+    changed = any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_CHANGES)
+    return type(base.get_output_embeddings()) is nn.Linear and not changed
+
+
+def labelled_rows_loss(
+    hidden: Tensor, labels: Tensor, head: nn.Linear, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Cross-entropy of the next token at every labelled position.
+
+    Args:
+        hidden: (B, N, D), the backbone's output.
+        labels: (B, N); the label of token i is compared with the prediction of token i - 1; -100 is ignored.
+        head: the model's output embedding.
+        num_items_in_batch: divide the sum by this (Trainer's count over accumulated batches) instead of by this
+            batch's own number of labels.
+    """
+    targets = labels[:, 1:].flatten()
+    index = (targets != IGNORED_LABEL).nonzero().flatten()
+    # Rows are gathered from (B, N, D) flattened: the position in it of the token before each label.
+    tokens = labels.shape[1]
+    before = torch.div(index, tokens - 1, rounding_mode="floor") * tokens + index % (tokens - 1)
+    rows = hidden.flatten(0, 1).index_select(0, before)
+    total = linear_cross_entropy(rows, head.weight, head.bias, targets.index_select(0, index))
+    return total / (max(index.numel(), 1) if num_items_in_batch is None else num_items_in_batch)

@@ -1,0 +1,112 @@
+"""Padding dropped once before the first layer and put back after the last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.models.view import view_of
+
+_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the real tokens of a padded batch stand.
+
+    Attributes:
+        rows, tokens: B and N of the padded batch.
+        index: (T,) positions of the real tokens in the flattened (B, N).
+        cu_seqlens: (B + 1,) int32, boundaries of the rows among the T tokens.
+        longest: the most real tokens of a row.
+    """
+
+    rows: int
+    tokens: int
+    index: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Packing:
+        """Read a mask (B, N), nonzero at real tokens; waits for the device once."""
+        real = mask.bool()
+        lengths = real.sum(-1, dtype=torch.int32)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        longest = int(lengths.max()) if lengths.numel() else 0
+        return cls(*mask.shape, real.flatten().nonzero().flatten(), cu_seqlens, longest)
+
+    @property
+    def has_padding(self) -> bool:
+        return self.index.numel() < self.rows * self.tokens
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(B or 1, N, ...) -> (1, T, ...): the real tokens, row after row."""
+        full = padded.expand(self.rows, *padded.shape[1:])
+        return full.reshape(self.rows * self.tokens, *padded.shape[2:]).index_select(0, self.index)[None]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(1, T, ...) -> (B, N, ...), zero at padding."""
+        padded = packed.new_zeros(self.rows * self.tokens, *packed.shape[2:])
+        return padded.index_copy(0, self.index, packed[0]).unflatten(0, (self.rows, self.tokens))
+
+
+def can_unpad(inputs: Mapping[str, Any]) -> bool:
+    """Whether a call has a padding mask and nothing that ties its tokens to slots (a cache, packed rows)."""
+    mask = inputs.get("attention_mask")
+    tied = inputs.get("past_key_values") is not None or inputs["ptv2_prompts"].cu_seqlens is not None
+    return isinstance(mask, Tensor) and mask.dim() == 2 and not tied
+
+
+def unpadded(target: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """`target` and its inputs such that its backbone runs over real tokens only.
+
+    Heads see the padded batch again, zeros at padding. The padded outputs equal those of the padded run at every
+    real token.
+
+    Args:
+        target: a backbone, or a task model around one.
+        inputs: what it would be called with, the prompts and (B, N) position ids among them.
+    """
+    packing = Packing.of(inputs["attention_mask"])
+    if not packing.has_padding:
+        return target, dict(inputs)
+    backbone = target.base_model
+    # A pooler reads whole rows: it runs on the padded output instead.
+    pooler = getattr(backbone, "pooler", None)
+    inner = view_of(backbone, children={"pooler": None}) if pooler is not None else backbone
+
+    def forward(original, input_ids=None, **call):
+        call = {"input_ids": input_ids, **call}
+        output = inner(**_packed_call(call, packing))
+        output.last_hidden_state = packing.unpack(output.last_hidden_state)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(packing.unpack(state) for state in output.hidden_states)
+        if pooler is not None:
+            output.pooler_output = pooler(output.last_hidden_state)
+        return output
+
+    view = view_of(backbone, forward=forward)
+    if target is not backbone:
+        view = view_of(target, children={target.base_model_prefix: view})
+    return view, dict(inputs)
+
+
+def _packed_call(call: dict[str, Any], packing: Packing) -> dict[str, Any]:
+    """The backbone's arguments for the packed batch."""
+    packed = {name: value for name, value in call.items() if value is not None}
+    for name in _TOKEN_INPUTS:
+        if name in packed:
+            packed[name] = packing.pack(packed[name])
+    # With a mask at hand transformers does not look for packed rows itself.
+    packed["attention_mask"] = torch.ones_like(packed["position_ids"], dtype=torch.bool)
+    packed["use_cache"] = False
+    packed["ptv2_prompts"] = replace(
+        call["ptv2_prompts"], cu_seqlens=packing.cu_seqlens, max_seqlen=packing.longest
+    )
+    return packed
