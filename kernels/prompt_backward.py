@@ -221,6 +221,9 @@ def _prompt_attention_backward_text_kernel(
         attended = tl.load(mask, mask=attended, other=0) != 0
         last = tl.where(tl.max(attended.to(tl.int32)) == 0, first, last)
     head_end, body_end = split_blocks(first, full_begin, tl.minimum(full_end, last), BLOCK_M)
+    if not HAS_WINDOW:
+        # Rows past the last query have lse = +inf and vanish: the remainder needs no look at visibility.
+        body_end = last
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -232,14 +235,13 @@ def _prompt_attention_backward_text_kernel(
         do_head = do_ptr + offset_of(do_strides, memory_row, head, first_token)
         statistics = offset_of(lse_strides, memory_row, head, first_token)
         for PART in tl.static_range(3):
-            # Only causality or a window leaves partial blocks before the full ones.
-            if PART != 0 or IS_CAUSAL or HAS_WINDOW:
+            if PART == 1 or HAS_WINDOW or (PART == 0 and IS_CAUSAL):
                 begin, end = part_range(PART, first, head_end, body_end, last)
                 for start_m in range(begin, end, BLOCK_M):
                     q = load_tile(q_head + widen(start_m) * q_strides[2], q_strides[2], q_strides[3],
-                                  last - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, PART != 1)  # [BLOCK_M, BLOCK_D]
+                                  last - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
                     do = load_tile(do_head + widen(start_m) * do_strides[2], do_strides[2], do_strides[3],
-                                   last - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, PART != 1)  # [BLOCK_M, BLOCK_D]
+                                   last - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
                     rows = start_m + tl.arange(0, BLOCK_M)
                     lse = load_lse(lse_ptr + statistics, rows, lse_strides[2], last)
                     delta = tl.load(delta_ptr + statistics + widen(rows) * lse_strides[2], mask=rows < last, other=0.0)
