@@ -42,7 +42,7 @@ _HALF = {
     "backward_query": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "backward_text": {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
     "backward_prompt": {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
-    "decode": {64: (16, 128, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
+    "decode": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (16, 32, 4, 2)},
 }
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
 _SINGLE = {

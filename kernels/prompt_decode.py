@@ -1,0 +1,207 @@
+"""Prompt attention for few queries against a long prompt and a cache: split over keys, merged by log-sum-exp.
+
+Decoding asks one query a row, so attention is a read of keys and values. The shared prompt is read once for the whole
+batch: the B * group * N queries of a key/value head stand in one tile. Each row's own text is cut in chunks so that a
+small batch still fills the device. Both kinds of programs run in one launch and leave (o, lse) per chunk; a second
+launch merges: o = sum_c exp(lse_c - lse) o_c with lse = log sum_c exp(lse_c). Grid: README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
+from ptv2_fast.kernels.prompt_forward import attend_range
+from ptv2_fast.kernels.tiles import finish_softmax, offset_of, prompt_entry, visible_keys, widen
+
+
+@triton.jit
+def attend_chunk(q_ptr, k_ptr, v_ptr, bias_ptr, key_mask_ptr, partial_o_ptr, partial_lse_ptr, q_strides, k_strides,
+                 v_strides, bias_strides, key_mask_stride, bias_entry, entry_of_bias_is_row: tl.constexpr, first_row,
+                 row_limit, kv_head, chunk, begin, end, shift, num_queries, num_heads, num_rows, scale, softcap, window,
+                 GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+                 BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+                 PRECISION: tl.constexpr):
+    """Attend from query rows first_row.. (row-major over batch, head of the group, query) to keys begin..end-1."""
+    # Rows past the limit repeat the last one, so that every pointer made from them is a valid one.
+    rows = first_row + tl.arange(0, BLOCK_R)
+    inside = rows < row_limit
+    rows = tl.minimum(rows, row_limit - 1)[:, None]  # [BLOCK_R, 1]
+    batch = rows // (GROUP * num_queries)
+    head = kv_head * GROUP + rows // num_queries % GROUP
+    queries = rows % num_queries
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    q = tl.load(q_ptr + offset_of(q_strides, batch, head, queries) + cols * q_strides[3], mask=cols < HEAD_DIM, other=0.0)
+    bias_ptrs = None
+    if bias_ptr is not None:
+        if entry_of_bias_is_row:
+            bias_ptrs = bias_ptr + offset_of(bias_strides, batch, head, queries)
+        else:
+            bias_ptrs = bias_ptr + widen(bias_entry) * bias_strides[0] + widen(head) * bias_strides[1]
+    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
+    acc, row_max, row_sum = attend_range(
+        acc, row_max, row_sum, q, queries, shift, k_ptr, v_ptr, k_strides, v_strides, bias_ptrs,
+        bias_strides[3] if entry_of_bias_is_row else bias_strides[2], key_mask_ptr, key_mask_stride, begin, end, end,
+        num_queries, scale, softcap, window, 0, 0.0, 0, 0,
+        HEAD_DIM, BLOCK_D, BLOCK_N, True, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False, PRECISION)
+    output, lse = finish_softmax(acc, row_max, row_sum)
+    flat = widen(chunk) * num_rows + (batch * num_heads + head) * num_queries + queries  # [BLOCK_R, 1]
+    tl.store(partial_o_ptr + flat * HEAD_DIM + cols, output, mask=inside[:, None] & (cols < HEAD_DIM))
+    tl.store(partial_lse_ptr + flat, lse[:, None], mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "batch", "prompt_chunks", "prompt_tiles", "prompt_chunk", "text_chunks",
+                               "text_chunk"))
+def _prompt_attention_decode_kernel(
+    q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, key_mask_ptr, bias_ptr, prompt_bias_ptr, prompt_index_ptr,
+    prompt_lens_ptr, cu_seqlens_ptr, seed_ptr, partial_o_ptr, partial_lse_ptr,
+    q_strides, k_strides, v_strides, prompt_k_strides, prompt_v_strides, key_mask_strides, bias_strides,
+    prompt_bias_strides, num_queries, num_keys, prompt_length, num_heads, scale, softcap, window, dropout_p,
+    batch, prompt_chunks, prompt_tiles, prompt_chunk, text_chunks, text_chunk,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SHARED: tl.constexpr,
+    BLOCK_OWN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, HAS_PROMPT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Programs 0.. own (query tile, chunk, kv head) of the prompt, the others (query tile, chunk, kv head, row) of text.
+    # A shared prompt's tiles run over the queries of the whole batch; with a bank every row reads its own entry.
+    num_kv_heads = num_heads // GROUP
+    rows_of_one = GROUP * num_queries
+    num_rows = batch * num_heads * num_queries
+    program = tl.program_id(0)
+    prompt_programs = prompt_tiles * prompt_chunks * num_kv_heads
+    if program < prompt_programs:
+        tile = program % prompt_tiles
+        chunk = program // prompt_tiles % prompt_chunks
+        kv_head = program // prompt_tiles // prompt_chunks
+        first_row = tile * BLOCK_SHARED
+        row_limit = batch * rows_of_one
+        entry_row = 0
+        if prompt_index_ptr is not None:
+            tiles_of_one = tl.cdiv(rows_of_one, BLOCK_SHARED)
+            entry_row = tile // tiles_of_one
+            first_row = entry_row * rows_of_one + tile % tiles_of_one * BLOCK_SHARED
+            row_limit = (entry_row + 1) * rows_of_one
+        entry, length = prompt_entry(prompt_index_ptr, prompt_lens_ptr, entry_row, prompt_length)
+        begin = chunk * prompt_chunk
+        attend_chunk(
+            q_ptr, prompt_k_ptr + offset_of(prompt_k_strides, entry, kv_head, 0),
+            prompt_v_ptr + offset_of(prompt_v_strides, entry, kv_head, 0), prompt_bias_ptr, None,
+            partial_o_ptr, partial_lse_ptr, q_strides, prompt_k_strides, prompt_v_strides, prompt_bias_strides, 0,
+            entry, False, first_row, row_limit, kv_head, chunk, begin, tl.minimum(begin + prompt_chunk, length), 0,
+            num_queries, num_heads, num_rows, scale, softcap, 0,
+            GROUP, HEAD_DIM, BLOCK_D, BLOCK_SHARED, BLOCK_P, False, False, HAS_SOFTCAP, PRECISION)
+    else:
+        program -= prompt_programs
+        tiles_of_one = tl.cdiv(rows_of_one, BLOCK_OWN)
+        tile = program % tiles_of_one
+        chunk = program // tiles_of_one % text_chunks
+        rest = program // tiles_of_one // text_chunks
+        kv_head = rest % num_kv_heads
+        row = rest // num_kv_heads
+        mask = None
+        if key_mask_ptr is not None:
+            mask = key_mask_ptr + widen(row) * key_mask_strides[0]
+        shift = num_keys - num_queries
+        begin, _, _, end = visible_keys(
+            shift, num_keys - 1, chunk * text_chunk, tl.minimum((chunk + 1) * text_chunk, num_keys), window,
+            IS_CAUSAL, HAS_WINDOW)
+        attend_chunk(
+            q_ptr, k_ptr + offset_of(k_strides, row, kv_head, 0), v_ptr + offset_of(v_strides, row, kv_head, 0),
+            bias_ptr, mask, partial_o_ptr, partial_lse_ptr, q_strides, k_strides, v_strides, bias_strides,
+            key_mask_strides[1], 0, True, row * rows_of_one + tile * BLOCK_OWN, (row + 1) * rows_of_one, kv_head,
+            prompt_chunks + chunk, begin, end, shift, num_queries, num_heads, num_rows, scale, softcap, window,
+            GROUP, HEAD_DIM, BLOCK_D, BLOCK_OWN, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
+
+
+@triton.jit(do_not_specialize=("num_rows", "num_chunks", "num_heads", "num_queries"))
+def _merge_chunks_kernel(partial_o_ptr, partial_lse_ptr, o_ptr, lse_ptr, o_strides, num_rows, num_chunks, num_heads,
+                         num_queries, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = tl.program_id(0)
+    chunks = tl.arange(0, BLOCK_C)
+    lses = tl.load(partial_lse_ptr + widen(chunks) * num_rows + row, mask=chunks < num_chunks, other=float("-inf"))
+    highest = tl.max(lses, 0)
+    reference = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp(lses - reference), 0)
+    cols = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for chunk in range(num_chunks):
+        flat = widen(chunk) * num_rows + row
+        weight = tl.exp(tl.load(partial_lse_ptr + flat) - reference)
+        acc += weight * tl.load(partial_o_ptr + flat * HEAD_DIM + cols, mask=cols < HEAD_DIM, other=0.0)
+    safe_total = tl.where(total == 0.0, 1.0, total)
+    output = acc / safe_total
+    query = row % num_queries
+    head = row // num_queries % num_heads
+    batch = row // num_queries // num_heads
+    tl.store(o_ptr + offset_of(o_strides, batch, head, query) + cols * o_strides[3],
+             output.to(o_ptr.dtype.element_ty), mask=cols < HEAD_DIM)
+    tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), reference + tl.log(safe_total)))
+
+
+def prompt_attention_decode(q, k, v, prompt_k, prompt_v, *, config: launch.LaunchConfig | None = None,
+                            **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """`prompt_attention_forward` for few queries a row: the prompt is read once for the batch; gives (o, lse).
+
+    Args:
+        q, k, v, prompt_k, prompt_v: as in `prompt_attention_forward`, dense form.
+        config: block_m bounds the queries in a tile, block_n the keys.
+        arguments: as there, without cu_seqlens and dropout.
+    Returns:
+        o and lse as there; the two functions agree to rounding, so one may serve the other's backward.
+    Raises:
+        ValueError: as there; or the call is packed or drops attention weights.
+    """
+    problem = Problem.of(q, k, v, prompt_k, prompt_v, **arguments)
+    if problem.packed:
+        raise ValueError("cu_seqlens must be None for decoding; got a packed call")
+    if problem.dropout_p > 0.0:
+        raise ValueError(f"dropout_p must be 0 for decoding; got {problem.dropout_p!r}")
+    config = config or problem.config("decode")
+    batch, heads, queries, head_dim = problem.q.shape
+    output = launch.allocate_heads(problem.q)
+    lse = launch.allocate((batch, heads, queries), torch.float32, q.device)
+    if lse.numel() == 0:
+        return output, lse
+
+    rows_of_one = problem.group * queries
+    shared = problem.prompt_index is None
+    block_own = min(config.block_m, max(16, triton.next_power_of_2(rows_of_one)))
+    rows_together = rows_of_one * batch if shared else rows_of_one
+    block_shared = min(config.block_m, max(16, triton.next_power_of_2(rows_together)))
+    block_p = problem.prompt_block(config.block_n)
+    prompt_tiles = triton.cdiv(rows_together, block_shared) * (1 if shared else batch)
+    text_programs = triton.cdiv(rows_of_one, block_own) * problem.num_kv_heads * batch
+    prompt_chunks, prompt_chunk = _chunks(
+        problem.prompt_length, block_p, prompt_tiles * problem.num_kv_heads, q.device)
+    text_chunks, text_chunk = _chunks(problem.num_keys, config.block_n, text_programs, q.device)
+    num_chunks = prompt_chunks + text_chunks
+    num_rows = batch * heads * queries
+    partial_o = launch.allocate((num_chunks, num_rows, head_dim), torch.float32, q.device)
+    partial_lse = launch.allocate((num_chunks, num_rows), torch.float32, q.device)
+    num_programs = prompt_tiles * prompt_chunks * problem.num_kv_heads + text_programs * text_chunks
+    launch.run(
+        _prompt_attention_decode_kernel, (num_programs,), q.device, **problem.inputs(), partial_o_ptr=partial_o,
+        partial_lse_ptr=partial_lse, batch=batch, prompt_chunks=prompt_chunks, prompt_tiles=prompt_tiles,
+        prompt_chunk=prompt_chunk, text_chunks=text_chunks, text_chunk=text_chunk, **problem.switches(),
+        BLOCK_SHARED=block_shared, BLOCK_OWN=block_own, BLOCK_N=config.block_n, BLOCK_P=block_p, **config.options)
+    launch.run(
+        _merge_chunks_kernel, (num_rows,), q.device, partial_o_ptr=partial_o, partial_lse_ptr=partial_lse,
+        o_ptr=output, lse_ptr=lse, o_strides=output.stride(), num_rows=num_rows, num_chunks=num_chunks,
+        num_heads=heads, num_queries=queries, HEAD_DIM=head_dim, BLOCK_D=launch.padded_head_dim(head_dim),
+        BLOCK_C=max(2, triton.next_power_of_2(num_chunks)), num_warps=1)
+    return output, lse
+
+
+def _chunks(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """(number of chunks, keys in a chunk) for a list of `length` keys that `programs` programs read anyway."""
+    blocks = triton.cdiv(length, block)
+    if blocks == 0:
+        return 0, block
+    blocks_in_chunk = triton.cdiv(blocks, launch.split_for(device, programs, blocks))
+    return triton.cdiv(blocks, blocks_in_chunk), blocks_in_chunk * block
