@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import Adapter
+from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
 from ptv2_fast.config import PTuningV2Config
@@ -19,14 +19,11 @@ from ptv2_fast.models.inputs import check_inputs, packed_rows, text_positions
 from ptv2_fast.models.view import view_of
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.keys_values import layer_prompts, stack_bank
-from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
 from ptv2_fast.step.unpad import can_unpad, unpadded
 
-BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
 
-
-class PTuningV2Model(Persistence, nn.Module):
+class PTuningV2Model(AdapterSet, Persistence, nn.Module):
     """A frozen transformers model whose attention layers also see trained prompts.
 
     The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values
@@ -48,6 +45,7 @@ class PTuningV2Model(Persistence, nn.Module):
         tokenizer=None,
         init_text: str | Sequence[str] | None = None,
         step_options: StepOptions | None = None,
+        adapter: Adapter | None = None,
     ):
         """Freeze `base`, attach the prompt attention to it and create the first adapter.
 
@@ -59,6 +57,7 @@ class PTuningV2Model(Persistence, nn.Module):
             adapter_name: the adapter's name.
             tokenizer, init_text: the text for `prompt_init="text"`, and what splits it into tokens.
             step_options: which savings of a training step are on; may be replaced at any time.
+            adapter: a ready adapter (a loaded one) to take instead of a fresh one for `config`.
 
         Raises:
             ValueError: base, configuration and task do not fit together.
@@ -68,109 +67,18 @@ class PTuningV2Model(Persistence, nn.Module):
             raise ValueError(f"base must be a transformers PreTrainedModel; got {type(base).__name__}")
         self._family = family_of(base.base_model)
         self._disabled = False
+        if adapter is None:
+            adapter = self._build(base, config, tokenizer, init_text)
         self._prompt_cache: dict[str, tuple[Any, tuple[LayerPrompt | None, ...]]] = {}
         self.step_options = StepOptions() if step_options is None else step_options
         self._logged_plan: StepPlan | None = None
         self.base_model = base
         self.adapters = nn.ModuleDict()
         self.active_adapter = adapter_name
+        self._check_unused(adapter_name)
         _attach(base)
-        self.add_adapter(adapter_name, config, tokenizer=tokenizer, init_text=init_text)
-        self.set_adapter(adapter_name)
-
-
-    def add_adapter(
-        self,
-        name: str,
-        config: PTuningV2Config,
-        *,
-        tokenizer=None,
-        init_text: str | Sequence[str] | None = None,
-    ) -> None:
-        """Create another adapter over the same base; it becomes active only by `set_adapter`.
-
-        Raises:
-            ValueError: the name is taken or unusable, or the configuration does not fit the base or
-                this class.
-        """
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"name must be a non-empty string without dots; got {name!r}")
-        if name in self.adapters or name == BASE_ROW:
-            raise ValueError(f"name must be unused; got {name!r}, adapters are {', '.join(self.adapters)}")
-        first = next(iter(self.adapters.values()), None)
-        if first is not None and first.config.task_type != config.task_type:
-            raise ValueError(
-                f"config.task_type must be {first.config.task_type!r} like the other adapters of this model (several "
-                f"kinds of heads on one backbone: heads={{...}}); got {config.task_type!r}"
-            )
-        adapter = Adapter(self.base_model, config)
-        has_text = tokenizer is not None and init_text is not None
-        if config.prompt_init == "text" and not has_text:
-            raise ValueError("tokenizer and init_text must be given with prompt_init='text'")
-        wants_text = config.prompt_init == "text" or (
-            config.prompt_init is None and has_text and config.reparameterization is None
-        )
-        if wants_text:
-            ids = token_ids(tokenizer, init_text, config.num_virtual_tokens)
-            initialise_from_text(adapter.encoder, self.backbone, self._family, ids)
-        adapter.requires_grad_(name == self.active_adapter)
-        adapter.train(self.training)
-        self.adapters[name] = adapter
-
-    def set_adapter(self, name: str) -> None:
-        """Make an adapter the one that runs by default and the only one that trains."""
-        self._check_name(name)
-        self.active_adapter = name
-        for other, adapter in self.adapters.items():
-            adapter.requires_grad_(other == name)
-
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter; if it was active, the oldest remaining one becomes active."""
-        self._check_name(name)
-        if len(self.adapters) == 1:
-            raise ValueError(f"name must leave at least one adapter; {name!r} is the only one")
-        del self.adapters[name]
-        self._prompt_cache.pop(name, None)
-        if name == self.active_adapter:
-            self.set_adapter(next(iter(self.adapters)))
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within this context the model is the bare base, with the base's own attention, bit for bit."""
-        before, self._disabled = self._disabled, True
-        self.base_model.set_attn_implementation(self.base_model._ptv2_original_attention)
-        try:
-            yield
-        finally:
-            self._disabled = before
-            if not before:
-                self.base_model.set_attn_implementation(hook.IMPLEMENTATION)
-
-    def unload(self) -> PreTrainedModel:
-        """Give the base back with its own attention implementation; its parameters stay frozen."""
-        self.base_model.set_attn_implementation(self.base_model._ptv2_original_attention)
-        return self.base_model
-
-    @property
-    def backbone(self) -> PreTrainedModel:
-        """The base without its task head."""
-        return self.base_model.base_model
-
-    @property
-    def ptv2_config(self) -> dict[str, PTuningV2Config]:
-        """The configuration of every adapter, by name."""
-        return {name: adapter.config for name, adapter in self.adapters.items()}
-
-    def trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trained parameters and of all parameters, base included."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return trained, sum(p.numel() for p in self.parameters())
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many, and their share."""
-        trained, total = self.trainable_parameters()
-        print(f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.4f} %)")
-
+        self._initialise(adapter, tokenizer, init_text)
+        self._take(adapter_name, adapter)
 
     def forward(
         self,
@@ -352,10 +260,6 @@ class PTuningV2Model(Persistence, nn.Module):
         """How far the text's positions shift; rotary ones need no room for a shallow prompt."""
         is_shallow = adapter.config.injection == "shallow"
         return 0 if is_shallow and self._family.rotary else adapter.config.text_offset
-
-    def _check_name(self, name: str) -> None:
-        if name not in self.adapters:
-            raise ValueError(f"adapter must be one of {', '.join(self.adapters)}; got {name!r}")
 
     def _check_length(self, length: int) -> None:
         """Refuse texts that run past a table of learned positions."""

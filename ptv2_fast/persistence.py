@@ -79,11 +79,10 @@ class Persistence:
         # Everything is built and checked before the base is touched.
         built = {name: _rebuild(base, name, *parts) for name, parts in adapters.items()}
         config = adapters[first][0]
-        model = MODEL_CLASSES[config.task_type](base, config, first)
+        model = MODEL_CLASSES[config.task_type](base, config, first, adapter=built.pop(first))
         for name, adapter in built.items():
-            if name not in model.adapters:
-                model.add_adapter(name, adapter.config)
-            model.adapters[name].load_state_dict(adapter.state_dict())
+            model._check_alike(adapter.config)
+            model._take(name, adapter)
         if is_trainable:
             model.set_adapter(first)
         else:
@@ -103,10 +102,10 @@ class Persistence:
         found = checkpoint.load_adapters(load_directory, self.base_model)
         if len(found) != 1:
             raise ValueError(f"load_directory must hold one adapter; got {', '.join(found)}")
-        config, tensors = next(iter(found.values()))
-        loaded = _rebuild(self.base_model, adapter_name, config, tensors)
-        self.add_adapter(adapter_name, config)
-        self.adapters[adapter_name].load_state_dict(loaded.state_dict())
+        self._check_unused(adapter_name)
+        adapter = _rebuild(self.base_model, adapter_name, *next(iter(found.values())))
+        self._check_alike(adapter.config)
+        self._take(adapter_name, adapter)
         if is_trainable:
             self.set_adapter(adapter_name)
 

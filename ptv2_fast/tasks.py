@@ -21,9 +21,10 @@ from transformers.modeling_outputs import (
 )
 
 from ptv2_fast.adapter import Adapter
+from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.heads import check_labels, classification_loss, span_loss
-from ptv2_fast.model import BASE_ROW, PTuningV2Model
+from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.view import view_of
 from ptv2_fast.step.labelled_rows import has_plain_head, labelled_rows_loss
 from ptv2_fast.step.options import StepOptions
@@ -130,7 +131,8 @@ class PTuningV2ModelForSequenceClassification(_PTuningV2ModelWithHeads):
     ):
         """Logits (B, C) and, with labels (B,), the mean cross-entropy; `task` picks one of several heads."""
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
-        return self._run_task(inputs, adapter_names, task, {"labels": labels})
+        spans = {name: inputs.pop(name, None) for name in ("start_positions", "end_positions")}
+        return self._run_task(inputs, adapter_names, task, {"labels": labels, **spans})
 
 
 class PTuningV2ModelForTokenClassification(PTuningV2ModelForSequenceClassification):
@@ -155,7 +157,11 @@ class PTuningV2ModelForQuestionAnswering(_PTuningV2ModelWithHeads):
     ):
         """Start and end logits (B, N) over the text's own tokens and, with positions (B,), their mean loss."""
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
-        targets = {"start_positions": start_positions, "end_positions": end_positions}
+        targets = {
+            "labels": inputs.pop("labels", None),
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+        }
         return self._run_task(inputs, adapter_names, task, targets)
 
 

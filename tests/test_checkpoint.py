@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import HIDDEN, tiny_base, tiny_model, tiny_prompts
 
-from ptv2_fast import HeadConfig, PTuningV2Model
+from ptv2_fast import HeadConfig, PTuningV2Model, get_ptv2_model
 from ptv2_fast.checkpoint import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME
 
 HEADS = {"topic": HeadConfig("SEQ_CLS", 3, labels=["a", "b", "c"])}
@@ -107,6 +107,22 @@ def test_loading_freezes_unless_it_is_to_be_trained(tmp_path):
         "adapters.default.heads.topic.linear.weight",
         "adapters.default.heads.topic.linear.bias",
     ]
+
+
+def test_a_prompt_that_started_from_text_is_loaded_without_the_text(tmp_path):
+    class Words:
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [3 + len(word) for word in text.split()]}
+
+    config = tiny_prompts("deep", "SEQ_CLS", heads=HEADS, prompt_init="text")
+    model = get_ptv2_model(_base(), config, tokenizer=Words(), init_text="some words to start from")
+    model.add_adapter("other", config, tokenizer=Words(), init_text="and quite other ones")
+    model.save_pretrained(tmp_path)
+    loaded = PTuningV2Model.from_pretrained(_base(), tmp_path)
+    for name in ("default", "other"):
+        expected = model.adapters[name].encoder.prompts
+        assert torch.equal(loaded.adapters[name].encoder.prompts, expected)
+    assert not torch.equal(model.adapters["other"].encoder.prompts, model.adapters["default"].encoder.prompts)
 
 
 def test_an_adapter_is_added_under_another_name(tmp_path):
