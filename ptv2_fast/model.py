@@ -35,6 +35,8 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
 
     # Trainer: our losses are means over a batch's own labels, so it divides by its accumulation steps itself.
     accepts_loss_kwargs = False
+    # What trains is never quantized, whatever the base is; Trainer refuses models that say they are.
+    is_quantized = False
 
     def __init__(
         self,
