@@ -1,0 +1,199 @@
+"""The suite `kernels`: every cell of the grid, every provider judged first and then timed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+
+import torch
+
+from benchmarks import cases, environment, roofline
+from benchmarks.cases import Case
+from benchmarks.context import Context
+from benchmarks.inputs import Inputs, make_inputs
+from benchmarks.measure import QUICK, Effort, cell_stream, peak_bytes, time_interleaved
+from benchmarks.providers import Call, Provider, Refusal, all_providers
+from benchmarks.verify import Judge, make_judge
+
+# Seconds the first cell of each peer set may take: it compiles.
+_FIRST_CELL = {"all": 30.0, "flex": 60.0}
+_SPARE_SECONDS = 5.0
+_RED = ("wrong", "failed")
+
+
+def run(context: Context, providers: list[Provider] | None = None) -> str:
+    """Measure until the cells or the time run out; gives the state of the run.
+
+    Args:
+        context: the run.
+        providers: who is compared; everyone when None.
+    """
+    providers = all_providers() if providers is None else providers
+    red, spent = not _gate(context, providers), {"all": [], "flex": []}
+    if red and not context.keep_going:
+        return "red"
+    for case in context.chosen(cases.tiny_cases() if context.tiny else cases.kernel_cases()):
+        recent = spent[case.peers][-3:]
+        expected = statistics.median(recent) if recent else _FIRST_CELL[case.peers]
+        if context.left < expected + _SPARE_SECONDS:
+            if case.peers == "flex" and context.left > 2 * _SPARE_SECONDS:
+                continue
+            return "red" if red else "out of time"
+        start = time.monotonic()
+        cell = measure_cell(case, context, providers)
+        spent[case.peers].append(time.monotonic() - start)
+        context.result.add(cell)
+        context.say(line_of(cell))
+        statuses = {p.name: cell["peers"].get(p.name, {}).get("status") for p in providers}
+        red |= "wrong" in statuses.values()
+        if any(p.ours and statuses[p.name] in _RED for p in providers):
+            red = True
+            if not context.keep_going:
+                return "red"
+    return "red" if red else "complete"
+
+
+def _gate(context: Context, providers: list[Provider]) -> bool:
+    """Ours on small odd shapes, before anything is timed; under the interpreter the cells do it."""
+    if context.device.type != "cuda":
+        return True
+    ours = [provider for provider in providers if provider.ours]
+    green = True
+    for case in cases.gate_cases():
+        with cell_stream(context.device):
+            peers, _ = judge_providers(case, make_inputs(case, context.device), context, ours)
+        bad = {name: entry for name, entry in peers.items() if entry["status"] in _RED}
+        status = "wrong" if bad else "passed"
+        context.result.add({"id": f"gate-{case.id}", "case": case.as_dict(), "status": status, "peers": peers})
+        context.say(f"gate {case.id}: {status} {bad or ''}")
+        green &= not bad
+    return green
+
+
+def measure_cell(case: Case, context: Context, providers: list[Provider]) -> dict[str, object]:
+    """One cell: every provider that may serve it judged, then those that are right timed."""
+    device = context.device
+    with cell_stream(device):
+        inputs = make_inputs(case, device)
+        peers, ready = judge_providers(case, inputs, context, providers)
+        effort = QUICK if context.tiny else Effort()
+        timings = time_interleaved(ready, device, effort)
+        clocks = environment.clocks(device)
+        peaks = {name: peak_bytes(call, device) for name, call in ready.items()}
+    ceiling = roofline.ceiling_of(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+    for name, timing in timings.items():
+        prompt_only = next(p.prompt_only for p in providers if p.name == name)
+        work = roofline.work(case, prompt_only=prompt_only)
+        peers[name] |= {"status": "timed", **timing.as_dict(), "peak_bytes": peaks[name]}
+        peers[name]["tflops"] = work.tflops(timing.ms)
+        if ceiling is not None:
+            peers[name]["of_roofline"] = work.speed_of_light(ceiling) / timing.ms
+    work = roofline.work(case)
+    return {
+        "id": case.id,
+        "case": case.as_dict(),
+        "tokens": case.tokens,
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "speed_of_light_ms": None if ceiling is None else work.speed_of_light(ceiling),
+        "clocks": clocks,
+        "date": environment.now(),
+        "peers": peers,
+    }
+
+
+def judge_providers(
+    case: Case, inputs: Inputs, context: Context, providers: list[Provider]
+) -> tuple[dict[str, dict[str, object]], dict[str, object]]:
+    """The record of every provider of the case, and what to time of those that are right."""
+    peers, ready, judges = {}, {}, {}
+    for provider in providers:
+        if case.peers not in provider.peers:
+            continue
+        reason = provider.refuses(case, context.device)
+        if reason is not None:
+            peers[provider.name] = {"status": "not applicable", "reason": reason}
+            continue
+        if context.left < _SPARE_SECONDS:
+            peers[provider.name] = {"status": "out of time", "reason": "the run's minutes were over"}
+            continue
+        if provider.bank not in judges:
+            judges[provider.bank] = make_judge(case, inputs, bank=provider.bank)
+        entry, call = _judge_one(provider, case, inputs, judges[provider.bank])
+        peers[provider.name] = entry
+        if call is None:
+            continue
+        if provider.ours and "backend='triton'" in provider.call and context.device.type == "cpu":
+            entry |= {"status": "untimed", "reason": "interpreted: its time says nothing"}
+        else:
+            ready[provider.name] = runner(call, case)
+    return peers, ready
+
+
+def _judge_one(provider: Provider, case: Case, inputs: Inputs, judge: Judge) -> tuple[dict, Call | None]:
+    """One provider's record, and its call if the result is right."""
+    try:
+        call = provider.build(case, inputs)
+        poison(inputs)
+        out = call.forward()
+        grads = gradients(call, out) if case.gradients else ()
+        results = {name: x.detach() for name, x in call.common(out, grads).items()}
+        del out, grads
+        verdict = judge.verdict(results)
+    except torch.OutOfMemoryError as error:
+        return {"status": "out of memory", "reason": _first_line(error)}, None
+    except Refusal as error:
+        return {"status": "refused", "reason": _first_line(error)}, None
+    except Exception as error:
+        # A peer may refuse a shape in its own words; of ours every error is a failure.
+        status = "failed" if provider.ours else "refused"
+        return {"status": status, "reason": f"{type(error).__name__}: {_first_line(error)}"}, None
+    entry = {
+        "status": "wrong" if verdict.wrong else "passed",
+        "errors": {name: x if math.isfinite(x) else None for name, x in verdict.errors.items()},
+        "allowed": verdict.allowed,
+    }
+    if verdict.wrong:
+        entry["reason"] = verdict.reason
+        return entry, None
+    return entry, call
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def poison(inputs: Inputs) -> None:
+    """Leave NaN in the memory that the next allocations get: what is never written shows."""
+    shapes = [inputs.q] * 4 + [inputs.k] * 4 + [inputs.prompt_k, inputs.bank_k] * 2
+    blocks = [torch.full_like(x, float("nan"), memory_format=torch.contiguous_format) for x in shapes]
+    del blocks
+
+
+def gradients(call: Call, out: torch.Tensor, *, retain: bool = False) -> tuple[torch.Tensor, ...]:
+    """The gradients of a call's leaves; zeros where an empty prompt took no part."""
+    grads = torch.autograd.grad(out, call.leaves, call.grad_out, retain_graph=retain, allow_unused=True)
+    return tuple(torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, call.leaves))
+
+
+def runner(call: Call, case: Case):
+    """What the clock stands around: the forward pass, the backward pass, or both."""
+    if case.direction == "forward":
+        return call.forward
+    if case.direction == "training":
+        return lambda: gradients(call, call.forward())
+    out = call.forward()
+    return lambda: gradients(call, out, retain=True)
+
+
+def line_of(cell: dict[str, object]) -> str:
+    """One cell on one line: ours, the fastest peer, and who was wrong."""
+    timed = {name: entry["ms"] for name, entry in cell["peers"].items() if entry["status"] == "timed"}
+    shown = [f"{name} {ms:.4g} ms" for name, ms in sorted(timed.items(), key=lambda pair: pair[1])[:4]]
+    bad = [
+        f"{name} {entry['status']}: {entry.get('reason', '')}"
+        for name, entry in cell["peers"].items()
+        if entry["status"] in ("wrong", "failed", "refused", "out of memory")
+    ]
+    return f"{cell['id']}: {', '.join(shown) or 'nothing timed'}" + "".join(f"\n    {x}" for x in bad)

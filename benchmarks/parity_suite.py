@@ -1,0 +1,246 @@
+"""The suite `parity`: whether the kernels are right on this machine, beyond what a CPU can show."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import audit, cases, environment
+from benchmarks.cases import Case
+from benchmarks.context import Context
+from benchmarks.inputs import Inputs, make_inputs
+from benchmarks.kernels_suite import gradients, judge_providers, poison
+from benchmarks.measure import capture, cell_stream
+from benchmarks.providers import Call, Provider, all_providers
+
+_ROOT = Path(__file__).resolve().parents[1]
+# Shares of the time left that the subprocesses may take.
+_PYTEST_SHARE, _SANITIZER_SHARE = 0.5, 0.4
+_SPARE_SECONDS = 5.0
+_RED = ("wrong", "failed")
+
+Outcome = tuple[str, str]
+
+
+class NotApplicable(Exception):
+    """A check has nothing to look at on this machine; the message says why."""
+
+
+def run(context: Context) -> str:
+    """Run every check; gives the state of the run. A red pytest run ends it: the rest would repeat it."""
+    red = False
+    for name, check in _checks(context):
+        if context.left < _SPARE_SECONDS:
+            return "red" if red else "out of time"
+        start = time.monotonic()
+        try:
+            status, reason = check(context)
+        except NotApplicable as why:
+            status, reason = "not applicable", str(why)
+        except torch.OutOfMemoryError as error:
+            status, reason = "out of memory", str(error).splitlines()[0]
+        except Exception as error:
+            status, reason = "failed", f"{type(error).__name__}: {str(error)[:500]}"
+        seconds = round(time.monotonic() - start, 1)
+        context.result.add(
+            {"id": name, "status": status, "reason": reason, "seconds": seconds, "date": environment.now()}
+        )
+        context.say(f"{name}: {status} {reason} ({seconds} s)")
+        red |= status in _RED
+        if red and name == "pytest" and not context.keep_going:
+            return "red"
+    return "red" if red else "complete"
+
+
+def _checks(context: Context) -> list[tuple[str, Callable[[Context], Outcome]]]:
+    """Every check, cheap and telling ones first."""
+    small = cases.tiny_cases() if context.device.type == "cpu" else cases.gate_cases()
+    one = next(case for case in small if case.gradients)
+    checks: list[tuple[str, Callable[[Context], Outcome]]] = []
+    checks += [(f"judged-{case.id}", _judged(case)) for case in small]
+    checks += [
+        ("two-runs-bit-identical", _bit_identical(one)),
+        ("cuda-graph-equals-eager", _graph_equals_eager(one)),
+        ("torch-compile-equals-eager", _compile_equals_eager(one)),
+        ("allocator-trace", lambda context: audit.allocator_trace(context, NotApplicable)),
+        ("pytest", _pytest),
+    ]
+    if not context.tiny:
+        checks += [(f"judged-{case.id}", _judged(case)) for case in cases.large_cases()]
+        checks += [("offsets-past-2^31", _huge(packed=False)), ("offsets-past-2^31-packed", _huge(packed=True))]
+    checks += [(f"sanitizer-{tool}", _sanitizer(tool)) for tool in ("memcheck", "racecheck")]
+    chosen = context.only
+    return checks if not chosen else [pair for pair in checks if any(word in pair[0] for word in chosen)]
+
+
+def _ours() -> list[Provider]:
+    return [provider for provider in all_providers() if provider.ours and provider.name != "ours_torch"]
+
+
+def _judged(case: Case) -> Callable[[Context], Outcome]:
+    """Every one of our forms against the literal one, on one shape."""
+
+    def check(context: Context) -> Outcome:
+        if context.device.type == "cpu" and not context.tiny:
+            raise NotApplicable("sizes for a GPU")
+        with cell_stream(context.device):
+            peers, _ = judge_providers(case, make_inputs(case, context.device), context, _ours())
+        bad = {name: entry["reason"] for name, entry in peers.items() if entry["status"] in _RED}
+        seen = [name for name, entry in peers.items() if entry["status"] in ("passed", "untimed")]
+        if bad:
+            return "wrong", str(bad)
+        if not seen:
+            raise NotApplicable(str({name: entry.get("reason") for name, entry in peers.items()}))
+        worst = max(error for name in seen for error in peers[name]["errors"].values())
+        return "passed", f"{', '.join(seen)}; largest relative error {worst:.1e}"
+
+    return check
+
+
+def _bound(name: str, case: Case, context: Context) -> tuple[Call, Inputs]:
+    """One of our providers bound to fresh tensors, or `NotApplicable`."""
+    provider = next(p for p in _ours() if p.name == name)
+    reason = provider.refuses(case, context.device)
+    if reason is not None:
+        raise NotApplicable(reason)
+    inputs = make_inputs(case, context.device)
+    return provider.build(case, inputs), inputs
+
+
+def _results(call: Call) -> list[torch.Tensor]:
+    out = call.forward()
+    return [out.detach(), *gradients(call, out)]
+
+
+def _compare(first: list[torch.Tensor], second: list[torch.Tensor], what: str) -> Outcome:
+    names = ("out", "q", "k", "v", "prompt_k", "prompt_v")
+    off = [name for name, a, b in zip(names, first, second) if not torch.equal(a, b)]
+    return ("wrong", f"{what}: {', '.join(off)} differ") if off else ("passed", f"{what}: same bits")
+
+
+def _bit_identical(case: Case) -> Callable[[Context], Outcome]:
+    def check(context: Context) -> Outcome:
+        with cell_stream(context.device):
+            for name in ("ours", "ours_packed", "ours_bank16"):
+                try:
+                    call, inputs = _bound(name, case, context)
+                except NotApplicable:
+                    if name == "ours":
+                        raise
+                    continue
+                first = [x.clone() for x in _results(call)]
+                poison(inputs)
+                outcome = _compare(first, _results(call), name)
+                if outcome[0] != "passed":
+                    return outcome
+        return "passed", "same bits twice, memory poisoned between"
+
+    return check
+
+
+def _graph_equals_eager(case: Case) -> Callable[[Context], Outcome]:
+    """Capture forward and backward, replay on other numbers, compare with eager on those."""
+
+    def check(context: Context) -> Outcome:
+        if context.device.type != "cuda":
+            raise NotApplicable("CUDA graphs need a CUDA device")
+        with cell_stream(context.device):
+            call, _ = _bound("ours", case, context)
+            _results(call)
+            kept: list[torch.Tensor] = []
+
+            def step() -> None:
+                kept[:] = _results(call)
+
+            graph = capture(step)
+            with torch.no_grad():
+                for leaf in call.leaves:
+                    leaf.copy_(torch.randn_like(leaf))
+            graph.replay()
+            replayed = [x.clone() for x in kept]
+            return _compare(replayed, _results(call), "replay on fresh inputs")
+
+    return check
+
+
+def _compile_equals_eager(case: Case) -> Callable[[Context], Outcome]:
+    def check(context: Context) -> Outcome:
+        call, _ = _bound("ours", case, context)
+        torch._dynamo.reset()
+        backend = "inductor" if context.device.type == "cuda" else "aot_eager"
+        compiled = torch.compile(call.forward, fullgraph=True, backend=backend)
+        out = compiled()
+        found = [out.detach(), *gradients(call, out)]
+        return _compare(found, _results(call), f"fullgraph, {backend}")
+
+    return check
+
+
+def _huge(packed: bool) -> Callable[[Context], Outcome]:
+    """Tensors of more than 2^31 elements: the last rows must come out like the first."""
+
+    def check(context: Context) -> Outcome:
+        if context.device.type != "cuda":
+            raise NotApplicable("needs some 60 GB of device memory")
+        case = cases.huge_case()
+        with cell_stream(context.device):
+            return audit.judge_huge(case, context.device, packed=packed)
+
+    return check
+
+
+def _pytest(context: Context) -> Outcome:
+    """The kernels' tests in a process of their own: native on CUDA, interpreted on the CPU."""
+    report = context.out.resolve() / "pytest.xml"
+    command = [sys.executable, "-m", "pytest", str(context.tests), "-q", f"--junitxml={report}"]
+    command += ["-p", "no:cacheprovider"]
+    if not context.tiny and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
+    environ = dict(os.environ)
+    if context.device.type == "cuda":
+        environ.pop("TRITON_INTERPRET", None)
+    else:
+        environ["TRITON_INTERPRET"] = "1"
+    try:
+        done = subprocess.run(
+            command, cwd=_ROOT, env=environ, capture_output=True, text=True,
+            timeout=max(10.0, _PYTEST_SHARE * context.left),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "out of time", "pytest was still running when its share of the minutes was over"
+    (context.out / "pytest.log").write_text(done.stdout + done.stderr)
+    if done.returncode == 5:
+        raise NotApplicable(f"no tests under {context.tests}")
+    return outcome_of_junit(report, done.returncode)
+
+
+def outcome_of_junit(report: Path, returncode: int) -> Outcome:
+    """Counts and the first failures of a JUnit file."""
+    if not report.exists():
+        return "failed", f"pytest ended with status {returncode} and left no report"
+    root = ET.parse(report).getroot()
+    suites = list(root.iter("testsuite"))
+    count = {key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
+    names = [
+        test.get("name", "?")
+        for test in root.iter("testcase")
+        if test.find("failure") is not None or test.find("error") is not None
+    ]
+    text = ", ".join(f"{value} {key}" for key, value in count.items())
+    if names or returncode != 0:
+        return "failed", f"{text}; first: {', '.join(names[:5]) or f'status {returncode}'}"
+    return "passed", text
+
+
+def _sanitizer(tool: str) -> Callable[[Context], Outcome]:
+    return lambda context: audit.sanitizer(
+        context, tool, NotApplicable, seconds=max(10.0, _SANITIZER_SHARE * context.left)
+    )

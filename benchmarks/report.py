@@ -1,0 +1,211 @@
+"""Write the tables of benchmarks/README.md from the result files: `python -m benchmarks.report`.
+
+What stands between the markers comes from JSON under benchmarks/results/; no figure is typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from benchmarks.goals import KERNEL_GOALS, Standing, milliseconds, standing
+from benchmarks.record import check_schema
+
+HERE = Path(__file__).resolve().parent
+UNMEASURED = "not measured yet"
+_COLUMNS = (
+    "ours", "ours_packed", "sdpa_user", "sdpa_outside", "cudnn", "cudnn_mask", "flash", "efficient",
+    "efficient_mask", "flex_concat", "flex_split",
+)  # fmt: skip
+
+
+def load(folder: Path) -> list[dict]:
+    """Every result file of a folder, oldest first.
+
+    Raises:
+        ValueError: a file is not a result file; the message names it.
+    """
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict) or "schema" not in data:
+            continue
+        try:
+            check_schema(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        results.append({**data, "file": path.name})
+    return sorted(results, key=lambda data: data["environment"].get("date") or "")
+
+
+def latest_cells(results: Iterable[Mapping], suite: str, device: str = "cuda") -> list[dict]:
+    """The newest measurement of each cell of a suite; ratios are taken inside one cell, so inside one run."""
+    cells = {}
+    for data in results:
+        if data["suite"] == suite and data["environment"].get("device") == device:
+            for cell in data["cells"]:
+                if _measured(cell):
+                    cells[cell["id"]] = {**cell, "file": data.get("file")}
+    return list(cells.values())
+
+
+def _measured(cell: Mapping) -> bool:
+    return any(entry["status"] == "timed" for entry in cell.get("peers", {}).values())
+
+
+def _bound(figure: float, at_most: bool) -> str:
+    return f"{'≤' if at_most else '≥'} {figure:.2f}×"
+
+
+def goal_row(stand: Standing) -> list[str]:
+    """One line of the table of goals."""
+    goal = stand.goal
+    if not stand.cells:
+        return [goal.id, goal.what, _default_musts(goal), _bound(goal.reach, goal.at_most)] + [UNMEASURED] * 3 + ["–"]
+    musts = " / ".join(_bound(must, goal.at_most) for must in stand.musts)
+    rate = f", {stand.worst_tflops:.0f} TFLOP/s" if stand.worst_tflops else ""
+    met = "yes" if stand.met else "**no**"
+    return [
+        goal.id, goal.what, musts, _bound(goal.reach, goal.at_most), f"{stand.geomean:.2f}×",
+        f"{stand.worst:.2f}× ({stand.worst_cell}{rate})",
+        f"{met} ({stand.met_cells} of {stand.cells} cells)", f"{stand.reached_cells} of {stand.cells}",
+    ]  # fmt: skip
+
+
+def _default_musts(goal) -> str:
+    """What a goal asks for over the sizes of the grid."""
+    asked = {goal.must({"d": d, "N": N}) for d in (64, 128) for N in (128, 512)}
+    if goal.id == "K1" or goal.id == "K2":
+        asked = {goal.must({})}
+    return " / ".join(_bound(must, goal.at_most) for must in sorted(asked))
+
+
+def goals_table(cells: list[Mapping]) -> str:
+    """The goals of the kernels, met or not, or not measured yet."""
+    head = ["goal", "what", "must", "reach", "geomean", "worst cell", "met", "reached"]
+    return table(head, [goal_row(standing(goal, cells)) for goal in KERNEL_GOALS])
+
+
+def cells_table(cells: list[Mapping]) -> str:
+    """Milliseconds of every cell and peer, the roofline beside; rows where a peer wins stay in."""
+    if not cells:
+        return UNMEASURED
+    rows = []
+    for cell in sorted(cells, key=lambda cell: cell["id"]):
+        ours = cell["peers"].get("ours", {})
+        light = cell.get("speed_of_light_ms")
+        row = [cell["id"], _number(light)]
+        row += [_entry(cell, name) for name in _COLUMNS]
+        rows.append([*row, _number(ours.get("tflops"), ".0f")])
+    return table(["cell", "roofline", *_COLUMNS, "TFLOP/s, ours"], rows)
+
+
+def _entry(cell: Mapping, name: str) -> str:
+    entry = cell["peers"].get(name)
+    if entry is None or entry["status"] == "not applicable":
+        return "–"
+    ms = milliseconds(cell, name)
+    return entry["status"] if ms is None else f"{ms:.4g}"
+
+
+def _number(value, form: str = ".4g") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def checks_table(results: Iterable[Mapping]) -> str:
+    """The newest outcome of every check of the parity suite, on each kind of device."""
+    outcomes = {}
+    for data in results:
+        if data["suite"] == "parity":
+            where = data["environment"].get("card") or data["environment"].get("device")
+            for cell in data["cells"]:
+                outcomes[cell["id"], where] = [cell["id"], where, cell["status"], cell.get("reason") or "–"]
+    return table(["check", "on", "outcome", "detail"], list(outcomes.values())) if outcomes else UNMEASURED
+
+
+def sources_table(results: list[Mapping]) -> str:
+    """Which runs the tables come from."""
+    rows = []
+    for data in results:
+        facts = data["environment"]
+        clocks = facts.get("clocks") or {}
+        rows.append(
+            [
+                data["file"], data["suite"], data["state"], facts.get("card") or facts["device"],
+                *(str(facts.get(name) or "–") for name in ("driver", "torch", "triton", "commit", "date")),
+                _number(clocks.get("sm_mhz"), ".0f"), str(len(data["cells"])),
+            ]
+        )  # fmt: skip
+    head = ["file", "suite", "state", "on", "driver", "torch", "triton", "commit", "date", "SM MHz", "cells"]
+    return table(head, rows) if rows else UNMEASURED
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["--"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# Marker name -> what stands between its two markers.
+SECTIONS = {
+    "kernel-goals": lambda results: goals_table(latest_cells(results, "kernels")),
+    "kernel-cells": lambda results: cells_table(latest_cells(results, "kernels")),
+    "parity-checks": checks_table,
+    "sources": sources_table,
+}
+
+
+def render(text: str, results: list[dict]) -> str:
+    """The text with every marked section rewritten.
+
+    Raises:
+        ValueError: a begin marker has no end marker.
+    """
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin not in text:
+            continue
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{begin} and {end} must each stand in the text once")
+        before, rest = text.split(begin)
+        after = rest.split(end)[1]
+        text = f"{before}{begin}\n\n{section(results)}\n\n{end}{after}"
+    return text
+
+
+def summary(data: Mapping) -> str:
+    """The short table at the end of a run."""
+    if data["suite"] == "kernels":
+        lines = [
+            f"{stand.goal.id:4} {stand.geomean:6.2f}x geomean {stand.worst:6.2f}x worst "
+            f"{'met' if stand.met else 'NOT MET':7} {stand.met_cells}/{stand.cells}  {stand.worst_cell}"
+            if stand.cells
+            else f"{stand.goal.id:4} {UNMEASURED}"
+            for stand in (standing(goal, data["cells"]) for goal in KERNEL_GOALS)
+        ]
+        return "\n".join(lines)
+    return "\n".join(
+        f"{cell.get('status', ''):15} {cell['id']}  {cell.get('reason') or ''}".rstrip() for cell in data["cells"]
+    )
+
+
+def main(words: list[str] | None = None) -> int:
+    """Rewrite the tables; gives the exit status, 1 with --check where they were stale."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the tables are stale")
+    options = parser.parse_args(words)
+    before = options.readme.read_text()
+    after = render(before, load(options.results))
+    if options.check:
+        return int(before != after)
+    options.readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

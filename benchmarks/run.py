@@ -1,0 +1,79 @@
+"""Run one suite of measurements into one result file.
+
+    python -m benchmarks.run --suite parity|kernels|tune --minutes 8 --out DIR [--device cuda|cpu] [--tiny]
+
+Correctness comes first: a wrong result of ours stops the run. The exit status is 0 when the suite is
+complete or its minutes are over, 1 when anything is red.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+# A module for each suite, imported when chosen: `run(context) -> state` is all that it has to offer.
+SUITES = {
+    "parity": "benchmarks.parity_suite",
+    "kernels": "benchmarks.kernels_suite",
+    "tune": "benchmarks.tune_suite",
+}
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", required=True, choices=tuple(SUITES))
+    parser.add_argument("--minutes", type=float, default=8.0, help="the run ends by itself before that")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one")
+    parser.add_argument("--tiny", action="store_true", help="a few small cells")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="cells whose id fits")
+    parser.add_argument("--keep-going", action="store_true", help="measure on after a red cell")
+    parser.add_argument("--tests", type=Path, default=Path("tests/kernels"), help="what parity gives pytest")
+    parser.add_argument("--commit", help="the commit measured, where git cannot say")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run a suite; gives the exit status."""
+    options = arguments(words)
+    deadline = time.monotonic() + 60.0 * options.minutes
+    import torch
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu" and options.tiny:
+        # Read when a kernel is decorated, so before any import of ours.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    from benchmarks import environment, report
+    from benchmarks.context import Context
+    from benchmarks.record import ResultFile
+
+    facts = environment.describe(device)
+    if options.commit:
+        facts["commit"] = options.commit
+    stamp = facts["date"].replace(":", "").replace("+0000", "")
+    command = ["python", "-m", "benchmarks.run", *(sys.argv[1:] if words is None else words)]
+    result = ResultFile(options.out / f"{stamp}-{options.suite}-{device.type}.json", options.suite, command, facts)
+    context = Context(
+        device, options.tiny, options.out, deadline, result,
+        tuple(options.only), options.keep_going, options.tests,
+    )  # fmt: skip
+    start = time.monotonic()
+    state = importlib.import_module(SUITES[options.suite]).run(context)
+    result.finish(
+        state,
+        seconds=round(time.monotonic() - start, 1),
+        finished=environment.now(),
+        clocks_after=environment.clocks(device),
+    )
+    context.say(report.summary(result.data))
+    context.say(f"{state}: {result.path}")
+    return 1 if state == "red" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

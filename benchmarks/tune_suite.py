@@ -1,0 +1,245 @@
+"""The suite `tune`: launch configurations of every pass over the main shapes; the winners as data."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass
+from multiprocessing import get_context
+
+import torch
+
+from benchmarks import cases, environment
+from benchmarks.cases import Case
+from benchmarks.context import Context
+from benchmarks.inputs import Inputs, make_inputs
+from benchmarks.measure import QUICK, Effort, cell_stream, time_interleaved
+from benchmarks.record import write_json
+from benchmarks.verify import make_judge
+from ptv2_fast.kernels import launch
+
+PASSES = ("forward", "backward_query", "backward_text", "backward_prompt")
+# A new configuration has to win by more than two runs of the same one differ.
+_MARGIN = 0.98
+_EFFORT = Effort(milliseconds=15.0, least=7, most=40, warmup=2)
+_SPARE_SECONDS = 15.0
+# Compilers at work at once: each holds a few hundred megabytes of host and device memory.
+_COMPILERS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pass of one case."""
+
+    case: Case
+    kernel_pass: str
+
+    @property
+    def id(self) -> str:
+        """Its name in the result file."""
+        return f"{self.kernel_pass}-{self.case.id}"
+
+
+def search_space(kernel_pass: str, head_dim: int, tiny: bool = False) -> list[launch.LaunchConfig]:
+    """The configurations tried for a pass; those that do not fit the card are refused by the launch."""
+    if tiny:
+        return [launch.LaunchConfig(16, 16, 4, 1), launch.LaunchConfig(32, 16, 4, 1)]
+    tiles = {
+        "forward": ((128, 128), (128, 64), (128, 32), (64, 128), (64, 64)),
+        "backward_query": ((128, 64), (128, 32), (64, 128), (64, 64)),
+        "backward_text": ((64, 128), (32, 128), (128, 64), (64, 64)),
+        "backward_prompt": ((64, 64), (64, 128), (128, 64), (32, 64)),
+    }[kernel_pass]
+    stages = (2, 3, 4) if head_dim <= 64 else (1, 2, 3)
+    options = itertools.product(tiles, (4, 8), stages)
+    return [launch.LaunchConfig(*tile, warps, depth) for tile, warps, depth in options]
+
+
+def run(context: Context) -> str:
+    """Sweep until the jobs or the time run out; gives the state of the run."""
+    shapes = cases.tune_cases(context.tiny)
+    jobs = [Job(case, name) for name in PASSES for case in shapes]
+    jobs = context.chosen(sorted(jobs, key=lambda job: shapes.index(job.case)))
+    red, longest, device = False, 0.0, context.device.type
+    with _Compilers(context) as compilers:
+        for job in jobs:
+            if context.left < max(_SPARE_SECONDS, longest):
+                return "red" if red else "out of time"
+            start = time.monotonic()
+            cell = _sweep(job, context, compilers)
+            longest = max(longest, time.monotonic() - start)
+            context.result.add(cell)
+            context.say(_line(cell))
+            # A configuration that computes something else is left out of the winners; the run is red.
+            red |= cell["status"] == "wrong"
+            write_json(context.out / f"launch_configs-{device}.json", winners(context.result.cells))
+    return "red" if red else "complete"
+
+
+def _sweep(job: Job, context: Context, compilers: _Compilers) -> dict[str, object]:
+    """Every configuration of one pass of one case; the results of each are judged before it is timed."""
+    case, device = job.case, context.device
+    arch = launch.architecture(device)
+    present = launch.choose_config(arch, case.d, case.torch_dtype, job.kernel_pass)
+    configs = list(dict.fromkeys([present, *search_space(job.kernel_pass, case.d, context.tiny)]))
+    compilers.warm(job, configs)
+    tried: dict[str, dict[str, object]] = {}
+    with cell_stream(device):
+        inputs = make_inputs(case, device)
+        judge = make_judge(case, inputs)
+        calls: dict[str, Callable[[], object]] = {}
+        for config in configs:
+            name = _name(config)
+            try:
+                call, results = bind(job, inputs, config)
+                verdict = judge.verdict(results())
+            except Exception as error:
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                tried[name] = {"status": "refused", "reason": reason[:200], "config": astuple(config)}
+                continue
+            tried[name] = {"status": "wrong" if verdict.wrong else "passed", "config": astuple(config)}
+            if verdict.wrong:
+                tried[name]["reason"] = verdict.reason
+            else:
+                calls[name] = call
+        timings = time_interleaved(calls, device, QUICK if context.tiny else _EFFORT)
+    for name, timing in timings.items():
+        tried[name] |= {"status": "timed", **timing.as_dict()}
+    return {
+        "id": job.id,
+        "case": case.as_dict(),
+        "pass": job.kernel_pass,
+        "arch": arch,
+        "status": "wrong" if any(entry["status"] == "wrong" for entry in tried.values()) else "passed",
+        "present": _name(present),
+        "clocks": environment.clocks(device),
+        "peers": tried,
+    }
+
+
+def bind(job: Job, inputs: Inputs, config: launch.LaunchConfig):
+    """(what to time, what gives the results to judge) of one pass with one configuration.
+
+    The backward passes are timed with the small row-sum kernel that each of them needs first.
+    """
+    from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
+    from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
+
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.prompt_k[None], inputs.prompt_v[None])
+    options = {"key_mask": inputs.key_mask, "causal": job.case.causal}
+    if job.kernel_pass == "forward":
+        call = lambda: prompt_attention_forward(*tensors, config=config, **options)  # noqa: E731
+        return call, lambda: {"out": call()[0]}
+    out, lse = prompt_attention_forward(*tensors, **options)
+    names, needs = {
+        "backward_query": (("q",), Needs(query=True)),
+        "backward_text": (("k", "v"), Needs(text=True)),
+        "backward_prompt": (("prompt_k", "prompt_v"), Needs(prompt=True)),
+    }[job.kernel_pass]
+
+    def backward():
+        return prompt_attention_backward(
+            inputs.grad_out, *tensors, out, lse, needs=needs, config=config, **options
+        )
+
+    def results():
+        grads = backward()
+        found = {name: getattr(grads, name) for name in names}
+        return {name: x[0] if name.startswith("prompt") else x for name, x in found.items()} | {"out": out}
+
+    return backward, results
+
+
+class _Compilers:
+    """Processes that fill Triton's cache ahead of the sweep: a compile takes seconds, a launch microseconds."""
+
+    def __init__(self, context: Context):
+        self.device = context.device
+        self.pool = None
+
+    def __enter__(self) -> _Compilers:
+        if self.device.type == "cuda":
+            self.pool = ProcessPoolExecutor(_COMPILERS, mp_context=get_context("spawn"))
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def warm(self, job: Job, configs: list[launch.LaunchConfig]) -> None:
+        """Have every configuration of a pass compiled; what fails here fails again, and is recorded, there."""
+        if self.pool is not None:
+            for future in [self.pool.submit(_compile, job, config) for config in configs]:
+                future.exception()
+
+
+def _compile(job: Job, config: launch.LaunchConfig) -> None:
+    """Launch one pass once, on a small batch of the same shape: sizes are no part of the compiled code."""
+    from dataclasses import replace
+
+    small = replace(job.case, B=2)
+    call, _ = bind(job, make_inputs(small, "cuda"), config)
+    call()
+    torch.cuda.synchronize()
+
+
+def _name(config: launch.LaunchConfig) -> str:
+    return f"{config.block_m}x{config.block_n}-w{config.num_warps}-s{config.num_stages}"
+
+
+def winners(cells: list[dict]) -> dict[str, object]:
+    """The best configuration of each (architecture, precision, pass, head size) over its shapes.
+
+    A configuration's score is the geometric mean of its time over the present one's; it replaces the
+    present one when that is below 0.98. The tables have the form of those in `kernels/launch.py`:
+    [block_m, block_n, num_warps, num_stages].
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        case = cell["case"]
+        precision = "single" if case["dtype"] == "fp32" else "half"
+        size = max(64, launch.padded_head_dim(case["d"]))
+        groups.setdefault((str(cell["arch"]), precision, cell["pass"], str(size)), []).append(cell)
+    tables: dict[str, dict] = {}
+    for (arch, precision, kernel_pass, size), group in groups.items():
+        best = _best(group)
+        if best is not None:
+            table = tables.setdefault(arch, {}).setdefault(precision, {}).setdefault(kernel_pass, {})
+            table[size] = best
+    return {"form": "[block_m, block_n, num_warps, num_stages]", "tables": tables}
+
+
+def _best(group: list[dict]) -> dict[str, object] | None:
+    """The winner of one group, its score and the present configuration; None where that was not timed."""
+    present = group[0]["present"]
+    if any(cell["peers"][present]["status"] != "timed" for cell in group):
+        return None
+    common = set.intersection(
+        *({name for name, entry in cell["peers"].items() if entry["status"] == "timed"} for cell in group)
+    )
+
+    def score(name: str) -> float:
+        ratios = [cell["peers"][name]["ms"] / cell["peers"][present]["ms"] for cell in group]
+        return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+    name = min(sorted(common), key=score)
+    chosen = name if score(name) < _MARGIN else present
+    return {
+        "config": list(group[0]["peers"][chosen]["config"]),
+        "time_over_present": round(score(chosen), 4),
+        "present": list(group[0]["peers"][present]["config"]),
+        "shapes": [cell["case"]["name"] + f"-N{cell['case']['N']}" for cell in group],
+    }
+
+
+def _line(cell: dict[str, object]) -> str:
+    timed = {name: e["ms"] for name, e in cell["peers"].items() if e["status"] == "timed"}
+    best = min(timed, key=timed.get, default=None)
+    if best is None:
+        return f"{cell['id']}: nothing timed"
+    present = timed.get(cell["present"])
+    was = f"; {cell['present']} {present:.4g} ms" if present else ""
+    return f"{cell['id']}: best {best} {timed[best]:.4g} ms{was} ({len(timed)} of {len(cell['peers'])} timed)"
