@@ -39,10 +39,7 @@ def metric_for(task: str) -> Metric:
 
 def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> None:
     if len(predictions) != len(references):
-        raise ValueError(
-            f"predictions: expected as many as references ({len(references)});"
-            f" got {len(predictions)}"
-        )
+        raise ValueError(f"predictions: expected as many as references ({len(references)}); got {len(predictions)}")
     if len(references) == 0:
         raise ValueError("references: expected at least one; got none")
 
@@ -54,9 +51,9 @@ def classification_scores(
 
     F1 is the mean over the classes that occur, or, with positive_label, of that class alone.
     """
+    _check_lengths(predictions, references)
     from sklearn.metrics import accuracy_score, f1_score
 
-    _check_lengths(predictions, references)
     truth, guess = list(references), list(predictions)
     chosen = None if positive_label is None else [positive_label]
     return {
@@ -81,13 +78,13 @@ def entity_scores(
         ValueError: not as many sentences, or not as many tags in a sentence.
     Source: seqeval.
     """
-    from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
-    from seqeval.scheme import IOB2
-
     _check_lengths(predictions, references)
     for index, (guess, truth) in enumerate(zip(predictions, references, strict=True)):
         if len(guess) != len(truth):
             raise ValueError(f"predictions[{index}]: expected {len(truth)} tags; got {len(guess)}")
+    from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
+    from seqeval.scheme import IOB2
+
     truth, guess = [list(tags) for tags in references], [list(tags) for tags in predictions]
     options: dict[str, Any] = {"zero_division": 0}
     if strict:

@@ -130,6 +130,15 @@ class TestTokens:
             {"tokens": ["Lisbon", ",", "New York"], "tags": ["B-LOC", "O", "B-LOC"]},
         ]
 
+    @pytest.mark.parametrize("token", ["\u00a0", "\ufe0f", "\u2003", "\x0b", "#", "-"])
+    def test_odd_characters_are_tokens(self, tmp_path, token):
+        path = write(tmp_path, "a.conll", f"{token} O\n{token}\tO\n")
+        assert read_examples(path, "TOKEN_CLS") == [{"tokens": [token] * 2, "tags": ["O"] * 2}]
+
+    def test_line_of_an_odd_blank_is_no_separator(self, tmp_path):
+        path = write(tmp_path, "a.conll", "a\tO\n\u00a0\nb\tO\n")
+        refused(path, "TOKEN_CLS", f"{path}, line 2", "token<TAB>tag")
+
     @pytest.mark.parametrize("suffix", ["tsv", "txt", "iob2"])
     def test_other_suffixes(self, tmp_path, suffix):
         path = write(tmp_path, f"a.{suffix}", "Anna\tB-PER\n")
@@ -213,7 +222,7 @@ class TestQuestions:
         ("change", "parts"),
         [
             ({"answers": {"text": ["Seine"], "answer_start": [17]}}, ["17", "' Sein'", "'Seine'"]),
-            ({"answers": {"text": ["."], "answer_start": [-1]}}, ["-1"]),
+            ({"answers": {"text": ["Seine"], "answer_start": [-6]}}, ["-6", "'Seine'"]),
             ({"answers": {"text": ["Seine"], "answer_start": []}}, ["as many"]),
             ({"answers": {"text": ["Seine"], "answer_start": ["18"]}}, ["integer", "'18'"]),
             ({"answers": "Seine"}, ["answers", "'Seine'"]),
