@@ -1,0 +1,299 @@
+"""The command line: ptv2-fast train | eval | predict | info.
+
+Bad input is one line on standard error and exit code 2, before anything is written. Everything
+heavy is imported inside the commands, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+try:
+    import typer
+except ModuleNotFoundError as error:  # pragma: no cover
+    raise SystemExit("ptv2-fast: the command line needs `pip install ptv2-fast[train]`") from error
+
+app = typer.Typer(
+    help="P-Tuning v2: train, score and use prompts for frozen transformers models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Task(str, Enum):
+    """What is trained for."""
+
+    SEQ_CLS = "SEQ_CLS"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    CAUSAL_LM = "CAUSAL_LM"
+
+
+class Injection(str, Enum):
+    """How prompts enter the model."""
+
+    deep = "deep"
+    shallow = "shallow"
+    prefix = "prefix"
+
+
+class Init(str, Enum):
+    """What prompts start as."""
+
+    text = "text"
+    normal = "normal"
+    gated = "gated"
+
+
+class Pooling(str, Enum):
+    """What a classification head reads of a row."""
+
+    first = "first"
+    last = "last"
+    mean = "mean"
+
+
+class Schedule(str, Enum):
+    """How the learning rate falls."""
+
+    linear = "linear"
+    exponential = "exponential"
+
+
+T = TypeVar("T")
+
+ModelOption = Annotated[str | None, typer.Option(help="Hub name, folder, or .gguf file.", metavar="NAME_OR_PATH")]
+DataOption = Annotated[str, typer.Option(help="CSV, TSV, JSON(L), CoNLL or text file; or a `datasets` name.")]
+SplitOption = Annotated[str | None, typer.Option(help="Split of a `datasets` name.")]
+TextColumns = Annotated[list[str] | None, typer.Option("--text-column", help="Twice for pairs of texts.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column with the label or the tags.")]
+LengthOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of a row.")]
+AdapterArgument = Annotated[str, typer.Argument(help="Folder of a trained adapter.")]
+HeadOption = Annotated[str | None, typer.Option(help="Which head, where there are several.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Rows of a batch.")]
+
+
+@app.command()
+def train(
+    data: DataOption,
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, metrics.json and curves.png.")],
+    model: ModelOption = None,
+    task: Annotated[Task | None, typer.Option(help="What to train for.")] = None,
+    dev: Annotated[str | None, typer.Option(help="Development data; chooses the best epoch.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Settings of a published run; flags override it.")] = None,
+    injection: Annotated[Injection, typer.Option(help="How prompts enter the model.")] = Injection.deep,
+    num_virtual_tokens: Annotated[int | None, typer.Option(help="P, the prompt's length [20].")] = None,
+    layers: Annotated[str | None, typer.Option(help="Prompted layers, as in 0,1,-1 [all].")] = None,
+    init: Annotated[Init | None, typer.Option(help="What prompts start as [text].")] = None,
+    reparameterization: Annotated[int | None, typer.Option(help="Hidden size of the prompt's MLP.")] = None,
+    prompt_dropout: Annotated[float, typer.Option(help="Dropout on the prompts.")] = 0.0,
+    pooling: Annotated[Pooling | None, typer.Option(help="What a SEQ_CLS head reads.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate [0.01].")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data [10].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a batch [32].")] = None,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
+    schedule: Annotated[Schedule | None, typer.Option(help="How the rate falls [linear].")] = None,
+    max_length: LengthOption = None,
+    doc_stride: Annotated[int | None, typer.Option(help="Tokens that windows of a context share [128].")] = None,
+    early_stopping: Annotated[int | None, typer.Option(help="Epochs without a better dev metric.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Arithmetic in bfloat16.")] = False,
+    split: SplitOption = None,
+    dev_split: Annotated[str | None, typer.Option(help="Split for --dev; without --dev, of --data.")] = None,
+    text_column: TextColumns = None,
+    label_column: LabelColumn = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew in --output.")] = False,
+) -> None:
+    """Train a prompt (and a head) for a frozen model; leave the adapter folder, metrics and curves."""
+    chosen = dict(locals())
+    with _one_line_errors():
+        _quiet()
+        from ptv2_fast.training.runs import prepare
+
+        request = _request(chosen)
+        run = prepare(request, output, resume=resume, overwrite=overwrite)
+        run.model.print_trainable_parameters()
+    result = run.execute(title=request.task_type)
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in result.scores.items())
+    typer.echo(
+        f"{output}: best epoch {result.best_epoch} of {result.epochs:g}{': ' + scores if scores else ''} "
+        f"({result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s)"
+    )
+
+
+@app.command("eval")
+def evaluate_adapter(
+    adapter: AdapterArgument,
+    data: DataOption,
+    model: ModelOption = None,
+    split: SplitOption = None,
+    text_column: TextColumns = None,
+    label_column: LabelColumn = None,
+    max_length: LengthOption = None,
+    batch_size: BatchOption = 32,
+    head: HeadOption = None,
+) -> None:
+    """Score an adapter on labelled data; metrics as JSON on standard output."""
+    with _one_line_errors():
+        _quiet()
+        from ptv2_fast.training.predict import evaluate
+        from ptv2_fast.training.runs import DataSource, load_trained
+
+        loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
+        source = DataSource(data, split, tuple(text_column or ()), label_column)
+        examples = source.read(loaded.codec.task_type, loaded.codec.labels)
+        features = loaded.codec.encode(examples)
+    options = {"features": features, "batch_size": batch_size, "head": head}
+    typer.echo(json.dumps({**evaluate(loaded.model, loaded.codec, examples, **options), "examples": len(examples)}))
+
+
+@app.command()
+def predict(
+    adapter: AdapterArgument,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none reads standard input.")] = None,
+    file: Annotated[str | None, typer.Option(help="Data file, labels not needed.")] = None,
+    context: Annotated[str | None, typer.Option(help="What the questions are about (QUESTION_ANS).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    model: ModelOption = None,
+    max_length: LengthOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of generated text.")] = 64,
+    batch_size: BatchOption = 32,
+    head: HeadOption = None,
+) -> None:
+    """Classes, tags, answers or continued text for texts, a file or standard input."""
+    with _one_line_errors():
+        _quiet()
+        if texts and file:
+            raise ValueError("give texts or --file, not both")
+        from ptv2_fast.training.records import examples_of, line_of, records_of
+        from ptv2_fast.training.runs import DataSource, load_trained
+
+        loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
+        task_type = loaded.codec.task_type
+        if file is not None:
+            examples = DataSource(file).read(task_type, labelled=False)
+        else:
+            where = "text" if texts else "standard input"
+            examples = examples_of(texts or sys.stdin, task_type, where=where, context=context)
+        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        for record in records_of(loaded, examples, **options):
+            typer.echo(json.dumps(record, ensure_ascii=False) if as_json else line_of(record))
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="Adapter folder, model folder, .gguf file or hub name.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """What an adapter is, or what prompts for a model would cost; no weights are loaded."""
+    with _one_line_errors():
+        _quiet()
+        from ptv2_fast.training.info import facts_of
+
+        facts = facts_of(name)
+    for one in facts:
+        if as_json:
+            typer.echo(json.dumps(one, ensure_ascii=False))
+            continue
+        width = max(map(len, one))
+        for key, value in one.items():
+            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+            typer.echo(f"{key:<{width}}  {shown}")
+
+
+def _request(flags: dict[str, Any]) -> Any:
+    """The run that flags and recipe describe; a flag that was given wins over the recipe."""
+    from ptv2_fast.training.fit import FitSettings
+    from ptv2_fast.training.recipes import get_recipe
+    from ptv2_fast.training.runs import DataSource, TrainRequest
+
+    recipe = get_recipe(flags["recipe"]) if flags["recipe"] is not None else None
+
+    def value(flag: str, attribute: str, default: T) -> T:
+        if flags[flag] is not None:
+            return flags[flag].value if isinstance(flags[flag], Enum) else flags[flag]
+        return default if recipe is None else getattr(recipe, attribute)
+
+    model, task_type = value("model", "base", None), value("task", "task_type", None)
+    for flag, found in (("--model", model), ("--task", task_type)):
+        if found is None:
+            raise ValueError(f"{flag} is needed where no --recipe gives it")
+    columns = (tuple(flags["text_column"] or ()), flags["label_column"])
+    dev = None
+    if flags["dev"] is not None or flags["dev_split"] is not None:
+        dev = DataSource(flags["dev"] or flags["data"], flags["dev_split"], *columns)
+    fit = FitSettings(
+        learning_rate=value("lr", "learning_rate", 1e-2),
+        epochs=value("epochs", "epochs", 10),
+        batch_size=value("batch_size", "batch_size", 32),
+        gradient_accumulation=flags["gradient_accumulation"],
+        schedule=value("schedule", "lr_schedule", "linear"),
+        decay=recipe.lr_decay if recipe is not None else 0.95,
+        weight_decay=recipe.weight_decay if recipe is not None else 0.0,
+        max_grad_norm=recipe.max_grad_norm if recipe is not None else 1.0,
+        early_stopping=flags["early_stopping"],
+        seed=flags["seed"],
+        bf16=flags["bf16"],
+    )
+    return TrainRequest(
+        model=model,
+        task_type=task_type,
+        data=DataSource(flags["data"], flags["split"], *columns),
+        dev=dev,
+        fit=fit,
+        num_virtual_tokens=value("num_virtual_tokens", "num_virtual_tokens", 20),
+        injection=flags["injection"].value,
+        layers=_layers(flags["layers"]),
+        init=flags["init"].value if flags["init"] is not None else None,
+        reparameterization=value("reparameterization", "reparameterization_hidden_size", None),
+        prompt_dropout=flags["prompt_dropout"],
+        pooling=flags["pooling"].value if flags["pooling"] is not None else None,
+        max_length=value("max_length", "max_length", None),
+        doc_stride=value("doc_stride", "doc_stride", None) or 128,
+        dropout=recipe.dropout if recipe is not None else None,
+    )
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--layers must be integers between commas, as in 0,1,-1; got {text!r}") from None
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors that the user can mend become one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"ptv2-fast: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+    except ModuleNotFoundError as error:
+        typer.echo(f"ptv2-fast: {error}; `pip install ptv2-fast[train]` brings what is needed", err=True)
+        raise typer.Exit(2) from None
+
+
+def _quiet() -> None:
+    """Loading says nothing: what matters is said by the commands themselves."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+main: Callable[[], None] = app
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Bases: from a hub name, a folder or a GGUF file to a model and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+_AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+# What the families call the dropout of hidden states.
+_DROPOUTS = ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop")
+
+
+def load_base(
+    name: str | Path, task_type: str, *, own_head: bool = False, dropout: float | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """A float32 model and its tokenizer.
+
+    Args:
+        name: a name on the hub, a folder, or a .gguf file.
+        task_type: CAUSAL_LM loads a language model; the others the backbone, or with `own_head` the
+            transformers model that has a head for the task.
+        own_head: see task_type.
+        dropout: of the base's hidden states while training; None keeps the model's own.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: transformers cannot load it; the message is its own, in one line.
+    """
+    source, options = locate(name)
+    kind = _AUTO[task_type] if own_head or task_type == "CAUSAL_LM" else "AutoModel"
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        for key in _DROPOUTS if dropout is not None else ():
+            if hasattr(config, key):
+                setattr(config, key, dropout)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        loader = getattr(transformers, kind)
+        base = loader.from_pretrained(source, config=config, dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"model {str(name)!r} could not be loaded: {reason}") from error
+    if options:
+        # The weights are plain floats once loaded; the flag would make Trainer refuse to train on them.
+        base.is_quantized = False
+    base.config.name_or_path = str(Path(source, *options.values()))
+    return base.eval(), tokenizer
+
+
+def locate(name: str | Path) -> tuple[str, dict[str, str]]:
+    """What transformers' loaders take for a name: (folder or hub name, further keyword arguments).
+
+    Raises:
+        FileNotFoundError: the name looks like a path, and nothing is there.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"model {path} must be a GGUF file; there is none")
+        return str(path.resolve().parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"model {path} must be a folder with config.json; there is none in it")
+        return str(path.resolve()), {}
+    if path.exists() or path.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
+        raise FileNotFoundError(f"model {path} must be a model folder, a .gguf file or a name on the hub")
+    return str(name), {}

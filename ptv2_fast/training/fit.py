@@ -1,0 +1,296 @@
+"""Training: one function around transformers' Trainer, with the paper's habits as defaults.
+
+AdamW without weight decay, gradients clipped to a norm of 1, the rate falling linearly to zero or
+by a factor each epoch, rows of similar length in one batch, the best epoch on dev restored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ptv2_fast.training.metrics import Metric, metric_for
+from ptv2_fast.training.predict import evaluate
+from ptv2_fast.training.progress import TrainingProgress
+from ptv2_fast.training.task_data import TaskCodec
+
+SCHEDULES = ("linear", "exponential")
+# The loss is logged this often an epoch: enough points for a curve, few enough to cost nothing.
+_LOGS_PER_EPOCH = 10
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How long and how fast to train.
+
+    Attributes:
+        learning_rate: of AdamW, at the start.
+        epochs: passes over the training rows.
+        batch_size: rows of a batch.
+        gradient_accumulation: batches of a step.
+        schedule: "linear" (to zero at the end) or "exponential" (times `decay` after each epoch).
+        decay: the factor of the exponential schedule.
+        warmup: share of the steps in which the rate rises from zero (linear schedule).
+        weight_decay, max_grad_norm: of AdamW, and what gradients are clipped to.
+        early_stopping: stop after so many epochs without a better dev metric; None never stops.
+        seed: of the order of rows, dropout and everything else drawn while training.
+        bf16: run the model's arithmetic in bfloat16 (autocast); the trained weights stay as they are.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    learning_rate: float = 1e-2
+    epochs: int = 10
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    schedule: str = "linear"
+    decay: float = 0.95
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    early_stopping: int | None = None
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation"):
+            _positive_integer(name, getattr(self, name))
+        if self.early_stopping is not None:
+            _positive_integer("early_stopping", self.early_stopping)
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive; got {self.learning_rate!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
+        for name, low, high in (("decay", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, math.inf)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be in [{low}, {high}]; got {getattr(self, name)!r}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive; got {self.max_grad_norm!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0; got {self.seed!r}")
+
+
+def _positive_integer(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training run left behind, beside the trained model.
+
+    Attributes:
+        metric: the name that epochs are compared by.
+        best_epoch: the epoch whose weights the model has; the last one without dev rows.
+        scores: that epoch's dev scores by name; empty without dev rows.
+        history: the records of `Trainer.state.log_history`.
+        epochs: epochs trained, those before a resume included.
+        seconds: wall time of this call.
+        tokens_per_second: real tokens through training steps, a second spent in them.
+    """
+
+    metric: str
+    best_epoch: int
+    scores: Mapping[str, float]
+    history: Sequence[Mapping[str, Any]] = field(repr=False)
+    epochs: float
+    seconds: float
+    tokens_per_second: float
+
+
+def fit(
+    model: nn.Module,
+    codec: TaskCodec,
+    train: Sequence[Mapping[str, Any]],
+    dev: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    settings: FitSettings,
+    checkpoints: str | Path,
+    resume: bool = False,
+    title: str | None = "training",
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FitResult:
+    """Train what `model` does not freeze; afterwards it has the best epoch's weights.
+
+    Args:
+        model: returns a loss for the codec's features: a PTuningV2Model or any other module.
+        codec: the task and how examples become features.
+        train, dev: examples as `read_examples` gives them; without dev, the last epoch is kept.
+        settings: see FitSettings.
+        checkpoints: a folder for Trainer's checkpoints, one an epoch, the best and the last kept.
+        resume: go on from the last whole checkpoint there, if there is one.
+        title: what the progress bar is called; None shows no bar.
+        callbacks: further Trainer callbacks.
+
+    Raises:
+        ValueError: early stopping without dev rows, or rows that the codec refuses.
+    """
+    if settings.early_stopping is not None and not dev:
+        raise ValueError(f"early_stopping needs dev rows to watch; got {settings.early_stopping!r} and none")
+    metric = metric_for(codec.task_type)
+    features = codec.encode(train)
+    clock = _Clock()
+    watchers: list[TrainerCallback] = [clock, *callbacks]
+    if settings.early_stopping is not None:
+        watchers.append(EarlyStoppingCallback(settings.early_stopping))
+    with ExitStack() as stack:
+        if title is not None:
+            watchers.append(stack.enter_context(TrainingProgress(metric.name, title)))
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(settings, checkpoints, len(features), metric if dev else None),
+            data_collator=codec.collator,
+            train_dataset=features,
+            eval_dataset=list(dev) if dev else None,
+            callbacks=watchers,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.settings, trainer.codec, trainer.clock = settings, codec, clock
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=_last_whole(Path(checkpoints)) if resume else None)
+        seconds = time.perf_counter() - start
+        # Under bf16 accelerate has put autocast around the module's forward; the caller gets it bare.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    state = trainer.state
+    epochs = float(state.epoch or 0)
+    best_epoch, scores = _best(state.log_history, metric)
+    return FitResult(
+        metric=metric.name,
+        best_epoch=best_epoch if scores else round(epochs),
+        scores=scores,
+        history=state.log_history,
+        epochs=epochs,
+        seconds=seconds,
+        tokens_per_second=clock.tokens / clock.seconds if clock.seconds else 0.0,
+    )
+
+
+def _arguments(
+    settings: FitSettings, checkpoints: str | Path, rows: int, metric: Metric | None
+) -> TrainingArguments:
+    steps = -(-rows // (settings.batch_size * settings.gradient_accumulation))
+    has_gpu = torch.cuda.is_available()
+    watched = {
+        "eval_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric.name,
+        "greater_is_better": metric.greater_is_better,
+    }
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(settings.warmup * steps * settings.epochs),
+        train_sampling_strategy="group_by_length",
+        logging_steps=max(1, steps // _LOGS_PER_EPOCH),
+        save_strategy="epoch",
+        save_total_limit=2,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        # transformers refuses bf16 on a CPU that it was not told about.
+        use_cpu=settings.bf16 and not has_gpu,
+        dataloader_pin_memory=has_gpu,
+        # PadCollator leaves out what only decoding needs.
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        **(watched if metric is not None else {}),
+    )
+
+
+class _Trainer(Trainer):
+    """Trainer with our metrics in the examples' own terms, and the schedule of the released runs."""
+
+    settings: FitSettings
+    codec: TaskCodec
+    clock: _Clock
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Scores of the dev examples, logged and given to callbacks as Trainer's own are."""
+        examples = self.eval_dataset if eval_dataset is None else eval_dataset
+        scores = evaluate(self.model, self.codec, examples, batch_size=self.args.eval_batch_size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Linear as Trainer has it, or a rate that falls by a factor after each epoch."""
+        if self.lr_scheduler is not None or self.settings.schedule == "linear":
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps = max(1, num_training_steps // self.settings.epochs)
+        decay = self.settings.decay
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: decay ** (step // steps)
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        """Trainer's step, with its real tokens counted."""
+        self.clock.tokens += int(inputs["attention_mask"].sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class _Clock(TrainerCallback):
+    """Real tokens, and the seconds spent in training steps alone: no evaluation, no saving."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._started
+
+
+def _best(history: Sequence[Mapping[str, Any]], metric: Metric) -> tuple[int, dict[str, float]]:
+    """The first of the best epochs and its scores, as Trainer chooses; (0, {}) without scores."""
+    key = f"eval_{metric.name}"
+    records = [record for record in history if key in record]
+    if not records:
+        return 0, {}
+    sign = 1 if metric.greater_is_better else -1
+    best = max(records, key=lambda record: sign * record[key])
+    scores = {name[5:]: value for name, value in best.items() if name.startswith("eval_")}
+    return round(best["epoch"]), scores
+
+
+def _last_whole(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end: Trainer writes its state last."""
+    found = []
+    for folder in checkpoints.glob("checkpoint-*"):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            found.append((int(folder.name.removeprefix("checkpoint-")), str(folder)))
+        except (OSError, ValueError):
+            continue
+    return max(found)[1] if found else None

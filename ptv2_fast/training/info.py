@@ -1,0 +1,93 @@
+"""What there is to know of an adapter folder or a model without loading weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ptv2_fast.training.runs import read_description
+
+
+def facts_of(name: str) -> list[dict[str, Any]]:
+    """Facts by name, one dictionary for each adapter of a folder, or one for a model.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a file is damaged, or the model is of no supported family.
+    """
+    folder = Path(name)
+    if (folder / CONFIG_NAME).is_file() or (folder / WEIGHTS_NAME).is_file():
+        return [_adapter_facts(folder)]
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    return [_adapter_facts(path) for path in below] or [_model_facts(name)]
+
+
+def _adapter_facts(folder: Path) -> dict[str, Any]:
+    description = read_description(folder)
+    config, base = description["config"], description["base"]
+    sizes = _tensor_sizes(folder / WEIGHTS_NAME)
+    heads = {
+        name: {key: head.get(key) for key in ("task_type", "num_labels", "labels", "pooling")}
+        for name, head in (config.get("heads") or {}).items()
+    }
+    return {
+        "adapter": str(folder),
+        "name": description.get("adapter_name"),
+        "format_version": description.get("format_version"),
+        "task_type": config.get("task_type"),
+        "injection": config.get("injection"),
+        "num_virtual_tokens": config.get("num_virtual_tokens"),
+        "layers": config.get("layers") or "all",
+        "trained_parameters": sum(sizes.values()),
+        "prompt_parameters": sum(size for key, size in sizes.items() if key.startswith("encoder.")),
+        "heads": heads,
+        "base": base,
+    }
+
+
+def _tensor_sizes(path: Path) -> dict[str, int]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _model_facts(name: str) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoModel
+
+    from ptv2_fast.models.dimensions import Dimensions
+    from ptv2_fast.models.families import family_of
+    from ptv2_fast.training.bases import locate
+
+    source, options = locate(name)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name!r} could not be loaded: {' '.join(str(error).split())}") from error
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(config)
+    family = family_of(backbone)
+    sizes = Dimensions.of(backbone)
+    row = sizes.num_layers * sizes.hidden_size
+    return {
+        "model": name,
+        "model_type": config.model_type,
+        "causal": family.causal,
+        "num_layers": sizes.num_layers,
+        "hidden_size": sizes.hidden_size,
+        "num_heads": sizes.num_heads,
+        "num_kv_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_dim,
+        "backbone_parameters": sum(p.numel() for p in backbone.parameters()),
+        "parameters_per_virtual_token": {
+            "deep": row,
+            "shallow": sizes.hidden_size,
+            "prefix": 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim,
+        },
+    }

@@ -1,0 +1,88 @@
+"""What a task's examples become: features for the model, batches, and text for a prompt to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
+from typing import Any
+
+from ptv2_fast.training.batches import PadCollator
+from ptv2_fast.training.data import TASKS, LabelSet
+from ptv2_fast.training.tokens import (
+    encode_classification,
+    encode_language_model,
+    encode_question_answering,
+    encode_tokens,
+)
+
+# Tokens of a row where nobody says otherwise.
+DEFAULT_MAX_LENGTH = {"SEQ_CLS": 128, "TOKEN_CLS": 128, "QUESTION_ANS": 384, "CAUSAL_LM": 512}
+
+
+@dataclass(frozen=True)
+class TaskCodec:
+    """How the examples of one task meet one tokenizer.
+
+    Attributes:
+        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS or CAUSAL_LM.
+        tokenizer: a fast tokenizer.
+        labels: the classes or tags in the order of the model's outputs; None for the other tasks.
+        max_length: the most tokens of a row.
+        doc_stride: tokens that neighbouring windows of a context share (QUESTION_ANS).
+        no_answer: whether a question may have no answer (QUESTION_ANS).
+    """
+
+    task_type: str
+    tokenizer: Any
+    labels: LabelSet | None = None
+    max_length: int = 128
+    doc_stride: int = 128
+    no_answer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.task_type not in TASKS:
+            raise ValueError(f"task_type must be one of {', '.join(TASKS)}; got {self.task_type!r}")
+        if not isinstance(self.max_length, int) or self.max_length < 2:
+            raise ValueError(f"max_length must be an integer of at least 2; got {self.max_length!r}")
+
+    @property
+    def collator(self) -> PadCollator:
+        """Pads on the right: scores and spans are then read from the row's start."""
+        return PadCollator(self.tokenizer, padding_side="right")
+
+    def encode(self, examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Features of the examples; one each, but windows of long contexts and long texts.
+
+        Raises:
+            ValueError: an example does not fit the task, the labels or max_length.
+        """
+        options: dict[str, Any] = {"max_length": self.max_length}
+        if self.task_type == "SEQ_CLS":
+            return encode_classification(examples, self.tokenizer, self.labels, **options)
+        if self.task_type == "TOKEN_CLS":
+            return encode_tokens(examples, self.tokenizer, self.labels, **options)
+        if self.task_type == "QUESTION_ANS":
+            options["doc_stride"] = self.doc_stride
+            return encode_question_answering(examples, self.tokenizer, **options)
+        return encode_language_model(examples, self.tokenizer, **options)
+
+
+def starting_texts(examples: Iterable[Mapping[str, Any]], count: int) -> list[str]:
+    """Texts of at most `count` examples, classes in turn, for `prompt_init="text"`.
+
+    A prompt of P tokens never needs more than P texts; taken in turn, each class has its share of
+    the few that a short prompt holds.
+    """
+    by_class: dict[str, list[str]] = {}
+    for example in examples:
+        by_class.setdefault(example.get("label", ""), []).append(_text_of(example))
+    turns = chain.from_iterable(zip_longest(*by_class.values()))
+    return list(islice((text for text in turns if text is not None), count))
+
+
+def _text_of(example: Mapping[str, Any]) -> str:
+    if "tokens" in example:
+        return " ".join(example["tokens"])
+    names = ("text", "text_pair", "question", "context", "prompt", "completion")
+    return " ".join(example[name] for name in names if name in example)
