@@ -8,20 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ptv2_fast.training.batches import IGNORED_LABEL, PadCollator, token_budget_batches
+from ptv2_fast.training.batches import IGNORED_LABEL
 from ptv2_fast.training.data import LabelSet
-
-__all__ = [
-    "IGNORED_LABEL",
-    "PadCollator",
-    "decode_answers",
-    "decode_tags",
-    "encode_classification",
-    "encode_language_model",
-    "encode_question_answering",
-    "encode_tokens",
-    "token_budget_batches",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +17,7 @@ logger = logging.getLogger(__name__)
 def _check_fast(tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "tokenizer: must be a fast tokenizer (with word ids and offsets);"
-            f" got {type(tokenizer).__name__}"
+            f"tokenizer: must be a fast tokenizer (with word ids and offsets); got {type(tokenizer).__name__}"
         )
 
 
@@ -106,8 +93,7 @@ def encode_tokens(
             tag_ids = [_known(labels).to_id(tag) for tag in example["tags"]]
             firsts = _first_subwords(word_ids)
             feature["labels"] = [
-                tag_ids[word] if index in firsts else IGNORED_LABEL
-                for index, word in enumerate(word_ids)
+                tag_ids[word] if index in firsts else IGNORED_LABEL for index, word in enumerate(word_ids)
             ]
         features.append(feature)
     if cut:
@@ -138,9 +124,7 @@ def _splits_differ(tokenizer: Any) -> bool:
 
 def _first_subwords(word_ids: Sequence[int | None]) -> set[int]:
     return {
-        index
-        for index, word in enumerate(word_ids)
-        if word is not None and (index == 0 or word_ids[index - 1] != word)
+        index for index, word in enumerate(word_ids) if word is not None and (index == 0 or word_ids[index - 1] != word)
     }
 
 
@@ -237,9 +221,7 @@ def _cls_position(input_ids: Sequence[int], cls_token_id: int | None) -> int:
     return input_ids.index(cls_token_id) if cls_token_id in input_ids else 0
 
 
-def _answer_span(
-    feature: Mapping[str, Any], answers: Mapping[str, Any], cls_token_id: int | None
-) -> tuple[int, int]:
+def _answer_span(feature: Mapping[str, Any], answers: Mapping[str, Any], cls_token_id: int | None) -> tuple[int, int]:
     nowhere = _cls_position(feature["input_ids"], cls_token_id)
     if not answers["text"]:
         return nowhere, nowhere
@@ -247,9 +229,7 @@ def _answer_span(
     end = start + len(answers["text"][0])
     offsets = feature["offset_mapping"]
     inside = [
-        index
-        for index, offset in enumerate(offsets)
-        if offset is not None and offset[0] < end and offset[1] > start
+        index for index, offset in enumerate(offsets) if offset is not None and offset[0] < end and offset[1] > start
     ]
     # The window's first and last tokens must reach the ends of the answer, or it is cut here.
     if not inside or offsets[inside[0]][0] > start or offsets[inside[-1]][1] < end:
@@ -301,24 +281,15 @@ def decode_answers(
         cls = _cls_position(feature["input_ids"], tokenizer.cls_token_id)
         null_scores[index] = min(null_scores[index], float(start[cls] + end[cls]))
         context = examples[index]["context"]
-        spans[index] += _best_spans(
-            start, end, feature["offset_mapping"], context, n_best, max_answer_length
-        )
+        spans[index] += _best_spans(start, end, feature["offset_mapping"], context, n_best, max_answer_length)
     predictions = []
     for example, found, null_score in zip(examples, spans, null_scores, strict=True):
         found = sorted(found, key=lambda pair: -pair[0])[:n_best]
         score, text = found[0] if found else (float("-inf"), "")
         if no_answer and null_score - score > null_threshold:
             text = ""
-        predictions.append(
-            {
-                "id": example["id"],
-                "text": text,
-                "score": score,
-                "null_score": null_score,
-                "n_best": found,
-            }
-        )
+        best = {"id": example["id"], "text": text, "score": score}
+        predictions.append({**best, "null_score": null_score, "n_best": found})
     return predictions
 
 
