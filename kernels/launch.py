@@ -38,19 +38,19 @@ class LaunchConfig:
 # published starting points for Hopper and Ampere; every entry is compiled ahead of time and must not spill
 # (kernels/README.md holds the table). They are starting points for tuning, not measurements.
 _HALF = {
-    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
-    "backward_query": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "backward_text": {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
-    "backward_prompt": {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
-    "decode": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (16, 32, 4, 2)},
+    "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+    "backward_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "backward_text": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+    "backward_prompt": {64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+    "decode": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (16, 32, 8, 2)},
 }
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
 _SINGLE = {
-    "forward": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+    "forward": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
     "backward_query": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
     "backward_text": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
     "backward_prompt": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
-    "decode": {64: (16, 32, 4, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
+    "decode": {64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
 }
 # Triton's interpreter has no registers to fill; small tiles let small tests cross many tile borders.
 _INTERPRETER = LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
@@ -61,7 +61,9 @@ def padded_head_dim(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
-def choose_config(arch: int, head_dim: int, dtype: torch.dtype, kernel_pass: str) -> LaunchConfig:
+def choose_config(
+    arch: int, head_dim: int, dtype: torch.dtype, kernel_pass: str, dropout: bool = False
+) -> LaunchConfig:
     """The launch configuration of a pass.
 
     Args:
@@ -69,6 +71,7 @@ def choose_config(arch: int, head_dim: int, dtype: torch.dtype, kernel_pass: str
         head_dim: one of `HEAD_DIMS`.
         dtype: one of `DTYPES`.
         kernel_pass: one of `PASSES`.
+        dropout: whether attention weights are dropped; the generator's state needs registers of its own.
     Raises:
         ValueError: an argument is not one of those.
     """
@@ -85,7 +88,32 @@ def choose_config(arch: int, head_dim: int, dtype: torch.dtype, kernel_pass: str
     if shared_memory_limit(arch) < 128 * 1024:
         num_stages = min(num_stages, 2)
         block_m, block_n = min(block_m, 64), min(block_n, 64)
+    if dropout and kernel_pass in ("forward", "backward_query"):
+        block_n = max(16, block_n // 2)
+    elif dropout:
+        block_m = max(16, block_m // 2)
     return LaunchConfig(block_m, block_n, num_warps, num_stages)
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """Tile sizes of the layered matrix product: BLOCK_M prompt rows by BLOCK_N features, BLOCK_K at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_projection_config(arch: int, dtype: torch.dtype, rows: int) -> ProjectionConfig:
+    """The configuration for products of `rows` prompt rows; weights are read once per tile of rows."""
+    if arch == 0:
+        return ProjectionConfig(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=1)
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if dtype == torch.float32:
+        return ProjectionConfig(min(block_m, 32), block_n=32, block_k=32, num_warps=4, num_stages=2)
+    return ProjectionConfig(block_m, block_n=64, block_k=64, num_warps=4, num_stages=3)
 
 
 def shared_memory_limit(arch: int) -> int:

@@ -119,7 +119,8 @@ class Problem:
 
     def config(self, kernel_pass: str) -> launch.LaunchConfig:
         """The launch configuration for a pass over this problem."""
-        return launch.choose_config(launch.architecture(self.q.device), self.head_dim, self.q.dtype, kernel_pass)
+        return launch.choose_config(
+            launch.architecture(self.q.device), self.head_dim, self.q.dtype, kernel_pass, self.seed is not None)
 
     def prompt_block(self, block: int) -> int:
         """The number of prompt keys in a tile: `block`, or less when the whole prompt fits less."""

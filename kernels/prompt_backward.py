@@ -21,12 +21,13 @@ import triton.language as tl
 from ptv2_fast.kernels import launch
 from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
 from ptv2_fast.kernels.tiles import (
+    block_start,
+    count_blocks,
     dropout_keep,
     key_blocks,
     load_lse,
     load_tile,
     offset_of,
-    part_range,
     program_coordinates,
     prompt_entry,
     row_extent,
@@ -62,21 +63,23 @@ def _prompt_attention_delta_kernel(
 
 @triton.jit
 def query_gradient_range(dq, q, do, lse, delta, queries, shift, k_ptr, v_ptr, k_strides, v_strides, bias_ptrs,
-                         bias_stride, key_mask_ptr, key_mask_stride, begin, end, key_limit, num_queries, scale,
+                         bias_stride, key_mask_ptr, key_mask_stride, begin, head_end, body_end, end, num_queries, scale,
                          softcap, window, seed, dropout_p, stream, first_column,
                          HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr,
                          IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
                          HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add the share of keys begin..end-1 of one key list to dq / scale; the mirror of `attend_range`."""
-    for start in range(begin, end, BLOCK_N):
-        k = load_tile(k_ptr + widen(start) * k_strides[2], k_strides[2], k_strides[3], key_limit - start,
+    """Add the share of keys begin..end-1 of one key list to dq / scale; blocks as in `attend_range`."""
+    num_blocks, head_blocks = count_blocks(begin, head_end, body_end, end, BLOCK_N, CHECK)
+    for block in range(num_blocks):
+        start = block_start(block, head_blocks, begin, head_end, body_end, BLOCK_N, CHECK)
+        k = load_tile(k_ptr + widen(start) * k_strides[2], k_strides[2], k_strides[3], end - start,
                       BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptr + widen(start) * v_strides[2], v_strides[2], v_strides[3], key_limit - start,
+        v = load_tile(v_ptr + widen(start) * v_strides[2], v_strides[2], v_strides[3], end - start,
                       BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         scores, unit, slope = tile_scores(
-            dots, queries, keys, shift, bias_ptrs, bias_stride, key_mask_ptr, key_mask_stride, num_queries, key_limit,
+            dots, queries, keys, shift, bias_ptrs, bias_stride, key_mask_ptr, key_mask_stride, num_queries, end,
             scale, softcap, window, CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP)
         probs = tl.exp2(scores * unit - lse[:, None])
         dprobs = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -132,13 +135,12 @@ def _prompt_attention_backward_query_kernel(
         if prompt_bias_ptr is not None:
             prompt_bias_ptrs = prompt_bias_ptr + offset_of(prompt_bias_strides, entry, head, 0) + queries * 0
         full = length // BLOCK_P * BLOCK_P
-        for PART in tl.static_range(1, 3):
-            begin, end = part_range(PART, 0, 0, full, length)
+        for CHECK in tl.static_range(2):
             dq = query_gradient_range(
                 dq, q, do, lse, delta, queries, 0, prompt_k, prompt_v, prompt_k_strides, prompt_v_strides,
-                prompt_bias_ptrs, prompt_bias_strides[2], None, 0, begin, end, length, num_queries,
+                prompt_bias_ptrs, prompt_bias_strides[2], None, 0, 0, 0, full, length, num_queries,
                 scale, softcap, 0, seed, dropout_p, stream, 0,
-                HEAD_DIM, BLOCK_D, BLOCK_P, PART != 1, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+                HEAD_DIM, BLOCK_D, BLOCK_P, CHECK, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
 
     k = k_ptr + offset_of(k_strides, memory_row, kv_head, first_token)
     v = v_ptr + offset_of(v_strides, memory_row, kv_head, first_token)
@@ -148,17 +150,14 @@ def _prompt_attention_backward_query_kernel(
     mask = None
     if key_mask_ptr is not None:
         mask = key_mask_ptr + widen(row) * key_mask_strides[0]
-    first, head_end, body_end, last = key_blocks(
+    begin, head_end, body_end, end = key_blocks(
         mask, key_mask_strides[1], start_m, num_queries, num_keys, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
-    for PART in tl.static_range(3):
-        # Only a window leaves partial blocks before the full ones.
-        if PART != 0 or HAS_WINDOW:
-            begin, end = part_range(PART, first, head_end, body_end, last)
-            dq = query_gradient_range(
-                dq, q, do, lse, delta, queries, num_keys - num_queries, k, v, k_strides, v_strides,
-                bias_ptrs, bias_strides[3], mask, key_mask_strides[1], begin, end, last, num_queries,
-                scale, softcap, window, seed, dropout_p, stream, prompt_length,
-                HEAD_DIM, BLOCK_D, BLOCK_N, PART != 1, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+    for CHECK in tl.static_range(2):
+        dq = query_gradient_range(
+            dq, q, do, lse, delta, queries, num_keys - num_queries, k, v, k_strides, v_strides,
+            bias_ptrs, bias_strides[3], mask, key_mask_strides[1], begin, head_end, body_end, end, num_queries,
+            scale, softcap, window, seed, dropout_p, stream, prompt_length,
+            HEAD_DIM, BLOCK_D, BLOCK_N, CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
 
     store_tile(dq_ptr + offset_of(dq_strides, memory_row, head, first_row), dq_strides[2], dq_strides[3],
                num_queries - start_m, dq * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -213,17 +212,17 @@ def _prompt_attention_backward_text_kernel(
     keys = start_n + tl.arange(0, BLOCK_N)[:, None]
     shift = num_keys - num_queries
     last_key = tl.minimum(start_n + BLOCK_N, num_keys) - 1
-    first, full_begin, full_end, last = seeing_queries(
+    begin, full_begin, full_end, end = seeing_queries(
         start_n, last_key, shift, num_queries, window, IS_CAUSAL, HAS_WINDOW)
     attended = keys < num_keys
     if key_mask_ptr is not None:
         mask = key_mask_ptr + widen(row) * key_mask_strides[0] + widen(keys) * key_mask_strides[1]
         attended = tl.load(mask, mask=attended, other=0) != 0
-        last = tl.where(tl.max(attended.to(tl.int32)) == 0, first, last)
-    head_end, body_end = split_blocks(first, full_begin, tl.minimum(full_end, last), BLOCK_M)
+        end = tl.where(tl.max(attended.to(tl.int32)) == 0, begin, end)
+    head_end, body_end = split_blocks(begin, full_begin, tl.minimum(full_end, end), BLOCK_M)
     if not HAS_WINDOW:
         # Rows past the last query have lse = +inf and vanish: the remainder needs no look at visibility.
-        body_end = last
+        body_end = tl.maximum(head_end, end)
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -234,25 +233,26 @@ def _prompt_attention_backward_text_kernel(
         q_head = q_ptr + offset_of(q_strides, memory_row, head, first_token)
         do_head = do_ptr + offset_of(do_strides, memory_row, head, first_token)
         statistics = offset_of(lse_strides, memory_row, head, first_token)
-        for PART in tl.static_range(3):
-            if PART == 1 or HAS_WINDOW or (PART == 0 and IS_CAUSAL):
-                begin, end = part_range(PART, first, head_end, body_end, last)
-                for start_m in range(begin, end, BLOCK_M):
+        for CHECK in tl.static_range(2):
+            if IS_CAUSAL or HAS_WINDOW or CHECK == 0:
+                num_blocks, head_blocks = count_blocks(begin, head_end, body_end, end, BLOCK_M, CHECK)
+                for block in range(num_blocks):
+                    start_m = block_start(block, head_blocks, begin, head_end, body_end, BLOCK_M, CHECK)
                     q = load_tile(q_head + widen(start_m) * q_strides[2], q_strides[2], q_strides[3],
-                                  last - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+                                  end - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
                     do = load_tile(do_head + widen(start_m) * do_strides[2], do_strides[2], do_strides[3],
-                                   last - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+                                   end - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
                     rows = start_m + tl.arange(0, BLOCK_M)
-                    lse = load_lse(lse_ptr + statistics, rows, lse_strides[2], last)
-                    delta = tl.load(delta_ptr + statistics + widen(rows) * lse_strides[2], mask=rows < last, other=0.0)
+                    lse = load_lse(lse_ptr + statistics, rows, lse_strides[2], end)
+                    delta = tl.load(delta_ptr + statistics + widen(rows) * lse_strides[2], mask=rows < end, other=0.0)
                     queries = rows[None, :]
                     bias_ptrs = None
                     if bias_ptr is not None:
                         bias_ptrs = bias_ptr + offset_of(bias_strides, row, head, queries)  # [1, BLOCK_M]
                     dk, dv, _ = key_gradient_step(
-                        dk, dv, k, v, q, do, lse, delta, queries, keys, shift, bias_ptrs, bias_strides[3], last,
+                        dk, dv, k, v, q, do, lse, delta, queries, keys, shift, bias_ptrs, bias_strides[3], end,
                         num_keys, scale, softcap, window, seed, dropout_p, row * num_heads + head, prompt_length,
-                        PART != 1, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+                        CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
 
     # A masked key was computed like any other, with a probability that may overflow: its sums are replaced, not scaled.
     dk = tl.where(attended, dk * scale, 0.0)

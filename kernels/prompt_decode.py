@@ -20,7 +20,7 @@ from ptv2_fast.kernels.tiles import finish_softmax, offset_of, prompt_entry, vis
 
 @triton.jit
 def attend_chunk(q_ptr, k_ptr, v_ptr, bias_ptr, key_mask_ptr, partial_o_ptr, partial_lse_ptr, q_strides, k_strides,
-                 v_strides, bias_strides, key_mask_stride, bias_entry, entry_of_bias_is_row: tl.constexpr, first_row,
+                 v_strides, bias_strides, key_mask_stride, bias_entry, BIAS_PER_ROW: tl.constexpr, first_row,
                  row_limit, kv_head, chunk, begin, end, shift, num_queries, num_heads, num_rows, scale, softcap, window,
                  GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
                  BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -37,7 +37,7 @@ def attend_chunk(q_ptr, k_ptr, v_ptr, bias_ptr, key_mask_ptr, partial_o_ptr, par
     q = tl.load(q_ptr + offset_of(q_strides, batch, head, queries) + cols * q_strides[3], mask=cols < HEAD_DIM, other=0.0)
     bias_ptrs = None
     if bias_ptr is not None:
-        if entry_of_bias_is_row:
+        if BIAS_PER_ROW:
             bias_ptrs = bias_ptr + offset_of(bias_strides, batch, head, queries)
         else:
             bias_ptrs = bias_ptr + widen(bias_entry) * bias_strides[0] + widen(head) * bias_strides[1]
@@ -46,7 +46,7 @@ def attend_chunk(q_ptr, k_ptr, v_ptr, bias_ptr, key_mask_ptr, partial_o_ptr, par
     row_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
     acc, row_max, row_sum = attend_range(
         acc, row_max, row_sum, q, queries, shift, k_ptr, v_ptr, k_strides, v_strides, bias_ptrs,
-        bias_strides[3] if entry_of_bias_is_row else bias_strides[2], key_mask_ptr, key_mask_stride, begin, end, end,
+        bias_strides[3] if BIAS_PER_ROW else bias_strides[2], key_mask_ptr, key_mask_stride, begin, begin, begin, end,
         num_queries, scale, softcap, window, 0, 0.0, 0, 0,
         HEAD_DIM, BLOCK_D, BLOCK_N, True, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False, PRECISION)
     output, lse = finish_softmax(acc, row_max, row_sum)

@@ -15,13 +15,14 @@ import triton.language as tl
 from ptv2_fast.kernels import launch
 from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
 from ptv2_fast.kernels.tiles import (
+    block_start,
+    count_blocks,
     dropout_keep,
     finish_softmax,
     key_blocks,
     load_tile,
     offset_of,
     online_softmax_step,
-    part_range,
     program_coordinates,
     prompt_entry,
     row_extent,
@@ -33,25 +34,30 @@ from ptv2_fast.kernels.tiles import (
 
 @triton.jit
 def attend_range(acc, row_max, row_sum, q, queries, shift, k_ptr, v_ptr, k_strides, v_strides, bias_ptrs, bias_stride,
-                 key_mask_ptr, key_mask_stride, begin, end, key_limit, num_queries, scale, softcap, window,
+                 key_mask_ptr, key_mask_stride, begin, head_end, body_end, end, num_queries, scale, softcap, window,
                  seed, dropout_p, stream, first_column,
                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr,
                  IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
                  HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """Let the queries of a tile attend to keys begin..end-1 of one key list; CHECK looks for invisible pairs."""
-    for start in range(begin, end, BLOCK_N):
-        k = load_tile(k_ptr + widen(start) * k_strides[2], k_strides[2], k_strides[3], key_limit - start,
+    """Let the queries of a tile attend to keys begin..end-1 of one key list: the partial blocks if CHECK, else the full.
+
+    Blocks from head_end to body_end are full: every pair in them is visible.
+    """
+    num_blocks, head_blocks = count_blocks(begin, head_end, body_end, end, BLOCK_N, CHECK)
+    for block in range(num_blocks):
+        start = block_start(block, head_blocks, begin, head_end, body_end, BLOCK_N, CHECK)
+        k = load_tile(k_ptr + widen(start) * k_strides[2], k_strides[2], k_strides[3], end - start,
                       BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         scores, unit, _ = tile_scores(
-            dots, queries, keys, shift, bias_ptrs, bias_stride, key_mask_ptr, key_mask_stride, num_queries, key_limit,
+            dots, queries, keys, shift, bias_ptrs, bias_stride, key_mask_ptr, key_mask_stride, num_queries, end,
             scale, softcap, window, CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP)
         acc, row_max, row_sum, probs = online_softmax_step(acc, row_max, row_sum, scores, unit)
         if HAS_DROPOUT:
             keep = dropout_keep(seed, stream, queries, first_column + keys, dropout_p)
             probs = tl.where(keep, probs, 0.0)
-        v = load_tile(v_ptr + widen(start) * v_strides[2], v_strides[2], v_strides[3], key_limit - start,
+        v = load_tile(v_ptr + widen(start) * v_strides[2], v_strides[2], v_strides[3], end - start,
                       BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max, row_sum
@@ -98,13 +104,12 @@ def _prompt_attention_forward_kernel(
         if prompt_bias_ptr is not None:
             prompt_bias_ptrs = prompt_bias_ptr + offset_of(prompt_bias_strides, entry, head, 0) + queries * 0
         full = length // BLOCK_P * BLOCK_P
-        for PART in tl.static_range(1, 3):
-            begin, end = part_range(PART, 0, 0, full, length)
+        for CHECK in tl.static_range(2):
             acc, row_max, row_sum = attend_range(
                 acc, row_max, row_sum, q, queries, 0, prompt_k, prompt_v, prompt_k_strides, prompt_v_strides,
-                prompt_bias_ptrs, prompt_bias_strides[2], None, 0, begin, end, length, num_queries,
+                prompt_bias_ptrs, prompt_bias_strides[2], None, 0, 0, 0, full, length, num_queries,
                 scale, softcap, 0, seed, dropout_p, stream, 0,
-                HEAD_DIM, BLOCK_D, BLOCK_P, PART != 1, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+                HEAD_DIM, BLOCK_D, BLOCK_P, CHECK, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
 
     k = k_ptr + offset_of(k_strides, memory_row, kv_head, first_token)
     v = v_ptr + offset_of(v_strides, memory_row, kv_head, first_token)
@@ -114,17 +119,14 @@ def _prompt_attention_forward_kernel(
     mask = None
     if key_mask_ptr is not None:
         mask = key_mask_ptr + widen(row) * key_mask_strides[0]
-    first, head_end, body_end, last = key_blocks(
+    begin, head_end, body_end, end = key_blocks(
         mask, key_mask_strides[1], start_m, num_queries, num_keys, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
-    for PART in tl.static_range(3):
-        # Only a window leaves partial blocks before the full ones.
-        if PART != 0 or HAS_WINDOW:
-            begin, end = part_range(PART, first, head_end, body_end, last)
-            acc, row_max, row_sum = attend_range(
-                acc, row_max, row_sum, q, queries, num_keys - num_queries, k, v, k_strides, v_strides,
-                bias_ptrs, bias_strides[3], mask, key_mask_strides[1], begin, end, last, num_queries,
-                scale, softcap, window, seed, dropout_p, stream, prompt_length,
-                HEAD_DIM, BLOCK_D, BLOCK_N, PART != 1, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+    for CHECK in tl.static_range(2):
+        acc, row_max, row_sum = attend_range(
+            acc, row_max, row_sum, q, queries, num_keys - num_queries, k, v, k_strides, v_strides,
+            bias_ptrs, bias_strides[3], mask, key_mask_strides[1], begin, head_end, body_end, end, num_queries,
+            scale, softcap, window, seed, dropout_p, stream, prompt_length,
+            HEAD_DIM, BLOCK_D, BLOCK_N, CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
 
     output, lse = finish_softmax(acc, row_max, row_sum)
     if HAS_DROPOUT:

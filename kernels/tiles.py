@@ -162,16 +162,35 @@ def seeing_queries(first, last, shift, num_queries, window, IS_CAUSAL: tl.conste
 
 @triton.jit
 def split_blocks(begin, full_begin, full_end, BLOCK: tl.constexpr):
-    """Cut [begin, ...) in blocks: [begin, head_end) edge, [head_end, body_end) full, from body_end on edge."""
+    """Cut a range from `begin` on in blocks: partial ones, full ones from head_end to body_end, partial ones again."""
     head_end = begin + tl.cdiv(tl.maximum(full_begin - begin, 0), BLOCK) * BLOCK
     body_end = head_end + tl.maximum(full_end - head_end, 0) // BLOCK * BLOCK
     return head_end, body_end
 
 
 @triton.jit
+def count_blocks(begin, head_end, body_end, end, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """(how many blocks to visit, how many of them stand before the full ones): the partial ones if CHECK, else the full."""
+    if CHECK:
+        head_blocks = tl.cdiv(tl.maximum(tl.minimum(head_end, end) - begin, 0), BLOCK)
+        return head_blocks + tl.cdiv(tl.maximum(end - body_end, 0), BLOCK), head_blocks
+    else:
+        return tl.cdiv(tl.maximum(body_end - head_end, 0), BLOCK), 0
+
+
+@triton.jit
+def block_start(block, head_blocks, begin, head_end, body_end, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """Where the block-th block of `count_blocks` starts; one loop visits the partial blocks of both ends."""
+    if CHECK:
+        return tl.where(block < head_blocks, begin + block * BLOCK, body_end + (block - head_blocks) * BLOCK)
+    else:
+        return head_end + block * BLOCK
+
+
+@triton.jit
 def key_blocks(key_mask_ptr, key_mask_stride, start_m, num_queries, num_keys, window, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The text keys that a tile of queries has to visit, as (begin, head_end, body_end, end) of `part_range`."""
+    """The text keys that a tile of queries has to visit, as (begin, head_end, body_end, end)."""
     shift = num_keys - num_queries
     last_query = tl.minimum(start_m + BLOCK_M, num_queries) - 1
     lowest, highest, has_holes = key_bounds(key_mask_ptr, key_mask_stride, num_keys)
@@ -183,17 +202,6 @@ def key_blocks(key_mask_ptr, key_mask_stride, start_m, num_queries, num_keys, wi
         head_end = tl.where(has_holes, begin, head_end)
         body_end = tl.where(has_holes, begin, body_end)
     return begin, head_end, body_end, end
-
-
-@triton.jit
-def part_range(PART: tl.constexpr, begin, head_end, body_end, end):
-    """Part 0, 1 or 2 of a walk: partial blocks before the full ones, the full ones, partial blocks after them."""
-    if PART == 0:
-        return begin, tl.minimum(head_end, end)
-    elif PART == 1:
-        return head_end, body_end
-    else:
-        return body_end, end
 
 
 @triton.jit

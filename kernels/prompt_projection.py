@@ -1,0 +1,142 @@
+"""Keys and values of every layer's prompt in one launch, and the gradient back to the prompts in one more.
+
+    y[l] = x[l] W[l]^T + b[l]          dx[l] = dy[l] W[l]
+
+The prompts of all layers are known before the first one runs, so their projections need not be 2 L small products. The
+weights stay where the model keeps them: the kernel finds layer l's through a table of addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.tiles import widen
+
+_POINTER_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@triton.jit(do_not_specialize=("rows", "inner", "columns"))
+def _layered_matmul_kernel(
+    x_ptr, weight_table_ptr, bias_table_ptr, out_ptr, x_strides, inner_stride, column_stride, out_strides,
+    rows, inner, columns, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # out[l] (rows, columns) = x[l] (rows, inner) @ w[l] (inner, columns) + bias[l]
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    row_tile = tl.program_id(0) % row_tiles
+    column_tile = tl.program_id(0) // row_tiles
+    layer = tl.program_id(1)
+    weight = tl.load(weight_table_ptr + layer).to(tl.pointer_type(DTYPE))
+    m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+    x = x_ptr + widen(layer) * x_strides[0] + widen(m) * x_strides[1]  # [BLOCK_M, 1]
+    weight += widen(n) * column_stride  # [1, BLOCK_N]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, inner, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + widen(k)[None, :] * x_strides[2], mask=(m < rows) & (k[None, :] < inner), other=0.0)
+        b = tl.load(weight + widen(k)[:, None] * inner_stride, mask=(k[:, None] < inner) & (n < columns), other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    if bias_table_ptr is not None:
+        bias = tl.load(bias_table_ptr + layer).to(tl.pointer_type(DTYPE))
+        acc += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)
+    out = out_ptr + widen(layer) * out_strides[0] + widen(m) * out_strides[1] + widen(n) * out_strides[2]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m < rows) & (n < columns))
+
+
+def _layered_matmul(x, weight_table, bias_table, columns, inner_stride, column_stride) -> torch.Tensor:
+    """(L, rows, columns) from x (L, rows, inner) and tables of addresses of (inner, columns) weights."""
+    layers, rows, inner = x.shape
+    out = launch.allocate((layers, rows, columns), x.dtype, x.device)
+    config = launch.choose_projection_config(launch.architecture(x.device), x.dtype, rows)
+    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
+    launch.run(
+        _layered_matmul_kernel, (programs, layers), x.device, x_ptr=x, weight_table_ptr=weight_table,
+        bias_table_ptr=bias_table, out_ptr=out, x_strides=x.stride(), inner_stride=inner_stride,
+        column_stride=column_stride, out_strides=out.stride(), rows=rows, inner=inner, columns=columns,
+        DTYPE=_POINTER_TYPES[x.dtype], BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages)
+    return out
+
+
+class WeightTable:
+    """Addresses of the (F, D) weights, and optionally (F,) biases, of L layers on the device that holds them.
+
+    Build it once per model and pass it to `prompt_projection`: building copies 8 L bytes to the device. It keeps the
+    tensors alive; a model that moves or replaces its weights needs another table.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None = None):
+        first = weights[0]
+        for name, tensors, like in (("weights", weights, first), ("biases", biases or (), biases and biases[0])):
+            for place, tensor in enumerate(tensors):
+                if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != (
+                    like.shape, like.stride(), first.dtype, first.device,
+                ):  # fmt: skip
+                    raise ValueError(
+                        f"{name}[{place}] must have the shape, strides, dtype and device of {name}[0]: "
+                        f"{tuple(like.shape)}, {like.stride()}, {first.dtype}, {first.device}; "
+                        f"got {tuple(tensor.shape)}, {tensor.stride()}, {tensor.dtype}, {tensor.device}")
+        if first.dtype not in _POINTER_TYPES:
+            raise ValueError(f"weights must be float16, bfloat16 or float32; got {first.dtype}")
+        if first.dim() != 2:
+            raise ValueError(f"weights must be (F, D) each; got shape {tuple(first.shape)}")
+        if biases is not None and (len(biases) != len(weights) or biases[0].shape != first.shape[:1]
+                                   or biases[0].stride() != (1,)):
+            raise ValueError(
+                f"biases must be {len(weights)} contiguous tensors of shape ({first.shape[0]},); "
+                f"got {len(biases)} of shape {tuple(biases[0].shape)}")
+        self.tensors = (*weights, *(biases or ()))
+        self.num_layers = len(weights)
+        self.shape, self.strides, self.dtype, self.device = first.shape, first.stride(), first.dtype, first.device
+        self.weights = self._addresses(weights)
+        self.biases = None if biases is None else self._addresses(biases)
+
+    @staticmethod
+    def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=tensors[0].device)
+
+
+class _PromptProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, table):
+        ctx.table = table
+        out_features, _ = table.shape
+        return _layered_matmul(x, table.weights, table.biases, out_features, table.strides[1], table.strides[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        table = ctx.table
+        _, in_features = table.shape
+        return _layered_matmul(grad_output, table.weights, None, in_features, *table.strides), None
+
+
+def prompt_projection(x: torch.Tensor, weights: Sequence[torch.Tensor] | WeightTable,
+                      biases: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+    """Project every layer's prompt with that layer's frozen weight: y[l] = x[l] W[l]^T + b[l], in one launch.
+
+    Args:
+        x: prompts (L, P, D), any strides; differentiable.
+        weights: L tensors (F, D) of one shape and one stride pattern (a transposed view is fine), frozen; or a
+            `WeightTable` of them, which a training loop should build once.
+        biases: L contiguous tensors (F,), or None; part of the table where one is given.
+    Returns:
+        (L, P, F) in x's dtype, products accumulated in float32.
+    Raises:
+        ValueError: layers, sizes, dtypes or devices disagree.
+    """
+    table = weights if isinstance(weights, WeightTable) else WeightTable(weights, biases)
+    expected = (table.num_layers, table.shape[1])
+    if x.dim() != 3 or (x.shape[0], x.shape[2]) != expected or (x.dtype, x.device) != (table.dtype, table.device):
+        raise ValueError(
+            f"x must be ({expected[0]}, P, {expected[1]}) {table.dtype} on {table.device}; "
+            f"got {tuple(x.shape)} {x.dtype} on {x.device}")
+    if x.dtype == torch.bfloat16 and launch.architecture(x.device) == 0:
+        raise ValueError("x must be float32 or float16 under Triton's interpreter; got torch.bfloat16")
+    return _PromptProjection.apply(x, table)
