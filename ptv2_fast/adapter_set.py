@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention import hook
 from ptv2_fast.config import PTuningV2Config
+from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 
 BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
@@ -59,7 +60,7 @@ class AdapterSet:
         if len(self.adapters) == 1:
             raise ValueError(f"name must leave at least one adapter; {name!r} is the only one")
         del self.adapters[name]
-        self._prompt_cache.pop(name, None)
+        del self._sources[name]
         if name == self.active_adapter:
             self.set_adapter(next(iter(self.adapters)))
 
@@ -124,6 +125,7 @@ class AdapterSet:
         adapter.requires_grad_(name == self.active_adapter)
         adapter.train(self.training)
         self.adapters[name] = adapter
+        self._sources[name] = PromptSource(adapter.encoder, self.backbone, self._family)
 
     def _check_alike(self, config: PTuningV2Config) -> None:
         """Refuse an adapter that no forward could serve beside the ones that are there."""

@@ -18,7 +18,8 @@ from ptv2_fast.models.families import family_of
 from ptv2_fast.models.inputs import check_inputs, packed_rows, text_positions
 from ptv2_fast.models.view import view_of
 from ptv2_fast.persistence import Persistence
-from ptv2_fast.prompts.keys_values import layer_prompts, stack_bank
+from ptv2_fast.prompts.keys_values import stack_bank
+from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
 from ptv2_fast.step.unpad import can_unpad, unpadded
 
@@ -71,7 +72,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         self._disabled = False
         if adapter is None:
             adapter = self._build(base, config, tokenizer, init_text)
-        self._prompt_cache: dict[str, tuple[Any, tuple[LayerPrompt | None, ...]]] = {}
+        self._sources: dict[str, PromptSource] = {}
         self.step_options = StepOptions() if step_options is None else step_options
         self._logged_plan: StepPlan | None = None
         self.base_model = base
@@ -218,24 +219,13 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
 
     def _prompts(self, names: Sequence[str]) -> tuple[tuple[LayerPrompt | None, ...], list[int] | None]:
         """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""
+        backend = self.adapters[self.active_adapter].config.backend
         if len(names) == 1 and names[0] != BASE_ROW:
-            return self._layer_prompts(names[0]), None
+            return self._sources[names[0]](backend), None
         members = sorted(set(names))
         nothing = (None,) * len(self._family.layers(self.backbone))
-        bank = stack_bank([nothing if n == BASE_ROW else self._layer_prompts(n) for n in members])
+        bank = stack_bank([nothing if n == BASE_ROW else self._sources[n](backend) for n in members])
         return bank, [members.index(name) for name in names]
-
-    def _layer_prompts(self, name: str) -> tuple[LayerPrompt | None, ...]:
-        """Keys and values of one adapter: made anew while training, kept while nothing changes."""
-        encoder = self.adapters[name].encoder
-        if torch.is_grad_enabled() or encoder.training or torch.compiler.is_compiling():
-            return layer_prompts(encoder, self.backbone, self._family)
-        made_from = _state_of(encoder, self.backbone)
-        kept = self._prompt_cache.get(name)
-        if kept is None or made_from is None or kept[0] != made_from:
-            kept = (made_from, layer_prompts(encoder, self.backbone, self._family))
-            self._prompt_cache[name] = kept
-        return kept[1]
 
     def _row_names(self, adapter_names: Sequence[str] | None, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         """The adapter of every row; a single name where all rows use the same."""
@@ -326,15 +316,3 @@ def _past_length(inputs: Mapping[str, Any]) -> int | Tensor:
     """Cached tokens; a tensor for a static cache, whose length lives on the device."""
     past = inputs.get("past_key_values")
     return 0 if past is None else past.get_seq_length()
-
-
-def _state_of(encoder: nn.Module, backbone: PreTrainedModel) -> tuple | None:
-    """What changes whenever the prompts are written to, or the frozen base is moved, cast or loaded
-    anew.
-
-    None where that cannot be seen (parameters made in inference mode).
-    """
-    parameters = [*encoder.parameters(), next(backbone.parameters())]
-    if any(p.is_inference() for p in parameters):
-        return None
-    return tuple((id(p), p._version, p.data_ptr(), p.dtype) for p in parameters)

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt
-from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
+from ptv2_fast.prompts.projection import LayerProjections
 
 
 def layer_prompts(
-    encoder: PromptEncoder, backbone: PreTrainedModel, family: Family
+    encoder: PromptEncoder,
+    backbone: PreTrainedModel,
+    family: Family,
+    projections: LayerProjections,
+    backend: str,
 ) -> tuple[LayerPrompt | None, ...]:
     """The prompt of every layer of the backbone; None where a layer has none.
 
-    deep: K_p, V_p = the layer's own projection of its prompt states; prefix: the parameters
-        themselves; shallow on a
-    causal model: one pass of the P virtual tokens through the frozen stack, which cannot see the
-        text.
+    deep: K_p, V_p = the layer's own projection of its prompt states. prefix: the parameters themselves. shallow on a
+    causal model: one pass of the P virtual tokens through the frozen stack, which cannot see the text.
+
+    Args:
+        encoder: the trained prompts.
+        projections: of the backbone's layers that the encoder prompts.
+        backend: which backend of `prompt_attention` the prompts are for.
 
     Returns:
         One LayerPrompt of keys and values (Hkv, P, d) per layer, in the backbone's dtype.
 
-    Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its
-        size.
+    Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its size.
     """
     prompts = encoder().to(backbone.dtype)
     match encoder.injection:
         case "prefix":
             pairs = dict(zip(encoder.layers, (layer.unbind(0) for layer in prompts.unbind(0))))
         case "deep":
-            pairs = dict(zip(encoder.layers, project(prompts, encoder.layers, backbone, family)))
+            pairs = dict(zip(encoder.layers, projections(prompts, backend)))
         case "shallow":
             recorded = record_keys_values(backbone, prompts[None], family)
             pairs = {layer: recorded[layer] for layer in encoder.layers}
@@ -48,28 +52,10 @@ def layer_prompts(
     )
 
 
-def project(
-    states: Tensor, layers: Sequence[int], backbone: PreTrainedModel, family: Family
-) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values (Hkv, P, d) that each layer makes of its prompt states; states (L', P, D)."""
-    head_dim = Dimensions.of(backbone).head_dim
-    pairs = []
-    for layer, state in zip(layers, states.unbind(0)):
-        normed = family.normed(backbone, layer, state)
-        keys, values = (
-            F.linear(normed, projection.weight, projection.bias).unflatten(-1, (-1, head_dim))
-            for projection in family.projections(backbone, layer)
-        )  # (P, Hkv, d)
-        keys = family.finished(backbone, layer, keys)
-        pairs.append((keys.transpose(0, 1), values.transpose(0, 1)))
-    return pairs
-
-
 def record_keys_values(
     backbone: PreTrainedModel, embeddings: Tensor, family: Family
 ) -> list[tuple[Tensor, Tensor]]:
-    """Run embeddings (1, P, D) through the backbone and keep each layer's keys and values, (Hkv, P,
-    d).
+    """Run embeddings (1, P, D) through the backbone and keep each layer's keys and values (Hkv, P, d).
 
     They stand right before the text: at rotary positions -P..-1, or at the first P learned ones.
     """

@@ -1,0 +1,78 @@
+"""Prompt states to keys and values: the layers' own projections, all layers together where a kernel can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptv2_fast.models.dimensions import Dimensions
+from ptv2_fast.models.families import Family
+from ptv2_fast.models.projection import Projection
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class LayerProjections:
+    """The frozen key and value projections of some layers of a backbone.
+
+    Under the triton backend keys take one launch for all layers and values another, instead of two small matrix
+    products a layer. The kernel reads the weights where they are; their addresses are looked up again when a weight
+    has moved.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, family: Family, layers: Sequence[int]):
+        self._backbone = backbone
+        self._family = family
+        self._layers = tuple(layers)
+        self._head_dim = Dimensions.of(backbone).head_dim
+        self._tables: tuple[tuple, list] | None = None
+
+    def __call__(self, states: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values, (Hkv, P, d) each, that each layer makes of its prompt states.
+
+        Args:
+            states: (L', P, D), in the backbone's dtype.
+            backend: of `prompt_attention`; "triton", or "auto" on CUDA, projects by the kernel.
+        """
+        normed = [
+            self._family.normed(self._backbone, layer, state)
+            for layer, state in zip(self._layers, states.unbind(0))
+        ]
+        per_layer = [self._family.projections(self._backbone, layer) for layer in self._layers]
+        if _kernel_serves(normed[0], per_layer[0][0].weight, backend):
+            keys, values = self._by_kernel(torch.stack(normed), per_layer)
+        else:
+            keys, values = (
+                [F.linear(x, p.weight, p.bias) for x, p in zip(normed, side)] for side in zip(*per_layer)
+            )
+        pairs = []
+        for layer, flat_keys, flat_values in zip(self._layers, keys, values):
+            layer_keys = flat_keys.unflatten(-1, (-1, self._head_dim))  # (P, Hkv, d)
+            layer_keys = self._family.finished(self._backbone, layer, layer_keys)
+            layer_values = flat_values.unflatten(-1, (-1, self._head_dim))
+            pairs.append((layer_keys.transpose(0, 1), layer_values.transpose(0, 1)))
+        return pairs
+
+    def _by_kernel(self, normed: Tensor, per_layer: list[tuple[Projection, Projection]]):
+        """(L', P, Hkv * d) keys and values from normed states (L', P, D)."""
+        from ptv2_fast.kernels.prompt_projection import WeightTable, prompt_projection
+
+        addresses = tuple((p.weight.data_ptr(), p.weight.dtype) for pair in per_layer for p in pair)
+        if self._tables is None or self._tables[0] != addresses:
+            tables = []
+            for side in zip(*per_layer):
+                biases = [p.bias for p in side] if side[0].bias is not None else None
+                tables.append(WeightTable([p.weight for p in side], biases))
+            self._tables = (addresses, tables)
+        return tuple(prompt_projection(normed, table) for table in self._tables[1])
+
+
+def _kernel_serves(normed: Tensor, weight: Tensor, backend: str) -> bool:
+    """Whether the states are what the kernel takes; under autocast and the compiler torch's own product runs."""
+    wanted = backend == "triton" or (backend == "auto" and normed.is_cuda)
+    plain = normed.dtype == weight.dtype and not torch.is_autocast_enabled(normed.device.type)
+    return wanted and plain and normed.dtype in _KERNEL_DTYPES and not torch.compiler.is_compiling()

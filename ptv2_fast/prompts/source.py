@@ -1,0 +1,49 @@
+"""Where a model gets an adapter's keys and values from: made anew while training, kept while nothing changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.attention.prompt_batch import LayerPrompt
+from ptv2_fast.models.families import Family
+from ptv2_fast.prompts.encoder import PromptEncoder
+from ptv2_fast.prompts.keys_values import layer_prompts
+from ptv2_fast.prompts.projection import LayerProjections
+
+
+class PromptSource:
+    """The keys and values that one adapter's prompts make in one backbone."""
+
+    def __init__(self, encoder: PromptEncoder, backbone: PreTrainedModel, family: Family):
+        self._encoder = encoder
+        self._backbone = backbone
+        self._family = family
+        self._projections = LayerProjections(backbone, family, encoder.layers)
+        self._kept: tuple[tuple, tuple[LayerPrompt | None, ...]] | None = None
+
+    def __call__(self, backend: str) -> tuple[LayerPrompt | None, ...]:
+        """Every layer's prompt for a backend of `prompt_attention`; the same tensors again in eval mode."""
+        if torch.is_grad_enabled() or self._encoder.training or torch.compiler.is_compiling():
+            return self._make(backend)
+        made_from = _state_of(self._encoder, self._backbone)
+        if made_from is None:
+            return self._make(backend)
+        if self._kept is None or self._kept[0] != (made_from, backend):
+            self._kept = ((made_from, backend), self._make(backend))
+        return self._kept[1]
+
+    def _make(self, backend: str) -> tuple[LayerPrompt | None, ...]:
+        return layer_prompts(self._encoder, self._backbone, self._family, self._projections, backend)
+
+
+def _state_of(encoder: nn.Module, backbone: PreTrainedModel) -> tuple | None:
+    """What changes whenever the prompts are written to, or the frozen base is moved, cast or loaded anew.
+
+    None where that cannot be seen (parameters made in inference mode).
+    """
+    parameters = [*encoder.parameters(), next(backbone.parameters())]
+    if any(p.is_inference() for p in parameters):
+        return None
+    return tuple((id(p), p._version, p.data_ptr(), p.dtype) for p in parameters)
