@@ -143,7 +143,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         plan = plan_step(
             self.step_options, training=self.training, device=self.backbone.device, backend=backend
         )
-        if plan != self._logged_plan:
+        if plan != self._logged_plan and not torch.compiler.is_compiling():
             self._logged_plan = plan
             logger.info("training step: %s", plan)
         return plan
@@ -180,6 +180,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         if packing is not None:
             bounds, row_of, longest = packing
             index = index[row_of] if index is not None else None
+        if mask is None and positions is not None and is_first:
             # With a mask at hand transformers does not look for packed rows itself.
             mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
         backend = self.adapters[self.active_adapter].config.backend

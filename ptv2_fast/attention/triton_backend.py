@@ -1,8 +1,9 @@
 """Prompt attention through the Triton kernels: autograd, and custom ops for torch.compile.
 
-Eager calls launch the kernels from a `torch.autograd.Function`: a custom op's dispatch costs more host time than the
-launch itself. Under torch.compile the same two host functions stand behind `ptv2_fast::prompt_attention_forward` and
-`_backward`, which the compiler sees as opaque ops with known shapes and a known gradient.
+Eager calls launch the kernels from a `torch.autograd.Function`: a custom op's dispatch costs more
+host time than the launch itself. Under torch.compile the same two host functions stand behind
+`ptv2_fast::prompt_attention_forward` and `_backward`, which the compiler sees as opaque ops with
+known shapes and a known gradient.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# From how few queries a row on the keys, not the queries, are what is split among programs. Not
+# measured yet.
+DECODE_QUERIES = 16
 
 # Positions of the inputs that may need a gradient.
 _Q, _K, _V, _PROMPT_K, _PROMPT_V, _PROMPT_BIAS = range(6)
@@ -35,19 +40,23 @@ def unavailable_reason(device: torch.device | str) -> str | None:
 
 def prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, *,
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, prompt_index: Tensor | None,
-    prompt_lens: Tensor | None, prompt_bias: Tensor | None, bias: Tensor | None, causal: bool, scale: float,
-    dropout_p: float, window: int | None, softcap: float | None, return_lse: bool,
+    key_mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
+    prompt_index: Tensor | None, prompt_lens: Tensor | None, prompt_bias: Tensor | None,
+    bias: Tensor | None, causal: bool, scale: float, dropout_p: float, window: int | None,
+    softcap: float | None, return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Serve the contract of `ptv2_fast.attention.prompt_attention`, its arguments checked and the prompt a bank.
 
-    The sizes, dtypes and strides accepted are those of `ptv2_fast.kernels.prompt_forward.prompt_attention_forward`.
+    The sizes, dtypes and strides accepted are those of
+    `ptv2_fast.kernels.prompt_forward.prompt_attention_forward`.
     """
     seed = None
     if dropout_p > 0.0:
-        # One draw from the device's generator a call: torch.manual_seed and CUDA-graph replay govern it.
+        # One draw from the device's generator a call: torch.manual_seed and CUDA-graph replay
+        # govern it.
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
-    tensors = (q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, prompt_index, prompt_lens, bias, seed)
+    tensors = (q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, prompt_index,
+               prompt_lens, bias, seed)
     numbers = (max_seqlen, causal, window, softcap, float(scale), float(dropout_p))
     if torch.compiler.is_compiling():
         output, lse = forward_op(*tensors, *numbers)
@@ -56,20 +65,26 @@ def prompt_attention(
     return (output, lse) if return_lse else output
 
 
-def _kernel_arguments(key_mask, cu_seqlens, prompt_index, prompt_lens, bias, seed, max_seqlen, causal, window,
-                      softcap, scale, dropout_p) -> dict[str, object]:
+def _kernel_arguments(key_mask, cu_seqlens, prompt_index, prompt_lens, bias, seed, max_seqlen,
+                      causal, window, softcap, scale, dropout_p) -> dict[str, object]:
     """The trailing arguments of both ops as keyword arguments of the kernels' host functions."""
     return {
-        "key_mask": key_mask, "cu_seqlens": cu_seqlens, "prompt_index": prompt_index, "prompt_lens": prompt_lens,
-        "bias": bias, "seed": seed, "max_seqlen": max_seqlen, "causal": causal, "window": window,
-        "softcap": softcap, "scale": scale, "dropout_p": dropout_p,
+        "key_mask": key_mask, "cu_seqlens": cu_seqlens, "prompt_index": prompt_index,
+        "prompt_lens": prompt_lens, "bias": bias, "seed": seed, "max_seqlen": max_seqlen,
+        "causal": causal, "window": window, "softcap": softcap, "scale": scale,
+        "dropout_p": dropout_p,
     }
 
 
 def _forward(q, k, v, prompt_k, prompt_v, prompt_bias, *rest) -> tuple[Tensor, Tensor]:
-    from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
-
-    return prompt_attention_forward(q, k, v, prompt_k, prompt_v, prompt_bias=prompt_bias, **_kernel_arguments(*rest))
+    arguments = _kernel_arguments(*rest)
+    # Both functions give the same (o, lse), so what needs a gradient may take the short road as
+    # well.
+    if arguments["cu_seqlens"] is None and arguments["dropout_p"] == 0.0 and q.shape[2] <= DECODE_QUERIES:
+        from ptv2_fast.kernels.prompt_decode import prompt_attention_decode as attend
+    else:
+        from ptv2_fast.kernels.prompt_forward import prompt_attention_forward as attend
+    return attend(q, k, v, prompt_k, prompt_v, prompt_bias=prompt_bias, **arguments)
 
 
 def _backward(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs, *rest):
@@ -87,8 +102,8 @@ class _PromptAttention(torch.autograd.Function):
     """The eager path: saves the inputs, o and lse, and launches only the passes that are asked for."""
 
     @staticmethod
-    def forward(ctx, q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, prompt_index, prompt_lens, bias,
-                seed, *numbers):
+    def forward(ctx, q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, prompt_index,
+                prompt_lens, bias, seed, *numbers):
         frozen = (key_mask, cu_seqlens, prompt_index, prompt_lens, bias, seed)
         output, lse = _forward(q, k, v, prompt_k, prompt_v, prompt_bias, *frozen, *numbers)
         ctx.save_for_backward(q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, *frozen)
@@ -105,7 +120,8 @@ class _PromptAttention(torch.autograd.Function):
             return (None,) * 6 + none
         *inputs, output, lse = ctx.saved_tensors[:8]
         frozen = ctx.saved_tensors[8:]
-        grads = _backward(grad_output, *inputs, output, lse, ctx.needs_input_grad[:6], *frozen, *ctx.numbers)
+        grads = _backward(grad_output, *inputs, output, lse, ctx.needs_input_grad[:6], *frozen,
+                          *ctx.numbers)
         asked = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:6]))
         return (*asked, *none)
 
@@ -113,13 +129,13 @@ class _PromptAttention(torch.autograd.Function):
 @torch.library.custom_op("ptv2_fast::prompt_attention_forward", mutates_args=())
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None,
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None, prompt_lens: Tensor | None,
-    bias: Tensor | None, seed: Tensor | None, max_seqlen: int | None, causal: bool, window: int | None,
-    softcap: float | None, scale: float, dropout_p: float,
+    key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
+    prompt_lens: Tensor | None, bias: Tensor | None, seed: Tensor | None, max_seqlen: int | None,
+    causal: bool, window: int | None, softcap: float | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """`prompt_attention_forward` for the compiler: (o, lse)."""
-    return _forward(q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, prompt_index, prompt_lens, bias,
-                    seed, max_seqlen, causal, window, softcap, scale, dropout_p)
+    return _forward(q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, prompt_index,
+                    prompt_lens, bias, seed, max_seqlen, causal, window, softcap, scale, dropout_p)
 
 
 @forward_op.register_fake
@@ -132,24 +148,28 @@ def _(q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, *rest):
 @torch.library.custom_op("ptv2_fast::prompt_attention_backward", mutates_args=())
 def backward_op(
     grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor,
-    prompt_bias: Tensor | None, output: Tensor, lse: Tensor, needs: list[bool], key_mask: Tensor | None,
-    cu_seqlens: Tensor | None, prompt_index: Tensor | None, prompt_lens: Tensor | None, bias: Tensor | None,
-    seed: Tensor | None, max_seqlen: int | None, causal: bool, window: int | None, softcap: float | None,
-    scale: float, dropout_p: float,
+    prompt_bias: Tensor | None, output: Tensor, lse: Tensor, needs: list[bool],
+    key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
+    prompt_lens: Tensor | None, bias: Tensor | None, seed: Tensor | None, max_seqlen: int | None,
+    causal: bool, window: int | None, softcap: float | None, scale: float, dropout_p: float,
 ) -> list[Tensor]:
     """`prompt_attention_backward` for the compiler: six gradients, empty (size 0) where nobody asked."""
-    grads = _backward(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs, key_mask, cu_seqlens,
-                      prompt_index, prompt_lens, bias, seed, max_seqlen, causal, window, softcap, scale, dropout_p)
-    return [q.new_empty(0) if grad is None or not need else grad for grad, need in zip(grads, needs)]
+    grads = _backward(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs,
+                      key_mask, cu_seqlens, prompt_index, prompt_lens, bias, seed, max_seqlen,
+                      causal, window, softcap, scale, dropout_p)
+    return [q.new_empty(0) if grad is None or not need else grad for grad, need in zip(grads,
+                                                                                       needs)]
 
 
 @backward_op.register_fake
-def _(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs, key_mask, cu_seqlens, *rest):
+def _(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs, key_mask,
+      cu_seqlens, *rest):
     packed = cu_seqlens is not None
     fresh = (
         lambda: _empty_like_heads(q, packed), lambda: _empty_like_heads(k, packed),
         lambda: _empty_like_heads(v, packed), lambda: prompt_k.new_empty(prompt_k.shape),
-        lambda: prompt_v.new_empty(prompt_v.shape), lambda: prompt_bias.new_empty(prompt_bias.shape))
+        lambda: prompt_v.new_empty(prompt_v.shape),
+        lambda: prompt_bias.new_empty(prompt_bias.shape))
     return [make() if need else q.new_empty(0) for make, need in zip(fresh, needs)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 
@@ -31,14 +30,20 @@ def view_of(
         # transformers hooks a model's layers the first time that their outputs are asked for. Layers are shared, so
         # that has to happen once, on the model itself: every fresh view would hook them again.
         maybe_install_capturing_hooks(module)
-    view = copy.copy(module)
+    view = _shallow_copy(module, type(module))
     view._modules = {**module._modules, **(children or {})}
     if forward is None:
         return view
-    outer = copy.copy(view)
-    outer.__class__ = _class_with_forward(type(module))
+    outer = _shallow_copy(view, _class_with_forward(type(module)))
     outer._view_forward = functools.partial(forward, view.forward)
     return outer
+
+
+def _shallow_copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """An object of `cls` with the attributes of `module`; what copy.copy does, in steps that torch.compile traces."""
+    copied = object.__new__(cls)
+    copied.__dict__.update(module.__dict__)
+    return copied
 
 
 @functools.cache

@@ -62,8 +62,12 @@ def record_keys_values(
     length = embeddings.shape[1]
     start = -length if family.rotary else family.first_position(backbone)
     positions = torch.arange(start, start + length, device=embeddings.device)[None]
+    # With a mask at hand transformers does not look for packed rows in the positions.
+    mask = torch.ones(1, length, dtype=torch.bool, device=embeddings.device)
     record: list[tuple[Tensor, Tensor]] = []
-    backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False, ptv2_record=record)
+    backbone(
+        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False, ptv2_record=record
+    )
     # A recomputation in backward (gradient checkpointing) appends again: only the first pass
     # counts.
     return [(keys[0], values[0]) for keys, values in record[: len(family.layers(backbone))]]

@@ -43,7 +43,7 @@ def _state_of(encoder: nn.Module, backbone: PreTrainedModel) -> tuple | None:
 
     None where that cannot be seen (parameters made in inference mode).
     """
-    parameters = [*encoder.parameters(), next(backbone.parameters())]
+    parameters = [*encoder.parameters(), *backbone.parameters()]
     if any(p.is_inference() for p in parameters):
         return None
-    return tuple((id(p), p._version, p.data_ptr(), p.dtype) for p in parameters)
+    return tuple((p._version, p.data_ptr()) for p in parameters)
