@@ -163,6 +163,7 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.settings, trainer.codec, trainer.clock = settings, codec, clock
+        trainer.dev_features = codec.encode(dev) if dev else []
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=_last_whole(Path(checkpoints)) if resume else None)
         seconds = time.perf_counter() - start
@@ -227,11 +228,13 @@ class _Trainer(Trainer):
     settings: FitSettings
     codec: TaskCodec
     clock: _Clock
+    dev_features: list[dict[str, Any]]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Scores of the dev examples, logged and given to callbacks as Trainer's own are."""
-        examples = self.eval_dataset if eval_dataset is None else eval_dataset
-        scores = evaluate(self.model, self.codec, examples, batch_size=self.args.eval_batch_size)
+        scores = evaluate(
+            self.model, self.codec, self.eval_dataset, features=self.dev_features, batch_size=self.args.eval_batch_size
+        )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
