@@ -206,8 +206,8 @@ def tiny_cases() -> list[Case]:
     """What Triton's interpreter gets through in seconds: each direction, both sights, padding."""
     tiny = {"dtype": "fp32"}
     return [
-        case_of("tiny", 2, 9, 4, direction="forward", **tiny),
-        case_of("tiny", 3, 10, 3, causal=True, padding=0.4, direction="training", **tiny),
+        case_of("tiny", 2, 7, 3, direction="forward", **tiny),
+        case_of("tiny", 2, 6, 3, causal=True, padding=0.4, direction="training", **tiny),
     ]
 
 
@@ -231,7 +231,7 @@ def huge_case() -> Case:
 def tune_cases(tiny: bool = False) -> list[Case]:
     """The shapes that a launch configuration is chosen on."""
     if tiny:
-        return [case_of("tiny", 2, 33, 5, dtype="fp32")]
+        return [case_of("tiny", 1, 17, 3, dtype="fp32")]
     return [
         case_of("roberta-large", 32, 512, 128),
         case_of("roberta-large", 8, 2048, 128),

@@ -10,6 +10,7 @@ from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
 from benchmarks.providers import Call, Provider, join_prompt
 
+_SHAPES = 64
 _NAMES = ("q", "k", "v", "prompt_k", "prompt_v")
 
 
@@ -71,8 +72,8 @@ def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) 
 
 
 def _compiled(function):
-    """One compilation for one shape: earlier shapes must not use up Dynamo's recompile limit."""
-    torch._dynamo.reset()
+    """One compilation for each shape: more of them than Dynamo allows by default."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 

@@ -33,8 +33,10 @@ class Goal:
 
     def figure(self, cell: Cell) -> float | None:
         """The figure of one cell, None where the cell does not count or one side was not timed."""
-        ours, peer = (milliseconds(cell, name) for name in (self.ours, self.peer))
-        if ours is None or peer is None or not self.judged(cell["case"]):
+        if not self.judged(cell["case"]):
+            return None
+        ours, peer = comparable(cell, self.ours, self.peer)
+        if ours is None or peer is None:
             return None
         return ours / peer if self.at_most else peer / ours
 
@@ -48,6 +50,15 @@ def milliseconds(cell: Cell, name: str) -> float | None:
     """The median of a provider in a cell, None where it was not timed."""
     entry = cell.get("peers", {}).get(name, {})
     return entry.get("ms") if entry.get("status") == "timed" else None
+
+
+def comparable(cell: Cell, *names: str) -> list[float | None]:
+    """Medians measured in one way: with the host's launches for all where one could not be replayed."""
+    entries = [cell.get("peers", {}).get(name, {}) for name in names]
+    times = [milliseconds(cell, name) for name in names]
+    if len({entry.get("method") for entry in entries}) > 1:
+        return [entry.get("eager_ms") or ms for entry, ms in zip(entries, times)]
+    return times
 
 
 def _is(direction: str, **wanted) -> Callable[[Mapping[str, object]], bool]:

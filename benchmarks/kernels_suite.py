@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -13,12 +14,15 @@ from benchmarks.cases import Case
 from benchmarks.context import Context
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.measure import QUICK, Effort, cell_stream, peak_bytes, time_interleaved
+from benchmarks.precompile import Compilers, code_of, compile_provider
 from benchmarks.providers import Call, Provider, Refusal, all_providers
 from benchmarks.verify import Judge, make_judge
 
 # Seconds the first cell of each peer set may take: it compiles.
 _FIRST_CELL = {"all": 30.0, "flex": 60.0}
 _SPARE_SECONDS = 5.0
+# Cells whose kernels are compiled in one go, before the first of them is measured.
+_AHEAD = 10
 _RED = ("wrong", "failed")
 
 
@@ -30,10 +34,20 @@ def run(context: Context, providers: list[Provider] | None = None) -> str:
         providers: who is compared; everyone when None.
     """
     providers = all_providers() if providers is None else providers
+    with Compilers(context.device) as compilers:
+        return _measure_all(context, providers, compilers)
+
+
+def _measure_all(context: Context, providers: list[Provider], compilers: Compilers) -> str:
+    grid = context.chosen(cases.tiny_cases() if context.tiny else cases.kernel_cases())
+    compiled: set[tuple] = set()
+    _compile_ahead(cases.gate_cases() + grid[:_AHEAD], context, providers, compilers, compiled)
     red, spent = not _gate(context, providers), {"all": [], "flex": []}
     if red and not context.keep_going:
         return "red"
-    for case in context.chosen(cases.tiny_cases() if context.tiny else cases.kernel_cases()):
+    for place, case in enumerate(grid):
+        if place and place % _AHEAD == 0:
+            _compile_ahead(grid[place : place + _AHEAD], context, providers, compilers, compiled)
         recent = spent[case.peers][-3:]
         expected = statistics.median(recent) if recent else _FIRST_CELL[case.peers]
         if context.left < expected + _SPARE_SECONDS:
@@ -52,6 +66,17 @@ def run(context: Context, providers: list[Provider] | None = None) -> str:
             if not context.keep_going:
                 return "red"
     return "red" if red else "complete"
+
+
+def _compile_ahead(some: list[Case], context: Context, providers, compilers: Compilers, compiled: set) -> None:
+    """Have our kernels of some cases compiled, each code once a run."""
+    tasks = {}
+    for provider, case in itertools.product(providers, some):
+        key = code_of(provider.name, case)
+        if provider.triton and key not in compiled and provider.refuses(case, context.device) is None:
+            tasks.setdefault(key, (provider.name, case))
+    compiled |= set(tasks)
+    compilers.warm(compile_provider, tasks.values(), context.left - _SPARE_SECONDS)
 
 
 def _gate(context: Context, providers: list[Provider]) -> bool:
@@ -124,7 +149,7 @@ def judge_providers(
         peers[provider.name] = entry
         if call is None:
             continue
-        if provider.ours and "backend='triton'" in provider.call and context.device.type == "cpu":
+        if provider.triton and context.device.type == "cpu":
             entry |= {"status": "untimed", "reason": "interpreted: its time says nothing"}
         else:
             ready[provider.name] = runner(call, case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -66,9 +67,15 @@ def cell_stream(device: torch.device):
     """A context whose CUDA work is all on one side stream, so that a backward pass can be captured."""
     if device.type != "cuda":
         return nullcontext()
-    stream = torch.cuda.Stream(device)
+    stream = _side_stream(torch.cuda.current_device() if device.index is None else device.index)
     stream.wait_stream(torch.cuda.current_stream(device))
     return torch.cuda.stream(stream)
+
+
+@functools.cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    """One stream for all cells: freed memory is kept for the stream it was used on."""
+    return torch.cuda.Stream(index)
 
 
 def time_interleaved(

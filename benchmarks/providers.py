@@ -48,6 +48,7 @@ class Provider:
         refuses: (case, device) -> why it cannot serve the case, or None.
         build: binds the provider to tensors; what it does here is outside the timing.
         ours: a wrong result of ours ends the run; a wrong peer is recorded and never timed.
+        triton: runs our kernels, which the interpreter serves without a meaningful time.
         bank: judged against one prompt per task instead of one for all.
         prompt_only: its backward pass asks for the prompt's gradients alone.
         peers: the peer sets of cases it takes part in.
@@ -58,6 +59,7 @@ class Provider:
     refuses: Callable[[Case, torch.device], str | None]
     build: Callable[[Case, Inputs], Call]
     ours: bool = False
+    triton: bool = False
     bank: bool = False
     prompt_only: bool = False
     peers: tuple[str, ...] = ("all",)
@@ -76,7 +78,7 @@ def all_providers() -> list[Provider]:
 def _our_providers() -> list[Provider]:
     call = "prompt_attention(q, k, v, prompt_k, prompt_v, key_mask=, causal=, backend='triton')"
     return [
-        Provider("ours", call, _no_triton, _build_ours("triton"), ours=True, peers=("all", "flex")),
+        Provider("ours", call, _no_triton, _build_ours("triton"), ours=True, triton=True, peers=("all", "flex")),
         Provider(
             "ours_packed",
             "the same on real tokens only: q (T, H, d), cu_seqlens=, max_seqlen= (packed outside the"
@@ -84,6 +86,7 @@ def _our_providers() -> list[Provider]:
             lambda case, device: _no_triton(case, device) or _no_padding(case),
             _build_packed,
             ours=True,
+            triton=True,
         ),
         Provider(
             "ours_prefix",
@@ -91,6 +94,7 @@ def _our_providers() -> list[Provider]:
             lambda case, device: _no_triton(case, device) or _no_backward(case) or _no_prompt(case),
             _build_ours("triton", prompt_only=True),
             ours=True,
+            triton=True,
             prompt_only=True,
         ),
         Provider(
@@ -99,6 +103,7 @@ def _our_providers() -> list[Provider]:
             lambda case, device: _no_triton(case, device) or _few_rows(case) or _no_prompt(case),
             _build_ours("triton", bank=True),
             ours=True,
+            triton=True,
             bank=True,
         ),
         Provider(
@@ -239,19 +244,20 @@ class Sdpa:
         """Why this variant cannot serve a case, or None."""
         if self.backend is not None and device.type != "cuda":
             return f"{self.backend.name} is forced: needs a CUDA device"
+        sixteen = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+        if self.backend in sixteen and case.dtype not in ("bf16", "fp16"):
+            return f"takes 16-bit tensors only; got {case.dtype}"
+        masked = case.causal or case.padding > 0.0
         if self.mask == "none":
-            if not case.causal:
-                return "takes no mask, and the batch has padding" if case.padding else None
-            if self.backend == SDPBackend.CUDNN_ATTENTION and case.P:
+            # With causality, right padding stands after every key that a real query may see.
+            if case.padding and not case.causal:
+                return "takes no mask, and the batch has padding"
+            if case.causal and case.P and self.backend == SDPBackend.CUDNN_ATTENTION:
                 return "is_causal with fewer queries than keys is aligned to the upper left"
-            # Right padding stands after every key that a real query may see.
-        elif self.mask == "inside" and not (case.causal or case.padding):
+        elif self.mask == "inside" and not masked:
             return "there is no mask to build: no padding, not causal"
-        elif self.backend is not None and not (case.causal or case.padding):
+        elif self.backend is not None and not masked:
             return "there is no mask: no padding, not causal"
-        if self.backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            if case.dtype not in ("bf16", "fp16"):
-                return f"takes 16-bit tensors only; got {case.dtype}"
         return None
 
 

@@ -187,6 +187,16 @@ def summary(data: Mapping) -> str:
             for stand in (standing(goal, data["cells"]) for goal in KERNEL_GOALS)
         ]
         return "\n".join(lines)
+    if data["suite"] == "tune":
+        rows = [
+            f"sm_{arch} {precision} {name} d={size}: {best['config']} at {best['time_over_present']:.3f} "
+            f"of {best['present']}"
+            for arch, precisions in data.get("winners", {}).get("tables", {}).items()
+            for precision, passes in precisions.items()
+            for name, sizes in passes.items()
+            for size, best in sizes.items()
+        ]
+        return "\n".join(rows) or UNMEASURED
     return "\n".join(
         f"{cell.get('status', ''):15} {cell['id']}  {cell.get('reason') or ''}".rstrip() for cell in data["cells"]
     )

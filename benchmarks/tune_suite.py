@@ -6,9 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
-from multiprocessing import get_context
 
 import torch
 
@@ -16,7 +14,8 @@ from benchmarks import cases, environment
 from benchmarks.cases import Case
 from benchmarks.context import Context
 from benchmarks.inputs import Inputs, make_inputs
-from benchmarks.measure import QUICK, Effort, cell_stream, time_interleaved
+from benchmarks.measure import Effort, cell_stream, time_interleaved
+from benchmarks.precompile import Compilers, small
 from benchmarks.record import write_json
 from benchmarks.verify import make_judge
 from ptv2_fast.kernels import launch
@@ -25,9 +24,8 @@ PASSES = ("forward", "backward_query", "backward_text", "backward_prompt")
 # A new configuration has to win by more than two runs of the same one differ.
 _MARGIN = 0.98
 _EFFORT = Effort(milliseconds=15.0, least=7, most=40, warmup=2)
+_TINY_EFFORT = Effort(milliseconds=1.0, least=1, most=1, warmup=0)
 _SPARE_SECONDS = 15.0
-# Compilers at work at once: each holds a few hundred megabytes of host and device memory.
-_COMPILERS = 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Job:
 def search_space(kernel_pass: str, head_dim: int, tiny: bool = False) -> list[launch.LaunchConfig]:
     """The configurations tried for a pass; those that do not fit the card are refused by the launch."""
     if tiny:
-        return [launch.LaunchConfig(16, 16, 4, 1), launch.LaunchConfig(32, 16, 4, 1)]
+        return [launch.LaunchConfig(16, 32, 4, 1)]
     tiles = {
         "forward": ((128, 128), (128, 64), (128, 32), (64, 128), (64, 64)),
         "backward_query": ((128, 64), (128, 32), (64, 128), (64, 64)),
@@ -64,7 +62,7 @@ def run(context: Context) -> str:
     jobs = [Job(case, name) for name in PASSES for case in shapes]
     jobs = context.chosen(sorted(jobs, key=lambda job: shapes.index(job.case)))
     red, longest, device = False, 0.0, context.device.type
-    with _Compilers(context) as compilers:
+    with Compilers(context.device) as compilers:
         for job in jobs:
             if context.left < max(_SPARE_SECONDS, longest):
                 return "red" if red else "out of time"
@@ -75,17 +73,18 @@ def run(context: Context) -> str:
             context.say(_line(cell))
             # A configuration that computes something else is left out of the winners; the run is red.
             red |= cell["status"] == "wrong"
-            write_json(context.out / f"launch_configs-{device}.json", winners(context.result.cells))
+            context.result.data["winners"] = best = winners(context.result.cells)
+            write_json(context.out / f"launch_configs-{device}.json", best)
     return "red" if red else "complete"
 
 
-def _sweep(job: Job, context: Context, compilers: _Compilers) -> dict[str, object]:
+def _sweep(job: Job, context: Context, compilers: Compilers) -> dict[str, object]:
     """Every configuration of one pass of one case; the results of each are judged before it is timed."""
     case, device = job.case, context.device
     arch = launch.architecture(device)
     present = launch.choose_config(arch, case.d, case.torch_dtype, job.kernel_pass)
     configs = list(dict.fromkeys([present, *search_space(job.kernel_pass, case.d, context.tiny)]))
-    compilers.warm(job, configs)
+    compilers.warm(_compile, [(job, config) for config in configs], context.left - _SPARE_SECONDS)
     tried: dict[str, dict[str, object]] = {}
     with cell_stream(device):
         inputs = make_inputs(case, device)
@@ -105,7 +104,7 @@ def _sweep(job: Job, context: Context, compilers: _Compilers) -> dict[str, objec
                 tried[name]["reason"] = verdict.reason
             else:
                 calls[name] = call
-        timings = time_interleaved(calls, device, QUICK if context.tiny else _EFFORT)
+        timings = time_interleaved(calls, device, _TINY_EFFORT if context.tiny else _EFFORT)
     for name, timing in timings.items():
         tried[name] |= {"status": "timed", **timing.as_dict()}
     return {
@@ -153,35 +152,10 @@ def bind(job: Job, inputs: Inputs, config: launch.LaunchConfig):
     return backward, results
 
 
-class _Compilers:
-    """Processes that fill Triton's cache ahead of the sweep: a compile takes seconds, a launch microseconds."""
-
-    def __init__(self, context: Context):
-        self.device = context.device
-        self.pool = None
-
-    def __enter__(self) -> _Compilers:
-        if self.device.type == "cuda":
-            self.pool = ProcessPoolExecutor(_COMPILERS, mp_context=get_context("spawn"))
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-
-    def warm(self, job: Job, configs: list[launch.LaunchConfig]) -> None:
-        """Have every configuration of a pass compiled; what fails here fails again, and is recorded, there."""
-        if self.pool is not None:
-            for future in [self.pool.submit(_compile, job, config) for config in configs]:
-                future.exception()
-
-
 def _compile(job: Job, config: launch.LaunchConfig) -> None:
-    """Launch one pass once, on a small batch of the same shape: sizes are no part of the compiled code."""
-    from dataclasses import replace
-
-    small = replace(job.case, B=2)
-    call, _ = bind(job, make_inputs(small, "cuda"), config)
+    """Launch one pass once, on a small batch; for a worker."""
+    case = small(job.case)
+    call, _ = bind(Job(case, job.kernel_pass), make_inputs(case, "cuda"), config)
     call()
     torch.cuda.synchronize()
 

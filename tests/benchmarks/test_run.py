@@ -1,0 +1,188 @@
+"""The three suites run as commands, stop on red, and keep what they have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kernels_suite, record, run
+from benchmarks.providers import all_providers
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = [p for p in all_providers() if p.name in ("sdpa_user", "sdpa_outside")]
+SCRIPT = """
+import json, sys
+from benchmarks.run import main
+folder, tests = sys.argv[1:]
+common = ["--device", "cpu", "--tiny", "--minutes", "3", "--tests", tests]
+codes = {s: main(["--suite", s, "--out", f"{folder}/{s}", *common]) for s in ("kernels", "parity", "tune")}
+open(f"{folder}/codes.json", "w").write(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The three suites in one process, uninstalled and interpreted: exit codes, output and result files."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "checks").mkdir()
+    (folder / "checks" / "test_one.py").write_text("def test_one():\n    assert 1 + 1 == 2\n")
+    environ = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), str(folder / "checks")],
+        cwd=ROOT, env=environ, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    codes = json.loads((folder / "codes.json").read_text())
+    files = {suite: next((folder / suite).glob(f"*-{suite}-cpu.json")) for suite in codes}
+    data = {suite: json.loads(path.read_text()) for suite, path in files.items()}
+    return {"codes": codes, "output": done.stdout, "data": data, "folder": folder}
+
+
+@pytest.mark.parametrize("suite", ["kernels", "parity", "tune"])
+def test_a_suite_is_complete_and_green(runs, suite):
+    assert runs["codes"][suite] == 0
+    data = runs["data"][suite]
+    record.check_schema(data)
+    assert (data["suite"], data["state"]) == (suite, "complete")
+    assert data["cells"]
+    facts = data["environment"]
+    for name in ("torch", "triton", "transformers", "peft", "commit", "date", "driver", "card", "clocks"):
+        assert name in facts
+    assert facts["interpreted"] and facts["torch"]
+
+
+def test_kernels_records_every_peer_of_every_cell(runs):
+    for cell in runs["data"]["kernels"]["cells"]:
+        wanted = {p.name for p in all_providers() if cell["case"]["peers"] in p.peers}
+        assert set(cell["peers"]) == wanted
+        assert cell["peers"]["sdpa_user"]["status"] == "timed"
+        assert cell["peers"]["sdpa_user"]["tflops"] > 0
+        assert all(e.get("reason") for e in cell["peers"].values() if e["status"] == "not applicable")
+
+
+def test_the_interpreter_judges_ours_and_times_nothing(runs):
+    for cell in runs["data"]["kernels"]["cells"]:
+        ours = cell["peers"]["ours"]
+        assert ours["status"] == "untimed" and "ms" not in ours
+        assert ours["errors"]["out"] < 1e-5
+
+
+def test_parity_says_what_it_could_not_look_at(runs):
+    cells = {cell["id"]: cell for cell in runs["data"]["parity"]["cells"]}
+    assert cells["pytest"]["status"] == "passed" and "1 tests" in cells["pytest"]["reason"]
+    assert cells["two-runs-bit-identical"]["status"] == "passed"
+    assert cells["torch-compile-equals-eager"]["status"] == "passed"
+    for name in ("cuda-graph-equals-eager", "allocator-trace", "sanitizer-memcheck", "sanitizer-racecheck"):
+        assert cells[name]["status"] == "not applicable" and cells[name]["reason"]
+
+
+def test_tune_writes_its_winners(runs):
+    written = json.loads((runs["folder"] / "tune" / "launch_configs-cpu.json").read_text())
+    assert written == runs["data"]["tune"]["winners"]
+    passes = written["tables"]["0"]["single"]
+    assert set(passes) == {"forward", "backward_query", "backward_text", "backward_prompt"}
+    assert all(len(best["config"]) == 4 for sizes in passes.values() for best in sizes.values())
+
+
+def test_a_short_table_stands_last(runs):
+    assert "K1   not measured yet" in runs["output"]
+    assert runs["output"].rstrip().splitlines()[-1].startswith("complete: ")
+
+
+def _planted(**changes):
+    """A provider whose result is off by a little."""
+    right = next(p for p in PEERS if p.name == "sdpa_user")
+
+    def build(case, inputs):
+        call = right.build(case, inputs)
+        return replace(call, common=lambda out, grads: call.common(1.001 * out, grads))
+
+    return replace(right, name="planted", build=build, **changes)
+
+
+def test_a_wrong_peer_is_recorded_never_timed_and_the_run_is_red(make_context):
+    context = make_context()
+    assert kernels_suite.run(context, [*PEERS, _planted()]) == "red"
+    assert len(context.result.cells) == 2
+    for cell in context.result.cells:
+        planted = cell["peers"]["planted"]
+        assert planted["status"] == "wrong" and "ms" not in planted
+        assert "out: relative error 1.0e-03" in planted["reason"]
+        assert cell["peers"]["sdpa_user"]["status"] == "timed"
+
+
+def test_a_wrong_result_of_ours_stops_the_run(make_context):
+    context = make_context()
+    assert kernels_suite.run(context, [*PEERS, _planted(ours=True)]) == "red"
+    assert len(context.result.cells) == 1
+
+
+def test_the_run_can_be_told_to_go_on(make_context):
+    context = make_context(keep_going=True)
+    assert kernels_suite.run(context, [*PEERS, _planted(ours=True)]) == "red"
+    assert len(context.result.cells) == 2
+
+
+def test_an_error_of_ours_is_red_and_one_of_a_peer_a_refusal(make_context):
+    def build(case, inputs):
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    context = make_context()
+    assert kernels_suite.run(context, [*PEERS, replace(_planted(), build=build)]) == "complete"
+    assert context.result.cells[0]["peers"]["planted"] == {
+        "status": "refused", "reason": "RuntimeError: no such kernel"
+    }  # fmt: skip
+    context = make_context()
+    assert kernels_suite.run(context, [replace(_planted(ours=True), build=build)]) == "red"
+    assert context.result.cells[0]["peers"]["planted"]["status"] == "failed"
+
+
+def test_red_is_an_exit_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels_suite, "all_providers", lambda: [*PEERS, _planted()])
+    words = ["--suite", "kernels", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    assert run.main(words) == 1
+    data = json.loads(next(tmp_path.glob("*.json")).read_text())
+    record.check_schema(data)
+    assert data["state"] == "red"
+
+
+def test_only_names_the_cells(make_context):
+    context = make_context(only=("*causal*",))
+    assert kernels_suite.run(context, PEERS) == "complete"
+    assert [cell["case"]["causal"] for cell in context.result.cells] == [True]
+
+
+def test_a_run_stops_before_its_minutes_are_over(make_context):
+    context = make_context(seconds=1.0)
+    start = time.monotonic()
+    assert kernels_suite.run(context, PEERS) == "out of time"
+    assert context.result.cells == [] and time.monotonic() - start < 1.0
+
+
+def test_a_killed_run_keeps_its_cells(make_context):
+    seen = []
+
+    def build(case, inputs):
+        seen.append(case)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return PEERS[0].build(case, inputs)
+
+    context = make_context()
+    with pytest.raises(KeyboardInterrupt):
+        kernels_suite.run(context, [replace(PEERS[0], build=build)])
+    data = json.loads(context.result.path.read_text())
+    record.check_schema(data)
+    assert data["state"] == "running" and len(data["cells"]) == 1
+
+
+def test_an_unknown_suite_is_refused():
+    with pytest.raises(SystemExit):
+        run.arguments(["--suite", "nothing"])
