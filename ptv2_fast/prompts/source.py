@@ -13,6 +13,18 @@ from ptv2_fast.prompts.keys_values import layer_prompts
 from ptv2_fast.prompts.projection import LayerProjections
 
 
+# Steps that any optimizer has taken. A fused step writes to parameters without raising their versions.
+_steps_taken = 0
+
+
+def _count_step(*_) -> None:
+    global _steps_taken
+    _steps_taken += 1
+
+
+torch.optim.optimizer.register_optimizer_step_post_hook(_count_step)
+
+
 class PromptSource:
     """The keys and values that one adapter's prompts make in one backbone."""
 
@@ -26,6 +38,7 @@ class PromptSource:
     def __call__(self, backend: str) -> tuple[LayerPrompt | None, ...]:
         """Every layer's prompt for a backend of `prompt_attention`; the same tensors again in eval mode."""
         if torch.is_grad_enabled() or self._encoder.training or torch.compiler.is_compiling():
+            self._kept = None  # whoever trains is about to change the prompts
             return self._make(backend)
         made_from = _state_of(self._encoder, self._backbone)
         if made_from is None:
@@ -46,4 +59,4 @@ def _state_of(encoder: nn.Module, backbone: PreTrainedModel) -> tuple | None:
     parameters = [*encoder.parameters(), *backbone.parameters()]
     if any(p.is_inference() for p in parameters):
         return None
-    return tuple((p._version, p.data_ptr()) for p in parameters)
+    return (_steps_taken, *((p._version, p.data_ptr()) for p in parameters))
