@@ -142,7 +142,9 @@ class AdapterSet:
     def _check_unused(self, name: str) -> None:
         # A ModuleDict cannot hold its own methods' names, nor names with dots.
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"name must be a non-empty string without dots; got {name!r}")
+            raise ValueError(
+                f"name must be a non-empty string without dots that torch.nn.ModuleDict has no method of; got {name!r}"
+            )
         if name in self.adapters or name == BASE_ROW:
             raise ValueError(f"name must be unused; got {name!r}, adapters are {', '.join(self.adapters)}")
 

@@ -105,7 +105,7 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
             )
         rows = [
             self.adapters[name].head(task)(hidden[i : i + 1], None if mask is None else mask[i : i + 1])
-            for i, name in enumerate(adapter_names)
+            for i, name in enumerate(self._row_names(adapter_names, inputs))
         ]
         kinds = {self.adapters[name].head(task).config.task_type for name in names}
         same = len(kinds) == 1 and len({row.shape for row in rows}) == 1
@@ -300,6 +300,11 @@ def _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embe
 
 def _task_output(task_type: str, logits, targets: dict[str, Tensor], output):
     """The output class of a task, with its loss where there are targets."""
+    expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
+    if targets and set(targets) != expected:
+        raise ValueError(
+            f"{' and '.join(sorted(expected))} must be given for a {task_type} head; got {', '.join(targets)}"
+        )
     states = {"hidden_states": output.hidden_states}
     if task_type == "QUESTION_ANS":
         start, end = logits.unbind(-1)

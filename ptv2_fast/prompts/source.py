@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt
@@ -11,7 +12,6 @@ from ptv2_fast.models.families import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.keys_values import layer_prompts
 from ptv2_fast.prompts.projection import LayerProjections
-
 
 # Steps that any optimizer has taken. A fused step writes to parameters without raising their versions.
 _steps_taken = 0
@@ -22,7 +22,7 @@ def _count_step(*_) -> None:
     _steps_taken += 1
 
 
-torch.optim.optimizer.register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_count_step)
 
 
 class PromptSource:
