@@ -15,19 +15,22 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
+from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
+from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
+from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
+from ptv2_fast.kernels.prompt_projection import prompt_projection
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ptv2_fast.kernels import launch
-from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
-from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
-from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -45,7 +48,8 @@ _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64",
     torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8",
 }  # fmt: skip
-_TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async|mma\.sync", 100: r"tcgen05\.mma"}
+# Ampere's, Hopper's and Blackwell's; the older form remains right for tiles too small for the newer.
+_TENSOR_CORE = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Report:
     shared_bytes: int
     cubin_bytes: int
     tensor_core_instructions: int
+    wgmma_instructions: int
 
 
 def record_case(case: Case) -> list[launch.Launch]:
@@ -110,6 +115,10 @@ def record_case(case: Case) -> list[launch.Launch]:
         prompt_attention_backward(output, q, k, v, prompt_k, prompt_v, output, lse, needs=needs, **arguments)
         if not packed and not arguments["dropout_p"]:
             prompt_attention_decode(q[:, :, :1], k, v, prompt_k, prompt_v, **arguments | {"bias": None})
+        weights = [torch.zeros(2 * kv_heads * case.head_dim, 1024, dtype=dtype) for _ in range(2)]
+        x = torch.zeros(2, prompt_length, 1024, dtype=dtype, requires_grad=True)
+        y = prompt_projection(x, weights)
+        y.backward(torch.zeros_like(y))
     return launches
 
 
@@ -154,12 +163,12 @@ def compile_launch(recorded: launch.Launch, case: Case) -> Report:
     source = ASTSource(recorded.kernel, types, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
     registers, stack = _resource_usage(compiled.asm["cubin"])
-    sizes = [f"{name[6:]}{arguments[name]}" for name in ("BLOCK_M", "BLOCK_N", "BLOCK_P") if name in arguments]
     return Report(
-        kernel=recorded.kernel.__name__.strip("_").removesuffix("_kernel"), **asdict(case), tile=" ".join(sizes),
+        kernel=kernel_name(recorded), **asdict(case), tile=tile_of(recorded),
         num_warps=options.get("num_warps", 4), num_stages=options.get("num_stages", 3), registers=registers,
         spill_bytes=stack, shared_bytes=compiled.metadata.shared, cubin_bytes=len(compiled.asm["cubin"]),
-        tensor_core_instructions=len(re.findall(_TENSOR_CORE[case.arch], compiled.asm["ptx"])),
+        tensor_core_instructions=len(re.findall(_TENSOR_CORE, compiled.asm["ptx"])),
+        wgmma_instructions=compiled.asm["ptx"].count("wgmma.mma_async"),
     )
 
 
@@ -174,9 +183,21 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def compile_case(case: Case) -> list[Report]:
-    """Reports of every kernel that the case launches."""
-    return [compile_launch(recorded, case) for recorded in record_case(case)]
+def kernel_name(recorded: launch.Launch) -> str:
+    """The kernel's name in the table."""
+    return recorded.kernel.__name__.strip("_").removesuffix("_kernel")
+
+
+def tile_of(recorded: launch.Launch) -> str:
+    """The tile sizes of a launch in words."""
+    sizes = (name for name in recorded.arguments if name.startswith("BLOCK_") and name != "BLOCK_D")
+    return " ".join(f"{name[6:]}{recorded.arguments[name]}" for name in sizes)
+
+
+def compile_case(case: Case, only: Sequence[str] = ()) -> list[Report]:
+    """Reports of every kernel that the case launches, or of those named."""
+    launches = [recorded for recorded in record_case(case) if not only or kernel_name(recorded) in only]
+    return [compile_launch(recorded, case) for recorded in launches]
 
 
 def problems(report: Report) -> list[str]:
@@ -189,7 +210,7 @@ def problems(report: Report) -> list[str]:
         found.append(f"{name}: spills {report.spill_bytes} bytes a thread")
     if report.shared_bytes > launch.shared_memory_limit(report.arch):
         found.append(f"{name}: {report.shared_bytes} bytes of shared memory, the card has less")
-    multiplies = report.kernel.startswith("prompt_attention") and not report.kernel.endswith("delta")
+    multiplies = report.kernel not in ("prompt_attention_delta", "sum_slots", "merge_chunks")
     if multiplies and report.dtype != "fp32" and report.tensor_core_instructions == 0:
         found.append(f"{name}: no tensor-core instruction")
     return found
@@ -232,6 +253,7 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, nargs="*")
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES))
     parser.add_argument("--features", nargs="*", default=list(FEATURES))
+    parser.add_argument("--kernel", nargs="*", default=[], help="only these, as the table names them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     chosen = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -242,7 +264,8 @@ def main() -> int:
         and (not chosen.head_dim or case.head_dim in chosen.head_dim)
     ]  # fmt: skip
     with ProcessPoolExecutor(chosen.jobs) as pool:
-        reports = [report for several in pool.map(compile_case, cases) for report in several]
+        compiled = pool.map(partial(compile_case, only=chosen.kernel), cases)
+        reports = [report for several in compiled for report in several]
     if chosen.out:
         table = {"triton": triton.__version__, "reports": [asdict(report) for report in reports]}
         chosen.out.write_text(json.dumps(table, indent=1) + "\n")

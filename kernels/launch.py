@@ -38,19 +38,19 @@ class LaunchConfig:
 # published starting points for Hopper and Ampere; every entry is compiled ahead of time and must not spill
 # (kernels/README.md holds the table). They are starting points for tuning, not measurements.
 _HALF = {
-    "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+    "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
     "backward_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
-    "backward_text": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
-    "backward_prompt": {64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
-    "decode": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "backward_text": {64: (32, 128, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
+    "backward_prompt": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+    "decode": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (16, 16, 8, 2)},
 }
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
 _SINGLE = {
-    "forward": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
-    "backward_query": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "forward": {64: (32, 16, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
+    "backward_query": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     "backward_text": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
     "backward_prompt": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
-    "decode": {64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
+    "decode": {64: (16, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
 }
 # Triton's interpreter has no registers to fill; small tiles let small tests cross many tile borders.
 _INTERPRETER = LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)

@@ -167,5 +167,7 @@ def _broadcast_strides(bias: torch.Tensor | None) -> tuple[int, ...]:
 
 # Sizes change from batch to batch; compiling a kernel again for "divisible by 16" or "equal to 1" buys nothing, since
 # every access that depends on them is masked.
-UNSPECIALIZED = ("num_queries", "num_keys", "prompt_length", "num_heads", "num_tiles", "window", "num_entries", "num_splits", "num_slots",
-                 "num_rows", "slot_size", "bias_slot_size")
+UNSPECIALIZED = (
+    "num_queries", "num_keys", "prompt_length", "num_heads", "num_tiles", "window", "num_entries", "num_splits",
+    "num_slots", "num_rows", "slot_size", "bias_slot_size",
+)  # fmt: skip

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
-from ptv2_fast.kernels import launch
 from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
 from ptv2_fast.kernels.prompt_forward import attend_range
 from ptv2_fast.kernels.tiles import finish_softmax, offset_of, prompt_entry, visible_keys, widen
+
+from ptv2_fast.kernels import launch
 
 
 @triton.jit
@@ -34,7 +34,8 @@ def attend_chunk(q_ptr, k_ptr, v_ptr, bias_ptr, key_mask_ptr, partial_o_ptr, par
     head = kv_head * GROUP + rows // num_queries % GROUP
     queries = rows % num_queries
     cols = tl.arange(0, BLOCK_D)[None, :]
-    q = tl.load(q_ptr + offset_of(q_strides, batch, head, queries) + cols * q_strides[3], mask=cols < HEAD_DIM, other=0.0)
+    q_ptrs = q_ptr + offset_of(q_strides, batch, head, queries) + cols * q_strides[3]
+    q = tl.load(q_ptrs, mask=cols < HEAD_DIM, other=0.0)  # [BLOCK_R, BLOCK_D]
     bias_ptrs = None
     if bias_ptr is not None:
         if BIAS_PER_ROW:

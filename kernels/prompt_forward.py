@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
-from ptv2_fast.kernels import launch
 from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
 from ptv2_fast.kernels.tiles import (
     block_start,
@@ -31,6 +29,8 @@ from ptv2_fast.kernels.tiles import (
     widen,
 )
 
+from ptv2_fast.kernels import launch
+
 
 @triton.jit
 def attend_range(acc, row_max, row_sum, q, queries, shift, k_ptr, v_ptr, k_strides, v_strides, bias_ptrs, bias_stride,
@@ -39,7 +39,7 @@ def attend_range(acc, row_max, row_sum, q, queries, shift, k_ptr, v_ptr, k_strid
                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr,
                  IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
                  HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """Let the queries of a tile attend to keys begin..end-1 of one key list: the partial blocks if CHECK, else the full.
+    """Let a tile's queries attend to keys begin..end-1 of one key list: to the partial blocks if CHECK, else the full.
 
     Blocks from head_end to body_end are full: every pair in them is visible.
     """
@@ -140,7 +140,8 @@ def prompt_attention_forward(q, k, v, prompt_k, prompt_v, *, config: launch.Laun
                              **arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over a prompt shared by the batch, followed by each row's own keys; gives (o, lse).
 
-    o = dropout(softmax(scores)) [prompt_v ; v] and lse = log sum exp(scores), with scores = softcap(scale * q K^T) + biases.
+    o = dropout(softmax(scores)) [prompt_v ; v] and lse = log sum exp(scores),
+    scores = softcap(scale * q [prompt_k ; k]^T) + biases
 
     Args:
         q: queries (B, H, N, d), float16, bfloat16 or float32, any strides; packed: (T, H, d).

@@ -170,7 +170,7 @@ def split_blocks(begin, full_begin, full_end, BLOCK: tl.constexpr):
 
 @triton.jit
 def count_blocks(begin, head_end, body_end, end, BLOCK: tl.constexpr, CHECK: tl.constexpr):
-    """(how many blocks to visit, how many of them stand before the full ones): the partial ones if CHECK, else the full."""
+    """(blocks to visit, how many of them stand before the full ones): the partial ones if CHECK, else the full."""
     if CHECK:
         head_blocks = tl.cdiv(tl.maximum(tl.minimum(head_end, end) - begin, 0), BLOCK)
         return head_blocks + tl.cdiv(tl.maximum(end - body_end, 0), BLOCK), head_blocks
@@ -274,7 +274,7 @@ def finish_softmax(acc, row_max, row_sum):
 
 @triton.jit
 def load_lse(ptr, rows, stride, num_rows):
-    """lse in powers of two for the backward; +inf for rows that are missing or saw no key, so that their probs are 0."""
+    """lse in powers of two for the backward; +inf for rows that are missing or saw no key: their probs become 0."""
     lse = tl.load(ptr + widen(rows) * stride, mask=rows < num_rows, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-
-from ptv2_fast.attention import torch_backend
-from ptv2_fast.kernels import launch
 from ptv2_fast.kernels.dropout import dropout_keep_mask
 from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
 from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
+
+from ptv2_fast.attention import torch_backend
+from ptv2_fast.kernels import launch
 from ptv2_fast.reference.attention import prompt_attention as reference
 
 HAS_GPU = torch.cuda.is_available()
@@ -62,6 +62,7 @@ class ErrorBudget:
     def error(value: torch.Tensor, truth: torch.Tensor) -> float:
         """|value - truth| / |truth|, in float64."""
         assert value.shape == truth.shape
+        value, truth = value.detach(), truth.detach()
         difference = (value.double() - truth.double()).norm()
         floor = ErrorBudget.FLOOR * max(1, truth.numel()) ** 0.5
         return float(difference / truth.double().norm().clamp_min(floor))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
 
 from ptv2_fast.kernels import launch
-from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
 
 CASES = {
     "one-query": {"queries": 1, "keys": 70, "prompt": 65, "batch": 5},
@@ -55,7 +55,8 @@ def test_backward_kernels_accept_its_result(make_call, budget):
     call = make_call(queries=3, keys=17, scaled=False)
     output, lse = prompt_attention_decode(*call.tensors, **call.arguments)
     grad_output = torch.randn_like(output)
-    for name, value, truth in zip("q k v".split(), call.kernel_gradients(grad_output, output, lse), call.truth(grad_output)):
+    gradients = call.kernel_gradients(grad_output, output, lse)
+    for name, value, truth in zip("q k v".split(), gradients, call.truth(grad_output)):
         budget.check(f"d {name}", value, truth, None)
 
 
