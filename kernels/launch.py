@@ -62,7 +62,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def choose_config(
-    arch: int, head_dim: int, dtype: torch.dtype, kernel_pass: str, dropout: bool = False
+    arch: int, head_dim: int, dtype: torch.dtype, kernel_pass: str, crowded: bool = False
 ) -> LaunchConfig:
     """The launch configuration of a pass.
 
@@ -71,7 +71,8 @@ def choose_config(
         head_dim: one of `HEAD_DIMS`.
         dtype: one of `DTYPES`.
         kernel_pass: one of `PASSES`.
-        dropout: whether attention weights are dropped; the generator's state needs registers of its own.
+        crowded: whether a tile's scores share the registers with something else: dropout's generator, a bias, the
+            slope of a softcap.
     Raises:
         ValueError: an argument is not one of those.
     """
@@ -88,9 +89,9 @@ def choose_config(
     if shared_memory_limit(arch) < 128 * 1024:
         num_stages = min(num_stages, 2)
         block_m, block_n = min(block_m, 64), min(block_n, 64)
-    if dropout and kernel_pass in ("forward", "backward_query"):
+    if crowded and kernel_pass in ("forward", "backward_query"):
         block_n = max(16, block_n // 2)
-    elif dropout:
+    elif crowded:
         block_m = max(16, block_m // 2)
     return LaunchConfig(block_m, block_n, num_warps, num_stages)
 

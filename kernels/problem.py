@@ -119,8 +119,10 @@ class Problem:
 
     def config(self, kernel_pass: str) -> launch.LaunchConfig:
         """The launch configuration for a pass over this problem."""
+        extras = (self.seed, self.bias, self.prompt_bias, self.softcap)
+        crowded = any(extra is not None for extra in extras)
         return launch.choose_config(
-            launch.architecture(self.q.device), self.head_dim, self.q.dtype, kernel_pass, self.seed is not None)
+            launch.architecture(self.q.device), self.head_dim, self.q.dtype, kernel_pass, crowded)
 
     def prompt_block(self, block: int) -> int:
         """The number of prompt keys in a tile: `block`, or less when the whole prompt fits less."""

@@ -12,12 +12,12 @@ from ptv2_fast.kernels import launch
 ARCHITECTURES = (80, 86, 90, 100, 120)
 
 
-@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize("dtype", launch.DTYPES, ids=str)
-def test_tiles_are_what_the_hardware_multiplies(dtype, dropout):
+def test_tiles_are_what_the_hardware_multiplies(dtype, crowded):
     for arch, head_dim, kernel_pass in itertools.product(ARCHITECTURES, launch.HEAD_DIMS,
                                                          launch.PASSES):
-        config = launch.choose_config(arch, head_dim, dtype, kernel_pass, dropout)
+        config = launch.choose_config(arch, head_dim, dtype, kernel_pass, crowded)
         for size in (config.block_m, config.block_n):
             assert size >= 16 and size & (size - 1) == 0
         # One operand tile in 16 bits, double buffered, is the least a card must hold.
@@ -25,7 +25,7 @@ def test_tiles_are_what_the_hardware_multiplies(dtype, dropout):
         assert operands <= launch.shared_memory_limit(arch)
 
 
-def test_dropout_gets_smaller_tiles():
+def test_crowded_kernels_get_smaller_tiles():
     plain, dropped = (launch.choose_config(90, 64, torch.bfloat16, "forward",
                                            dropout) for dropout in (False, True))
     assert dropped.block_n < plain.block_n
