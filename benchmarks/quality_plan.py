@@ -50,12 +50,12 @@ def _grid(*pairs: tuple[int, float]) -> tuple[Candidate, ...]:
 
 PLANS = {
     ("sst2", "head"): Plan(_HEADS, 6920, 10, 15),
-    ("sst2", "deep"): Plan(_grid((64, 1e-2), (64, 5e-3), (32, 1e-2)), 1500, 2, 5),
+    ("sst2", "deep"): Plan(_grid((64, 1e-2), (64, 5e-3), (32, 1e-2)), 1500, 2, 6),
     ("sst2", "shallow"): Plan(_grid((20, 3e-3), (20, 1e-2)), 1500, 2, 3),
     ("sst2", "prefix"): Plan(_grid((64, 1e-2), (20, 1e-2)), 1500, 2, 4),
     ("sst2", "full"): Plan((Candidate(5e-5), Candidate(1e-4)), 1500, 2, 2),
     ("wnut17", "head"): Plan(_HEADS, 3394, 10, 15),
-    ("wnut17", "deep"): Plan(_grid((64, 1e-2), (64, 2e-2), (32, 1e-2)), 1200, 2, 6),
+    ("wnut17", "deep"): Plan(_grid((64, 1e-2), (64, 2e-2), (32, 2e-2)), 1200, 2, 7),
     ("wnut17", "shallow"): Plan(_grid((20, 3e-3), (20, 1e-2)), 1200, 2, 3),
     ("wnut17", "prefix"): Plan(_grid((64, 1e-2), (64, 2e-2)), 1200, 2, 4),
     ("wnut17", "full"): Plan((Candidate(1e-4), Candidate(3e-4)), 1200, 2, 3),

@@ -188,12 +188,14 @@ def _arguments(
 ) -> TrainingArguments:
     steps = -(-rows // (settings.batch_size * settings.gradient_accumulation))
     has_gpu = torch.cuda.is_available()
-    watched = {
-        "eval_strategy": "epoch",
-        "load_best_model_at_end": True,
-        "metric_for_best_model": metric.name,
-        "greater_is_better": metric.greater_is_better,
-    }
+    watched: dict[str, Any] = {}
+    if metric is not None:
+        watched = {
+            "eval_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": metric.name,
+            "greater_is_better": metric.greater_is_better,
+        }
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
@@ -203,6 +205,8 @@ def _arguments(
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        # Autograd's version counters see what it writes; they do not see the default, fused one.
+        optim="adamw_torch",
         lr_scheduler_type="linear",
         warmup_steps=math.ceil(settings.warmup * steps * settings.epochs),
         train_sampling_strategy="group_by_length",
@@ -218,7 +222,7 @@ def _arguments(
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
-        **(watched if metric is not None else {}),
+        **watched,
     )
 
 
