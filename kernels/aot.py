@@ -43,6 +43,7 @@ FEATURES: dict[str, dict[str, object]] = {
     "causal+window+softcap": {"causal": True, "group": 2, "window": 512, "softcap": 50.0},
     "bank+biases": {"bank": True, "bias": True, "prompt_bias": True},
 }
+DIGEST_MARK = "<!-- digest -->"
 _OPTIONS = ("num_warps", "num_stages")
 _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64",
@@ -245,10 +246,33 @@ def render(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
+def digest(reports: Sequence[Report]) -> str:
+    """The worst of each kernel, card, dtype and head size over the feature sets, as a markdown table."""
+    groups: dict[tuple, list[Report]] = {}
+    for r in reports:
+        groups.setdefault((r.kernel, r.head_dim, r.dtype, r.arch), []).append(r)
+    lines = [
+        "| kernel | d | dtype | sm | registers | spilled | shared memory | tensor-core instructions |",
+        "|--|--|--|--|--|--|--|--|",
+    ]
+    for (kernel, head_dim, dtype, arch), group in sorted(groups.items()):
+        registers, spilled, shared = (
+            max(getattr(r, name) for r in group) for name in ("registers", "spill_bytes", "shared_bytes"))
+        fewest = min(r.tensor_core_instructions for r in group)
+        lines.append(f"| {kernel} | {head_dim} | {dtype} | {arch} | {registers} | {spilled} | {shared} | {fewest} |")
+    return "\n".join(lines)
+
+
+def write_digest(reports: Sequence[Report], readme: Path) -> None:
+    """Replace what follows the digest mark in the readme."""
+    text, mark, _ = readme.read_text().partition(DIGEST_MARK)
+    readme.write_text(f"{text}{mark}\n{digest(reports)}\n")
+
+
 def main() -> int:
     """Compile all cases, write the table, and return 1 if any kernel breaks a rule."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the reports here as JSON")
+    parser.add_argument("--out", type=Path, help="write the reports here, their digest into the README beside")
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES))
     parser.add_argument("--head-dim", type=int, nargs="*")
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES))
@@ -269,6 +293,9 @@ def main() -> int:
     if chosen.out:
         table = {"triton": triton.__version__, "reports": [asdict(report) for report in reports]}
         chosen.out.write_text(json.dumps(table, indent=1) + "\n")
+        readme = chosen.out.with_name("README.md")
+        if readme.exists():
+            write_digest(reports, readme)
     print(render(reports))
     wrong = [text for report in reports for text in problems(report)]
     print(*wrong, sep="\n")

@@ -42,6 +42,11 @@ def test_kept_table_is_about_the_kernels_as_they_are(table):
     assert kept == expected, "run python -m ptv2_fast.kernels.aot --out kernels/aot_table.json"
 
 
+def test_readme_shows_the_kept_table(table):
+    _, _, shown = (ROOT / "kernels" / "README.md").read_text().partition(aot.DIGEST_MARK)
+    assert shown.strip() == aot.digest(table)
+
+
 def test_hopper_uses_its_own_tensor_core_instruction(table):
     forward = [r for r in table if r.kernel == "prompt_attention_forward" and r.arch == 90 and r.dtype != "fp32"]
     assert forward and all(r.wgmma_instructions > 0 for r in forward)
