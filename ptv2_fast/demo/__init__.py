@@ -1,0 +1,1 @@
+"""The demo: two tasks, two small prompts, one frozen encoder."""
