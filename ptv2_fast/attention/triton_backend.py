@@ -157,8 +157,7 @@ def backward_op(
     grads = _backward(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs,
                       key_mask, cu_seqlens, prompt_index, prompt_lens, bias, seed, max_seqlen,
                       causal, window, softcap, scale, dropout_p)
-    return [q.new_empty(0) if grad is None or not need else grad for grad, need in zip(grads,
-                                                                                       needs)]
+    return [q.new_empty(0) if grad is None or not need else grad for grad, need in zip(grads, needs)]
 
 
 @backward_op.register_fake

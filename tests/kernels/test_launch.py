@@ -15,8 +15,7 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 @pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize("dtype", launch.DTYPES, ids=str)
 def test_tiles_are_what_the_hardware_multiplies(dtype, crowded):
-    for arch, head_dim, kernel_pass in itertools.product(ARCHITECTURES, launch.HEAD_DIMS,
-                                                         launch.PASSES):
+    for arch, head_dim, kernel_pass in itertools.product(ARCHITECTURES, launch.HEAD_DIMS, launch.PASSES):
         config = launch.choose_config(arch, head_dim, dtype, kernel_pass, crowded)
         for size in (config.block_m, config.block_n):
             assert size >= 16 and size & (size - 1) == 0
@@ -26,9 +25,9 @@ def test_tiles_are_what_the_hardware_multiplies(dtype, crowded):
 
 
 def test_crowded_kernels_get_smaller_tiles():
-    plain, dropped = (launch.choose_config(90, 64, torch.bfloat16, "forward",
-                                           dropout) for dropout in (False, True))
-    assert dropped.block_n < plain.block_n
+    plain, crowded = (
+        launch.choose_config(90, 64, torch.bfloat16, "forward", crowded) for crowded in (False, True))
+    assert crowded.block_n < plain.block_n
 
 
 @pytest.mark.parametrize(
@@ -45,8 +44,7 @@ def test_refuses(change, message):
                                 "kernel_pass": "forward"} | change)
 
 
-@pytest.mark.parametrize(("head_dim", "padded"), [(16, 16), (80, 128), (96, 128), (128, 128), (192,
-                                                                                               256)])
+@pytest.mark.parametrize(("head_dim", "padded"), [(16, 16), (80, 128), (96, 128), (128, 128), (192, 256)])
 def test_padded_head_dim(head_dim, padded):
     assert launch.padded_head_dim(head_dim) == padded
 

@@ -139,6 +139,6 @@ def test_dropout_extremes(device, dropout_p, share):
 
 
 def test_dropout_depends_on_the_seed(device):
-    first, second = (dropout_keep_mask(1, 1, 8, 64, 0.5, torch.tensor([seed],
-                                                                      device=device)) for seed in (1, 1 + 2**32))
+    seeds = (torch.tensor([seed], device=device) for seed in (1, 1 + 2**32))
+    first, second = (dropout_keep_mask(1, 1, 8, 64, 0.5, seed) for seed in seeds)
     assert not torch.equal(first, second)

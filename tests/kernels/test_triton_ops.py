@@ -38,8 +38,7 @@ def gradients(output, tensors):
 def test_serves_the_public_function_with_gradients(make_call, budget, queries):
     call = make_call(queries=queries, keys=QUERIES, prompt_bias=True, mask="right", scaled=False)
     tensors, mask = [tensor.requires_grad_() for tensor in call.tensors], call.arguments["key_mask"]
-    got, expected = (attend(tensors, mask, backend, causal=True) for backend in ("triton",
-                                                                                 "reference"))
+    got, expected = (attend(tensors, mask, backend, causal=True) for backend in ("triton", "reference"))
     budget.check("o", got, expected, None)
     for name, a, b in zip("q k v prompt_k prompt_v prompt_bias".split(), gradients(got, tensors),
                           gradients(expected, tensors)):
@@ -57,8 +56,7 @@ def test_compiles_whole_forward_and_backward(tensors):
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     expected, got = attend(inputs, mask, "triton"), compiled(inputs, mask, "triton")
     assert torch.equal(got, expected)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(got, inputs), gradients(expected,
-                                                                                   inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(got, inputs), gradients(expected, inputs)))
 
 
 def test_compiled_dropout_follows_the_global_seed(tensors):
