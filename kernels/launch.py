@@ -40,7 +40,7 @@ class LaunchConfig:
 _HALF = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
     "backward_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
-    "backward_text": {64: (32, 128, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
+    "backward_text": {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
     "backward_prompt": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
     "decode": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (16, 16, 8, 2)},
 }
@@ -89,6 +89,8 @@ def choose_config(
     if shared_memory_limit(arch) < 128 * 1024:
         num_stages = min(num_stages, 2)
         block_m, block_n = min(block_m, 64), min(block_n, 64)
+    if crowded and padded_head_dim(head_dim) > 64:
+        num_stages = min(num_stages, 2)
     if crowded and kernel_pass in ("forward", "backward_query"):
         block_n = max(16, block_n // 2)
     elif crowded:
