@@ -1,0 +1,200 @@
+"""The shape of the source tree: who may import whom, what is packaged, how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE, KERNELS = ROOT / "ptv2_fast", ROOT / "kernels"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.glob("*.py")])
+MAX_LINES = 400
+
+# From the bottom up: a layer imports from itself and from the layers before it. Layers of one row do not know each
+# other, except as SIDEWAYS allows.
+LAYERS = (
+    ("kernels", "reference"),
+    ("attention",),
+    ("models", "config"),
+    ("prompts", "heads"),
+    ("step",),
+    ("adapter", "checkpoint"),
+    ("adapter_set", "persistence"),
+    ("model",),
+    ("tasks",),
+    ("public",),
+    ("training",),
+    ("cli", "demo"),
+)
+RANK = {layer: rank for rank, row in enumerate(LAYERS) for layer in row}
+# The reference stands beside everything: only the backend of that name reaches it, when it is asked for.
+MAY_IMPORT_REFERENCE = {"ptv2_fast.attention.api"}
+# Model classes are looked up by name where a saved model is rebuilt.
+LAZY_UPWARDS = {("ptv2_fast.persistence", "ptv2_fast.tasks")}
+# Everything of ours that transformers may be imported from.
+USES_TRANSFORMERS = {
+    "attention", "models", "prompts", "heads", "step", "adapter", "checkpoint", "adapter_set", "persistence",
+    "model", "tasks", "training", "cli", "demo", "reference",
+}  # fmt: skip
+ATTENTION_WITHOUT_TRANSFORMERS = {"api", "checks", "prompt_batch", "torch_backend", "triton_backend", "__init__"}
+
+
+def _name(path: Path) -> str:
+    """The module that a file is installed as."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("ptv2_fast", *parts) if parts[0] == "kernels" else parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def _layer(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in RANK else "public"
+
+
+def _imports(path: Path) -> list[tuple[str, bool]]:
+    """Every module that a file imports, and whether it does so when it is itself imported."""
+    found = []
+
+    def visit(node: ast.AST, at_import: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, at_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from package import module` imports a module too.
+            modules = {_name(source) for source in SOURCES}
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.extend((name if name in modules else node.module, at_import) for name in inner)
+        lazily = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, at_import and not lazily)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    return found
+
+
+def _each(paths):
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
+
+
+def test_every_source_has_a_layer():
+    layers = {_layer(_name(path)) for path in SOURCES}
+    assert layers == {layer for layer in RANK}
+    assert [name for name in (_name(path) for path in SOURCES) if _layer(name) == "public"] == ["ptv2_fast"]
+
+
+@pytest.mark.parametrize("path", _each(SOURCES))
+def test_imports_point_down(path):
+    module = _name(path)
+    own = RANK[_layer(module)]
+    for imported, _ in _imports(path):
+        if not imported.startswith("ptv2_fast") or (module, imported) in LAZY_UPWARDS:
+            continue
+        layer = _layer(imported)
+        assert RANK[layer] < own or layer == _layer(module), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", _each(SOURCES))
+def test_the_reference_is_imported_where_it_is_asked_for_alone(path):
+    module = _name(path)
+    for imported, at_import in _imports(path):
+        if _layer(imported) == "reference" and _layer(module) != "reference":
+            assert module in MAY_IMPORT_REFERENCE and not at_import, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", _each(KERNELS.glob("*.py")))
+def test_kernels_need_torch_and_triton_alone(path):
+    for imported, _ in _imports(path):
+        top = imported.split(".")[0]
+        known = top in ("torch", "triton") or top in sys.stdlib_module_names
+        assert known or imported.startswith("ptv2_fast.kernels"), imported
+
+
+@pytest.mark.parametrize("path", _each(SOURCES))
+def test_transformers_stays_above_the_hook(path):
+    module = _name(path)
+    uses = any(name.split(".")[0] == "transformers" for name, _ in _imports(path))
+    low = _layer(module) == "attention" and path.stem in ATTENTION_WITHOUT_TRANSFORMERS
+    if uses:
+        assert _layer(module) in USES_TRANSFORMERS and not low, f"{module} imports transformers"
+
+
+@pytest.mark.parametrize("path", _each(SOURCES))
+def test_only_training_needs_what_the_train_extra_installs(path):
+    extra = {"accelerate", "sklearn", "seqeval", "matplotlib", "rich", "typer", "datasets", "gguf", "peft"}
+    for imported, _ in _imports(path):
+        if imported.split(".")[0] in extra:
+            assert _layer(_name(path)) in ("training", "cli", "demo"), f"{path} imports {imported}"
+
+
+def test_a_lower_layer_is_really_seen(tmp_path):
+    """The walk can fail: it reads imports in functions, of modules and from packages."""
+    file = tmp_path / "sample.py"
+    file.write_text("import a.b\ndef f():\n    from ptv2_fast import tasks\n    import torch\n")
+    assert _imports(file) == [("a.b", True), ("ptv2_fast.tasks", False), ("torch", False)]
+    assert _layer("ptv2_fast.tasks") == "tasks" and RANK["tasks"] > RANK["kernels"]
+
+
+@pytest.mark.parametrize("path", _each(SOURCES))
+def test_files_stay_readable(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_LINES, f"{len(lines)} lines"
+
+
+def test_kernels_is_no_package_of_its_own():
+    """The top-level name belongs to another project; transformers probes it at import."""
+    assert not (KERNELS / "__init__.py").exists()
+    assert not [path for path in KERNELS.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    shim = [path.name for path in (PACKAGE / "kernels").glob("*.py")]
+    assert shim == ["__init__.py"]
+
+
+def test_tests_mirror_the_sources_without_packages():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def test_the_wheel_holds_the_kernels_as_they_are(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in (PACKAGE, KERNELS):
+        shutil.copytree(folder, source / folder.name, ignore=ignored)
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    command = [sys.executable, "-c", build, str(tmp_path)]
+    done = subprocess.run(command, cwd=source, env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(installed)
+    # The shim only points to the folder whose files the wheel carries in its place.
+    for path in set(SOURCES) - {PACKAGE / "kernels" / "__init__.py"}:
+        inside = installed / (_name(path).replace(".", "/") + ".py")
+        if path.name == "__init__.py":
+            inside = installed / path.relative_to(ROOT)
+        assert inside.read_bytes() == path.read_bytes(), path
+    assert "ptv2_fast/py.typed" in names
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
+    data = {f"ptv2_fast/demo/data/{path.name}" for path in (PACKAGE / "demo" / "data").iterdir()}
+    assert data and data <= names
+    # Installed, the kernels come from the wheel and not from a folder beside it.
+    code = "import ptv2_fast.kernels.launch as module; print(module.__file__)"
+    where = {**_environment(), "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True)
+    assert done.stdout.strip() == str(installed / "ptv2_fast" / "kernels" / "launch.py"), done.stderr
