@@ -111,8 +111,7 @@ def padding_mask(
 ) -> Tensor | None:
     """Hand the tokenizer's own 2-D mask through, so that no extended mask is built.
 
-    Only where a layer's visibility is more than padding, causality and a sliding window is the 4-D
-    mask built that
+    Only where a layer's visibility is more than padding, causality and a sliding window is the 4-D mask built that
     transformers builds for SDPA: custom mask functions, and several queries against a static cache.
 
     Returns:

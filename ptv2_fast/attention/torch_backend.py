@@ -95,13 +95,10 @@ def _dense(
 
 
 def _open_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Let queries that see no key see all of them, and say which they were, (B or 1, H or 1, N or
-    1, 1), None for none.
+    """Let queries that see no key see all of them; and which those are, (B or 1, H or 1, N or 1, 1), or None.
 
-    With an empty prompt a query may see nothing. PyTorch's kernels do not agree on what that gives,
-    and the
-    gradient of an empty softmax is NaN: such rows run as if unmasked and their output is then set
-        to zero.
+    With an empty prompt a query may see nothing. PyTorch's kernels do not agree on what that gives, and the gradient of
+    an empty softmax is NaN: such rows run as if unmasked and their output is then set to zero.
     """
     sees = mask if mask.dtype == torch.bool else mask > float("-inf")
     blind = ~sees.any(-1, keepdim=True)

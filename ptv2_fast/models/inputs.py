@@ -53,10 +53,8 @@ def text_positions(
 ) -> Tensor | None:
     """Position ids of the text, or None where the model's own are right.
 
-    A row's real tokens count up from `first` wherever its padding stands, so that a left-padded
-    row, a right-padded
-    row and the row alone are the same row: what counts with rotary positions is their distance to
-        the prompt.
+    A row's real tokens count up from `first` wherever its padding stands, so that a left-padded row, a right-padded row
+    and the row alone are the same row: what counts with rotary positions is their distance to the prompt.
 
     Args:
         position_ids: the caller's, (B or 1, N), in the model's own numbering; None derives them.
