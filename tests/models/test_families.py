@@ -1,0 +1,75 @@
+"""What the package knows of each family, against the models themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import ENCODERS, FAMILIES, tiny_base, tiny_model
+
+from ptv2_fast.models.dimensions import Dimensions
+from ptv2_fast.models.families import family_of, supported_families
+
+
+def test_every_family_is_tested():
+    assert set(supported_families()) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes(family):
+    sizes = Dimensions.of(tiny_base(family))
+    kv_heads = 2 if family in ("llama", "qwen3") else 4
+    head_dim = 16 if family == "qwen3" else 8
+    assert (sizes.hidden_size, sizes.num_layers, sizes.num_heads) == (32, 2, 4)
+    assert (sizes.num_kv_heads, sizes.head_dim) == (kv_heads, head_dim)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_all_of_them_in_order(family):
+    base = tiny_base(family, num_hidden_layers=3)
+    layers = list(family_of(base).layers(base))
+    indices = [{m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} for layer in layers]
+    assert indices == [{0}, {1}, {2}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causal_families_do_not_see_ahead(family):
+    base = tiny_base(family)
+    ids = torch.randint(2, 40, (1, 6))
+    changed = ids.clone()
+    changed[0, -1] = 1 + ids[0, -1] % 38
+    same = torch.equal(base(ids).last_hidden_state[:, :3], base(changed).last_hidden_state[:, :3])
+    assert same == family_of(base).causal == (family not in ENCODERS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_first_position_and_kind_of_positions(family):
+    base = tiny_base(family)
+    known = family_of(base)
+    ids = torch.randint(2, 40, (1, 6))
+    start = known.first_position(base)
+    positions = torch.arange(start, start + 6)[None]
+    own = base(ids).last_hidden_state
+    torch.testing.assert_close(base(ids, position_ids=positions).last_hidden_state, own)
+    moved = base(ids, position_ids=positions + 3).last_hidden_state
+    # Rotary attention sees differences of positions only.
+    assert torch.allclose(moved, own, atol=1e-4) == known.rotary
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_that_are_not_plain_are_refused(family):
+    """A quantised or adapted layer's weight alone does not say what it computes."""
+    if family == "gpt2":
+        name, parent = "c_attn", lambda base: base.h[0].attn
+    elif family in ENCODERS:
+        name, parent = "key", lambda base: base.encoder.layer[0].attention.self
+    else:
+        name, parent = "k_proj", lambda base: base.layers[0].self_attn
+    model = tiny_model(family, "deep")
+    owner = parent(model.backbone)
+
+    class Odd(type(getattr(owner, name))):
+        pass
+
+    getattr(owner, name).__class__ = Odd
+    with pytest.raises(ValueError, match="base must project keys and values by .*got Odd"):
+        model(input_ids=torch.randint(2, 40, (1, 4)))

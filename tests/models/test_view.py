@@ -1,0 +1,61 @@
+"""Views: another forward or other children over the same weights, the module itself untouched."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from batches import padded, text_rows
+from tiny_models import tiny_base
+from torch import nn
+
+from ptv2_fast.models.view import view_of
+
+
+def test_a_view_has_other_children_and_the_same_weights():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    other = nn.Linear(3, 2)
+    view = view_of(model, children={"1": other})
+    x = torch.randn(4, 3)
+    assert torch.equal(view(x), other(model[0](x)))
+    assert view[0] is model[0] and model[1] is not other
+    view(x).sum().backward()
+    assert model[0].weight.grad is not None and model[1].weight.grad is None
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert torch.equal(view(x), other(model[0].bias.expand(4, -1)))
+
+
+def test_a_view_has_another_forward():
+    base = tiny_base("gpt2", "CAUSAL_LM")
+    seen = []
+
+    def forward(original, *args, **inputs):
+        seen.append(sorted(inputs))
+        return original(*args, **inputs)
+
+    view = view_of(base, forward=forward)
+    batch = padded(text_rows(), "right")
+    assert torch.equal(view(**batch.inputs).logits, base(**batch.inputs).logits)
+    assert seen == [["attention_mask", "input_ids"]], "the base went through the view's forward"
+    assert isinstance(view, type(base)) and type(view).__name__ == type(base).__name__
+    assert inspect.signature(view.forward) == inspect.signature(base.forward)
+    assert "forward" not in vars(base) and "_view_forward" not in vars(base)
+
+
+def test_a_view_calls_its_own_children():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    other = nn.Linear(3, 2)
+    view = view_of(model, children={"1": other}, forward=lambda original, x: original(x) + 1.0)
+    x = torch.randn(4, 3)
+    assert torch.equal(view(x), other(model[0](x)) + 1.0)
+
+
+def test_views_of_transformers_models_hook_their_layers_once():
+    base = tiny_base("bert")
+    batch = padded(text_rows(), "right")
+    counts = []
+    for _ in range(3):
+        output = view_of(base)(**batch.inputs, output_hidden_states=True)
+        counts.append((len(output.hidden_states), len(base.encoder.layer[0]._forward_hooks)))
+    assert set(counts) == {(3, counts[0][1])}
