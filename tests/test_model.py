@@ -263,7 +263,7 @@ def test_only_prompts_and_heads_train(family, injection):
         loss = model(**BATCH.inputs, labels=labels).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert not torch.equal(model.adapters["default"].encoder.prompts, prompts)
     for name, tensor in model.base_model.state_dict().items():
