@@ -36,7 +36,9 @@ def _with_backend(model, backend: str):
 def _inputs(family: str) -> dict:
     batch = padded(text_rows(), "left")
     labels = batch.inputs["input_ids"] % 3 if family in ENCODERS else batch.inputs["input_ids"].clone()
-    return {**batch.inputs, "labels": labels.masked_fill(batch.inputs["attention_mask"] == 0, -100)}
+    # The first real token of a left-padded row would be predicted from padding.
+    inside = batch.inputs["attention_mask"].cumsum(-1) > (0 if family in ENCODERS else 1)
+    return {**batch.inputs, "labels": labels.masked_fill(~inside, -100)}
 
 
 def _step(model, inputs):
