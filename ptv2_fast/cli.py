@@ -170,9 +170,9 @@ def predict(
 ) -> None:
     """Classes, tags, answers or continued text for texts, a file or standard input."""
     with _one_line_errors():
-        _quiet()
         if texts and file:
             raise ValueError("give texts or --file, not both")
+        _quiet()
         from ptv2_fast.training.records import examples_of, line_of, records_of
         from ptv2_fast.training.runs import DataSource, load_trained
 

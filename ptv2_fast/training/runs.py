@@ -201,7 +201,12 @@ def _usual_length(request: TrainRequest, base: Any) -> int:
     taken = family.first_position(base.base_model)
     if request.injection == "shallow":
         taken += request.num_virtual_tokens
-    return min(usual, limit - taken) if not family.rotary else usual
+    if not family.rotary and limit - taken < 2:
+        raise ValueError(
+            f"num_virtual_tokens must leave the text some of the model's {limit} learned positions; "
+            f"got {request.num_virtual_tokens}"
+        )
+    return usual if family.rotary else min(usual, limit - taken)
 
 
 def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[Mapping[str, Any]]) -> PTuningV2Model:
