@@ -1,8 +1,20 @@
 """P-Tuning v2: deep prompt tuning of frozen transformers at the price of the frozen model."""
 
-from ptv2_fast.config import HeadConfig, PTuningV2Config
-from ptv2_fast.model import PTuningV2Model
-from ptv2_fast.tasks import get_ptv2_model
+from importlib import import_module
 
 __version__ = "0.1.0"
 __all__ = ["HeadConfig", "PTuningV2Config", "PTuningV2Model", "get_ptv2_model"]
+
+# Loaded when asked for, so that the command line's help need not wait for torch and transformers.
+_HOME = {
+    "HeadConfig": "ptv2_fast.config",
+    "PTuningV2Config": "ptv2_fast.config",
+    "PTuningV2Model": "ptv2_fast.model",
+    "get_ptv2_model": "ptv2_fast.tasks",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
