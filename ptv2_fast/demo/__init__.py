@@ -1,1 +1,1 @@
-"""The demo: two tasks, two small prompts, one frozen encoder."""
+"""Two tasks on one frozen encoder, from nothing to predictions in a few minutes on a laptop: `make demo`."""

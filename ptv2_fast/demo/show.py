@@ -1,0 +1,47 @@
+"""What the demo prints: scores in a table, sentences with their mood and their entities in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_COLOURS = {"PER": "bold cyan", "LOC": "bold green", "ORG": "bold magenta"}
+
+
+def scores_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a task: the held-out metric before and after, and what it cost."""
+    table = Table(title="held-out test sentences", box=SIMPLE)
+    for heading in ("task", "metric", "before", "after", "trained", "of all", "tokens/s", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for row in rows:
+        share = row["trained_parameters"] / row["total_parameters"]
+        table.add_row(
+            row["task"],
+            row["metric"],
+            f"{row['before']:.3f}",
+            f"[bold]{row['after']:.3f}[/bold]",
+            f"{row['trained_parameters']:,}",
+            f"{100 * share:.2f} %",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['seconds']:.0f}",
+        )
+    return table
+
+
+def print_sentence(console: Console, tokens: Sequence[str], tags: Sequence[str], mood: str, score: float) -> None:
+    """One sentence: its mood, then its words with entities coloured and named."""
+    line = Text(f"  {mood} {score:.2f}  ", style="")
+    line.stylize("bold green" if mood == "positive" else "bold red")
+    for index, (token, tag) in enumerate(zip(tokens, tags, strict=True)):
+        side, _, kind = tag.partition("-")
+        goes_on = index + 1 < len(tags) and tags[index + 1] == f"I-{kind}"
+        line.append(token, style=_COLOURS.get(kind, "bold") if kind else "")
+        if side != "O" and not goes_on:
+            line.append(f" [{kind}]", style="dim")
+        line.append(" ")
+    console.print(line)
