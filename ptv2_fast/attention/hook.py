@@ -42,7 +42,7 @@ def attention_forward(
     """Serve one attention layer of a transformers model, with the prompt that the call carries.
 
     Args:
-        module: the attention module; its `layer_idx` picks the layer's prompt.
+        module: the attention module; its `layer_idx` picks the layer's prompt where the call carries several.
         query: (B, H, N, D); key, value: (B, Hkv, M, D).
         attention_mask: what `padding_mask` returned: None, (B, M) bool, or (B, 1, N, M) bool or
             additive.
@@ -70,7 +70,7 @@ def attention_forward(
         bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
 
     batch = ptv2_prompts or PromptBatch(layers=())
-    prompt = batch.layers[module.layer_idx] if batch.layers else None
+    prompt = batch.of(module)
     index = batch.index if prompt is not None else None
     prompt = _cast(prompt, dtype) if prompt is not None else _empty_prompt(key)
     options = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class PromptBatch:
     two threads and a recomputation in backward cannot see each other's prompts.
 
     Attributes:
-        layers: one entry per attention layer; None where the layer has no prompt.
+        layers: one entry per attention layer, None where the layer has no prompt; a single entry serves whichever
+            layer asks; none at all is no prompt anywhere.
         index: (B,) or packed (S,): the bank entry of each row; None where all rows share one
             prompt.
         cu_seqlens: (S + 1,) int32 row boundaries when the batch is packed: its (B, N) tokens,
@@ -45,3 +46,13 @@ class PromptBatch:
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
     backend: str = "auto"
+
+    def at(self, layer: int) -> PromptBatch:
+        """The batch for one layer alone: its attention need not know which layer it is."""
+        return replace(self, layers=self.layers[layer : layer + 1])
+
+    def of(self, module: nn.Module) -> LayerPrompt | None:
+        """The prompt of an attention module, by its `layer_idx`."""
+        if len(self.layers) > 1:
+            return self.layers[module.layer_idx]
+        return self.layers[0] if self.layers else None
