@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 
+from ptv2_fast.kernels import interpreter
+
+interpreter.repair()
+
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PASSES = ("forward", "backward_query", "backward_text", "backward_prompt", "decode")

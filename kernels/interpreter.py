@@ -1,0 +1,36 @@
+"""What Triton's interpreter needs before it runs these kernels; without TRITON_INTERPRET=1 nothing is touched."""
+
+from __future__ import annotations
+
+import os
+
+import numpy
+import triton
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def repair() -> None:
+    """Let the interpreter of Triton 3.6 turn scalars into integers under NumPy 2.4 and later.
+
+    It holds every scalar as an array of one element and asks NumPy for `int(array)`, which NumPy 2.4 refuses. Triton
+    3.7 asks otherwise.
+    """
+    broken = _version(triton.__version__) < (3, 7) and _version(numpy.__version__) >= (2, 4)
+    if os.environ.get("TRITON_INTERPRET") != "1" or not broken:
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+    if getattr(patch, "reads_scalars", False):
+        return
+
+    def patch_and_read_scalars(tensor, scope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    patch_and_read_scalars.reads_scalars = True
+    interpreter._patch_lang_tensor = patch_and_read_scalars
