@@ -191,3 +191,11 @@ def test_sliding_windows_never_hide_the_prompt(injection):
         assert_differs(logits[:1, -1], full[:, -1])
     tokens = model.generate(**batch.inputs, **GREEDY)
     assert torch.equal(model.generate(**batch.inputs, **GREEDY, use_cache=False), tokens)
+
+
+def test_generate_refuses_what_needs_attention_weights():
+    model = tiny_model("llama", task="CAUSAL_LM")
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model.generate(
+            torch.tensor([[4, 5, 6]]), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True
+        )

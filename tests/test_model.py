@@ -184,6 +184,24 @@ def test_unusable_inputs_are_refused(family, injection, inputs, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(family, injection)(**inputs)
 
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_what_needs_attention_weights_is_refused(family, injection):
+    model = tiny_model(family, injection)
+    inputs = {"input_ids": torch.tensor([[4, 5, 6]])}
+    for name, value in (("output_attentions", True), ("head_mask", torch.ones(2, 4))):
+        with pytest.raises(ValueError, match=f"{name} must be .* never materialised"):
+            model(**inputs, **{name: value})
+    assert model(**inputs, output_attentions=False, head_mask=None).last_hidden_state.shape == (1, 3, 32)
+
+
+def test_a_base_that_returns_attention_weights_is_refused_as_it_is():
+    base = tiny_base("bert", attn_implementation="eager", output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        get_ptv2_model(base, PTuningV2Config("FEATURE_EXTRACTION"))
+    assert base.config._attn_implementation == "eager" and all(p.requires_grad for p in base.parameters())
+    assert len(base(torch.tensor([[4, 5, 6]])).attentions) == 2
+
 
 @pytest.mark.parametrize(
     ("names", "message"),

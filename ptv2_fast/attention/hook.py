@@ -7,9 +7,12 @@ is patched.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
@@ -140,6 +143,26 @@ def padding_mask(
         written = torch.arange(kv_length, device=device)[None, :] + kv_offset <= q_offset
         mask = written.expand(batch_size, -1) if mask is None else mask & written
     return mask
+
+
+def check_served(inputs: Mapping[str, Any], config: PretrainedConfig) -> None:
+    """Refuse what needs the attention weights as a tensor: no backend makes one.
+
+    Args:
+        inputs: keyword arguments of a model's forward.
+        config: the model's configuration.
+
+    Raises:
+        ValueError: output_attentions or head_mask is asked for.
+    """
+    asked = inputs.get("output_attentions", getattr(config, "output_attentions", False))
+    if asked:
+        raise ValueError(
+            f"output_attentions must be False: attention weights are never materialised with prompts; got {asked!r}. "
+            "The bare base returns them (unload, then set_attn_implementation('eager'))"
+        )
+    if inputs.get("head_mask") is not None:
+        raise ValueError("head_mask must be None: attention weights are never materialised, so no head can be masked")
 
 
 def register() -> None:
