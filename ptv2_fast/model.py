@@ -20,9 +20,8 @@ from ptv2_fast.models.view import view_of
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.keys_values import stack_bank
 from ptv2_fast.prompts.source import PromptSource
-from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
-from ptv2_fast.step.unpad import Packing, can_unpad, unpadded
+from ptv2_fast.step.unpad import can_unpad, unpadded
 
 
 class PTuningV2Model(AdapterSet, Persistence, nn.Module):
@@ -76,7 +75,6 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             adapter = self._build(base, config, tokenizer, init_text)
         self._sources: dict[str, PromptSource] = {}
         self.step_options = StepOptions() if step_options is None else step_options
-        self._step_layers = StepLayers(base.base_model, self._family)
         self._logged_plan: StepPlan | None = None
         self.base_model = base
         self.adapters = nn.ModuleDict()
@@ -116,54 +114,30 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         return self.run(self.base_model, inputs, adapter_names)
 
     def run(
-        self,
-        target: nn.Module,
-        inputs: Mapping[str, Any],
-        adapter_names: Sequence[str] | None = None,
-        read: Tensor | None = None,
+        self, target: nn.Module, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None = None
     ):
-        """Call `target` (the base, its backbone, or a view of one) with the prompts among its inputs.
+        """Call `target` (the base, its backbone, or a view of one) with the prompts among its
+        inputs.
 
         Inputs that are None are left out, so that a target need not know every one.
-
-        Args:
-            read: (R,) the tokens of the flattened (B, N) whose last states the caller reads, where it reads few; the
-                others' may be anything.
         """
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if self._disabled:
             return target(**inputs)
+        hook.check_served(inputs, self.backbone.config)
         names = self._row_names(adapter_names, inputs)
         evolving = [n for n in names if n != BASE_ROW and self._evolves_with_text(self.adapters[n])]
-        if evolving:
-            if len(names) > 1:
-                raise ValueError(
-                    "adapter_names must not mix a shallow prompt on a bidirectional model with other adapters: its "
-                    f"virtual tokens are rows of the batch; got {sorted(set(names))}"
-                )
-            return self._run_evolving(target, inputs, self.adapters[names[0]])
-        call = self.with_prompts(inputs, names)
-        return self._run_planned(target, call, read)
-
-    def _run_planned(self, target: nn.Module, call: dict[str, Any], read: Tensor | None):
-        """Call `target` with its backbone run as the step's plan says."""
-        plan = self.step_plan()
-        if self.training and call.get("past_key_values") is None:
-            call.setdefault("use_cache", False)
-        backbone = original = target.base_model
-        packing = Packing.of(call["attention_mask"]) if plan.unpad and can_unpad(call) else None
-        packing = packing if packing is not None and packing.has_padding else None
-        if call.get("output_hidden_states") or self.backbone.config.output_hidden_states:
-            read = None
-        if packing is not None and read is not None:
-            read = packing.places(read)
-        backbone = self._step_layers.view(backbone, plan, read)
-        if packing is not None:
-            backbone = unpadded(backbone, packing)
-        if backbone is not original:
-            is_whole = target is original
-            target = backbone if is_whole else view_of(target, children={target.base_model_prefix: backbone})
-        return target(**call)
+        if not evolving:
+            call = self.with_prompts(inputs, names)
+            if self.step_plan().unpad and can_unpad(call):
+                target, call = unpadded(target, call)
+            return target(**call)
+        if len(names) > 1:
+            raise ValueError(
+                "adapter_names must not mix a shallow prompt on a bidirectional model with other adapters: its "
+                f"virtual tokens are rows of the batch; got {sorted(set(names))}"
+            )
+        return self._run_evolving(target, inputs, self.adapters[names[0]])
 
     def step_plan(self) -> StepPlan:
         """What this step leaves out, by `step_options`; each change of it is logged once."""
