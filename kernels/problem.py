@@ -78,6 +78,9 @@ class Problem:
             num_rows, num_queries, num_keys = cu_seqlens.shape[0] - 1, longest, longest
         else:
             num_rows, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
+        if window is not None:
+            # One that reaches past both ends hides nothing, and positions plus a window must fit 32 bits.
+            window = min(window, num_queries + num_keys)
         return cls(
             q=_as_heads(q, packed), k=_as_heads(k, packed), v=_as_heads(v, packed),
             prompt_k=launch.tile_safe(prompt_k), prompt_v=launch.tile_safe(prompt_v),
@@ -145,7 +148,7 @@ class Problem:
             "key_mask_strides": _strides(self.key_mask), "bias_strides": _broadcast_strides(self.bias),
             "prompt_bias_strides": _strides(self.prompt_bias),
             "num_queries": self.num_queries, "num_keys": self.num_keys, "prompt_length": self.prompt_length,
-            "num_heads": self.num_heads, "scale": self.scale, "softcap": self.softcap or 1.0,
+            "num_heads": self.num_heads, "scale": self.scale, "softcap": float(self.softcap or 1.0),
             "window": self.window or 0, "dropout_p": self.dropout_p,
         }
 

@@ -308,7 +308,9 @@ def _rows_by_entry(problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor 
     num_entries = problem.prompt_k.shape[0]
     if problem.prompt_index is None or num_entries == 1:
         return None, None
-    by_entry, order = torch.sort(problem.prompt_index, stable=True)
+    index = problem.prompt_index
+    # The bound one past the last entry has to fit too.
+    by_entry, order = torch.sort(index if index.dtype == torch.int64 else index.to(torch.int32), stable=True)
     entries = torch.arange(num_entries + 1, device=order.device, dtype=by_entry.dtype)
     return order.to(torch.int32), torch.searchsorted(by_entry, entries).to(torch.int32)
 

@@ -60,7 +60,8 @@ def prompt_entry(prompt_index_ptr, prompt_lens_ptr, row, prompt_length):
         entry = tl.load(prompt_index_ptr + row).to(tl.int32)
     length = prompt_length
     if prompt_lens_ptr is not None:
-        length = tl.load(prompt_lens_ptr + entry)
+        # In 32 bits like every index: a wider column would be another counter for the dropout.
+        length = tl.load(prompt_lens_ptr + entry).to(tl.int32)
     return entry, length
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from ptv2_fast.kernels.prompt_backward import Needs
+from ptv2_fast.kernels.prompt_backward import Needs, _rows_by_entry
 
 from ptv2_fast.kernels import launch
 
@@ -82,6 +84,27 @@ def test_entry_that_no_row_uses_gets_zeros(make_call):
     for gradient in gradients[3:]:
         assert gradient[0].any()
         assert not gradient[2].any()
+
+
+def test_integers_of_any_width_choose_the_prompt(make_call):
+    call = make_call(batch=3, queries=5, prompt=7, entries=3, lens=(7, 0, 4), options={"dropout_p": 0.5})
+    results = []
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        for name in ("prompt_index", "prompt_lens"):
+            call.arguments[name] = call.arguments[name].to(dtype)
+        output, lse = call.kernel()
+        results.append((output, *call.kernel_gradients(output, output, lse)[:5]))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@pytest.mark.parametrize(("dtype", "entries"), [(torch.uint8, 256), (torch.int8, 128), (torch.int64, 128)], ids=str)
+def test_rows_are_sorted_by_entry_of_the_largest_bank_an_index_can_name(dtype, entries):
+    index = torch.tensor([entries - 1, 0, entries - 1, 3]).to(dtype)
+    problem = SimpleNamespace(prompt_k=torch.empty(entries, 1, 1, 16), prompt_index=index)
+    order, bounds = _rows_by_entry(problem)
+    assert order.tolist() == [1, 3, 0, 2]
+    assert bounds.tolist() == [0, 1, 1, 1, *([2] * (entries - 4)), 4]
 
 
 def test_query_without_keys_gives_zero_gradients(make_call):

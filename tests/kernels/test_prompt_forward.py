@@ -58,6 +58,27 @@ def test_query_without_keys_gives_zeros(make_call):
     assert torch.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [None, (33, 17)])
+@pytest.mark.parametrize("window", [2**31 - 1, 2**40])
+def test_window_longer_than_any_row_hides_nothing(make_call, causal, packed, window):
+    call = make_call(queries=33, packed=packed, options={"causal": causal})
+    expected = call.kernel()
+    call.arguments["window"] = window
+    assert all(torch.equal(a, b) for a, b in zip(call.kernel(), expected))
+
+
+def test_whole_number_as_softcap(make_call):
+    call = make_call(queries=5, options={"softcap": 2.0})
+    expected, _ = call.kernel()
+    call.arguments["softcap"] = 2
+    with launch.record(90) as launches:
+        call.kernel()
+    # An integer would be compiled into the kernel: one more version of it for every cap.
+    assert isinstance(launches[0].arguments["softcap"], float)
+    assert torch.equal(call.kernel()[0], expected)
+
+
 def test_output_is_laid_out_by_tokens(make_call):
     output, _ = make_call().kernel()
     batch, heads, tokens, head_dim = output.shape
