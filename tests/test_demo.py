@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import re
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_folders import bert_folder, tiny_bert
 from transformers import AutoModel
 
 from ptv2_fast import PTuningV2Model
 from ptv2_fast.demo import __main__ as demo
 from ptv2_fast.demo.corpus import DATA, SENTENCES, TASKS
+from ptv2_fast.demo.show import print_sentence, scores_table
 
-SENTENCE = "Ada Stone loved the bakery in Bergen ."
+SENTENCE = 'Ada Stone loved the "bakery" in Bergen.'
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +27,6 @@ def tiny_run(tmp_path_factory):
     place = tmp_path_factory.mktemp("demo")
     model = bert_folder(place / "bert")
     with pytest.MonkeyPatch.context() as patch:
-        import io
-
         printed = io.StringIO()
         patch.setattr("sys.stdout", printed)
         demo.main(["--fast", "--model", str(model), "--output", str(place / "out"), "--threads", "1", SENTENCE])
@@ -59,7 +61,28 @@ def test_the_sentences_of_the_user_are_shown_with_a_mood(tiny_run):
     line = next(line for line in printed.splitlines() if "Bergen" in line)
     assert line.split()[0] in ("positive", "negative")
     assert 0.5 <= float(line.split()[1]) <= 1
+    # A tiny model's tags are anything.
+    assert SENTENCE in re.sub(r" \[(PER|LOC|ORG)\]", "", line)
     assert not any(sentence.split()[0] in printed for sentence in SENTENCES[1:2]), "defaults only without sentences"
+
+
+def test_a_sentence_is_shown_as_it_was_written_with_its_entities():
+    printed = io.StringIO()
+    tags = ["B-PER", "I-PER", "O", "O", "O", "B-LOC", "O", "B-LOC", "O", "O", "O", "O"]
+    sentence = "Ada  Stone, kind: Paris, Rome (again)."
+    print_sentence(Console(file=printed, width=100), sentence, tags, "positive", 0.5)
+    assert printed.getvalue().rstrip() == "  positive 0.50  Ada  Stone [PER], kind: Paris [LOC], Rome [LOC] (again)."
+
+
+def test_the_table_fits_a_terminal_of_eighty_columns():
+    printed = io.StringIO()
+    row = {"metric": "entity F1", "before": 0.0, "after": 1.0, "tokens_per_second": 12345.6, "seconds": 123.4}
+    sizes = {"trained_parameters": 1_234_567, "total_parameters": 22_713_216}
+    rows = [{"task": task.name, **row, **sizes} for task in TASKS]
+    Console(file=printed, width=80).print(scores_table(rows))
+    assert "…" not in printed.getvalue()
+    line = next(line for line in printed.getvalue().splitlines() if "sentiment" in line)
+    assert line.split() == ["sentiment", "entity", "F1", "0.000", "1.000", "1,234,567", "5.44", "%", "12,346", "123"]
 
 
 def test_each_prompt_folder_loads_on_the_same_base(tiny_run):

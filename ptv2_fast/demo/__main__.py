@@ -80,7 +80,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="another encoder: a hub name or folder")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--fast", action="store_true", help="a few rows and one epoch: whether it runs")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.sentences = [sentence.strip() for sentence in options.sentences if sentence.strip()]
+    return options
 
 
 def minilm_folder() -> Path:
@@ -150,18 +152,17 @@ def _write_results(output: Path, rows: list[dict[str, Any]]) -> None:
 def _use(console: Console, model: PTuningV2Model, codecs: dict[str, TaskCodec], sentences: Sequence[str]) -> None:
     """Classify and tag the sentences: every row of the one batch has its own adapter."""
     mood, names = codecs["sentiment"], codecs["ner"]
-    sentences = [sentence for sentence in sentences if sentence.strip()]
     words = [{"tokens": words_of(sentence)} for sentence in sentences]
     tagged = names.encode(words)
     features = mood.encode([{"text": sentence} for sentence in sentences]) + tagged
     count = len(sentences)
     model.eval()
     logits = model(**names.collator(features), adapter_names=["sentiment"] * count + ["ner"] * count).logits
-    for index, example in enumerate(words):
+    for index, sentence in enumerate(sentences):
         chances = logits[index].softmax(-1)
         tags = decode_tags(logits[count + index].argmax(-1).tolist(), tagged[index], names.labels)
         best = int(chances.argmax())
-        print_sentence(console, example["tokens"], tags, mood.labels.to_name(best), float(chances[best]))
+        print_sentence(console, sentence, tags, mood.labels.to_name(best), float(chances[best]))
 
 
 if __name__ == "__main__":
