@@ -20,10 +20,11 @@ from ptv2_fast.kernels import launch
 _POINTER_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-@triton.jit(do_not_specialize=("rows", "inner", "columns"))
+# inner and columns belong to the model, and loads are only vectorised where their bounds are known to be even.
+@triton.jit(do_not_specialize=("rows",))
 def _layered_matmul_kernel(
     x_ptr, weight_table_ptr, bias_table_ptr, out_ptr, x_strides, inner_stride, column_stride, out_strides,
-    rows, inner, columns, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    rows, inner, columns, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # out[l] (rows, columns) = x[l] (rows, inner) @ w[l] (inner, columns) + bias[l]
@@ -32,6 +33,9 @@ def _layered_matmul_kernel(
     column_tile = tl.program_id(0) // row_tiles
     layer = tl.program_id(1)
     weight = tl.load(weight_table_ptr + layer).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        # An address read from memory carries no promise of its own, and loads would go element by element.
+        weight = tl.multiple_of(weight, 16)
     m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
     x = x_ptr + widen(layer) * x_strides[0] + widen(m) * x_strides[1]  # [BLOCK_M, 1]
@@ -49,8 +53,11 @@ def _layered_matmul_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m < rows) & (n < columns))
 
 
-def _layered_matmul(x, weight_table, bias_table, columns, inner_stride, column_stride) -> torch.Tensor:
-    """(L, rows, columns) from x (L, rows, inner) and tables of addresses of (inner, columns) weights."""
+def _layered_matmul(x, weight_table, bias_table, aligned, columns, inner_stride, column_stride) -> torch.Tensor:
+    """(L, rows, columns) from x (L, rows, inner) and tables of addresses of (inner, columns) weights.
+
+    aligned: whether every weight begins at a multiple of 16 bytes.
+    """
     layers, rows, inner = x.shape
     out = launch.allocate((layers, rows, columns), x.dtype, x.device)
     config = launch.choose_projection_config(launch.architecture(x.device), x.dtype, rows)
@@ -59,7 +66,7 @@ def _layered_matmul(x, weight_table, bias_table, columns, inner_stride, column_s
         _layered_matmul_kernel, (programs, layers), x.device, x_ptr=x, weight_table_ptr=weight_table,
         bias_table_ptr=bias_table, out_ptr=out, x_strides=x.stride(), inner_stride=inner_stride,
         column_stride=column_stride, out_strides=out.stride(), rows=rows, inner=inner, columns=columns,
-        DTYPE=_POINTER_TYPES[x.dtype], BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        DTYPE=_POINTER_TYPES[x.dtype], ALIGNED=aligned, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages)
     return out
 
@@ -94,6 +101,7 @@ class WeightTable:
         self.tensors = (*weights, *(biases or ()))
         self.num_layers = len(weights)
         self.shape, self.strides, self.dtype, self.device = first.shape, first.stride(), first.dtype, first.device
+        self.aligned = all(weight.data_ptr() % 16 == 0 for weight in weights)
         self.weights = self._addresses(weights)
         self.biases = None if biases is None else self._addresses(biases)
 
@@ -107,14 +115,15 @@ class _PromptProjection(torch.autograd.Function):
     def forward(ctx, x, table):
         ctx.table = table
         out_features, _ = table.shape
-        return _layered_matmul(x, table.weights, table.biases, out_features, table.strides[1], table.strides[0])
+        return _layered_matmul(
+            x, table.weights, table.biases, table.aligned, out_features, table.strides[1], table.strides[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         table = ctx.table
         _, in_features = table.shape
-        return _layered_matmul(grad_output, table.weights, None, in_features, *table.strides), None
+        return _layered_matmul(grad_output, table.weights, None, table.aligned, in_features, *table.strides), None
 
 
 def prompt_projection(x: torch.Tensor, weights: Sequence[torch.Tensor] | WeightTable,

@@ -48,6 +48,16 @@ def test_views_of_one_weight_and_strided_prompts(device, budget):
     budget.check("y", prompt_projection(x, WeightTable(keys)), expected, None)
 
 
+def test_weights_that_begin_between_two_vectors(device, budget):
+    storage = torch.randn(2, 1 + 8 * 48, device=device)
+    weights = [row[1:].view(8, 48) for row in storage]
+    table = WeightTable(weights)
+    assert not table.aligned and WeightTable([weight.clone() for weight in weights]).aligned
+    x = torch.randn(2, 5, 48, device=device)
+    expected = literal(x.double(), [weight.double() for weight in weights], None)
+    budget.check("y", prompt_projection(x, table), expected, None)
+
+
 def test_no_prompt(device):
     x = torch.randn(2, 0, 16, device=device, requires_grad=True)
     y = prompt_projection(x, [torch.randn(8, 16, device=device)] * 2)
