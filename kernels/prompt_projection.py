@@ -24,8 +24,8 @@ _POINTER_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.
 @triton.jit(do_not_specialize=("rows",))
 def _layered_matmul_kernel(
     x_ptr, weight_table_ptr, bias_table_ptr, out_ptr, x_strides, inner_stride, column_stride, out_strides,
-    rows, inner, columns, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    rows, inner, columns, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # out[l] (rows, columns) = x[l] (rows, inner) @ w[l] (inner, columns) + bias[l]
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -66,8 +66,8 @@ def _layered_matmul(x, weight_table, bias_table, aligned, columns, inner_stride,
         _layered_matmul_kernel, (programs, layers), x.device, x_ptr=x, weight_table_ptr=weight_table,
         bias_table_ptr=bias_table, out_ptr=out, x_strides=x.stride(), inner_stride=inner_stride,
         column_stride=column_stride, out_strides=out.stride(), rows=rows, inner=inner, columns=columns,
-        DTYPE=_POINTER_TYPES[x.dtype], ALIGNED=aligned, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages)
+        DTYPE=_POINTER_TYPES[x.dtype], ALIGNED=aligned, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k, PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages)
     return out
 
 
