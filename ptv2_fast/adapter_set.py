@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention import hook
+from ptv2_fast.checkpoint import check_name
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
@@ -33,7 +33,7 @@ class AdapterSet:
         Adapters of one model share a task type, or all have heads of their own (`config.heads`), of any kind.
 
         Args:
-            name: a name without dots that no adapter has.
+            name: a name that no adapter has and that can be a folder's: no dots, slashes or blanks at its ends.
             config: its configuration.
             tokenizer, init_text: the text for `prompt_init="text"`, and what splits it into tokens.
 
@@ -140,11 +140,7 @@ class AdapterSet:
             )
 
     def _check_unused(self, name: str) -> None:
-        # A ModuleDict cannot hold its own methods' names, nor names with dots.
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise ValueError(
-                f"name must be a non-empty string without dots that torch.nn.ModuleDict has no method of; got {name!r}"
-            )
+        check_name(name)
         if name in self.adapters or name == BASE_ROW:
             raise ValueError(f"name must be unused; got {name!r}, adapters are {', '.join(self.adapters)}")
 

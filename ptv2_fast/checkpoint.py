@@ -32,6 +32,25 @@ CONFIG_NAME = "ptv2_config.json"
 # bytes.
 TRAINER_WEIGHTS_NAME = "model.safetensors"
 DESCRIPTION_KEY = "ptv2_description"
+# What the usual file systems take as one name.
+MAX_NAME_BYTES = 200
+
+
+def check_name(name: object) -> None:
+    """Refuse an adapter name that cannot be a folder's, or a part of a state dict's keys.
+
+    Raises:
+        ValueError: see above.
+    """
+    fits = isinstance(name, str) and 0 < len(name.encode(errors="replace")) <= MAX_NAME_BYTES
+    if not fits or not name.isprintable() or name != name.strip() or set(name) & set('./\\:*?"<>|'):
+        raise ValueError(
+            "name must be a printable string that can name a folder, without dots, slashes, or blanks at its ends; "
+            f"got {name!r}"
+        )
+    # A ModuleDict cannot hold a module under the name of an attribute of its own.
+    if hasattr(torch.nn.ModuleDict(), name):
+        raise ValueError(f"name must not be an attribute of torch.nn.ModuleDict; got {name!r}")
 
 
 def describe(name: str, config: PTuningV2Config, base: PreTrainedModel) -> dict[str, Any]:
@@ -80,7 +99,7 @@ def load_adapters(folder: str | Path, base: PreTrainedModel) -> dict[str, tuple[
         return dict([_read(folder / WEIGHTS_NAME, base)])
     below = sorted(path.parent for path in folder.glob(f"*/{WEIGHTS_NAME}"))
     if below:
-        return dict(_read(path / WEIGHTS_NAME, base) for path in below)
+        return _read_all([path / WEIGHTS_NAME for path in below], base)
     if (folder / TRAINER_WEIGHTS_NAME).is_file():
         return _read_trainer(folder / TRAINER_WEIGHTS_NAME, base)
     raise ValueError(f"{folder} holds no {WEIGHTS_NAME}: it is not a ptv2_fast adapter folder")
@@ -103,12 +122,28 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_adapter(folder: str | Path) -> None:
+    """Remove the adapter that stands in a folder itself, if there is one; what else is there stays."""
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
 def _read(path: Path, base: PreTrainedModel) -> tuple[str, tuple[PTuningV2Config, dict[str, Tensor]]]:
     metadata, tensors = _open(path)
     if "ptv2" not in metadata:
         raise ValueError(f"{path} was not written by ptv2_fast: its metadata has no 'ptv2' entry")
     name, config = _check(path, _parse(path, metadata["ptv2"]), base)
     return name, (config, tensors)
+
+
+def _read_all(paths: list[Path], base: PreTrainedModel) -> dict[str, tuple[PTuningV2Config, dict[str, Tensor]]]:
+    adapters, origin = {}, {}
+    for path in paths:
+        name, parts = _read(path, base)
+        if name in adapters:
+            raise ValueError(f"{origin[name]} and {path} both hold an adapter named {name!r}; load one of the folders")
+        adapters[name], origin[name] = parts, path
+    return adapters
 
 
 def _read_trainer(path: Path, base: PreTrainedModel):
@@ -155,7 +190,13 @@ def _check(path: Path, description: Any, base: PreTrainedModel) -> tuple[str, PT
     missing = {"adapter_name", "base", "config"} - set(description)
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))} in its description")
+    try:
+        check_name(description["adapter_name"])
+    except ValueError as error:
+        raise ValueError(f"{path} holds an adapter of an unusable name: {error}") from error
     here, there = _base_facts(base), description["base"]
+    if not isinstance(there, dict) or not isinstance(description["config"], dict):
+        raise ValueError(f"{path} must hold a description whose 'base' and 'config' are objects")
     differing = [
         f"{key} {there.get(key)!r} (this base: {here[key]!r})"
         for key in here

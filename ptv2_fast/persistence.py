@@ -43,6 +43,9 @@ class Persistence:
             folder = Path(save_directory) if len(names) == 1 else Path(save_directory) / name
             description = checkpoint.describe(name, adapter.config, self.base_model)
             checkpoint.save_adapter(folder, description, adapter.state_dict())
+        if len(names) > 1:
+            # An adapter saved here by itself before would be the one that is loaded.
+            checkpoint.remove_adapter(save_directory)
 
     @classmethod
     def from_pretrained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,21 @@ def test_an_adapter_is_added_under_another_name(tmp_path):
             id="unknown-version",
         ),
         pytest.param(
+            lambda path: _rewrite(path.parent, adapter_name="../../elsewhere"),
+            "adapter of an unusable name.*elsewhere",
+            id="unusable-name",
+        ),
+        pytest.param(
+            lambda path: _rewrite(path.parent, base=["bert"]),
+            "'base' and 'config' are objects",
+            id="base-of-another-kind",
+        ),
+        pytest.param(
+            lambda path: _rewrite(path.parent, config="deep"),
+            "'base' and 'config' are objects",
+            id="configuration-of-another-kind",
+        ),
+        pytest.param(
             lambda path: _rewrite(path.parent, config={"task_type": "SEQ_CLS", "colour": 1}),
             "unknown configuration keys.*colour",
             id="unknown-key",
@@ -186,6 +202,36 @@ def test_what_is_damaged_or_foreign_is_refused_and_the_base_left_alone(tmp_path,
         PTuningV2Model.from_pretrained(base, tmp_path)
     assert base.config._attn_implementation == "sdpa"
     assert all(p.requires_grad for p in base.parameters())
+
+
+def test_two_folders_with_one_name_are_refused(tmp_path):
+    _saved(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    with pytest.raises(ValueError, match=r"first.*and .*second.* both hold an adapter named 'default'"):
+        PTuningV2Model.from_pretrained(_base(), tmp_path)
+
+
+def test_several_adapters_saved_over_a_single_one_are_the_ones_that_load(tmp_path):
+    model = tiny_model("bert", "deep", "SEQ_CLS", heads=HEADS)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    model.add_adapter("second", tiny_prompts("prefix", "SEQ_CLS", heads=HEADS))
+    model.save_pretrained(tmp_path)
+    assert set(PTuningV2Model.from_pretrained(_base(), tmp_path).adapters) == {"default", "second"}
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["a b", "ä", "1", "sst-2"])
+def test_names_that_folders_can_have_come_back(tmp_path, name):
+    model = tiny_model("bert", "deep", "SEQ_CLS", heads=HEADS)
+    model.add_adapter(name, tiny_prompts("deep", "SEQ_CLS", heads=HEADS))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    model.save_pretrained(tmp_path / "link")
+    loaded = PTuningV2Model.from_pretrained(_base(), tmp_path / "real", adapter_name=name)
+    ids = torch.randint(3, 30, (2, 6))
+    got = loaded(input_ids=ids).logits
+    assert torch.equal(got, model(input_ids=ids, adapter_names=[name] * 2).logits)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
@@ -269,9 +315,7 @@ def test_killed_in_the_middle_of_a_save_the_folder_holds_a_whole_adapter(tmp_pat
     paths = [str(ROOT), str(ROOT / "tests" / "support")]
     script = _KILLED_WHILE_SAVING.format(paths=paths)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), moment], env=environment, capture_output=True
-    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path), moment], env=environment, capture_output=True)
     assert run.returncode == -9, run.stderr.decode()
     loaded = PTuningV2Model.from_pretrained(_base(), tmp_path)
     prompts = loaded.adapters["default"].encoder.prompts
