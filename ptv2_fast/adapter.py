@@ -44,12 +44,13 @@ class Adapter(nn.Module):
             config,
             config.resolve_layers(sizes.num_layers),
             hidden_size=sizes.hidden_size,
+            embedding_size=sizes.embedding_size,
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
             head_dim=sizes.head_dim,
             std=config.init_std if config.init_std is not None else sizes.initializer_range,
         )
-        heads = {name: Head(sizes.hidden_size, head) for name, head in (config.heads or {}).items()}
+        heads = {name: Head(sizes.output_size, head) for name, head in (config.heads or {}).items()}
         self.heads = nn.ModuleDict(heads)
         uses_base_head = config.task_type in HEAD_TASKS and not heads
         self.base_heads = copied_heads(base) if uses_base_head else nn.ModuleDict()

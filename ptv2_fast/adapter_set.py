@@ -78,6 +78,7 @@ class AdapterSet:
 
     def unload(self) -> PreTrainedModel:
         """Give the base back with its own attention implementation; its parameters stay frozen."""
+        self._step_layers.release()
         self.base_model.set_attn_implementation(self.base_model._ptv2_original_attention)
         return self.base_model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,15 +60,10 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     there is none.
 
     Raises:
-        ValueError: shapes disagree, or a label lies outside [0, C) and is not -100.
+        ValueError: labels are no integers, shapes disagree, or a label lies outside [0, C) and is not -100.
     """
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must have shape {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}; "
-            f"got {tuple(labels.shape)}"
-        )
-    check_labels("labels", labels, logits.shape[-1])
-    flat = labels.reshape(-1)
+    check_labels("labels", labels, logits.shape[-1], logits.shape[:-1])
+    flat = labels.reshape(-1).long()
     total = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float(), flat, ignore_index=IGNORED_LABEL, reduction="sum"
     )
@@ -79,20 +75,31 @@ def span_loss(logits: Tensor, start_positions: Tensor, end_positions: Tensor) ->
     ignored.
 
     Raises:
-        ValueError: a position lies outside [0, N) and is not -100.
+        ValueError: positions are no integers of shape (B,), or one lies outside [0, N) and is not -100.
     """
     sides = {"start_positions": start_positions, "end_positions": end_positions}
     losses: list[Tensor] = []
     for (name, positions), side in zip(sides.items(), logits.unbind(-1)):
-        positions = positions.reshape(-1)
-        check_labels(name, positions, side.shape[1])
+        check_labels(name, positions, side.shape[1], side.shape[:1])
         losses.append(classification_loss(side, positions))
     return (losses[0] + losses[1]) / 2
 
 
-def check_labels(name: str, labels: Tensor, count: int) -> None:
-    """Refuse class labels outside [0, count) other than -100, where looking is free (labels on the CPU)."""
-    if labels.device.type != "cpu" or labels.is_floating_point() or torch.compiler.is_compiling():
+def check_labels(name: str, labels: Tensor, count: int, shape: Sequence[int]) -> None:
+    """Refuse labels that are not integers of a shape, and, where looking is free, those outside [0, count) but -100.
+
+    Looking is free on the CPU: elsewhere it would wait for the device.
+
+    Raises:
+        ValueError: see above.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{name} must be a tensor of integers; got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers; got {labels.dtype}")
+    if labels.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(labels.shape)}")
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = ((labels < 0) | (labels >= count)) & (labels != IGNORED_LABEL)
     if bool(wrong.any()):

@@ -15,13 +15,16 @@ from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.families import family_of
-from ptv2_fast.models.inputs import check_inputs, packed_rows, text_positions
+from ptv2_fast.models.inputs import check_beside, check_inputs, packed_rows, text_positions
+from ptv2_fast.models.rotary import longest_text
 from ptv2_fast.models.view import view_of
+from ptv2_fast.models.windows import counts_padding
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.keys_values import stack_bank
 from ptv2_fast.prompts.source import PromptSource
+from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
-from ptv2_fast.step.unpad import can_unpad, unpadded
+from ptv2_fast.step.unpad import Packing, can_unpad, unpadded
 
 
 class PTuningV2Model(AdapterSet, Persistence, nn.Module):
@@ -75,6 +78,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             adapter = self._build(base, config, tokenizer, init_text)
         self._sources: dict[str, PromptSource] = {}
         self.step_options = StepOptions() if step_options is None else step_options
+        self._step_layers = StepLayers(base.base_model, self._family)
         self._logged_plan: StepPlan | None = None
         self.base_model = base
         self.adapters = nn.ModuleDict()
@@ -114,12 +118,19 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         return self.run(self.base_model, inputs, adapter_names)
 
     def run(
-        self, target: nn.Module, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None = None
+        self,
+        target: nn.Module,
+        inputs: Mapping[str, Any],
+        adapter_names: Sequence[str] | None = None,
+        read: Tensor | None = None,
     ):
-        """Call `target` (the base, its backbone, or a view of one) with the prompts among its
-        inputs.
+        """Call `target` (the base, its backbone, or a view of one) with the prompts among its inputs.
 
         Inputs that are None are left out, so that a target need not know every one.
+
+        Args:
+            read: (R,) the tokens of the flattened (B, N) whose last states the caller reads, where it reads few; the
+                others' may be anything.
         """
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if self._disabled:
@@ -127,17 +138,37 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         hook.check_served(inputs, self.backbone.config)
         names = self._row_names(adapter_names, inputs)
         evolving = [n for n in names if n != BASE_ROW and self._evolves_with_text(self.adapters[n])]
-        if not evolving:
-            call = self.with_prompts(inputs, names)
-            if self.step_plan().unpad and can_unpad(call):
-                target, call = unpadded(target, call)
-            return target(**call)
-        if len(names) > 1:
-            raise ValueError(
-                "adapter_names must not mix a shallow prompt on a bidirectional model with other adapters: its "
-                f"virtual tokens are rows of the batch; got {sorted(set(names))}"
-            )
-        return self._run_evolving(target, inputs, self.adapters[names[0]])
+        if evolving:
+            if len(names) > 1:
+                raise ValueError(
+                    "adapter_names must not mix a shallow prompt on a bidirectional model with other adapters: its "
+                    f"virtual tokens are rows of the batch; got {sorted(set(names))}"
+                )
+            return self._run_evolving(target, inputs, self.adapters[names[0]])
+        call = self.with_prompts(inputs, names)
+        return self._run_planned(target, call, read)
+
+    def _run_planned(self, target: nn.Module, call: dict[str, Any], read: Tensor | None):
+        """Call `target` with its backbone run as the step's plan says."""
+        plan = self.step_plan()
+        if self.training and call.get("past_key_values") is None:
+            call.setdefault("use_cache", False)
+        backbone = original = target.base_model
+        packing = None
+        if can_unpad(call) and (plan.unpad or counts_padding(self.backbone, call["attention_mask"])):
+            packing = Packing.of(call["attention_mask"])
+        packing = packing if packing is not None and packing.has_padding else None
+        if call.get("output_hidden_states") or self.backbone.config.output_hidden_states:
+            read = None
+        if packing is not None and read is not None:
+            read = packing.places(read)
+        backbone = self._step_layers.view(backbone, plan, read)
+        if packing is not None:
+            backbone = unpadded(backbone, packing)
+        if backbone is not original:
+            is_whole = target is original
+            target = backbone if is_whole else view_of(target, children={target.base_model_prefix: backbone})
+        return target(**call)
 
     def step_plan(self) -> StepPlan:
         """What this step leaves out, by `step_options`; each change of it is logged once."""
@@ -164,6 +195,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         rows, tokens = check_inputs(
             inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, past_length
         )
+        check_beside(inputs, rows, tokens, self._single_device())
         offsets = [0 if n == BASE_ROW else self._text_offset(self.adapters[n]) for n in names]
         if isinstance(past_length, int):
             self._check_length(tokens + past_length + max(offsets))
@@ -176,6 +208,8 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             rows=rows, tokens=tokens, past_length=past_length, first=first, device=device,
             offset=offsets[0] if len(names) == 1 else torch.tensor(offsets, device=device)[:, None],
         )  # fmt: skip
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not is_first and tokens > 1:
+            self._check_windows(mask)
         prompts, bank = self._prompts(names)
         index = None if bank is None else torch.tensor(bank, device=device)
         bounds = longest = None
@@ -195,6 +229,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
         mask = inputs.get("attention_mask")
         rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
+        check_beside(inputs, rows, tokens, self._single_device())
         length, device = adapter.config.num_virtual_tokens, self.backbone.device
         self._check_length(tokens + length)
         if packed_rows(inputs.get("position_ids"), mask) is not None:
@@ -248,6 +283,10 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         repeats = rows // len(adapter_names)
         return tuple(name for name in adapter_names for _ in range(repeats))
 
+    def _single_device(self) -> torch.device | None:
+        """The base's device; None where accelerate has spread the base and moves its inputs itself."""
+        return None if getattr(self.base_model, "hf_device_map", None) else self.backbone.device
+
     def _evolves_with_text(self, adapter: Adapter) -> bool:
         return adapter.config.injection == "shallow" and not self._family.causal
 
@@ -259,6 +298,12 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
     def _check_length(self, length: int) -> None:
         """Refuse texts that run past a table of learned positions."""
         if self._family.rotary:
+            limit = longest_text(self.backbone)
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"input_ids must leave the text within {limit} tokens, where the model's rotary frequencies change "
+                    f"and the prompt's keys do not; got {length}"
+                )
             return
         limit = self.backbone.config.max_position_embeddings
         limit -= self._family.first_position(self.backbone)
@@ -266,6 +311,14 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             raise ValueError(
                 f"input_ids must leave the text's last position within the model's {limit} learned positions; "
                 f"tokens and position offset come to {length}"
+            )
+
+    def _check_windows(self, mask: Tensor) -> None:
+        """Refuse cached text with padding between its tokens: a sliding window would count it, and nothing can move."""
+        if counts_padding(self.backbone, mask):
+            raise ValueError(
+                "attention_mask must have its padding at the ends of rows only, with past_key_values on a model with "
+                "sliding windows: they would count it as text"
             )
 
     def _check_checkpointing(self) -> None:

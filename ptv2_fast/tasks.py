@@ -23,10 +23,11 @@ from transformers.modeling_outputs import (
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.config import PTuningV2Config
-from ptv2_fast.heads import check_labels, classification_loss, span_loss
+from ptv2_fast.heads import IGNORED_LABEL, check_labels, classification_loss, span_loss
 from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.models.pooling import pooled_tokens
 from ptv2_fast.models.view import view_of
-from ptv2_fast.step.labelled_rows import has_plain_head, labelled_rows_loss
+from ptv2_fast.step.labelled_rows import has_plain_head, labelled_rows_loss, labelled_tokens
 from ptv2_fast.step.options import StepOptions
 
 
@@ -72,9 +73,7 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
 
     def _run_base_head(self, inputs, adapter_names, adapters: list[Adapter], targets):
         """The base's own forward, with the adapter's copy of the base's head in its place."""
-        for name, labels in targets.items():
-            if self.base_model.num_labels > 1 and name == "labels":
-                check_labels(name, labels, self.base_model.num_labels)
+        targets = self._base_targets(inputs, targets)
         target = self.base_model
         if adapters and not self._disabled:
             if len(adapters) > 1:
@@ -86,11 +85,32 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
             mask, reader = inputs.get("attention_mask"), self._family.first_token_view
             if adapters[0].config.task_type == "SEQ_CLS" and reader and mask is not None and mask.dim() == 2:
                 target = reader(target, mask)
-        return self.run(target, {**inputs, **targets}, adapter_names)
+        read = None
+        if adapters and adapters[0].config.task_type == "SEQ_CLS" and self._family.first_token_view:
+            read = _tokens_read(inputs, "first")
+        return self.run(target, {**inputs, **targets}, adapter_names, read=read)
+
+    def _base_targets(self, inputs: dict[str, Any], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The targets as the loss of the base's own head takes them, checked."""
+        rows, tokens = _text_size(inputs)
+        checked = dict(targets)
+        for name, labels in targets.items():
+            if name != "labels":
+                check_labels(name, labels, tokens, (rows,))
+                # The base ignores positions past the text; it takes negative ones for the first token.
+                checked[name] = labels.masked_fill(labels == IGNORED_LABEL, tokens)
+            elif self.base_model.num_labels > 1 and not (isinstance(labels, Tensor) and labels.is_floating_point()):
+                of_tokens = self.adapters[self.active_adapter].config.task_type == "TOKEN_CLS"
+                check_labels(name, labels, self.base_model.num_labels, (rows, tokens) if of_tokens else (rows,))
+        return checked
 
     def _run_own_heads(self, inputs, adapter_names, names, task, targets):
         """The backbone with prompts, then our head of each row's adapter."""
-        output = self.run(self.backbone, inputs, adapter_names)
+        read = None
+        if len(names) == 1:
+            head = self.adapters[names[0]].head(task).config
+            read = _tokens_read(inputs, head.pooling) if head.task_type == "SEQ_CLS" else None
+        output = self.run(self.backbone, inputs, adapter_names, read=read)
         hidden = output.last_hidden_state
         mask = inputs.get("attention_mask")
         mask = mask if mask is not None and mask.dim() == 2 else None
@@ -186,7 +206,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         if labels is None:
             return self.run(self.base_model, inputs, adapter_names)
-        check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size)
+        check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size, _text_size(inputs))
         if self.step_plan().labelled_rows_loss and has_plain_head(self.base_model) and not self._disabled:
             return self._run_labelled_rows(inputs, labels, adapter_names)
         return self.run(self.base_model, {**inputs, "labels": labels}, adapter_names)
@@ -195,8 +215,10 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         """The loss alone: logits are computed for labelled tokens only, a chunk at a time, and not returned."""
         count = inputs.pop("num_items_in_batch", None)
         inputs.pop("logits_to_keep", None)
-        output = self.run(self.backbone, inputs, adapter_names)
-        loss = labelled_rows_loss(output.last_hidden_state, labels, self.base_model.get_output_embeddings(), count)
+        tokens, targets = labelled_tokens(labels)
+        output = self.run(self.backbone, inputs, adapter_names, read=tokens)
+        head = self.base_model.get_output_embeddings()
+        loss = labelled_rows_loss(output.last_hidden_state, tokens, targets, head, count)
         return CausalLMOutputWithPast(loss=loss, hidden_states=output.hidden_states)
 
     def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
@@ -296,6 +318,24 @@ def _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embe
         "inputs_embeds": inputs_embeds,
         **others,
     }
+
+
+def _tokens_read(inputs: dict[str, Any], pooling: str) -> Tensor | None:
+    """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""
+    mask = inputs.get("attention_mask")
+    if pooling == "mean" or (mask is not None and mask.dim() != 2):
+        return None
+    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return pooled_tokens(*text.shape[:2], mask, pooling, text.device)
+
+
+def _text_size(inputs: dict[str, Any]) -> tuple[int, int]:
+    """Rows and tokens of the text that labels stand beside."""
+    text = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
+    if not isinstance(text, Tensor):
+        raise ValueError(f"input_ids or inputs_embeds must be given as a tensor; got {type(text).__name__}")
+    rows, tokens = text.shape[:2]
+    return rows, tokens
 
 
 def _task_output(task_type: str, logits, targets: dict[str, Tensor], output):

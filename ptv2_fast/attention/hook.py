@@ -73,6 +73,15 @@ def attention_forward(
         bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
 
     batch = ptv2_prompts or PromptBatch(layers=())
+    if batch.cu_seqlens is not None and bias is not None:
+        raise ValueError(
+            f"a packed batch must need no mask but row boundaries; got {type(module).__name__} with a mask or bias of "
+            f"shape {tuple(bias.shape)}"
+        )
+    window = sliding_window if batch.windowed else None
+    if window is not None and not causal:
+        # transformers counts as flash attention does, where a window of 1 is the token itself on either side.
+        window -= 1
     prompt = batch.of(module)
     index = batch.index if prompt is not None else None
     prompt = _cast(prompt, dtype) if prompt is not None else _empty_prompt(key)
@@ -83,7 +92,7 @@ def attention_forward(
         "causal": causal,
         "scale": scaling,
         "dropout_p": dropout,
-        "window": sliding_window,
+        "window": window,
         "softcap": softcap,
         "backend": batch.backend,
     }

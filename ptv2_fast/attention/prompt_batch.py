@@ -39,6 +39,8 @@ class PromptBatch:
             flattened, are S rows.
         max_seqlen: the longest packed row, where known.
         backend: which backend of `prompt_attention` serves it.
+        windowed: the layers' sliding windows apply; False where the rows are virtual tokens themselves, which every
+            query sees.
     """
 
     layers: tuple[LayerPrompt | None, ...]
@@ -46,6 +48,7 @@ class PromptBatch:
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
     backend: str = "auto"
+    windowed: bool = True
 
     def at(self, layer: int) -> PromptBatch:
         """The batch for one layer alone: its attention need not know which layer it is."""

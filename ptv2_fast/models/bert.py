@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.models.pooling import pool
 from ptv2_fast.models.projection import Projection, linear_projection
+from ptv2_fast.models.rows import gather_rows, scatter_rows
 from ptv2_fast.models.view import view_of
 
 
@@ -87,3 +88,17 @@ def first_token_view(target: PreTrainedModel, attention_mask: Tensor) -> nn.Modu
         return view_of(target, children={"classifier": view_of(target.classifier, forward=read)})
     pooled = view_of(backbone, children={"pooler": view_of(backbone.pooler, forward=read)})
     return view_of(target, children={target.base_model_prefix: pooled})
+
+
+def read_rows(layer: nn.Module, index: Tensor) -> nn.Module:
+    """A view of a layer that computes, from its attention's output on, the tokens `index` (R,) of (B, N) alone."""
+
+    def project(original, attended, residual):
+        return original(gather_rows(attended, index), gather_rows(residual, index))
+
+    def run(original, hidden, *args, **kwargs):
+        return scatter_rows(original(hidden, *args, **kwargs), index, hidden)
+
+    attention = layer.attention
+    attention = view_of(attention, children={"output": view_of(attention.output, forward=project)})
+    return view_of(view_of(layer, children={"attention": attention}), forward=run)

@@ -9,9 +9,15 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Dimensions:
-    """hidden_size D, num_layers L, num_heads H, num_kv_heads Hkv, head_dim d of a backbone."""
+    """hidden_size D, num_layers L, num_heads H, num_kv_heads Hkv, head_dim d of a backbone.
+
+    embedding_size E is the width of word embeddings, and of shallow prompts; output_size that of the backbone's output.
+    Both are D nearly everywhere.
+    """
 
     hidden_size: int
+    embedding_size: int
+    output_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -23,8 +29,11 @@ class Dimensions:
         """Read the sizes that `backbone.config` states."""
         config = backbone.config
         heads = config.num_attention_heads
+        projected = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
         return cls(
             hidden_size=config.hidden_size,
+            embedding_size=getattr(config, "embedding_size", None) or projected,
+            output_size=projected,
             num_layers=config.num_hidden_layers,
             num_heads=heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,

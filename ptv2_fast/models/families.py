@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.models import bert, gpt2, llama
+from ptv2_fast.models import bert, gemma3, gpt2, gpt_neox, llama, opt, phi3, rows
 from ptv2_fast.models.projection import Projection
 
 
@@ -35,6 +35,9 @@ class Family:
             front of the text; for bidirectional families only.
         first_token_view: (sequence classifier, mask (B, N)) -> the classifier with a head that reads each row's first
             real token; for families whose own head reads slot 0.
+        read_rows: (layer, index (R,)) -> a view of the layer that works on the tokens `index` of the flattened (B, N)
+            from its attention on, and leaves the others undefined; None where nobody wrote one.
+        refuse: raises ValueError for a backbone of the family whose configuration nobody made right.
     """
 
     causal: bool
@@ -46,6 +49,8 @@ class Family:
     rotary: bool = False
     shallow_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
     first_token_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
+    read_rows: Callable[[nn.Module, Tensor], nn.Module] | None = None
+    refuse: Callable[[PreTrainedModel], None] = lambda backbone: None
 
 
 _BERT = Family(
@@ -57,6 +62,7 @@ _BERT = Family(
     first_position=lambda backbone: 0,
     shallow_view=bert.shallow_view,
     first_token_view=bert.first_token_view,
+    read_rows=bert.read_rows,
 )
 _ROBERTA = replace(_BERT, first_position=bert.roberta_first_position)
 _GPT2 = Family(
@@ -66,6 +72,7 @@ _GPT2 = Family(
     projections=gpt2.projections,
     finished=gpt2.finished,
     first_position=lambda backbone: 0,
+    read_rows=rows.mlp_of_rows,
 )
 _LLAMA = Family(
     causal=True,
@@ -75,14 +82,37 @@ _LLAMA = Family(
     finished=llama.finished,
     first_position=lambda backbone: 0,
     rotary=True,
+    read_rows=rows.mlp_of_rows,
+)
+_PHI3 = replace(_LLAMA, projections=phi3.projections)
+_GEMMA3 = replace(_LLAMA, finished=gemma3.finished, refuse=gemma3.refuse)
+_GPT_NEOX = replace(_LLAMA, projections=gpt_neox.projections, finished=gpt_neox.finished)
+_OPT = Family(
+    causal=True,
+    layers=opt.layers,
+    normed=opt.normed,
+    projections=opt.projections,
+    finished=opt.finished,
+    first_position=lambda backbone: 0,
+    refuse=opt.refuse,
 )
 
 _FAMILIES = {
     "bert": _BERT,
     "roberta": _ROBERTA,
     "gpt2": _GPT2,
+    "opt": _OPT,
+    "gpt_neox": _GPT_NEOX,
     "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "smollm3": _LLAMA,
+    "phi3": _PHI3,
+    "gemma2": replace(_LLAMA, refuse=gemma3.refuse),
+    "gemma3_text": _GEMMA3,
 }
 
 
@@ -103,6 +133,7 @@ def family_of(backbone: PreTrainedModel) -> Family:
         raise ValueError(
             f"base must be an encoder; got {type(backbone).__name__} configured with is_decoder=True"
         )
+    _FAMILIES[model_type].refuse(backbone)
     return _FAMILIES[model_type]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,8 +18,12 @@ def check_inputs(
     """Rows B and tokens N of the call.
 
     Raises:
-        ValueError: not exactly one of input_ids and inputs_embeds, or a mask of another length.
+        ValueError: not exactly one of input_ids and inputs_embeds, no text in it, or a mask of another length.
     """
+    named = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+    for name, value in named.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor; got {type(value).__name__}")
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds must be given")
     if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
@@ -26,6 +33,9 @@ def check_inputs(
     if inputs_embeds is not None and inputs_embeds.dim() != 3:
         raise ValueError(f"inputs_embeds must have shape (B, N, D); got {tuple(inputs_embeds.shape)}")
     rows, tokens = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+    if rows == 0 or tokens == 0:
+        name = "input_ids" if input_ids is not None else "inputs_embeds"
+        raise ValueError(f"{name} must hold at least one row and one token; got {rows} rows of {tokens} tokens")
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         if isinstance(past_length, Tensor):
             return rows, tokens  # reading a static cache's length would wait for the device
@@ -38,6 +48,28 @@ def check_inputs(
     elif isinstance(attention_mask, Tensor) and attention_mask.dim() != 4:
         raise ValueError(f"attention_mask must have 2 or 4 dimensions; got {tuple(attention_mask.shape)}")
     return rows, tokens
+
+
+def check_beside(inputs: Mapping[str, Any], rows: int, tokens: int, device: torch.device | None) -> None:
+    """Refuse what does not stand beside the text, token by token, on the model's device.
+
+    Args:
+        device: the model's; None where it is spread over several.
+
+    Raises:
+        ValueError: the message names the input.
+    """
+    for name in ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"):
+        value = inputs.get(name)
+        if value is None or (name == "attention_mask" and isinstance(value, Mapping)):
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor; got {type(value).__name__}")
+        if device is not None and value.device != device:
+            raise ValueError(f"{name} must be on the model's device {device}; got {value.device}")
+        beside = name in ("token_type_ids", "position_ids") and value.dim() <= 2
+        if beside and (value.dim() != 2 or value.shape[0] not in (1, rows) or value.shape[1] != tokens):
+            raise ValueError(f"{name} must have shape {(rows, tokens)}, beside the text; got {tuple(value.shape)}")
 
 
 def text_positions(

@@ -1,11 +1,15 @@
-"""Llama and its kin (Qwen3): pre-norm decoders with rotary positions, grouped heads, sometimes key norms."""
+"""Llama and its kin: pre-norm decoders with rotary positions, grouped heads, sometimes key norms.
+
+Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, SmolLM3, Gemma 2: their windows, softcaps, scales and experts are the layers'
+own business and reach attention without the package's help.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.models import rotary
 from ptv2_fast.models.projection import Projection, linear_projection
 
 
@@ -28,17 +32,9 @@ def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Proj
 def finished(backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
     """Keys (P, Hkv, d) as attention reads them: normalised where the family does that, then rotated.
 
-    Rotary attention sees differences of positions only: with the text at 0.. the prompt stands at -P..-1.
+    Some of SmolLM3's layers know no positions at all.
     """
     attention = backbone.layers[layer].self_attn
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
-    positions = torch.arange(-keys.shape[0], 0, device=keys.device)[None, :]
-    cos, sin = backbone.rotary_emb(keys, positions)  # (1, P, d)
-    return _rotate(keys, cos[0, :, None, :], sin[0, :, None, :])
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding with the two halves of a head as the pairs; x (P, Hkv, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return rotary.before_text(backbone, keys) if getattr(attention, "use_rope", True) else keys

@@ -13,15 +13,27 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
         attention_mask: (B, N), nonzero at real tokens; None means all are. A row without one gives its first token,
             or zeros for "mean".
     """
-    if attention_mask is None:
-        return {"first": hidden[:, 0], "last": hidden[:, -1], "mean": hidden.mean(1)}[how]
-    real = attention_mask.bool()
+    rows, tokens = hidden.shape[:2]
     if how == "mean":
-        weights = real.to(hidden.dtype)[..., None]
+        if attention_mask is None:
+            return hidden.mean(1)
+        weights = attention_mask.bool().to(hidden.dtype)[..., None]
         return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-    slots = torch.arange(real.shape[1], device=real.device)
-    if how == "first":
-        index = slots.masked_fill(~real, real.shape[1]).amin(-1) % real.shape[1]
+    return hidden.flatten(0, 1).index_select(0, pooled_tokens(rows, tokens, attention_mask, how, hidden.device))
+
+
+def pooled_tokens(
+    rows: int, tokens: int, attention_mask: Tensor | None, how: str, device: torch.device
+) -> Tensor:
+    """(B,) the token of the flattened (B, N) that each row's pooling reads: its "first" or its "last" real one.
+
+    A row without a real token has its first.
+    """
+    slots = torch.arange(tokens, device=device)
+    if attention_mask is None:
+        slot = slots[0 if how == "first" else -1]
+    elif how == "first":
+        slot = slots.masked_fill(~attention_mask.bool(), tokens).amin(-1) % tokens
     else:
-        index = slots.masked_fill(~real, -1).amax(-1).clamp(min=0)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
+        slot = slots.masked_fill(~attention_mask.bool(), -1).amax(-1).clamp(min=0)
+    return torch.arange(rows, device=device) * tokens + slot

@@ -12,12 +12,19 @@ class Projection:
     """x -> x weight^T + bias.
 
     Attributes:
-        weight: (F, D), any strides: a view of the base's parameter.
+        weight: (F, D), any strides.
         bias: (F,) or None.
+        in_place: weight and bias are views of the base's parameters, not copies: whoever keeps their addresses reads
+            what the base computes with.
     """
 
     weight: Tensor
     bias: Tensor | None
+    in_place: bool = True
+
+    def rows(self, start: int, end: int) -> Projection:
+        """The map to outputs start..end - 1 alone."""
+        return Projection(self.weight[start:end], None if self.bias is None else self.bias[start:end], self.in_place)
 
 
 def linear_projection(module: nn.Module) -> Projection:

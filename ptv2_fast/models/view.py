@@ -35,8 +35,29 @@ def view_of(
     if forward is None:
         return view
     outer = _shallow_copy(view, _class_with_forward(type(module)))
+    if getattr(view, "gradient_checkpointing", False):
+        view.gradient_checkpointing = False  # the outer forward recomputes the inner one
     outer._view_forward = functools.partial(forward, view.forward)
     return outer
+
+
+def with_modules(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """A view of `module` with other modules at some paths ("encoder.layer.0"); what lies above them are views.
+
+    Args:
+        replacements: path -> module; no path lies below another one.
+    """
+    children: dict[str, nn.Module] = {}
+    nested: dict[str, dict[str, nn.Module]] = {}
+    for path, replacement in replacements.items():
+        head, _, tail = path.partition(".")
+        if tail:
+            nested.setdefault(head, {})[tail] = replacement
+        else:
+            children[head] = replacement
+    for head, below in nested.items():
+        children[head] = with_modules(module._modules[head], below)
+    return view_of(module, children=children) if children else module
 
 
 def _shallow_copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

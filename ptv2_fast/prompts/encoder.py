@@ -17,8 +17,8 @@ class PromptEncoder(nn.Module):
     """Trained parameters that stand for P virtual tokens.
 
     forward() gives, for the prompted layers in order (`layers`, L' of them):
-        deep     (L', P, D)          the hidden states that each layer's keys and values are
-        projected from shallow  (P, D)              the embeddings that evolve through the stack
+        deep     (L', P, D)          the hidden states that each layer's keys and values are projected from
+        shallow  (P, E)              the embeddings that evolve through the stack
         prefix   (L', 2, Hkv, P, d)  the keys and values themselves
     With `reparameterization` the prompts are an MLP's output over P trained embeddings: run once on
     P rows.
@@ -36,6 +36,7 @@ class PromptEncoder(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         std: float,
+        embedding_size: int | None = None,
     ):
         """Create and initialise the parameters ("normal"; `ptv2_fast.prompts.text_init` overwrites
         them).
@@ -45,6 +46,7 @@ class PromptEncoder(nn.Module):
             layers: the prompted layers, sorted.
             hidden_size: D; num_heads: H; num_kv_heads: Hkv; head_dim: d.
             std: standard deviation of the initial values.
+            embedding_size: E; None where it is D.
         """
         super().__init__()
         length = config.num_virtual_tokens
@@ -52,7 +54,7 @@ class PromptEncoder(nn.Module):
         self.dropout = config.prompt_dropout
         self.shape = {
             "deep": (len(layers), length, hidden_size),
-            "shallow": (length, hidden_size),
+            "shallow": (length, embedding_size or hidden_size),
             "prefix": (len(layers), 2, num_kv_heads, length, head_dim),
         }[config.injection]
         self.injection = config.injection

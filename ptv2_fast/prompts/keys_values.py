@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.attention.prompt_batch import LayerPrompt
+from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
+from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.projection import LayerProjections
@@ -42,10 +43,10 @@ def layer_prompts(
         case "deep":
             pairs = dict(zip(encoder.layers, projections(prompts, backend)))
         case "shallow":
-            recorded = record_keys_values(backbone, prompts[None], family)
+            recorded = record_keys_values(backbone, prompts[None], family, virtual=True)
             pairs = {layer: recorded[layer] for layer in encoder.layers}
     gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
-    count = len(family.layers(backbone))
+    count = Dimensions.of(backbone).num_layers
     return tuple(
         LayerPrompt(*pairs[layer], bias=gates.get(layer)) if layer in pairs else None
         for layer in range(count)
@@ -53,11 +54,14 @@ def layer_prompts(
 
 
 def record_keys_values(
-    backbone: PreTrainedModel, embeddings: Tensor, family: Family
+    backbone: PreTrainedModel, embeddings: Tensor, family: Family, *, virtual: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
-    """Run embeddings (1, P, D) through the backbone and keep each layer's keys and values (Hkv, P, d).
+    """Run embeddings (1, P, E) through the backbone and keep each layer's keys and values (Hkv, P, d).
 
     They stand right before the text: at rotary positions -P..-1, or at the first P learned ones.
+
+    Args:
+        virtual: they are virtual tokens, which sliding windows never hide; else they are a text like any other.
     """
     length = embeddings.shape[1]
     start = -length if family.rotary else family.first_position(backbone)
@@ -66,11 +70,12 @@ def record_keys_values(
     mask = torch.ones(1, length, dtype=torch.bool, device=embeddings.device)
     record: list[tuple[Tensor, Tensor]] = []
     backbone(
-        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False, ptv2_record=record
-    )
+        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False,
+        ptv2_record=record, ptv2_prompts=PromptBatch(layers=(), windowed=not virtual),
+    )  # fmt: skip
     # A recomputation in backward (gradient checkpointing) appends again: only the first pass
     # counts.
-    return [(keys[0], values[0]) for keys, values in record[: len(family.layers(backbone))]]
+    return [(keys[0], values[0]) for keys, values in record[: Dimensions.of(backbone).num_layers]]
 
 
 def stack_bank(

@@ -43,7 +43,7 @@ class LayerProjections:
             for layer, state in zip(self._layers, states.unbind(0))
         ]
         per_layer = [self._family.projections(self._backbone, layer) for layer in self._layers]
-        if _kernel_serves(normed[0], per_layer[0][0].weight, backend):
+        if _kernel_serves(normed[0], per_layer[0], backend):
             keys, values = self._by_kernel(torch.stack(normed), per_layer)
         else:
             keys, values = (
@@ -71,8 +71,10 @@ class LayerProjections:
         return tuple(prompt_projection(normed, table) for table in self._tables[1])
 
 
-def _kernel_serves(normed: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether the states are what the kernel takes; under autocast and the compiler torch's own product runs."""
+def _kernel_serves(normed: Tensor, layer: tuple[Projection, Projection], backend: str) -> bool:
+    """Whether the kernel takes the states and the weights; under autocast and the compiler torch's own product runs."""
     wanted = backend == "triton" or (backend == "auto" and normed.is_cuda)
-    plain = normed.dtype == weight.dtype and not torch.is_autocast_enabled(normed.device.type)
+    # The kernel's table keeps the addresses of weights, so they must be the base's own.
+    plain = normed.dtype == layer[0].weight.dtype and all(projection.in_place for projection in layer)
+    plain = plain and not torch.is_autocast_enabled(normed.device.type)
     return wanted and plain and normed.dtype in _KERNEL_DTYPES and not torch.compiler.is_compiling()

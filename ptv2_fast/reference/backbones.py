@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-ENCODERS = ("bert", "roberta")
-ROTARY_DECODERS = ("llama", "qwen3")
-FAMILIES = (*ENCODERS, "gpt2", *ROTARY_DECODERS)
+from ptv2_fast.reference.masks import additive_mask
+
+BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra")
+ENCODERS = (*BERT_LIKE, "albert", "distilbert", "modernbert")
+# Layers are called and named as in Llama; what differs inside a layer is the layer's own business.
+LLAMA_LIKE = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "smollm3", "gemma2", "gemma3_text",
+)  # fmt: skip
+FAMILIES = (*ENCODERS, "gpt2", "opt", "gpt_neox", *LLAMA_LIKE)
+
+WITHOUT_TOKEN_TYPES = ("distilbert", "modernbert")
+# Rotary tables of their own for layers with and without a window.
+_TABLES_BY_KIND = ("gemma3_text", "modernbert")
+# Every layer has the window that the configuration names; elsewhere the configuration lists kinds of layers.
+_ONE_WINDOW = ("mistral", "mixtral", "phi3", "qwen3_moe")
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 # The name under which the attention below is known to transformers while a literal form runs.
 _ATTENTION_NAME = "ptv2_fast_literal"
@@ -20,22 +33,21 @@ def check_backbone(backbone: nn.Module) -> str:
     """Return the backbone's family, or say why the literal forms do not cover it.
 
     Raises:
-        ValueError: another family, a model with a head on top, a BERT set up as a decoder,
-            sliding-window layers, or gradient checkpointing in training mode.
+        ValueError: another family, a model with a head on top, an encoder set up as a decoder, or
+            gradient checkpointing in training mode.
     """
     config = getattr(backbone, "config", None)
     family = getattr(config, "model_type", None)
     if family not in FAMILIES:
         raise ValueError(f"backbone must be one of {', '.join(FAMILIES)}; got {family!r}")
-    if not any(hasattr(backbone, name) for name in ("encoder", "h", "layers")):
+    inside = ("encoder", "decoder", "transformer", "h", "layers")
+    if getattr(backbone, "base_model", backbone) is not backbone or not any(hasattr(backbone, n) for n in inside):
         raise ValueError(
             f"backbone must be the model without a head (model.base_model); "
             f"got {type(backbone).__name__}"
         )
     if getattr(config, "is_decoder", False) and family in ENCODERS:
         raise ValueError(f"backbone must be an encoder; got a {family} with is_decoder=True")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError("backbone must have full attention only; got sliding-window layers")
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
     if backbone.training and checkpointed:
         # The recomputation would run after the attention implementation has been put back.
@@ -50,47 +62,97 @@ def is_causal(backbone: nn.Module) -> bool:
 
 def uses_rotary(backbone: nn.Module) -> bool:
     """Say whether positions enter through rotated queries and keys, not through a table."""
-    return backbone.config.model_type in ROTARY_DECODERS
+    return hasattr(backbone, "rotary_emb")
 
 
 def first_position(backbone: nn.Module) -> int:
     """Return the position id of a row's first token: RoBERTa counts from its padding_idx + 1."""
-    if backbone.config.model_type == "roberta":
+    if backbone.config.model_type in ("roberta", "xlm-roberta"):
         return backbone.embeddings.padding_idx + 1
     return 0
 
 
-def layers_of(backbone: nn.Module) -> nn.ModuleList:
-    """Return the transformer layers, in the order in which they run."""
-    family = backbone.config.model_type
-    if family in ENCODERS:
+def layers_of(backbone: nn.Module) -> Sequence[nn.Module]:
+    """Return the transformer layers, in the order in which they run; a shared one as often as it runs."""
+    family, config = backbone.config.model_type, backbone.config
+    if family in BERT_LIKE:
         return backbone.encoder.layer
+    if family == "albert":
+        groups = backbone.encoder.albert_layer_groups
+        share = config.num_hidden_layers / config.num_hidden_groups
+        return [groups[int(index / share)] for index in range(config.num_hidden_layers)]
+    if family == "distilbert":
+        return backbone.transformer.layer
+    if family == "opt":
+        return backbone.decoder.layers
     return backbone.h if family == "gpt2" else backbone.layers
 
 
 def embed(
     backbone: nn.Module, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None
 ) -> Tensor:
-    """Run the embedding step as the backbone's own forward does it: (B, N) ids -> (B, N, D)."""
+    """Run what stands before the first layer as the backbone's own forward does it: (B, N) ids -> (B, N, D)."""
     family = backbone.config.model_type
-    if family in ENCODERS:
-        return backbone.embeddings(
+    if family in (*BERT_LIKE, "albert"):
+        hidden = backbone.embeddings(
             input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids
         )
+        if family == "albert":
+            return backbone.encoder.embedding_hidden_mapping_in(hidden)
+        return backbone.embeddings_project(hidden) if hasattr(backbone, "embeddings_project") else hidden
+    if family == "distilbert":
+        return backbone.embeddings(input_ids, position_ids=position_ids)
+    if family == "modernbert":
+        return backbone.embeddings(input_ids)
     if family == "gpt2":
         return backbone.drop(backbone.wte(input_ids) + backbone.wpe(position_ids))
-    return backbone.embed_tokens(input_ids)
+    if family == "opt":
+        decoder = backbone.decoder
+        words = decoder.embed_tokens(input_ids)
+        words = words if decoder.project_in is None else decoder.project_in(words)
+        return words + decoder.embed_positions(None, position_ids=position_ids)
+    return backbone.emb_dropout(backbone.embed_in(input_ids)) if family == "gpt_neox" else backbone.embed_tokens(input_ids)
+
+
+def layer_kind(backbone: nn.Module, index: int) -> str:
+    """Return "sliding_attention" where layer ``index`` has a window, else "full_attention"."""
+    config = backbone.config
+    if config.model_type in _ONE_WINDOW:
+        return _FULL if config.sliding_window is None else _SLIDING
+    kinds = getattr(config, "layer_types", None)
+    return _FULL if kinds is None or getattr(config, "sliding_window", None) is None else kinds[index]
+
+
+def masks_by_kind(
+    backbone: nn.Module, key_mask: Tensor, prompt_length: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the additive mask over [prompts ; text] of every kind of layer that the backbone has."""
+    kinds = {layer_kind(backbone, index) for index in range(len(layers_of(backbone)))}
+    windows = {_FULL: None, _SLIDING: getattr(backbone.config, "sliding_window", None)}
+    return {
+        kind: additive_mask(key_mask, prompt_length, causal=is_causal(backbone), dtype=dtype, window=windows[kind])
+        for kind in kinds
+    }
+
+
+def mask_argument(backbone: nn.Module, masks: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    """Return the masks as the backbone's own forward takes them."""
+    if set(masks) == {_FULL} or backbone.config.model_type in _ONE_WINDOW:
+        return next(iter(masks.values()))
+    return {_FULL: next(iter(masks.values())), **masks}
 
 
 def run_layer(
-    backbone: nn.Module, layer: nn.Module, hidden: Tensor, mask: Tensor, positions: Tensor
+    backbone: nn.Module, index: int, hidden: Tensor, mask: Tensor, positions: Tensor
 ) -> Tensor:
-    """Run one layer on (B, M, D) hidden states with a (B, 1 or H, M, M) additive mask.
+    """Run layer ``index`` on (B, M, D) hidden states with a (B, 1 or H, M, M) additive mask.
 
     ``positions`` (B, M) is what rotary layers turn queries and keys by; the others do not read it.
     """
+    layer = layers_of(backbone)[index]
     if uses_rotary(backbone):
-        tables = backbone.rotary_emb(hidden, positions)
+        kind = (backbone.config.layer_types[index],) if backbone.config.model_type in _TABLES_BY_KIND else ()
+        tables = backbone.rotary_emb(hidden, positions, *kind)
         output = layer(
             hidden, attention_mask=mask, position_ids=positions, position_embeddings=tables
         )
@@ -102,9 +164,28 @@ def run_layer(
 def final_norm(backbone: nn.Module, hidden: Tensor) -> Tensor:
     """Apply what stands between the last layer and the heads; nothing on post-norm encoders."""
     family = backbone.config.model_type
-    if family in ENCODERS:
+    if family == "opt":
+        for step in (backbone.decoder.final_layer_norm, backbone.decoder.project_out):
+            hidden = hidden if step is None else step(hidden)
         return hidden
-    return backbone.ln_f(hidden) if family == "gpt2" else backbone.norm(hidden)
+    name = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "modernbert": "final_norm"}.get(family, "norm")
+    return hidden if family in ENCODERS and family != "modernbert" else getattr(backbone, name)(hidden)
+
+
+class PrefixByCall:
+    """Keys, values and bias that stand in front of each layer's own, handed out in the order of the layers.
+
+    ALBERT's one layer runs again and again and some layers know no index of their own; but every layer asks once.
+    """
+
+    def __init__(self, by_layer: Mapping[int, tuple[Tensor, Tensor, Tensor | None]]):
+        self._by_layer = by_layer
+        self._calls = 0
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Return the prefix of the layer whose turn it is, None where it has none."""
+        self._calls += 1
+        return self._by_layer.get(self._calls - 1)
 
 
 def plain_attention(
@@ -115,26 +196,29 @@ def plain_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    literal_prefix: dict[int, tuple[Tensor, Tensor, Tensor | None]] | None = None,
+    softcap: float | None = None,
+    literal_prefix: PrefixByCall | None = None,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     """Text-book attention in the dtype of its input, in transformers' attention interface.
 
-    out = dropout(softmax(scaling * q k^T + mask)) v. transformers' own eager attention takes
-    Llama's and Qwen3's softmax in float32, so it cannot judge in float64.
+    out = dropout(softmax(cap(scaling * q k^T) + mask)) v, cap(s) = softcap * tanh(s / softcap) or s.
+    transformers' own eager attention takes Llama's and Qwen3's softmax in float32, so it cannot
+    judge in float64. Windows are the mask's business.
 
     Args:
         query: (B, H, N, d).
         key, value: (B, Hkv, N, d); each key head serves H / Hkv query heads.
         attention_mask: (B, 1 or H, N, N), added to the scores.
-        literal_prefix: for layers by index, keys and values (Hkv, P, d) that stand in front of the
-            text's own in every row of the batch, and a bias (H, P) on their scores or None.
+        literal_prefix: keys and values (Hkv, P, d) that stand in front of the layer's own in every
+            row of the batch, and a bias (H, P) on their scores or None.
 
     Returns:
         out (B, N, H, d) and the probabilities (B, H, N, P+N).
     """
-    if literal_prefix is not None and module.layer_idx in literal_prefix:
-        prefix_key, prefix_value, bias = literal_prefix[module.layer_idx]
+    prefix = None if literal_prefix is None else literal_prefix.next()
+    if prefix is not None:
+        prefix_key, prefix_value, bias = prefix
         batch, num_heads, num_queries = query.shape[:3]
         key = torch.cat([prefix_key.expand(batch, -1, -1, -1), key], dim=2)
         value = torch.cat([prefix_value.expand(batch, -1, -1, -1), value], dim=2)
@@ -150,6 +234,8 @@ def plain_attention(
     value = value.repeat_interleave(group, dim=1)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
     probabilities = nn.functional.dropout(scores.softmax(dim=-1), dropout, module.training)

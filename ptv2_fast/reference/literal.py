@@ -1,8 +1,8 @@
 """The three injections on Hugging Face backbones, literally: concat, mask, layer, slice.
 
 These functions judge the fast path. They are slow on purpose and follow the definition step by
-step. ``backbone`` is a model without a head (BertModel, RobertaModel, GPT2Model, LlamaModel or
-Qwen3Model); its weights, its mode and its attention implementation are left as they were. All of
+step. ``backbone`` is a model without a head (BertModel, LlamaModel, ...; ``backbones.FAMILIES``); its
+weights, its mode and its attention implementation are left as they were. All of
 them work in every floating dtype, give gradients to the prompts (and to whatever else asks for
 them) and return the text's N rows after the backbone's last norm.
 
@@ -11,7 +11,9 @@ Shared conventions:
 - ``attention_mask`` (B, N), nonzero at real tokens, padding anywhere; None means no padding.
 - ``position_ids`` (B, N) as the backbone itself takes them (RoBERTa's start at padding_idx + 1),
   before any shift that an injection adds. None counts each row's real tokens from the first one.
-- ``token_type_ids`` (B, N), BERT and RoBERTa only; None means zeros.
+- ``token_type_ids`` (B, N), encoders that have token types only; None means zeros.
+- A sliding window counts the text's own tokens: padding has no width, and prompts are in every window
+  (``masks.additive_mask``).
 - Rows of the output at padding are meaningless; a row of nothing but padding is finite.
 
 Source: P-Tuning v2 (Liu et al., 2022), section 3; prompt tuning (Lester et al., 2021);
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_fast.reference import backbones
-from ptv2_fast.reference.masks import additive_mask, as_key_mask, positions_from_mask
+from ptv2_fast.reference.masks import as_key_mask, positions_from_mask
 
 
 def literal_deep(
@@ -68,18 +70,17 @@ def literal_deep(
 
     with backbones.plain_attention_in(backbone):
         hidden = backbones.embed(backbone, input_ids, positions, token_type_ids)
-        for index, layer in enumerate(backbones.layers_of(backbone)):
+        for index in range(len(backbones.layers_of(backbone))):
             prompt = by_layer.get(index, hidden.new_zeros(0, hidden.shape[2]))
             length = prompt.shape[0]
             rows = torch.cat([prompt.expand(len(hidden), -1, -1), hidden], dim=1)  # [B, P+N, D]
-            mask = additive_mask(
-                key_mask, length, causal=backbones.is_causal(backbone), dtype=hidden.dtype
-            )
+            masks = backbones.masks_by_kind(backbone, key_mask, length, hidden.dtype)
+            mask = masks[backbones.layer_kind(backbone, index)]
             if index in bias_by_layer:
                 bias = bias_by_layer[index][None, :, None, :]  # [1, H, 1, P]
                 mask = mask + nn.functional.pad(bias, (0, input_ids.shape[1]))
             row_positions = _prepend_prompt_positions(positions, length, first=0)
-            hidden = backbones.run_layer(backbone, layer, rows, mask, row_positions)[:, length:]
+            hidden = backbones.run_layer(backbone, index, rows, mask, row_positions)[:, length:]
         return backbones.final_norm(backbone, hidden)
 
 
@@ -99,7 +100,7 @@ def literal_shallow(
     where there is one; the text is shifted by P.
 
     Args:
-        prompts: (P, D).
+        prompts: (P, E), of the size that word embeddings have.
         input_ids: (B, N) int64.
 
     Returns:
@@ -120,8 +121,8 @@ def literal_shallow(
     length = prompts.shape[0]
     inputs = {
         "inputs_embeds": torch.cat([prompts.expand(len(words), -1, -1), words], dim=1),
-        "attention_mask": additive_mask(
-            key_mask, length, causal=backbones.is_causal(backbone), dtype=words.dtype
+        "attention_mask": backbones.mask_argument(
+            backbone, backbones.masks_by_kind(backbone, key_mask, length, words.dtype)
         ),
         "position_ids": _prepend_prompt_positions(
             positions, length, first=backbones.first_position(backbone)
@@ -189,15 +190,15 @@ def literal_prefix(
 
     inputs = {
         "input_ids": input_ids,
-        "attention_mask": additive_mask(
-            key_mask, 0, causal=backbones.is_causal(backbone), dtype=backbone.dtype
+        "attention_mask": backbones.mask_argument(
+            backbone, backbones.masks_by_kind(backbone, key_mask, 0, backbone.dtype)
         ),
         "position_ids": position_offset + _text_positions(backbone, key_mask, position_ids),
     }
     if token_type_ids is not None:
         inputs["token_type_ids"] = token_type_ids
     with backbones.plain_attention_in(backbone):
-        return backbone(**inputs, use_cache=False, literal_prefix=prefix)[0]
+        return backbone(**inputs, use_cache=False, literal_prefix=backbones.PrefixByCall(prefix))[0]
 
 
 def _text_positions(backbone: nn.Module, key_mask: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -220,7 +221,8 @@ def _prepend_prompt_positions(positions: Tensor, prompt_length: int, first: int)
 
 def _check_token_types(backbone: nn.Module, token_type_ids: Tensor | None) -> None:
     family = backbone.config.model_type
-    if token_type_ids is not None and family not in backbones.ENCODERS:
+    typed = set(backbones.ENCODERS) - set(backbones.WITHOUT_TOKEN_TYPES)
+    if token_type_ids is not None and family not in typed:
         raise ValueError(f"token_type_ids must be None for {family}, which has no token types")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def as_key_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
@@ -47,19 +47,28 @@ def positions_from_mask(key_mask: Tensor) -> Tensor:
 
 
 def additive_mask(
-    key_mask: Tensor, prompt_length: int, *, causal: bool, dtype: torch.dtype
+    key_mask: Tensor,
+    prompt_length: int,
+    *,
+    causal: bool,
+    dtype: torch.dtype,
+    window: int | None = None,
 ) -> Tensor:
     """Build the mask over [prompts ; text] that is added to the attention scores.
 
     mask[b, 0, i, j] = 0 where row i may see key j, else the lowest finite number of ``dtype``.
     Prompts are never padding. With ``causal`` row i sees keys j <= i only, so every text row still
-    sees every prompt. The lowest number is finite, so a row that may see nothing gives no NaN.
+    sees every prompt. A window counts the text's own tokens, padding and prompts left out, and never
+    hides a prompt, nor anything from one: prompts are in every window. The lowest number is finite,
+    so a row that may see nothing gives no NaN.
 
     Args:
         key_mask: (B, N) bool, True at real tokens.
         prompt_length: P, the rows in front of the text; 0 gives a mask over the text only.
         causal: whether a row is kept from seeing the rows behind it.
         dtype: the floating-point type of the scores.
+        window: how far a text row sees: keys less than ``window`` tokens back with ``causal``, at
+            most ``window`` tokens away on either side without; None means any distance.
 
     Returns:
         (B, 1, P+N, P+N) of ``dtype``.
@@ -70,5 +79,11 @@ def additive_mask(
     visible = visible[:, None, None, :].expand(batch, 1, total, total)
     if causal:
         visible = visible & key_mask.new_ones(total, total).tril()
+    if window is not None:
+        rank = positions_from_mask(key_mask)  # [B, N]
+        distance = rank[:, :, None] - rank[:, None, :]
+        near = distance < window if causal else distance.abs() <= window
+        everywhere = nn.functional.pad(near, (prompt_length, 0, prompt_length, 0), value=True)
+        visible = visible & everywhere[:, None]
     blocked = torch.zeros(visible.shape, dtype=dtype, device=key_mask.device)
     return blocked.masked_fill(~visible, torch.finfo(dtype).min)

@@ -20,23 +20,35 @@ def has_plain_head(base: PreTrainedModel) -> bool:
     return type(base.get_output_embeddings()) is nn.Linear and not changed
 
 
+def labelled_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens predict a label, and the labels: (R,) positions in the flattened (B, N), and (R,) targets.
+
+    Args:
+        labels: (B, N); the label of token i is compared with the prediction of token i - 1; -100 is ignored.
+    """
+    tokens = labels.shape[1]
+    targets = labels[:, 1:].flatten()
+    index = (targets != IGNORED_LABEL).nonzero().flatten()
+    before = torch.div(index, tokens - 1, rounding_mode="floor") * tokens + index % (tokens - 1)
+    return before, targets.index_select(0, index)
+
+
 def labelled_rows_loss(
-    hidden: Tensor, labels: Tensor, head: nn.Linear, num_items_in_batch: Tensor | int | None = None
+    hidden: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    head: nn.Linear,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """Cross-entropy of the next token at every labelled position.
 
     Args:
         hidden: (B, N, D), the backbone's output.
-        labels: (B, N); the label of token i is compared with the prediction of token i - 1; -100 is ignored.
+        tokens, targets: what `labelled_tokens` gives.
         head: the model's output embedding.
         num_items_in_batch: divide the sum by this (Trainer's count over accumulated batches) instead of by this
             batch's own number of labels.
     """
-    targets = labels[:, 1:].flatten()
-    index = (targets != IGNORED_LABEL).nonzero().flatten()
-    # Rows are gathered from (B, N, D) flattened: the position in it of the token before each label.
-    tokens = labels.shape[1]
-    before = torch.div(index, tokens - 1, rounding_mode="floor") * tokens + index % (tokens - 1)
-    rows = hidden.flatten(0, 1).index_select(0, before)
-    total = linear_cross_entropy(rows, head.weight, head.bias, targets.index_select(0, index))
-    return total / (max(index.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
+    rows = hidden.flatten(0, 1).index_select(0, tokens)
+    total = linear_cross_entropy(rows, head.weight, head.bias, targets)
+    return total / (max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch)

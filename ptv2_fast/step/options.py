@@ -19,10 +19,19 @@ class StepOptions:
             zeros, after the last. None: while training on CUDA with the triton backend.
         labelled_rows_loss: causal language models compute logits for labelled tokens only, in chunks, and return
             a loss without logits. None: while training on CUDA.
+        fused_projections: queries, keys and values (and gate and up) of the frozen base by one matrix product; their
+            weights become views of one buffer. None: on CUDA.
+        last_rows: the last layer computes only the rows that are read: a pooled token, or the tokens whose successor
+            has a label. None: while training.
+        compile_layers: torch.compile the body of each layer, all layers sharing what is compiled. None: off, since the
+            first step then takes as long as the compilation.
     """
 
     unpad: bool | None = None
     labelled_rows_loss: bool | None = None
+    fused_projections: bool | None = None
+    last_rows: bool | None = None
+    compile_layers: bool | None = None
 
     def __post_init__(self):
         for field in fields(self):
@@ -37,6 +46,9 @@ class StepPlan:
 
     unpad: bool
     labelled_rows_loss: bool
+    fused_projections: bool
+    last_rows: bool
+    compile_layers: bool
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -46,15 +58,25 @@ class StepPlan:
 def plan_step(options: StepOptions, *, training: bool, device: torch.device, backend: str) -> StepPlan:
     """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA)."""
     on_cuda = device.type == "cuda"
-    fast = on_cuda and backend in ("auto", "triton")
-    unpad, why_unpad = _decide(options.unpad, training and fast, "training on CUDA with triton")
-    loss, why_loss = _decide(options.labelled_rows_loss, training and on_cuda, "training on CUDA")
-    # A loss without logits is for training alone: evaluation reads them.
-    loss = loss and training
-    return StepPlan(unpad, loss, (f"unpad {why_unpad}", f"labelled_rows_loss {why_loss}"))
-
-
-def _decide(asked: bool | None, pays: bool, where: str) -> tuple[bool, str]:
-    if asked is not None:
-        return asked, f"{'on' if asked else 'off'} (asked for)"
-    return pays, f"{'on' if pays else 'off'} ({'' if pays else 'not '}{where})"
+    triton = on_cuda and backend in ("auto", "triton")
+    # Inside torch.compile the whole model is one graph: views that hold state between calls stay out of it.
+    traced = torch.compiler.is_compiling()
+    rules = {
+        "unpad": (training and triton, "training on CUDA with triton"),
+        "labelled_rows_loss": (training and on_cuda, "training on CUDA"),
+        "fused_projections": (on_cuda, "on CUDA"),
+        "last_rows": (training, "training"),
+        "compile_layers": (False, "unless asked for"),
+    }
+    decided, reasons = {}, []
+    for name, (pays, where) in rules.items():
+        asked = getattr(options, name)
+        decided[name] = pays if asked is None else asked
+        why = "asked for" if asked is not None else where if pays or where.startswith("unless") else f"not {where}"
+        if traced and name in ("fused_projections", "compile_layers") and decided[name]:
+            decided[name], why = False, "inside torch.compile"
+        reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
+    # A loss without logits and rows that nobody computes are for training alone: evaluation reads them.
+    decided["labelled_rows_loss"] &= training
+    decided["last_rows"] &= training
+    return StepPlan(**decided, reasons=tuple(reasons))

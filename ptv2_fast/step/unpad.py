@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ptv2_fast.models.view import view_of
 
@@ -45,6 +44,13 @@ class Packing:
     def has_padding(self) -> bool:
         return self.index.numel() < self.rows * self.tokens
 
+    def places(self, tokens: Tensor) -> Tensor:
+        """Where tokens (R,) of the flattened (B, N) stand among the T real tokens; T for padding."""
+        count = self.index.numel()
+        found = torch.searchsorted(self.index, tokens)
+        is_real = self.index.index_select(0, found.clamp(max=max(count - 1, 0))) == tokens if count else found < 0
+        return torch.where(is_real, found, count)
+
     def pack(self, padded: Tensor) -> Tensor:
         """(B or 1, N, ...) -> (1, T, ...): the real tokens, row after row."""
         full = padded.expand(self.rows, *padded.shape[1:])
@@ -63,20 +69,12 @@ def can_unpad(inputs: Mapping[str, Any]) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 2 and not tied
 
 
-def unpadded(target: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """`target` and its inputs such that its backbone runs over real tokens only.
+def unpadded(backbone: nn.Module, packing: Packing) -> nn.Module:
+    """A view of a backbone that runs over real tokens only and returns the padded batch, zeros at padding.
 
-    Heads see the padded batch again, zeros at padding. The padded outputs equal those of the padded run at every
-    real token.
-
-    Args:
-        target: a backbone, or a task model around one.
-        inputs: what it would be called with, the prompts and (B, N) position ids among them.
+    It is called like the backbone, with the prompts and (B, N) position ids among its inputs. Its outputs equal those
+    of the padded run at every real token.
     """
-    packing = Packing.of(inputs["attention_mask"])
-    if not packing.has_padding:
-        return target, dict(inputs)
-    backbone = target.base_model
     # A pooler reads whole rows: it runs on the padded output instead.
     pooler = getattr(backbone, "pooler", None)
     inner = view_of(backbone, children={"pooler": None}) if pooler is not None else backbone
@@ -91,10 +89,7 @@ def unpadded(target: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[nn.Mod
             output.pooler_output = pooler(output.last_hidden_state)
         return output
 
-    view = view_of(backbone, forward=forward)
-    if target is not backbone:
-        view = view_of(target, children={target.base_model_prefix: view})
-    return view, dict(inputs)
+    return view_of(backbone, forward=forward)
 
 
 def _packed_call(call: dict[str, Any], packing: Packing) -> dict[str, Any]:

@@ -83,8 +83,9 @@ class FitSettings:
                 raise ValueError(f"{name} must be in [{low}, {high}]; got {getattr(self, name)!r}")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive; got {self.max_grad_norm!r}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0; got {self.seed!r}")
+        # NumPy takes no larger one.
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be an integer in [0, 2**32); got {self.seed!r}")
 
 
 def _positive_integer(name: str, value: object) -> None:

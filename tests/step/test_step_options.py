@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ptv2_fast.step.options import StepOptions, plan_step
 from ptv2_fast.step.unpad import Packing
 
-OFF = StepOptions(unpad=False, labelled_rows_loss=False)
+OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
 CPU = torch.device("cpu")
 # A shallow prompt on an encoder is rows of the batch: there is nothing to unpad around it.
 UNPADDABLE = [
@@ -188,5 +189,6 @@ def test_the_plan_says_what_is_on_and_why(caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         "training step: unpad off (not training on CUDA with triton); "
-        "labelled_rows_loss off (not training on CUDA)"
+        "labelled_rows_loss off (not training on CUDA); fused_projections off (not on CUDA); "
+        "last_rows on (training); compile_layers off (unless asked for)"
     ]

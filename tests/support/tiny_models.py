@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -11,17 +12,37 @@ from ptv2_fast.reference.float64 import to_exact_float64
 from ptv2_fast.reference.literal import literal_deep, literal_prefix, literal_shallow
 
 ENCODERS = ("bert", "roberta")
-DECODERS = ("gpt2", "llama", "qwen3")
+DECODERS = (
+    "gpt2", "llama", "qwen3", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3", "phi3", "gemma2", "gemma3_text",
+    "gpt_neox", "opt",
+)  # fmt: skip
 FAMILIES = (*ENCODERS, *DECODERS)
 INJECTIONS = ("deep", "shallow", "prefix")
 VOCABULARY, HIDDEN, LABELS, PADDING_ID = 40, 32, 3, 1
 
-_CONFIGS = {
-    "bert": transformers.BertConfig,
-    "roberta": transformers.RobertaConfig,
-    "gpt2": transformers.GPT2Config,
-    "llama": transformers.LlamaConfig,
-    "qwen3": transformers.Qwen3Config,
+# Decoders whose positions are learned; all others rotate.
+LEARNED = ("gpt2", "opt")
+# Two query heads share a key head in these; the heads of 16 do not add up to the hidden size.
+GROUPED = ("llama", "qwen3", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3", "phi3", "gemma2", "gemma3_text")
+WIDE_HEADS = ("qwen3", "qwen3_moe", "gemma2", "gemma3_text")
+# Some or all of their layers see this many tokens back, fewer than the tests' texts have.
+WINDOWED, WINDOW = ("mistral", "phi3", "gemma2", "gemma3_text"), 4
+# What stands in a family's configuration beside the sizes: whatever makes it differ from Llama, switched on.
+_SPECIAL = {
+    "mistral": {"sliding_window": WINDOW},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "phi3": {"sliding_window": WINDOW, "original_max_position_embeddings": 64},
+    "gemma2": {
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 11,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+    },
+    "gemma3_text": {"sliding_window": WINDOW, "query_pre_attn_scalar": 11},
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "dropout": 0.0},
 }
 _AUTO = {
     "FEATURE_EXTRACTION": transformers.AutoModel,
@@ -57,16 +78,31 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
         names = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")
         sizes |= dict.fromkeys(names, 0.0)
     else:
-        # Two query heads share a key head; Qwen3's 4 heads of 16 do not add up to the hidden size.
-        head_dim = 16 if family == "qwen3" else 8
-        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": head_dim}
-    return _CONFIGS[family](**(sizes | changes))
+        sizes |= {"intermediate_size": 48}
+    if family in GROUPED:
+        sizes |= {"num_key_value_heads": 2, "head_dim": 16 if family in WIDE_HEADS else 8}
+    if family in ("mixtral", "qwen3_moe"):
+        sizes |= {"experts_implementation": "eager"}  # the one that takes float64
+    sizes |= _SPECIAL.get(family, {}) | changes
+    if family in ("gemma2", "gemma3_text"):
+        kinds = ("sliding_attention", "full_attention")
+        sizes |= {"layer_types": [kinds[i % 2] for i in range(sizes["num_hidden_layers"])]}
+    if family == "gemma2":
+        sizes["attn_implementation"] = "eager"  # it has no other that knows its softcap
+    return transformers.AutoConfig.for_model(family, **sizes)
+
+
+def has_head(family: str, task: str) -> bool:
+    """Whether transformers has a model of the family for the task."""
+    return type(tiny_config(family)) in _AUTO[task]._model_mapping
 
 
 def tiny_base(
     family: str, task: str = "FEATURE_EXTRACTION", *, seed: int = 0, exact: bool = False, **changes
 ) -> transformers.PreTrainedModel:
     """A tiny model in eval mode; one seed, one set of weights. `exact` makes it true float64."""
+    if not has_head(family, task):
+        pytest.skip(f"transformers has no {task} model of {family}")
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     if task == "QUESTION_ANS":

@@ -1,0 +1,31 @@
+"""GPT-NeoX (Pythia): pre-norm decoder with a projection fused head by head and rotary positions on part of a head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptv2_fast.models import rotary
+from ptv2_fast.models.projection import Projection, linear_projection
+
+
+def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Projection]:
+    """The key and the value part of one layer's fused projection, which maps to [q k v] of each head in turn.
+
+    Their rows do not lie one stride apart, so they are copies.
+    """
+    attention = backbone.layers[layer].attention
+    fused = linear_projection(attention.query_key_value)
+    by_head = (backbone.config.num_attention_heads, 3, attention.head_size)
+
+    def part(index: int) -> Projection:
+        weight = fused.weight.unflatten(0, by_head)[:, index].flatten(0, 1)
+        bias = None if fused.bias is None else fused.bias.unflatten(0, by_head)[:, index].flatten()
+        return Projection(weight, bias, in_place=False)
+
+    return part(1), part(2)
+
+
+def finished(backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
+    """Keys (P, H, d) as attention reads them: the first channels of each head rotated."""
+    return rotary.before_text(backbone, keys)

@@ -1,0 +1,32 @@
+"""Sliding windows: how far a layer sees, and padding that they would count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def smallest_window(backbone: PreTrainedModel) -> int | None:
+    """The shortest distance at which a layer of the backbone stops seeing its text; None where none does."""
+    config = backbone.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    return window if window is None or kinds is None or "sliding_attention" in kinds else None
+
+
+def counts_padding(backbone: PreTrainedModel, mask: Tensor) -> bool:
+    """Whether a row of mask (B, M) has padding between its tokens that a window would count as text.
+
+    A window counts slots. With padding at a row's ends alone that is the same as counting the row's own tokens.
+    Waits for the device, on models with windows and texts longer than those. Inside torch.compile and under
+    CUDA-graph capture nothing is looked at.
+    """
+    window = smallest_window(backbone)
+    if window is None or mask.shape[1] <= window or torch.compiler.is_compiling():
+        return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    real = mask.bool()
+    runs = real[:, 0].int() + (real[:, 1:] & ~real[:, :-1]).sum(-1)
+    return bool((runs > 1).any())

@@ -1,0 +1,157 @@
+"""Linear maps that read the same input, as one matrix product: queries, keys and values; gate and up.
+
+The weights of such a group are moved into one buffer, and each parameter becomes a view of its part: there is no second
+copy, and state_dict, save_pretrained, optimizers and whoever reads `module.weight` see what they saw before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Children, by their names in transformers, that are given the same input.
+_GROUPS = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+)
+
+
+class FusedProjections:
+    """Groups of frozen linear maps of a backbone, each computed by one matrix product."""
+
+    def __init__(self, backbone: nn.Module):
+        """Find the groups; nothing is moved before `modules` is called."""
+        self._groups = [
+            FusedGroup([f"{path}.{name}" if path else name for name in names], [module.get_submodule(n) for n in names])
+            for path, module in backbone.named_modules()
+            for names in _GROUPS
+            if all(n in module._modules for n in names) and _can_fuse([module.get_submodule(n) for n in names])
+        ]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """What stands in a view of the backbone at each path; the weights are moved where they are not in place yet."""
+        found = {}
+        for group in self._groups:
+            group.gather()
+            found.update(group.modules)
+        return found
+
+    def release(self) -> None:
+        """Give every parameter memory of its own again."""
+        for group in self._groups:
+            group.release()
+
+
+class FusedGroup:
+    """Linear maps of one input, side by side in one buffer.
+
+    Attributes:
+        modules: path -> the module that stands in for the linear map there.
+    """
+
+    def __init__(self, paths: Sequence[str], linears: Sequence[nn.Linear]):
+        self._linears = list(linears)
+        self._sizes = [linear.out_features for linear in linears]
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        # (input, what the linear maps after the first one make of it), between their calls in one forward.
+        self._kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self.modules = {path: _FusedLinear(self, position) for position, path in enumerate(paths)}
+
+    def gather(self) -> None:
+        """Move the weights (and biases) into one buffer, unless they lie there already."""
+        weights = [linear.weight for linear in self._linears]
+        if self._weight is None or not _lie_in(self._weight, weights):
+            self._weight = _side_by_side(weights)
+        biases = [linear.bias for linear in self._linears]
+        if biases[0] is not None and (self._bias is None or not _lie_in(self._bias, biases)):
+            self._bias = _side_by_side(biases)
+
+    def release(self) -> None:
+        """Give every parameter memory of its own again."""
+        for linear in self._linears:
+            for parameter in linear.parameters():
+                parameter.data = parameter.data.clone()
+        self._weight = self._bias = None
+
+    def first(self, x: Tensor) -> Tensor:
+        """The first linear map of x (..., D); the others' results wait for `next`."""
+        result, *rest = F.linear(x, self._weight, self._bias).split(self._sizes, dim=-1)
+        self._kept = (x, tuple(rest))
+        return result
+
+    def next(self, x: Tensor, position: int) -> Tensor:
+        """The linear map at `position` of x: computed with the first one where that had the very same input."""
+        kept = self._kept
+        # Another thread, or a layer that gives each map an input of its own, finds something else here.
+        if kept is None or kept[0] is not x:
+            return self._linears[position](x)
+        if position == len(self._sizes) - 1:
+            self._kept = None
+        return kept[1][position - 1]
+
+
+class _FusedLinear(nn.Module):
+    """Stands in for one linear map of a group."""
+
+    def __init__(self, group: FusedGroup, position: int):
+        super().__init__()
+        self._group = group
+        self._position = position
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._group.first(x) if self._position == 0 else self._group.next(x, self._position)
+
+    @property
+    def weight(self) -> Tensor:
+        """The linear map's own parameter, for code that asks for its dtype."""
+        return self._group._linears[self._position].weight
+
+
+def _can_fuse(modules: Sequence[nn.Module]) -> bool:
+    """Whether the modules are plain frozen linear maps of one input size, which nobody hooks, shards or replaces."""
+    if any(type(m) is not nn.Linear or "forward" in m.__dict__ for m in modules):
+        return False
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+    parameters = [p for m in modules for p in m.parameters()]
+    plain = all(type(p) is nn.Parameter and not p.requires_grad for p in parameters)
+    alike = len({(m.in_features, m.bias is None, m.weight.dtype, m.weight.device) for m in modules}) == 1
+    distinct = len({id(p) for p in parameters}) == len(parameters)
+    return plain and alike and distinct and not hooked
+
+
+def _lie_in(buffer: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether the parts are the buffer's rows, one after the other."""
+    address = buffer.data_ptr()
+    for part in parts:
+        if part.data_ptr() != address or part.dtype != buffer.dtype or part.device != buffer.device:
+            return False
+        address += part.numel() * part.element_size()
+    return True
+
+
+@torch.no_grad()
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """A buffer with the rows of all parts, of which each part becomes a view."""
+    first = parts[0]
+    rows = sum(part.shape[0] for part in parts)
+    if all(part.is_contiguous() for part in parts):
+        # Another wrapper of the same base may have moved them.
+        size = first.untyped_storage().nbytes() // first.element_size() - first.storage_offset()
+        if size >= rows * first[0].numel():
+            whole = first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+            if _lie_in(whole, parts):
+                return whole
+    buffer = torch.cat([part.detach() for part in parts])
+    for part, view in zip(parts, buffer.split([part.shape[0] for part in parts])):
+        part.data = view
+    return buffer

@@ -1,0 +1,108 @@
+"""The backbone as a training step runs it: a view with fused projections, compiled layers, and a last layer that
+computes what is read."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import output_capturing
+
+from ptv2_fast.models.families import Family
+from ptv2_fast.models.view import view_of, with_modules
+from ptv2_fast.step.fused_projections import FusedProjections
+from ptv2_fast.step.options import StepPlan
+
+COMPILER = "inductor"
+
+
+class StepLayers:
+    """Makes views of one backbone for the steps of one wrapper; the weights stay the backbone's."""
+
+    def __init__(self, backbone: PreTrainedModel, family: Family):
+        self._backbone = backbone
+        self._family = family
+        self._fused: FusedProjections | None = None
+
+    def view(self, backbone: nn.Module, plan: StepPlan, read: Tensor | None) -> nn.Module:
+        """`backbone`, or a view of it.
+
+        Args:
+            backbone: the backbone of this object, or a view of it.
+            plan: which savings are on.
+            read: (R,) the tokens of the flattened (B, N) whose last states are read; None for all.
+        """
+        if plan.fused_projections:
+            backbone = with_modules(backbone, self._fused_modules())
+        layers = self._family.layers(backbone)
+        last = len(layers) - 1
+        changed: dict[str, nn.Module] = {}
+        if plan.compile_layers:
+            changed = {str(i): compiled_layer(layer, i) for i, layer in enumerate(layers)}
+        if read is not None and plan.last_rows and self._family.read_rows is not None:
+            changed[str(last)] = self._family.read_rows(layers[last], read)
+        if not changed:
+            return backbone
+        return with_modules(backbone, {f"{self._layers_path}.{name}": layer for name, layer in changed.items()})
+
+    def release(self) -> None:
+        """Undo what was done to the backbone's weights."""
+        if self._fused is not None:
+            self._fused.release()
+            self._fused = None
+
+    def _fused_modules(self):
+        if self._fused is None:
+            self._fused = FusedProjections(self._backbone)
+        return self._fused.modules()
+
+    @functools.cached_property
+    def _layers_path(self) -> str:
+        layers = self._family.layers(self._backbone)
+        return next(path for path, module in self._backbone.named_modules() if module is layers)
+
+
+def compiled_layer(layer: nn.Module, position: int) -> nn.Module:
+    """A view of a layer whose body is compiled, with every layer of the same kind sharing what was compiled.
+
+    The layer gets its own prompt alone, so that nothing compiled depends on which layer it is.
+    """
+
+    def run(original, *args, ptv2_prompts=None, **kwargs):
+        if ptv2_prompts is not None:
+            kwargs["ptv2_prompts"] = ptv2_prompts.at(position)
+        return _compiled_call()(_without_capture(original.__self__), *args, **kwargs)
+
+    return view_of(layer, forward=run)
+
+
+def _without_capture(module: nn.Module) -> nn.Module:
+    """A view without the hooks by which transformers collects attention weights; the compiler cannot trace them.
+
+    No weights are lost: prompt attention never has any. A hook of anyone else stays.
+    """
+    children = {}
+    for name, child in module.named_children():
+        view = _without_capture(child)
+        if view is not child:
+            children[name] = view
+    hooks = module._forward_hooks.values()
+    captures = [hook for hook in hooks if getattr(hook, "__module__", None) == output_capturing.__name__]
+    if not children and not captures:
+        return module
+    view = view_of(module, children=children)
+    if len(captures) == len(hooks):
+        view._forward_hooks = OrderedDict()
+    return view
+
+
+@functools.cache
+def _compiled_call():
+    return torch.compile(_call, backend=COMPILER)
+
+
+def _call(layer: nn.Module, *args, **kwargs):
+    return layer.forward(*args, **kwargs)
