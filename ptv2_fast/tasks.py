@@ -231,9 +231,9 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         if self._disabled:
             return self.base_model.generate(*args, **kwargs)
 
-        def forward(original, *call_args, **inputs):
+        def forward(_, *call_args, **inputs):
             # generate calls with keywords; what it leaves out stays out.
-            return self.run(original, inputs, adapter_names)
+            return self.run(self.base_model, inputs, adapter_names)
 
         with torch.no_grad():
             return view_of(self.base_model, forward=forward).generate(*args, **kwargs)

@@ -80,8 +80,10 @@ def test_the_loss_of_a_span_is_the_mean_of_both_ends():
         (torch.tensor([0, 5]), r"labels must lie in \[0, 4\] or be -100; got \[5\]"),
         (torch.tensor([-1, 0]), r"labels must lie in \[0, 4\] or be -100; got \[-1\]"),
         (torch.tensor([0]), r"labels must have shape \(2,\).*got \(1,\)"),
+        (torch.tensor([0.0, 1.0]), "labels must be integers; got torch.float32"),
+        (["good", "bad"], "labels must be a tensor of integers; got list"),
     ],
-    ids=["high", "negative", "shape"],
+    ids=["high", "negative", "shape", "float", "strings"],
 )
 def test_refused_labels(labels, message):
     with pytest.raises(ValueError, match=message):
@@ -106,10 +108,41 @@ def test_labels_out_of_range_are_refused_by_the_model(task, heads):
         model(**BATCH.inputs, labels=torch.full(shape, 7))
 
 
-def test_causal_labels_out_of_range_are_refused():
+def test_causal_labels_out_of_range_or_shape_are_refused():
     model = tiny_model("llama", "deep", "CAUSAL_LM")
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 39\] or be -100; got \[40\]"):
         model(**BATCH.inputs, labels=torch.full((3, 9), 40))
+    with pytest.raises(ValueError, match=r"labels must have shape \(3, 9\); got \(3, 14\)"):
+        model(**BATCH.inputs, labels=torch.zeros(3, 14, dtype=torch.long))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_labels_of_another_shape_or_kind_are_refused_by_the_bases_head(task):
+    model = tiny_model("bert", "deep", task)
+    shape = r"\(3,\)" if task == "SEQ_CLS" else r"\(3, 9\)"
+    with pytest.raises(ValueError, match=f"labels must have shape {shape}"):
+        model(**BATCH.inputs, labels=torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="labels must be a tensor of integers; got list"):
+        model(**BATCH.inputs, labels=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("heads", [None, {"own": 2}], ids=["base-head", "own-head"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_spans_ignore_unlabelled_rows_and_refuse_what_lies_outside(family, heads):
+    """transformers' own loss would train unlabelled rows towards their first token."""
+    if heads:
+        model = _model("QUESTION_ANS", heads, family)
+    else:
+        model = tiny_model(family, "deep", "QUESTION_ANS")
+    batch = padded(text_rows(), "right")
+    starts, ends = torch.tensor([1, -100, 0]), torch.tensor([2, -100, 1])
+    loss = model(**batch.inputs, start_positions=starts, end_positions=ends).loss
+    kept = {name: value[[0, 2]] for name, value in batch.inputs.items()}
+    assert_equal(loss, model(**kept, start_positions=starts[[0, 2]], end_positions=ends[[0, 2]]).loss)
+    with pytest.raises(ValueError, match=r"end_positions must lie in \[0, 8\] or be -100; got \[9\]"):
+        model(**batch.inputs, start_positions=starts, end_positions=torch.tensor([2, 9, 1]))
+    with pytest.raises(ValueError, match=r"start_positions must have shape \(3,\); got \(2,\)"):
+        model(**batch.inputs, start_positions=starts[:2], end_positions=ends[:2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -180,8 +180,42 @@ def test_an_adapter_deleted_and_made_again_is_a_fresh_one():
             r"attention_mask must have shape \(3, 9\)",
         ),
         ({"input_ids": IDS, "attention_mask": torch.ones(9)}, "attention_mask must have"),
+        ({"input_ids": IDS.tolist()}, "input_ids must be a tensor; got list"),
+        ({"input_ids": IDS, "attention_mask": [[1] * 9] * 3}, "attention_mask must be a tensor; got list"),
+        ({"input_ids": IDS[:, :0]}, "input_ids must hold at least one row and one token; got 3 rows of 0"),
+        ({"inputs_embeds": torch.zeros(0, 9, 32)}, "inputs_embeds must hold at least one row.*got 0 rows"),
+        ({"input_ids": IDS.to("meta")}, "input_ids must be on the model's device cpu; got meta"),
+        (
+            {"input_ids": IDS, "attention_mask": torch.ones(3, 9, device="meta")},
+            "attention_mask must be on the model's device cpu; got meta",
+        ),
+        (
+            {"input_ids": IDS, "position_ids": torch.arange(14)[None]},
+            r"position_ids must have shape \(3, 9\), beside the text; got \(1, 14\)",
+        ),
+        (
+            {"input_ids": IDS, "position_ids": torch.arange(9)},
+            r"position_ids must have shape \(3, 9\), beside the text; got \(9,\)",
+        ),
     ],
-    ids=["none", "both", "1-d", "float", "embeds", "mask-with-prompt", "mask-rows", "mask-1-d"],
+    ids=[
+        "none",
+        "both",
+        "1-d",
+        "float",
+        "embeds",
+        "mask-with-prompt",
+        "mask-rows",
+        "mask-1-d",
+        "list",
+        "mask-list",
+        "no-tokens",
+        "no-rows",
+        "device",
+        "mask-device",
+        "positions-with-prompt",
+        "positions-1-d",
+    ],
 )
 @pytest.mark.parametrize(("family", "injection"), [("bert", "deep"), ("bert", "shallow"), ("llama", "shallow")])
 def test_unusable_inputs_are_refused(family, injection, inputs, message):

@@ -197,6 +197,8 @@ def test_without_dev_the_last_epoch_stays(tmp_path):
         {"weight_decay": -1.0},
         {"max_grad_norm": 0.0},
         {"seed": -1},
+        {"seed": 2**32},
+        {"learning_rate": float("inf")},
     ],
     ids=str,
 )
