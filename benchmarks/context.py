@@ -26,6 +26,7 @@ class Context:
         only: shell patterns; a case counts when its id fits one of them, all when empty.
         keep_going: measure on after a red cell; the run stays red.
         tests: what the parity suite gives to pytest.
+        data: what the quality suite reads.
     """
 
     device: torch.device
@@ -36,6 +37,7 @@ class Context:
     only: tuple[str, ...] = ()
     keep_going: bool = False
     tests: Path = field(default_factory=lambda: Path("tests/kernels"))
+    data: Path | None = None
 
     @property
     def left(self) -> float:

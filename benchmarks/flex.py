@@ -71,13 +71,13 @@ def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) 
     return total.to(first.dtype)
 
 
-def _compiled(function):
+def compile_shape(function):
     """One compilation for each shape: more of them than Dynamo allows by default."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def _build_concat(case: Case, inputs: Inputs, compile=_compiled) -> Call:
+def _build_concat(case: Case, inputs: Inputs, compile=compile_shape) -> Call:
     block_mask = text_mask(case, inputs, case.P)
     leaves = _leaves(case, inputs)
     gqa = case.group > 1
@@ -89,7 +89,7 @@ def _build_concat(case: Case, inputs: Inputs, compile=_compiled) -> Call:
     return _call(compile(attend), leaves, inputs)
 
 
-def _build_split(case: Case, inputs: Inputs, compile=_compiled) -> Call:
+def _build_split(case: Case, inputs: Inputs, compile=compile_shape) -> Call:
     block_mask = text_mask(case, inputs, 0)
     leaves = _leaves(case, inputs)
     gqa = case.group > 1

@@ -99,7 +99,7 @@ def time_interleaved(
     return _time_on_cuda(calls, effort)
 
 
-def _quantiles(samples: list[float]) -> tuple[float, float, float]:
+def quantiles(samples: list[float]) -> tuple[float, float, float]:
     """Median, p20 and p80."""
     ordered = sorted(samples)
     last = len(ordered) - 1
@@ -134,7 +134,7 @@ def _time_on_cpu(calls, effort) -> dict[str, Timing]:
         estimates[name] = sample(call)
     samples = _rounds(calls, {name: _count(ms, effort) for name, ms in estimates.items()}, sample)
     return {
-        name: Timing(*_quantiles(times), samples=len(times), method="perf_counter")
+        name: Timing(*quantiles(times), samples=len(times), method="perf_counter")
         for name, times in samples.items()
     }
 
@@ -193,7 +193,7 @@ def _time_by_events(calls, estimates, effort, flush) -> dict[str, Timing]:
     timings = {}
     for name, recorded in pairs.items():
         times = [start.elapsed_time(end) for start, end in recorded]
-        timings[name] = Timing(*_quantiles(times), samples=len(times), method="events")
+        timings[name] = Timing(*quantiles(times), samples=len(times), method="events")
     return timings
 
 
@@ -223,7 +223,7 @@ def _time_by_graphs(calls, events, effort) -> dict[str, Timing | str]:
     timings: dict[str, Timing | str] = dict(failed)
     for name, recorded in pairs.items():
         times = [start.elapsed_time(end) / sizes[name] for start, end in recorded]
-        timings[name] = Timing(*_quantiles(times), samples=len(times), method="graph")
+        timings[name] = Timing(*quantiles(times), samples=len(times), method="graph")
     return timings
 
 

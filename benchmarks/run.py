@@ -1,6 +1,7 @@
 """Run one suite of measurements into one result file.
 
-    python -m benchmarks.run --suite parity|kernels|tune --minutes 8 --out DIR [--device cuda|cpu] [--tiny]
+    python -m benchmarks.run --suite parity|kernels|tune|steps|memory|decode|quality --minutes 8 --out DIR
+                             [--device cuda|cpu] [--tiny]
 
 Correctness comes first: a wrong result of ours stops the run. The exit status is 0 when the suite is
 complete or its minutes are over, 1 when anything is red.
@@ -20,6 +21,10 @@ SUITES = {
     "parity": "benchmarks.parity_suite",
     "kernels": "benchmarks.kernels_suite",
     "tune": "benchmarks.tune_suite",
+    "steps": "benchmarks.steps_suite",
+    "memory": "benchmarks.memory_suite",
+    "decode": "benchmarks.decode_suite",
+    "quality": "benchmarks.quality_suite",
 }
 
 
@@ -35,6 +40,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep-going", action="store_true", help="measure on after a red cell")
     parser.add_argument("--tests", type=Path, default=Path("tests/kernels"), help="what parity gives pytest")
     parser.add_argument("--commit", help="the commit measured, where git cannot say")
+    parser.add_argument("--name", help="name of the result file; made of date, suite and device when left out")
+    parser.add_argument("--data", type=Path, help="what quality reads: a folder with sst2/ and wnut17/")
     return parser.parse_args(words)
 
 
@@ -57,10 +64,11 @@ def main(words: list[str] | None = None) -> int:
         facts["commit"] = options.commit
     stamp = facts["date"].replace(":", "").replace("+0000", "")
     command = ["python", "-m", "benchmarks.run", *(sys.argv[1:] if words is None else words)]
-    result = ResultFile(options.out / f"{stamp}-{options.suite}-{device.type}.json", options.suite, command, facts)
+    name = options.name or f"{stamp}-{options.suite}-{device.type}.json"
+    result = ResultFile(options.out / name, options.suite, command, facts)
     context = Context(
         device, options.tiny, options.out, deadline, result,
-        tuple(options.only), options.keep_going, options.tests,
+        tuple(options.only), options.keep_going, options.tests, options.data,
     )  # fmt: skip
     start = time.monotonic()
     state = importlib.import_module(SUITES[options.suite]).run(context)

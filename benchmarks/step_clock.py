@@ -1,0 +1,161 @@
+"""How long whole steps take: interleaved A B C A B C, one event pair or stopwatch around each."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.measure import Timing, quantiles
+
+
+@dataclass(frozen=True)
+class StepEffort:
+    """How much to measure.
+
+    Attributes:
+        seconds: for the timed steps of all providers of a cell together.
+        least, most: bounds on the samples of each.
+        warmups: steps before the first timed one, fewer where they would take longer than `warm_seconds`.
+        warm_seconds: for the warm-ups of one provider.
+    """
+
+    seconds: float = 15.0
+    least: int = 7
+    most: int = 50
+    warmups: int = 20
+    warm_seconds: float = 1.5
+
+
+QUICK_STEPS = StepEffort(seconds=0.0, least=2, most=2, warmups=1, warm_seconds=0.0)
+# One core and little hurry: quantiles need samples, and neighbours on the machine come and go.
+CPU_STEPS = StepEffort(seconds=120.0, least=9, most=60, warmups=3, warm_seconds=3.0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the clock stands around.
+
+    Attributes:
+        run: one step.
+        arm: called before, outside the timing.
+    """
+
+    run: Callable[[], object]
+    arm: Callable[[], None]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def warm_up(step: Step, device: torch.device, effort: StepEffort) -> float:
+    """Run a step until it is warm; gives the milliseconds of the last one."""
+    start = time.perf_counter()
+    for _ in range(effort.warmups):
+        begin = time.perf_counter()
+        step.arm()
+        step.run()
+        synchronize(device)
+        last = time.perf_counter() - begin
+        if time.perf_counter() - start > effort.warm_seconds:
+            break
+    return 1e3 * last
+
+
+def time_steps(
+    steps: Mapping[str, Step], device: torch.device, effort: StepEffort, *, seconds_left: float
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Warm every step up and time them in rounds.
+
+    A step that raises is left out of the rounds that follow.
+
+    Returns:
+        the timings, and why a step has none.
+    """
+    failed: dict[str, str] = {}
+    estimates: dict[str, float] = {}
+    for name, step in steps.items():
+        try:
+            estimates[name] = warm_up(step, device, effort)
+        except Exception as error:
+            failed[name] = reason_of(error)
+    ready = {name: step for name, step in steps.items() if name in estimates}
+    round_seconds = max(sum(estimates.values()) / 1e3, 1e-6)
+    budget = min(effort.seconds, max(0.0, seconds_left))
+    rounds = max(effort.least, min(effort.most, int(budget / round_seconds)))
+    samples: dict[str, list[float]] = {name: [] for name in ready}
+    deadline = time.monotonic() + max(0.0, seconds_left)
+    # Collections inside a step would be somebody's time, and at random.
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            if turn >= 3 and time.monotonic() > deadline:
+                break
+            for name in list(ready):
+                try:
+                    samples[name].append(_sample(ready[name], device))
+                except Exception as error:
+                    failed[name] = reason_of(error)
+                    del ready[name]
+    finally:
+        gc.enable()
+    method = "events" if device.type == "cuda" else "perf_counter"
+    timings = {
+        name: Timing(*quantiles(samples[name]), samples=len(samples[name]), method=method) for name in ready
+    }
+    return timings, failed
+
+
+def _sample(step: Step, device: torch.device) -> float:
+    """Milliseconds of one step, from an idle device to its last result."""
+    step.arm()
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step.run()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    step.run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def device_milliseconds(step: Step, device: torch.device) -> float | None:
+    """Time of a step's kernels alone, without the host's: their sum by the profiler; None where it cannot say."""
+    if device.type != "cuda":
+        return None
+    try:
+        from torch.profiler import ProfilerActivity, profile
+
+        step.arm()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            step.run()
+            torch.cuda.synchronize()
+        total = sum(event.self_device_time_total for event in trace.key_averages())
+    except Exception:
+        return None
+    return total / 1e3 if total else None
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line, for the record."""
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {first}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, is a device out of memory."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

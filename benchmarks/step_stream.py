@@ -1,0 +1,167 @@
+"""Batches whose rows have drawn lengths, as real data has: tokens per second over thirty different ones."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks import environment
+from benchmarks.context import Context
+from benchmarks.measure import Timing, quantiles
+from benchmarks.step_batches import Batch, make_batch, make_prompts
+from benchmarks.step_cases import StepCase
+from benchmarks.step_clock import Step, is_out_of_memory, reason_of, synchronize
+from benchmarks.step_models import build_base
+from benchmarks.step_providers import Kit, step_providers
+
+# Lengths of sentences and short paragraphs: a median of 55 tokens, one row in twenty beyond 200.
+_MEDIAN, _SIGMA, _LONGEST, _SHORTEST = 55, 0.8, 512, 4
+_NAMES = ("ours", "ours_graph", "peft", "peft_compiled", "literal_sdpa", "joined_sdpa", "floor", "floor_compiled")
+# A compiled step serves one shape: its batches are padded to the longest row of all of them.
+_SECONDS = {"cuda": 60.0, "cpu": 30.0}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The batches of one scenario.
+
+    Attributes:
+        case: model, rows and the prompt; N is the longest row.
+        lengths: real tokens of every row of every batch.
+        passes: timed passes over all batches.
+    """
+
+    case: StepCase
+    lengths: tuple[tuple[int, ...], ...]
+    passes: int = 5
+
+    @property
+    def id(self) -> str:
+        """The cell's name."""
+        case = self.case
+        return f"{case.model}-B{case.B}-lognormal-P{case.P}-{case.dtype}-batches{len(self.lengths)}"
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of one pass."""
+        return sum(map(sum, self.lengths))
+
+
+def make_stream(case: StepCase, batches: int, passes: int = 5, median: int = _MEDIAN) -> Stream:
+    """Draw the lengths of a scenario; the same every time."""
+    draw = random.Random(0)
+
+    def length() -> int:
+        return max(_SHORTEST, min(case.N, round(draw.lognormvariate(math.log(median), _SIGMA))))
+
+    lengths = tuple(tuple(length() for _ in range(case.B)) for _ in range(batches))
+    return Stream(replace(case, N=max(map(max, lengths))), lengths, passes)
+
+
+def streams_of(context: Context) -> list[Stream]:
+    """The scenario of a run's device: 30 batches of BERT-base, 6 of a tiny model."""
+    if context.tiny:
+        case = StepCase("tiny-bert", 3, 12, 4, dtype="fp32", peers="compiled")
+        return [make_stream(case, 3, passes=2, median=6)]
+    if context.device.type == "cpu":
+        return [make_stream(StepCase("minilm", 8, 128, 20, dtype="fp32"), 30, passes=3)]
+    return [make_stream(StepCase("bert-base", 32, _LONGEST, 20, peers="compiled"), 30)]
+
+
+def run_streams(context: Context) -> str:
+    """Measure the scenarios that there is time for; gives the state of the run."""
+    for stream in context.chosen(streams_of(context)):
+        if context.left < 10.0 and not context.tiny:
+            return "out of time"
+        try:
+            cell = measure_stream(stream, context)
+        except Exception as error:
+            status = "out of memory" if is_out_of_memory(error) else "failed"
+            cell = {"id": stream.id, "status": status, "reason": reason_of(error)}
+            context.result.add(cell)
+            context.say(f"{stream.id}: {status} {reason_of(error)}")
+            return "red"
+        context.result.add(cell)
+        context.say(_line_of(cell))
+        torch._dynamo.reset()
+    return "complete"
+
+
+def measure_stream(stream: Stream, context: Context) -> dict[str, object]:
+    """Passes over all batches, providers taking turns; the first pass of each is warm-up."""
+    from benchmarks.steps_suite import make_step
+
+    case, device = stream.case, context.device
+    base = build_base(case.model, device, case.torch_dtype)
+    kit = Kit(base, make_prompts(base, case.P), case, tiny=context.tiny)
+    peers: dict[str, dict] = {}
+    passes: dict[str, list[Step]] = {}
+    for provider in step_providers():
+        if provider.name not in _NAMES or case.peers not in provider.peers:
+            continue
+        reason = provider.refuses(case, device)
+        if reason is not None:
+            peers[provider.name] = {"status": "not applicable", "reason": reason}
+            continue
+        if context.left < (60.0 if provider.compiles and not context.tiny else 5.0):
+            peers[provider.name] = {"status": "out of time", "reason": "the run's minutes were over"}
+            continue
+        try:
+            bound = provider.build(kit)
+            batches = _batches(stream, base, fixed=provider.compiles)
+            steps = [make_step(bound, batch) for batch in batches]
+            # Warm up: a compiled step also records its graphs.
+            for _ in range(3 if bound.compiled else 1):
+                _pass(steps, device)
+            passes[provider.name] = steps
+            peers[provider.name] = {"status": "passed", "padded_tokens": sum(b.input_ids.numel() for b in batches)}
+        except Exception as error:
+            status = "out of memory" if is_out_of_memory(error) else "failed"
+            peers[provider.name] = {"status": status, "reason": reason_of(error)}
+    samples: dict[str, list[float]] = {name: [] for name in passes}
+    deadline = time.monotonic() + min(_SECONDS[device.type], max(0.0, context.left - 5.0))
+    for turn in range(stream.passes):
+        if turn and time.monotonic() > deadline:
+            break
+        for name, steps in passes.items():
+            samples[name].append(_pass(steps, device))
+    for name, times in samples.items():
+        timing = Timing(*quantiles(times), samples=len(times), method="perf_counter")
+        peers[name] |= {"status": "timed", **timing.as_dict(), "tokens_per_second": 1e3 * stream.tokens / timing.ms}
+    padded = sum(max(lengths) * len(lengths) for lengths in stream.lengths)
+    return {
+        "id": stream.id,
+        "kind": "stream",
+        "case": {**case.as_dict(), "padding": 1 - stream.tokens / padded},
+        "tokens": stream.tokens,
+        "lengths": [list(lengths) for lengths in stream.lengths],
+        "date": environment.now(),
+        "peers": peers,
+    }
+
+
+def _batches(stream: Stream, base, *, fixed: bool) -> list[Batch]:
+    """Each batch as wide as its own longest row, or all as wide as the longest of all."""
+    width = stream.case.N if fixed else None
+    return [make_batch(base, lengths, causal=stream.case.causal, width=width) for lengths in stream.lengths]
+
+
+def _pass(steps: list[Step], device: torch.device) -> float:
+    """Milliseconds of one step on every batch."""
+    synchronize(device)
+    start = time.perf_counter()
+    for step in steps:
+        step.arm()
+        step.run()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _line_of(cell: dict) -> str:
+    rates = {n: e["tokens_per_second"] for n, e in cell["peers"].items() if e["status"] == "timed"}
+    shown = ", ".join(f"{name} {rate:,.0f}" for name, rate in sorted(rates.items(), key=lambda pair: -pair[1]))
+    return f"{cell['id']} (real tokens/s): {shown}"
