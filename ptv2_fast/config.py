@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from torch import nn
 
 from ptv2_fast.attention.checks import BACKENDS
 
@@ -45,8 +48,10 @@ class HeadConfig:
         _one_of("pooling", self.pooling, POOLINGS)
         _probability("dropout", self.dropout)
         if self.labels is not None:
-            object.__setattr__(self, "labels", tuple(self.labels))
-            if len(set(self.labels)) != self.num_labels:
+            is_text = isinstance(self.labels, str)
+            object.__setattr__(self, "labels", self.labels if is_text else tuple(self.labels))
+            named = not is_text and all(isinstance(label, str) for label in self.labels)
+            if not named or len(self.labels) != self.num_labels or len(set(self.labels)) != self.num_labels:
                 raise ValueError(f"labels must be {self.num_labels} distinct names; got {self.labels!r}")
         if self.task_type == "QUESTION_ANS" and self.num_labels != 2:
             raise ValueError(f"num_labels must be 2 for QUESTION_ANS (start, end); got {self.num_labels}")
@@ -109,8 +114,8 @@ class PTuningV2Config:
             _integer("position_offset", self.position_offset, 0)
         if self.reparameterization is not None:
             _integer("reparameterization", self.reparameterization, 1)
-        if self.init_std is not None and not self.init_std > 0:
-            raise ValueError(f"init_std must be positive or None; got {self.init_std!r}")
+        if self.init_std is not None and not (isinstance(self.init_std, (int, float)) and 0 < self.init_std < math.inf):
+            raise ValueError(f"init_std must be a positive number or None; got {self.init_std!r}")
         self._check_injection()
         self._check_layers()
         self._check_heads()
@@ -157,6 +162,9 @@ class PTuningV2Config:
         for name, head in self.heads.items():
             if not isinstance(name, str) or not name.isidentifier():
                 raise ValueError(f"heads must have identifiers as names; got {name!r}")
+            # A ModuleDict cannot hold a module under the name of an attribute of its own.
+            if hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"heads must not be named like an attribute of torch.nn.ModuleDict; got {name!r}")
             if isinstance(head, Mapping):
                 unknown = set(head) - {f.name for f in fields(HeadConfig)}
                 if unknown:
