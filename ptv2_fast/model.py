@@ -15,8 +15,16 @@ from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.families import family_of
-from ptv2_fast.models.inputs import check_beside, check_inputs, packed_rows, text_positions
+from ptv2_fast.models.inputs import (
+    check_beside,
+    check_inputs,
+    packed_positions,
+    packed_rows,
+    stated_rows,
+    text_positions,
+)
 from ptv2_fast.models.rotary import longest_text
+from ptv2_fast.models.rows import gather_rows
 from ptv2_fast.models.view import view_of
 from ptv2_fast.models.windows import counts_padding
 from ptv2_fast.persistence import Persistence
@@ -24,6 +32,7 @@ from ptv2_fast.prompts.keys_values import stack_bank
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
+from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.step.unpad import Packing, can_unpad, unpadded
 
 
@@ -170,6 +179,18 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             target = backbone if is_whole else view_of(target, children={target.base_model_prefix: backbone})
         return target(**call)
 
+    def packed_states(self, packed: PackedBatch) -> Tensor:
+        """(R, D) the backbone's last states of the tokens that a packed batch reads; zero where it reads none."""
+        output = self.run(self.backbone, packed_inputs(packed), read=packed.tokens)
+        states = gather_rows(output.last_hidden_state, packed.tokens)[0]
+        return states * (packed.tokens < packed.input_ids.shape[1])[:, None]
+
+    def why_not_packed(self) -> str | None:
+        """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
+        if self._evolves_with_text(self.adapters[self.active_adapter]):
+            return "a shallow prompt on a bidirectional model is rows of the padded batch"
+        return None
+
     def step_plan(self) -> StepPlan:
         """What this step leaves out, by `step_options`; each change of it is logged once."""
         backend = self.adapters[self.active_adapter].config.backend
@@ -190,19 +211,24 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         """
         if getattr(self.backbone, "gradient_checkpointing", False) and self.training:
             self._check_checkpointing()
+        inputs = dict(inputs)
         past_length = _past_length(inputs)
         mask = inputs.get("attention_mask")
         rows, tokens = check_inputs(
             inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, past_length
         )
         check_beside(inputs, rows, tokens, self._single_device())
-        offsets = [0 if n == BASE_ROW else self._text_offset(self.adapters[n]) for n in names]
-        if isinstance(past_length, int):
-            self._check_length(tokens + past_length + max(offsets))
         device = self.backbone.device
         is_first = inputs.get("past_key_values") is None
-        packing = packed_rows(inputs.get("position_ids"), mask) if is_first else None
         first = self._family.first_position(self.backbone)
+        packing = stated_rows(inputs)
+        if packing is not None and inputs.get("position_ids") is None:
+            inputs["position_ids"] = packed_positions(packing[0], tokens, first)
+        if packing is None and is_first:
+            packing = packed_rows(inputs.get("position_ids"), mask)
+        offsets = [0 if n == BASE_ROW else self._text_offset(self.adapters[n]) for n in names]
+        if isinstance(past_length, int):
+            self._check_length((tokens if packing is None else packing[2]) + past_length + max(offsets))
         positions = text_positions(
             inputs.get("position_ids"), mask,
             rows=rows, tokens=tokens, past_length=past_length, first=first, device=device,
@@ -224,7 +250,6 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         injected = {**inputs, "attention_mask": mask, "position_ids": positions, "ptv2_prompts": batch}
         return {name: value for name, value in injected.items() if value is not None}
 
-
     def _run_evolving(self, target: nn.Module, inputs: dict[str, Any], adapter: Adapter):
         """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
         mask = inputs.get("attention_mask")
@@ -232,8 +257,10 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         check_beside(inputs, rows, tokens, self._single_device())
         length, device = adapter.config.num_virtual_tokens, self.backbone.device
         self._check_length(tokens + length)
-        if packed_rows(inputs.get("position_ids"), mask) is not None:
-            raise ValueError("position_ids must not pack rows with a shallow prompt on a bidirectional model")
+        if stated_rows(inputs) or packed_rows(inputs.get("position_ids"), mask):
+            raise ValueError(
+                "position_ids and cu_seq_lens_q must not pack rows with a shallow prompt on a bidirectional model"
+            )
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"attention_mask must have shape (B, N) with a shallow prompt; got {mask.shape}")
         positions = text_positions(

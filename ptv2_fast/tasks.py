@@ -28,7 +28,9 @@ from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.pooling import pooled_tokens
 from ptv2_fast.models.view import view_of
 from ptv2_fast.step.labelled_rows import has_plain_head, labelled_rows_loss, labelled_tokens
+from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 from ptv2_fast.step.options import StepOptions
+from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
 
 
 class _PTuningV2ModelWithHeads(PTuningV2Model):
@@ -134,6 +136,47 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
         return _task_output(next(iter(kinds)) if same else "SEQ_CLS", logits, targets, output)
 
 
+    def packed_task(self) -> tuple[str, str]:
+        """The task type and pooling by which a batch is packed for the active adapter."""
+        adapter = self.adapters[self.active_adapter]
+        if not adapter.heads:
+            return adapter.config.task_type, "first"
+        head = next(iter(adapter.heads.values())).config
+        return head.task_type, head.pooling
+
+    def why_not_packed(self) -> str | None:
+        """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
+        adapter = self.adapters[self.active_adapter]
+        if len(adapter.heads) > 1:
+            return "the adapter has several heads"
+        task_type, pooling = self.packed_task()
+        if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+            return f"a {task_type} loss is over whole rows"
+        if task_type == "SEQ_CLS" and not adapter.heads:
+            return "the base's own classifier reads padded rows"
+        if task_type == "SEQ_CLS" and pooling == "mean":
+            return "a mean is over whole rows"
+        return super().why_not_packed()
+
+    def packed_loss(self, packed: PackedBatch) -> Tensor:
+        """The mean loss of a packed batch, as that of the padded one; nothing in it waits for the device.
+
+        Raises:
+            ValueError: `why_not_packed` says why.
+        """
+        if reason := self.why_not_packed():
+            raise ValueError(f"packed must suit the active adapter: {reason}")
+        adapter = self.adapters[self.active_adapter]
+        if not adapter.heads:
+            labels = packed_labels(packed)
+            return self._run_base_head(packed_inputs(packed), None, [adapter], {"labels": labels}).loss
+        head = adapter.head(None)
+        states = self.packed_states(packed)
+        # A pooled row is a text of one token.
+        states = states[:, None] if head.config.task_type == "SEQ_CLS" else states[None]
+        return classification_loss(head(states, None).reshape(-1, head.config.num_labels), packed.targets)
+
+
 class PTuningV2ModelForSequenceClassification(_PTuningV2ModelWithHeads):
     """Prompts for classifying whole rows (task_type SEQ_CLS)."""
 
@@ -220,6 +263,28 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         head = self.base_model.get_output_embeddings()
         loss = labelled_rows_loss(output.last_hidden_state, tokens, targets, head, count)
         return CausalLMOutputWithPast(loss=loss, hidden_states=output.hidden_states)
+
+    def packed_task(self) -> tuple[str, str]:
+        """The task type and pooling by which a batch is packed for the active adapter."""
+        return "CAUSAL_LM", "last"
+
+    def why_not_packed(self) -> str | None:
+        """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
+        if not has_plain_head(self.base_model):
+            return "the model changes its logits after the head"
+        return super().why_not_packed()
+
+    def packed_loss(self, packed: PackedBatch) -> Tensor:
+        """The mean loss of a packed batch, as that of the padded one; nothing in it waits for the device.
+
+        Raises:
+            ValueError: `why_not_packed` says why.
+        """
+        if reason := self.why_not_packed():
+            raise ValueError(f"packed must suit the active adapter: {reason}")
+        head = self.base_model.get_output_embeddings()
+        total = linear_cross_entropy(self.packed_states(packed), head.weight, head.bias, packed.targets)
+        return total / (packed.targets != IGNORED_LABEL).sum().clamp(min=1)
 
     def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         """`generate` of the base with the prompts in every step; all its modes, caches and

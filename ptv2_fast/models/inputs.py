@@ -127,3 +127,35 @@ def packed_rows(
     end = torch.tensor([batch * tokens], device=begin.device)
     bounds = torch.cat([begin, end])
     return bounds.to(torch.int32), begin // tokens, int(bounds.diff().max())
+
+
+def stated_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int] | None:
+    """Boundaries of packed rows that the caller states (and this takes out of `inputs`); None where there are none.
+
+    `cu_seq_lens_q` and `max_length_q` are what transformers' DataCollatorWithFlattening returns. Stated, they cost no
+    look at the device; position ids that are left out are counted from them.
+
+    Raises:
+        ValueError: they do not describe a batch of one packed row of tokens.
+    """
+    bounds, longest = inputs.pop("cu_seq_lens_q", None), inputs.pop("max_length_q", None)
+    for name in ("cu_seq_lens_k", "max_length_k", "seq_idx"):
+        inputs.pop(name, None)
+    if bounds is None:
+        return None
+    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    if bounds.dim() != 1 or bounds.dtype != torch.int32:
+        raise ValueError(f"cu_seq_lens_q must be int32 of shape (S + 1,); got {bounds.dtype} {tuple(bounds.shape)}")
+    if text.shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q must stand beside one row of packed tokens; got {text.shape[0]} rows")
+    if inputs.get("attention_mask") is not None:
+        raise ValueError("attention_mask must be None with cu_seq_lens_q: packed rows have no padding")
+    row_of = torch.zeros(bounds.shape[0] - 1, dtype=torch.long, device=bounds.device)
+    return bounds, row_of, text.shape[1] if longest is None else int(longest)
+
+
+def packed_positions(bounds: Tensor, tokens: int, first: int) -> Tensor:
+    """(1, T) position ids of packed rows: each row counts from `first`."""
+    slots = torch.arange(tokens, device=bounds.device)
+    row_of = torch.searchsorted(bounds[1:], slots, right=True).clamp(max=bounds.shape[0] - 2)
+    return (slots - bounds[row_of] + first)[None]

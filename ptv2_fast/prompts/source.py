@@ -17,12 +17,13 @@ from ptv2_fast.prompts.projection import LayerProjections
 _steps_taken = 0
 
 
-def _count_step(*_) -> None:
+def count_step(*_) -> None:
+    """Note that prompts may have been written to: optimizers call this, and whoever replays one has to."""
     global _steps_taken
     _steps_taken += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(count_step)
 
 
 class PromptSource:

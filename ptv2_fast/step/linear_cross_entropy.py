@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptv2_fast.heads import IGNORED_LABEL
+
 # Rows of logits alive at once: 1024 x a vocabulary of 150,000 in float32 are 0.6 GB.
 CHUNK_ROWS = 1024
 
@@ -20,7 +22,8 @@ def linear_cross_entropy(
     Args:
         hidden: (R, D).
         weight: (V, D) and bias: (V,) or None, of hidden's dtype.
-        labels: (R,) int64 in [0, V): rows without a label are the caller's to leave out.
+        labels: (R,) int64 in [0, V), or -100 for a row that counts nothing; such rows cost as much as others and are
+            better left out.
         chunk_rows: rows of logits computed at once.
 
     Returns:
@@ -43,14 +46,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = torch.nn.functional.linear(hidden[rows], weight, bias).float()  # (r, V)
-            target = labels[rows, None]
+            counts = labels[rows, None] != IGNORED_LABEL
+            target = labels[rows, None].clamp(min=0)
             lse = logits.logsumexp(-1, keepdim=True)
-            loss += (lse - logits.gather(-1, target)).sum()
+            loss += ((lse - logits.gather(-1, target)) * counts).sum()
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
             # softmax - onehot, in the logits' own memory
             grad_logits = logits.sub_(lse).exp_()
             grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
+            grad_logits *= counts
             if needs_bias:
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(hidden.dtype)

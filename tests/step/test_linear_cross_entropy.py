@@ -28,6 +28,17 @@ def test_loss_and_gradients_are_those_of_the_full_logits(rows, chunk, with_bias,
     torch.testing.assert_close(found, wanted)
 
 
+def test_rows_without_a_label_count_nothing():
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    labels = torch.tensor([1, -100, 5, 0, -100, -100, 2, 3, -100])
+    expected = F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction="sum")
+    got = linear_cross_entropy(hidden, weight, None, labels, chunk_rows=4)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, [hidden, weight]), torch.autograd.grad(expected, [hidden, weight])
+    )
+
+
 def test_no_tensor_of_all_logits_exists():
     class Largest(TorchDispatchMode):
         rows = 0

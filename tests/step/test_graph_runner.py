@@ -1,0 +1,281 @@
+"""The graph runner: packed, filled up, replayed from its buffers, and still the plain loop's losses."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+from tolerances import assert_equal
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ptv2_fast import HeadConfig, heads, tasks
+from ptv2_fast.attention import hook
+from ptv2_fast.step import graph_runner
+from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
+from ptv2_fast.step.options import StepOptions
+from ptv2_fast.step.packed import Buckets, pack
+
+OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
+SMALL = Buckets(tokens=8, rows=2, targets=4)
+OWN = {"own": 3}
+LAST = HeadConfig("SEQ_CLS", 3, pooling="last")
+CASES = {
+    "bert tags, base head": ("bert", "deep", "TOKEN_CLS", {}),
+    "roberta tags, own head": ("roberta", "prefix", "TOKEN_CLS", {"heads": OWN}),
+    "bert rows, first token": ("bert", "deep", "SEQ_CLS", {"heads": OWN}),
+    "llama rows, last token": ("llama", "deep", "SEQ_CLS", {"heads": {"own": LAST}}),
+    "llama text": ("llama", "deep", "CAUSAL_LM", {}),
+    "gpt2 text": ("gpt2", "shallow", "CAUSAL_LM", {}),
+    "qwen3 text": ("qwen3", "prefix", "CAUSAL_LM", {}),
+}
+
+
+class FakeCapture:
+    """A capture that keeps the call: a replay runs it again on whatever the buffers hold then."""
+
+    def __init__(self, device):
+        pass
+
+    def warm_up(self, call):
+        return call()
+
+    def __call__(self, call):
+        return call
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch):
+    monkeypatch.setattr(GraphRunner, "_why_not_captured", lambda self: None)
+    monkeypatch.setattr(graph_runner, "_CudaCapture", FakeCapture)
+    monkeypatch.setattr(graph_runner, "_make_capturable", lambda optimizer, device: None)
+
+
+def _model(case):
+    family, injection, task, config = CASES[case]
+    changes = {} if task == "CAUSAL_LM" or config else {"classifier_dropout": 0.0}
+    torch.manual_seed(5)
+    return tiny_model(family, injection, task, base_changes=changes, **config).train()
+
+
+def _batches(task, count=6, seed=0):
+    """Batches of different sizes, padded on either side."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(2, 5), (3, 7), (2, 4)]
+    batches = []
+    for step in range(count):
+        rows, tokens = sizes[step % len(sizes)]
+        lengths = torch.randint(2, tokens + 1, (rows,), generator=generator)
+        mask = (torch.arange(tokens) < lengths[:, None]).long()
+        mask = mask if step % 2 else mask.flip(1)
+        ids = torch.randint(3, 30, (rows, tokens), generator=generator).masked_fill(mask == 0, 1)
+        if task == "SEQ_CLS":
+            labels = torch.randint(0, 3, (rows,), generator=generator)
+        else:
+            labels = torch.randint(0, 3, (rows, tokens), generator=generator)
+            inside = mask if task == "TOKEN_CLS" else (mask.cumsum(-1) > 1) & (mask == 1)
+            labels = labels.masked_fill(inside == 0, -100)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def _optimizer(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def _plain_losses(case, batches, accumulate=1):
+    model = _model(case)
+    model.step_options = OFF
+    optimizer = _optimizer(model)
+    losses = []
+    for start in range(0, len(batches), accumulate):
+        optimizer.zero_grad()
+        group = batches[start : start + accumulate]
+        total = 0
+        for batch in group:
+            loss = model(**batch).loss / len(group)
+            loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        losses.append(total)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eager_steps_give_the_plain_losses(case):
+    batches = _batches(CASES[case][2])
+    model = _model(case)
+    runner = GraphRunner(model, _optimizer(model), buckets=SMALL)
+    losses = torch.stack([runner.step(batch) for batch in batches])
+    assert_equal(losses, _plain_losses(case, batches), case)
+    assert runner.captured == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_give_the_plain_losses(case, pretend_cuda):
+    batches = _batches(CASES[case][2], count=15)
+    model = _model(case)
+    runner = GraphRunner(model, _optimizer(model), buckets=Buckets(tokens=32, rows=4, targets=32))
+    losses = torch.stack([runner.step(batch) for batch in batches])
+    assert_equal(losses, _plain_losses(case, batches), case)
+    assert runner.captured >= 1
+
+
+def test_accumulated_batches_are_one_step(pretend_cuda):
+    batches = _batches("CAUSAL_LM", count=12)
+    model = _model("llama text")
+    runner = GraphRunner(model, _optimizer(model), buckets=Buckets(tokens=32, rows=4, targets=32))
+    losses = torch.stack([runner.step(*batches[i : i + 2]) for i in range(0, 12, 2)])
+    assert_equal(losses, _plain_losses("llama text", batches, accumulate=2), "losses")
+    assert runner.captured == 1
+
+
+def test_evaluation_after_a_replay_sees_the_stepped_prompts(pretend_cuda, monkeypatch):
+    batch = _batches("SEQ_CLS", count=1)[0]
+    model = _model("bert rows, first token")
+    optimizer = _optimizer(model)
+    runner = GraphRunner(model, optimizer, buckets=SMALL)
+    for _ in range(WARM_UP_STEPS + 1):
+        runner.step(batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        before = model.eval()(**inputs).logits
+        # A replay changes parameters in place, behind the back of versions and of the optimizer's hook.
+        monkeypatch.setattr(FakeCapture, "__call__", lambda self, call: call)
+        bucket = next(iter(runner._known.values()))
+
+        def replay():
+            for parameter in model.adapters.parameters():
+                parameter.data.add_(0.5)
+            return torch.zeros(())
+
+        bucket.replay = replay
+        runner.step(batch)
+        after = model(**inputs).logits
+        fresh = _model("bert rows, first token").eval()
+        fresh.load_state_dict(model.state_dict())
+        assert_equal(after, fresh(**inputs).logits, "logits")
+    assert not torch.allclose(before, after)
+
+
+def test_more_sizes_than_graphs_run_eagerly(pretend_cuda, caplog):
+    batches = _batches("TOKEN_CLS", count=9)
+    model = _model("bert tags, base head")
+    runner = GraphRunner(model, _optimizer(model), buckets=Buckets(tokens=4, rows=1, targets=1), max_graphs=1)
+    with caplog.at_level(logging.INFO, "ptv2_fast"):
+        losses = torch.stack([runner.step(batch) for batch in batches])
+    assert_equal(losses, _plain_losses("bert tags, base head", batches), "losses")
+    assert sum("more than 1 sizes" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "injection", "task", "config", "extra", "reason"),
+    [
+        ("bert", "shallow", "TOKEN_CLS", {}, {}, "shallow prompt on a bidirectional model"),
+        ("bert", "deep", "SEQ_CLS", {}, {}, "base's own classifier"),
+        ("bert", "deep", "SEQ_CLS", {"heads": {"m": HeadConfig("SEQ_CLS", 3, pooling="mean")}}, {}, "mean"),
+        ("llama", "deep", "CAUSAL_LM", {}, {"position_ids": torch.arange(5).expand(2, -1)}, "batch has position_ids"),
+    ],
+)
+def test_what_cannot_be_packed_runs_padded_and_says_why(family, injection, task, config, extra, reason, caplog):
+    model = tiny_model(family, injection, task, **config).train()
+    batch = {**_batches(task, count=1)[0], **extra}
+    torch.manual_seed(0)
+    expected = model(**batch).loss.detach()
+    runner = GraphRunner(model, _optimizer(model))
+    with caplog.at_level(logging.INFO, "ptv2_fast"):
+        torch.manual_seed(0)
+        assert_equal(runner.step(batch), expected, "loss")
+        runner.step(batch)
+    said = [r.getMessage() for r in caplog.records if "neither packed" in r.getMessage()]
+    assert len(said) == 1 and reason in said[0]
+
+
+def test_without_cuda_it_says_that_steps_are_eager(caplog):
+    model = _model("llama text")
+    with caplog.at_level(logging.INFO, "ptv2_fast"):
+        GraphRunner(model, _optimizer(model))
+    assert ["graph runner: steps run eagerly: the model is on the device type 'cpu', which has no CUDA graphs"] == [
+        record.getMessage() for record in caplog.records
+    ]
+
+
+def test_batches_without_labels_are_refused():
+    model = _model("llama text")
+    runner = GraphRunner(model, _optimizer(model))
+    for batches in ([], [{"input_ids": torch.ones(1, 2, dtype=torch.long)}]):
+        with pytest.raises(ValueError, match="batches must be one or more, each with labels"):
+            runner.step(*batches)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, True])
+def test_bucket_sizes_are_positive_integers(value):
+    with pytest.raises(ValueError, match="rows must be a positive integer"):
+        Buckets(rows=value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=9).filter(any),
+    tokens=st.integers(1, 70),
+    rows=st.integers(1, 5),
+    targets=st.integers(1, 9),
+)
+def test_filled_batches_hold_the_same_text(lengths, tokens, rows, targets):
+    width = max(lengths)
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.arange(1, 1 + mask.numel()).view_as(mask)
+    labels = torch.where(mask == 1, ids, -100)
+    packed = pack({"input_ids": ids, "attention_mask": mask, "labels": labels}, "TOKEN_CLS")
+    filled = Buckets(tokens, rows, targets).fill(packed)
+    count, total = sum(lengths), filled.input_ids.shape[1]
+    bounds = filled.cu_seqlens.tolist()
+    assert bounds[: len(lengths) + 1] == packed.cu_seqlens.tolist()
+    assert bounds[-1] == total and total % tokens == 0 and total - count < tokens
+    steps = [b - a for a, b in zip(bounds, bounds[1:])]
+    assert min(steps) >= 0 and max(steps) <= filled.longest
+    assert torch.equal(filled.input_ids[0, :count], ids[mask == 1])
+    kept = filled.targets != -100
+    assert torch.equal(filled.targets[kept], ids[mask == 1])
+    assert torch.equal(filled.tokens[kept], torch.arange(count))
+    assert bool((filled.tokens[~kept] == total).all())
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what would make the host wait for the device, or depend on what it holds."""
+
+    FORBIDDEN = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.equal"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name.replace("::", ".") not in self.FORBIDDEN, func
+        masks = args[1] if func is torch.ops.aten.index.Tensor else ()
+        assert all(i is None or i.dtype != torch.bool for i in masks), "indexed by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_packed_step_never_waits_for_the_device(case, monkeypatch):
+    # The CPU's attention loops over rows, and labels on the CPU are looked at: neither is so on CUDA.
+    monkeypatch.setattr(hook, "prompt_attention", lambda q, k, v, pk, pv, **_: q * pk.sum() + pv.sum() + v.mean())
+    for module in (heads, tasks):
+        monkeypatch.setattr(module, "check_labels", lambda *_: None)
+    model = _model(case)
+    model.step_options = StepOptions(fused_projections=True)
+    task_type, pooling = model.packed_task()
+    packed = SMALL.fill(pack(_batches(CASES[case][2], count=1)[0], task_type, pooling))
+    model.packed_loss(packed)  # whatever is made once
+    with NoWaiting():
+        loss = model.packed_loss(packed)
+        loss.backward()
+    assert loss.isfinite()
+
+
+def test_a_padded_step_does_wait():
+    model = _model("llama text")
+    model.step_options = StepOptions(unpad=True)
+    with pytest.raises(AssertionError, match="aten"), NoWaiting():
+        model(**_batches("CAUSAL_LM", count=1)[0])
