@@ -34,6 +34,7 @@ class Bound:
         trained: the parameters an optimizer gets; none for "plain".
         gradient: (arguments) -> the gradient after backward, in the layout of `Prompts`, or that of the embeddings.
         arm: called before forward, outside the timing: sets switches of a model that several providers share.
+        logits: of "prefix" on a causal model, (input_ids, positions, mask, which tokens) -> logits at those.
         compiled: runs CUDA graphs of torch.compile, which must be told where a step begins.
     """
 
@@ -44,6 +45,7 @@ class Bound:
     gradient: Callable[[tuple], Tensor]
     arm: Callable[[], None] = field(default=lambda: None)
     compiled: bool = False
+    logits: Callable[..., Tensor] | None = None
 
 
 def task_loss(base: nn.Module, hidden: Tensor, labels: Tensor, head: Tensor | None) -> Tensor:
@@ -135,13 +137,19 @@ def prefix_form(base: nn.Module, prompts: Prompts, *, attend: Callable | None = 
         positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None] + first
         return batch.input_ids, positions, mask, batch.labels
 
-    def forward(input_ids, positions, mask, labels):
+    def states(input_ids, positions, mask):
         options = {"use_cache": False} if causal else {}
         joined = (prefix.to(base.dtype), mask, attend or sdpa)
-        states = target(input_ids=input_ids, position_ids=positions, benchmark_joined=joined, **options)
-        return task_loss(model, states.last_hidden_state, labels, head)
+        output = target(input_ids=input_ids, position_ids=positions, benchmark_joined=joined, **options)
+        return output.last_hidden_state
 
-    return Bound(model, forward, prepare, [prefix], lambda arguments: prefix.grad)
+    def forward(input_ids, positions, mask, labels):
+        return task_loss(model, states(input_ids, positions, mask), labels, head)
+
+    def logits(input_ids, positions, mask, which):
+        return model.lm_head(states(input_ids, positions, mask)[:, which])
+
+    return Bound(model, forward, prepare, [prefix], lambda arguments: prefix.grad, logits=logits)
 
 
 def plain_form(base: nn.Module, prompts: Prompts | None = None) -> Bound:

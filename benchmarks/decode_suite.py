@@ -1,0 +1,215 @@
+"""The suite `decode`: generation behind a prompt, milliseconds of a step and tokens per second."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import environment, roofline
+from benchmarks.context import Context
+from benchmarks.decode_cases import DecodeCase, cpu_decode_cases, decode_cases, tiny_decode_cases
+from benchmarks.decode_providers import DecodeKit, DecodeProvider, Generate, decode_providers
+from benchmarks.measure import quantiles
+from benchmarks.roofline import Work
+from benchmarks.step_batches import Batch, Prompts, make_prompts
+from benchmarks.step_clock import is_out_of_memory, reason_of, synchronize
+from benchmarks.step_forms import prefix_form
+from benchmarks.step_models import FIRST_WORD, build_base, sizes_of
+from benchmarks.step_roofline import layer_weights
+from benchmarks.steps_suite import clean_memory, clean_up, whole_graph
+
+_RED = ("wrong", "failed")
+_SPARE_SECONDS = 5.0
+# A generation that takes longer than this once it is warm compiles anew at every call.
+_TOO_LONG = 30.0
+_FIRST_COMPILE = 60.0
+# Rows and tokens that are judged, and how far below the best logit a chosen token may lie, in standard deviations.
+_JUDGED_ROWS, _JUDGED_TOKENS = 8, 8
+_REGRET = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 1e-1}
+_ROUNDS = 7
+
+
+def run(context: Context, providers: list[DecodeProvider] | None = None) -> str:
+    """Measure until the cells or the time run out; gives the state of the run."""
+    providers = decode_providers() if providers is None else providers
+    context.result.data["calls"] = {provider.name: provider.call for provider in providers}
+    cells = decode_cases() if context.device.type == "cuda" else cpu_decode_cases()
+    red, base = False, None
+    for case in context.chosen(tiny_decode_cases() if context.tiny else cells):
+        if context.left < (2 * _SPARE_SECONDS if not context.tiny else 0.0):
+            return "red" if red else "out of time"
+        if base is None or base[0] != (case.model, case.dtype):
+            base = None
+            clean_memory(context.device)
+            model = build_base(case.model, context.device, case.torch_dtype).eval()
+            # A random model means nothing by its end token: every row gets all its tokens.
+            model.generation_config.eos_token_id = None
+            base = ((case.model, case.dtype), model)
+        try:
+            cell = measure_cell(case, base[1], context, providers)
+        except Exception as error:
+            status = "out of memory" if is_out_of_memory(error) else "failed"
+            cell = {"id": case.id, "case": case.as_dict(), "status": status, "reason": reason_of(error), "peers": {}}
+        context.result.add(cell)
+        context.say(_line_of(cell))
+        red |= any(p.ours and cell["peers"].get(p.name, {}).get("status") in _RED for p in providers)
+        clean_up(context.device)
+    return "red" if red else "complete"
+
+
+def measure_cell(
+    case: DecodeCase, base: nn.Module, context: Context, providers: list[DecodeProvider]
+) -> dict[str, object]:
+    """Every provider judged, then those that are right timed in turns."""
+    device = context.device
+    kit = DecodeKit(base, make_prompts(base, case.P), case, tiny=context.tiny)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(FIRST_WORD, base.config.vocab_size, (case.B, case.N), generator=generator).to(device)
+    peers: dict[str, dict] = {}
+    ready: dict[str, Generate] = {}
+    longest = 0.0 if context.tiny else _FIRST_COMPILE
+    for provider in providers:
+        reason = provider.refuses(device)
+        if reason is not None:
+            peers[provider.name] = {"status": "not applicable", "reason": reason}
+        elif context.left < (longest if provider.compiles else 0.0) + _SPARE_SECONDS:
+            peers[provider.name] = {"status": "out of time", "reason": "the run's minutes were over"}
+        else:
+            peers[provider.name] = _set_up(provider, kit, ids, ready)
+    samples, failed = time_generation(ready, ids, case.new, device, seconds=min(60.0, context.left - _SPARE_SECONDS))
+    for name, reason in failed.items():
+        peers[name] |= {"status": "failed", "reason": reason}
+    work = decode_work(case, base)
+    ceiling = roofline.ceiling_of(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+    for name, pairs in samples.items():
+        peers[name] |= _timed(case, pairs)
+        if ceiling is not None:
+            peers[name]["of_roofline"] = work.speed_of_light(ceiling) / peers[name]["ms"]
+    return {
+        "id": case.id,
+        "case": case.as_dict(),
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "speed_of_light_ms": None if ceiling is None else work.speed_of_light(ceiling),
+        "clocks": environment.clocks(device),
+        "date": environment.now(),
+        "peers": peers,
+    }
+
+
+def _set_up(provider: DecodeProvider, kit: DecodeKit, ids: Tensor, ready: dict[str, Generate]) -> dict[str, object]:
+    """Build one provider, run it warm and judge it; it is ready where it is right."""
+    start = time.monotonic()
+    try:
+        torch._dynamo.utils.counters.clear()
+        generate = provider.build(kit)
+        for _ in range(2):
+            begin = time.monotonic()
+            generate(ids, 4)
+            synchronize(ids.device)
+        last = time.monotonic() - begin
+        if last > _TOO_LONG:
+            return {"status": "failed", "reason": f"a warm generation of 4 tokens took {last:.0f} s"}
+        count = min(_JUDGED_TOKENS, kit.case.new)
+        regret = regret_of(generate(ids, count), ids, kit.base, kit.prompts)
+    except Exception as error:
+        clean_memory(ids.device)
+        return {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": reason_of(error)}
+    entry: dict[str, object] = {"errors": {"regret": regret}, "setup_seconds": round(time.monotonic() - start, 1)}
+    if provider.compiles:
+        entry["compiled"] = whole_graph(1)
+    allowed = _REGRET[kit.case.dtype]
+    if not regret <= allowed:
+        reason = f"tokens lie {regret:.2g} standard deviations below the best logit, allowed {allowed:.2g}"
+        return {**entry, "status": "wrong", "reason": reason}
+    ready[provider.name] = generate
+    return {**entry, "status": "passed"}
+
+
+@torch.no_grad()
+def regret_of(tokens: Tensor, ids: Tensor, base: nn.Module, prompts: Prompts) -> float:
+    """How far below the best logit the chosen tokens lie on average, in standard deviations of the logits.
+
+    The logits are those of one pass over text and chosen tokens with the prefix joined inside attention, so that a
+    choice between near-equal tokens is no error, and an error does not grow with the tokens after it.
+    """
+    tokens, ids = tokens[:_JUDGED_ROWS], ids[:_JUDGED_ROWS]
+    whole = torch.cat([ids, tokens], dim=1)
+    batch = Batch(whole, torch.ones_like(whole), whole, (whole.shape[1],) * len(whole))
+    form = prefix_form(base, prompts)
+    input_ids, positions, mask, _ = form.prepare(batch)
+    logits = form.logits(input_ids, positions, mask, slice(ids.shape[1] - 1, -1)).float()  # (B, count, V)
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    return float(((logits.amax(-1) - chosen) / logits.std(-1)).mean())
+
+
+def time_generation(
+    ready: Mapping[str, Generate], ids: Tensor, new: int, device: torch.device, *, seconds: float
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, str]]:
+    """Seconds of generating one token and 1 + `new`, providers taking turns; and why one has none."""
+    samples: dict[str, list[tuple[float, float]]] = {}
+    failed: dict[str, str] = {}
+    ready = dict(ready)
+    deadline = time.monotonic() + max(0.0, seconds)
+    gc.collect()
+    # The first turn is warm-up.
+    for turn in range(_ROUNDS + 1):
+        if turn > 2 and time.monotonic() > deadline:
+            break
+        for name, generate in list(ready.items()):
+            try:
+                pair = tuple(_seconds(generate, ids, count, device) for count in (1, 1 + new))
+            except Exception as error:
+                failed[name] = reason_of(error)
+                del ready[name]
+                samples.pop(name, None)
+                continue
+            if turn:
+                samples.setdefault(name, []).append(pair)
+    return samples, failed
+
+
+def _seconds(generate: Generate, ids: Tensor, count: int, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    generate(ids, count)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def _timed(case: DecodeCase, pairs: list[tuple[float, float]]) -> dict[str, object]:
+    """Median milliseconds of one step of all rows, from generations of two lengths taken one after the other."""
+    steps = [1e3 * max(long - short, 1e-6) / case.new for short, long in pairs]
+    ms, p20, p80 = quantiles(steps)
+    whole = quantiles([long for _, long in pairs])[0]
+    return {
+        "status": "timed", "ms": ms, "p20": p20, "p80": p80, "samples": len(steps), "method": "perf_counter",
+        "tokens_per_second": 1e3 * case.B / ms,
+        "generate_tokens_per_second": case.B * (1 + case.new) / whole,
+        "first_token_ms": 1e3 * quantiles([short for short, _ in pairs])[0],
+    }  # fmt: skip
+
+
+def decode_work(case: DecodeCase, base: nn.Module) -> Work:
+    """Operations and bytes of one step of all rows, halfway through: the prompt read once, every row's text its own."""
+    sizes = sizes_of(base)
+    size = 2 if case.dtype in ("bf16", "fp16") else 4
+    weights = layer_weights(base) * sizes.num_layers + base.config.vocab_size * sizes.hidden_size
+    text = case.N + case.new / 2
+    keys = 2 * sizes.num_kv_heads * sizes.head_dim * sizes.num_layers
+    attention = 4.0 * case.B * (case.P + text) * sizes.num_heads * sizes.head_dim * sizes.num_layers
+    return Work(2.0 * weights * case.B + attention, size * (weights + keys * (case.P + case.B * text)))
+
+
+def _line_of(cell: dict) -> str:
+    shown, bad = [], []
+    for name, entry in cell["peers"].items():
+        if entry["status"] == "timed":
+            shown.append(f"{name} {entry['ms']:.4g} ({entry['tokens_per_second']:,.0f} tokens/s)")
+        elif entry["status"] != "not applicable":
+            bad.append(f"\n    {name} {entry['status']}: {entry.get('reason', '')}")
+    return f"{cell['id']} (ms a step): {', '.join(shown) or cell.get('reason', 'nothing timed')}" + "".join(bad)
