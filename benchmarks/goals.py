@@ -1,4 +1,4 @@
-"""The goals of the kernels, as data: which cells judge one, the figure, and what it has to be."""
+"""What a goal is, and those of the kernels as data: which cells judge one, the figure, and what it has to be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 Cell = Mapping[str, object]
+
+# Stands for whichever configuration of ours is fastest in a cell (or holds least), of those that do the whole work.
+BEST = "best of ours"
+_NOT_WHOLE = ("ours_p0", "ours_tasks16")
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,14 @@ class Goal:
         id: as in the table of goals.
         what: what is compared, in words.
         judged: whether a cell counts.
-        figure: "ours" over "peer" in time where `at_most`, else "peer" over "ours".
+        ours, peer: providers; the figure is ours over peer where `at_most`, else peer over ours. `BEST` may stand for
+            ours.
         must, reach: the figure asked of a cell, and the one near the physical limit.
         at_most: smaller is better.
+        quantity: the entry of a provider's record that is compared.
+        suite: whose cells judge it.
+        geomean_must: what the geometric mean over the cells must be besides.
+        asked: `must` in words, where it is not a number or two.
     """
 
     id: str
@@ -28,22 +37,53 @@ class Goal:
     ours: str
     peer: str
     must: Callable[[Mapping[str, object]], float]
-    reach: float
+    reach: float | Callable[[Mapping[str, object]], float]
     at_most: bool = False
+    quantity: str = "ms"
+    suite: str = "kernels"
+    geomean_must: float | None = None
+    asked: str = ""
 
     def figure(self, cell: Cell) -> float | None:
         """The figure of one cell, None where the cell does not count or one side was not timed."""
         if not self.judged(cell["case"]):
             return None
-        ours, peer = comparable(cell, self.ours, self.peer)
-        if ours is None or peer is None:
+        name = self.provider(cell)
+        if name is None:
+            return None
+        if self.quantity == "ms":
+            ours, peer = comparable(cell, name, self.peer)
+        else:
+            ours, peer = (cell["peers"].get(one, {}).get(self.quantity) for one in (name, self.peer))
+        if not ours or not peer:
             return None
         return ours / peer if self.at_most else peer / ours
+
+    def provider(self, cell: Cell) -> str | None:
+        """The provider of ours that is compared in a cell; None where there is none."""
+        if self.ours != BEST:
+            return self.ours
+        return best_of_ours(cell, self.quantity)
+
+    def reach_of(self, case: Mapping[str, object]) -> float:
+        """The figure near the physical limit in a cell."""
+        return self.reach(case) if callable(self.reach) else self.reach
 
     def met(self, figure: float, case: Mapping[str, object], bound: float | None = None) -> bool:
         """Whether a figure is what the cell must have (or `bound`)."""
         bound = self.must(case) if bound is None else bound
         return figure <= bound if self.at_most else figure >= bound
+
+
+def best_of_ours(cell: Cell, quantity: str = "ms") -> str | None:
+    """The configuration of ours with the smallest `quantity` in a cell."""
+    found = {
+        name: entry[quantity]
+        for name, entry in cell.get("peers", {}).items()
+        if name.startswith("ours") and name not in _NOT_WHOLE and entry.get(quantity)
+        and entry["status"] in ("timed", "passed")
+    }  # fmt: skip
+    return min(found, key=found.get) if found else None
 
 
 def milliseconds(cell: Cell, name: str) -> float | None:
@@ -142,12 +182,16 @@ class Standing:
     worst: float | None = None
     worst_cell: str | None = None
     worst_tflops: float | None = None
+    worst_provider: str | None = None
     musts: tuple[float, ...] = ()
 
     @property
     def met(self) -> bool | None:
-        """Whether every cell has what it must; None where nothing was measured."""
-        return self.met_cells == self.cells if self.cells else None
+        """Whether every cell, and their mean, has what it must; None where nothing was measured."""
+        if not self.cells:
+            return None
+        bound = self.goal.geomean_must
+        return self.met_cells == self.cells and (bound is None or self.goal.met(self.geomean, {}, bound))
 
 
 def standing(goal: Goal, cells: Iterable[Cell]) -> Standing:
@@ -167,10 +211,11 @@ def standing(goal: Goal, cells: Iterable[Cell]) -> Standing:
         goal,
         cells=len(judged),
         met_cells=sum(goal.met(figure, cell["case"]) for figure, cell in judged),
-        reached_cells=sum(goal.met(figure, cell["case"], goal.reach) for figure, cell in judged),
+        reached_cells=sum(goal.met(figure, cell["case"], goal.reach_of(cell["case"])) for figure, cell in judged),
         geomean=math.exp(sum(math.log(figure) for figure, _ in judged) / len(judged)),
         worst=worst,
         worst_cell=worst_cell["id"],
-        worst_tflops=worst_cell["peers"][goal.ours].get("tflops"),
+        worst_tflops=worst_cell["peers"][goal.provider(worst_cell)].get("tflops"),
+        worst_provider=goal.provider(worst_cell),
         musts=tuple(sorted({goal.must(cell["case"]) for _, cell in judged})),
     )

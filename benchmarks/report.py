@@ -1,6 +1,7 @@
-"""Write the tables of benchmarks/README.md from the result files: `python -m benchmarks.report`.
+"""Write tables and plots from the result files: `python -m benchmarks.report`.
 
-What stands between the markers comes from JSON under benchmarks/results/; no figure is typed.
+What stands between the markers of benchmarks/README.md and what is drawn under benchmarks/results/plots/ comes from
+JSON under benchmarks/results/; no figure is typed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from benchmarks import plots, step_report
 from benchmarks.goals import KERNEL_GOALS, Standing, milliseconds, standing
 from benchmarks.record import check_schema
 
@@ -53,7 +55,7 @@ def latest_cells(results: Iterable[Mapping], suite: str, device: str = "cuda") -
 
 
 def _measured(cell: Mapping) -> bool:
-    return any(entry["status"] == "timed" for entry in cell.get("peers", {}).values())
+    return any(entry["status"] == "timed" or "peak_bytes" in entry for entry in cell.get("peers", {}).values())
 
 
 def _bound(figure: float, at_most: bool) -> str:
@@ -149,8 +151,40 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def step_goals_table(results: list[Mapping]) -> str:
+    """The goals of whole steps, memory and decoding."""
+    checks = [
+        {**cell, "on": data["environment"].get("card") or data["environment"]["device"]}
+        for data in results
+        if data["suite"] == "memory"
+        for cell in data["cells"]
+    ]
+    head = ["goal", "what", "must", "reach", "geomean", "worst cell", "met", "reached"]
+    return table(head, step_report.goals_rows(lambda suite: _fixed(latest_cells(results, suite)), checks))
+
+
+def _fixed(cells: Iterable[Mapping]) -> list[Mapping]:
+    """Cells of one shape, which goals are about; not the scenarios of drawn lengths."""
+    return [cell for cell in cells if cell.get("kind") != "stream"]
+
+
+def _step_section(render_cells, suite: str, device: str):
+    return lambda results: render_cells(latest_cells(results, suite, device), table)
+
+
 # Marker name -> what stands between its two markers.
 SECTIONS = {
+    "step-goals": step_goals_table,
+    "step-cells": _step_section(step_report.cells_table, "steps", "cuda"),
+    "step-ladder": _step_section(step_report.ladder_table, "steps", "cuda"),
+    "step-streams": _step_section(step_report.stream_table, "steps", "cuda"),
+    "memory-cells": _step_section(step_report.memory_table, "memory", "cuda"),
+    "decode-cells": _step_section(step_report.decode_table, "decode", "cuda"),
+    "cpu-steps": _step_section(step_report.cpu_table, "steps", "cpu"),
+    "cpu-ladder": _step_section(step_report.ladder_table, "steps", "cpu"),
+    "cpu-streams": _step_section(step_report.stream_table, "steps", "cpu"),
+    "cpu-memory": _step_section(step_report.memory_table, "memory", "cpu"),
+    "plots": lambda results: plots.links(plots.drawable(results, latest_cells)) or UNMEASURED,
     "kernel-goals": lambda results: goals_table(latest_cells(results, "kernels")),
     "kernel-cells": lambda results: cells_table(latest_cells(results, "kernels")),
     "parity-checks": checks_table,
@@ -187,6 +221,9 @@ def summary(data: Mapping) -> str:
             for stand in (standing(goal, data["cells"]) for goal in KERNEL_GOALS)
         ]
         return "\n".join(lines)
+    if data["suite"] in ("steps", "memory", "decode") and data["environment"].get("device") == "cuda":
+        cells = _fixed(cell for cell in data["cells"] if _measured(cell))
+        return "\n".join(step_report.summary_lines(data["suite"], cells))
     if data["suite"] == "tune":
         rows = [
             f"sm_{arch} {precision} {name} d={size}: {best['config']} at {best['time_over_present']:.3f} "
@@ -210,10 +247,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the tables are stale")
     options = parser.parse_args(words)
     before = options.readme.read_text()
-    after = render(before, load(options.results))
+    results = load(options.results)
+    after = render(before, results)
     if options.check:
         return int(before != after)
     options.readme.write_text(after)
+    plots.draw(plots.drawable(results, latest_cells), options.results / "plots")
     return 0
 
 
