@@ -22,11 +22,12 @@ from ptv2_fast.models.inputs import (
     packed_rows,
     stated_rows,
     text_positions,
+    whole_mask,
 )
 from ptv2_fast.models.rotary import longest_text
 from ptv2_fast.models.rows import gather_rows
 from ptv2_fast.models.view import view_of
-from ptv2_fast.models.windows import counts_padding
+from ptv2_fast.models.windows import counts_padding, smallest_window
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.keys_values import stack_bank
 from ptv2_fast.prompts.source import PromptSource
@@ -213,10 +214,10 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             self._check_checkpointing()
         inputs = dict(inputs)
         past_length = _past_length(inputs)
-        mask = inputs.get("attention_mask")
-        rows, tokens = check_inputs(
-            inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, past_length
-        )
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if smallest_window(self.backbone) and getattr(inputs.get("past_key_values"), "is_compileable", False):
+            mask = whole_mask(mask, inputs.get("position_ids"), past_length, ids)
+        rows, tokens = check_inputs(ids, inputs.get("inputs_embeds"), mask, past_length)
         check_beside(inputs, rows, tokens, self._single_device())
         device = self.backbone.device
         is_first = inputs.get("past_key_values") is None

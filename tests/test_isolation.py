@@ -12,6 +12,7 @@ from tiny_models import (
     FAMILIES,
     INJECTIONS,
     LABELS,
+    MIXTURES,
     tiny_base,
     tiny_model,
     tiny_prompts,
@@ -203,7 +204,8 @@ def test_a_bfloat16_base_trains_float32_prompts(family, injection):
     model.load_state_dict(exact.state_dict())
     model.train()
     output = model(**BATCH.inputs, labels=_labels(task))
-    assert_equal(output.logits[REAL].float(), expected, dtype=torch.bfloat16)
+    if family not in MIXTURES:  # rounding decides which experts a token gets
+        assert_equal(output.logits[REAL].float(), expected, dtype=torch.bfloat16)
     output.loss.backward()
     for name, parameter in model.adapters.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name

@@ -72,6 +72,21 @@ def check_beside(inputs: Mapping[str, Any], rows: int, tokens: int, device: torc
             raise ValueError(f"{name} must have shape {(rows, tokens)}, beside the text; got {tuple(value.shape)}")
 
 
+def whole_mask(
+    attention_mask: Tensor | None, position_ids: Tensor | None, past_length: int | Tensor, input_ids: Tensor | None
+) -> Tensor | None:
+    """The mask of the whole text, where `generate` cut it to the slots that a static cache with a window holds.
+
+    The slots in front, which no layer reads any more, count as padding; positions are the ones that `generate` gave.
+    """
+    is_padding = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+    prepared = is_padding and position_ids is not None and input_ids is not None
+    if not prepared or isinstance(past_length, Tensor) or not past_length:
+        return attention_mask
+    missing = past_length + input_ids.shape[1] - attention_mask.shape[1]
+    return torch.nn.functional.pad(attention_mask, (missing, 0)) if missing > 0 else attention_mask
+
+
 def text_positions(
     position_ids: Tensor | None,
     attention_mask: Tensor | None,

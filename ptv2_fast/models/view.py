@@ -9,6 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+# transformers' mark of a model whose layers are hooked.
+_HOOKED = "_output_capturing_hooks_installed"
+
 
 def view_of(
     module: nn.Module,
@@ -27,9 +30,7 @@ def view_of(
         A module of type(module), or of a subclass with the same name and forward signature.
     """
     if isinstance(module, PreTrainedModel):
-        # transformers hooks a model's layers the first time that their outputs are asked for. Layers are shared, so
-        # that has to happen once, on the model itself: every fresh view would hook them again.
-        maybe_install_capturing_hooks(module)
+        _install_hooks_once(module)
     view = _shallow_copy(module, type(module))
     view._modules = {**module._modules, **(children or {})}
     if forward is None:
@@ -58,6 +59,23 @@ def with_modules(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn
     for head, below in nested.items():
         children[head] = with_modules(module._modules[head], below)
     return view_of(module, children=children) if children else module
+
+
+def _install_hooks_once(model: PreTrainedModel) -> None:
+    """Let transformers hook the layers for their outputs here and not when a view is run.
+
+    It does so the first time that outputs are asked for, and layers are shared: every fresh view would hook them again.
+    So would a model around another one that is hooked already (OPT around its decoder): the innermost has the layers.
+    """
+    if getattr(model, _HOOKED, False):
+        return
+    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
+    for one in inner:
+        _install_hooks_once(one)
+    if inner:
+        setattr(model, _HOOKED, True)
+    else:
+        maybe_install_capturing_hooks(model)
 
 
 def _shallow_copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

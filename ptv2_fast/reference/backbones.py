@@ -111,7 +111,9 @@ def embed(
         words = decoder.embed_tokens(input_ids)
         words = words if decoder.project_in is None else decoder.project_in(words)
         return words + decoder.embed_positions(None, position_ids=position_ids)
-    return backbone.emb_dropout(backbone.embed_in(input_ids)) if family == "gpt_neox" else backbone.embed_tokens(input_ids)
+    if family == "gpt_neox":
+        return backbone.emb_dropout(backbone.embed_in(input_ids))
+    return backbone.embed_tokens(input_ids)
 
 
 def layer_kind(backbone: nn.Module, index: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ENCODERS, FAMILIES, tiny_base, tiny_model
+from tiny_models import ENCODERS, FAMILIES, GROUPED, WIDE_HEADS, tiny_base, tiny_model
 
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import family_of, supported_families
@@ -17,8 +17,8 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes(family):
     sizes = Dimensions.of(tiny_base(family))
-    kv_heads = 2 if family in ("llama", "qwen3") else 4
-    head_dim = 16 if family == "qwen3" else 8
+    kv_heads = 2 if family in GROUPED else 4
+    head_dim = 16 if family in WIDE_HEADS else 8
     assert (sizes.hidden_size, sizes.num_layers, sizes.num_heads) == (32, 2, 4)
     assert (sizes.num_kv_heads, sizes.head_dim) == (kv_heads, head_dim)
 
@@ -37,7 +37,9 @@ def test_causal_families_do_not_see_ahead(family):
     ids = torch.randint(2, 40, (1, 6))
     changed = ids.clone()
     changed[0, -1] = 1 + ids[0, -1] % 38
-    same = torch.equal(base(ids).last_hidden_state[:, :3], base(changed).last_hidden_state[:, :3])
+    first, second = (base(x).last_hidden_state[:, :3] for x in (ids, changed))
+    # Experts compute their tokens together: what one of them gets changes the others' rounding.
+    same = torch.allclose(first, second, rtol=0, atol=1e-6)
     assert same == family_of(base).causal == (family not in ENCODERS)
 
 
@@ -58,14 +60,9 @@ def test_first_position_and_kind_of_positions(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_that_are_not_plain_are_refused(family):
     """A quantised or adapted layer's weight alone does not say what it computes."""
-    if family == "gpt2":
-        name, parent = "c_attn", lambda base: base.h[0].attn
-    elif family in ENCODERS:
-        name, parent = "key", lambda base: base.encoder.layer[0].attention.self
-    else:
-        name, parent = "k_proj", lambda base: base.layers[0].self_attn
     model = tiny_model(family, "deep")
-    owner = parent(model.backbone)
+    names = ("c_attn", "key", "k_proj", "qkv_proj", "query_key_value")
+    owner, name = next((m, n) for m in model.backbone.modules() for n in names if hasattr(m, n))
 
     class Odd(type(getattr(owner, name))):
         pass

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
 import torch
 from batches import padded, text_rows
 from tiny_models import tiny_base
 from torch import nn
 
+from ptv2_fast.models.families import family_of
 from ptv2_fast.models.view import view_of
 
 
@@ -51,11 +53,14 @@ def test_a_view_calls_its_own_children():
     assert torch.equal(view(x), other(model[0](x)) + 1.0)
 
 
-def test_views_of_transformers_models_hook_their_layers_once():
-    base = tiny_base("bert")
+@pytest.mark.parametrize("family", ["bert", "opt"])
+def test_views_of_transformers_models_hook_their_layers_once(family):
+    base = tiny_base(family)
+    layer = family_of(base).layers(base)[0]
     batch = padded(text_rows(), "right")
+    base(**batch.inputs, output_hidden_states=True)
     counts = []
     for _ in range(3):
         output = view_of(base)(**batch.inputs, output_hidden_states=True)
-        counts.append((len(output.hidden_states), len(base.encoder.layer[0]._forward_hooks)))
+        counts.append((len(output.hidden_states), len(layer._forward_hooks)))
     assert set(counts) == {(3, counts[0][1])}

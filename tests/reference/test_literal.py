@@ -413,9 +413,6 @@ def test_other_backbones_are_refused(make_backbone):
         literal_deep(torch.nn.Linear(2, 2), {}, IDS)
     with pytest.raises(ValueError, match="must be an encoder; got a bert with is_decoder=True"):
         literal_deep(make_backbone("bert", is_decoder=True), {}, IDS)
-    sliding = make_backbone("qwen3", use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    with pytest.raises(ValueError, match="full attention only"):
-        literal_deep(sliding, {}, IDS)
 
 
 def test_gradient_checkpointing_is_refused_in_training_mode_only(make_backbone):

@@ -30,6 +30,21 @@ def test_additive_mask_shows_every_prompt_and_no_padding(causal, expected):
     assert mask.min() == torch.finfo(torch.float64).min
 
 
+@pytest.mark.parametrize(
+    ("causal", "expected"),
+    [
+        pytest.param(False, ["xxx.x", "xxx..", "xxx.x", "xxx.x", "x.x.x"], id="bidirectional"),
+        pytest.param(True, ["x....", "xx...", "xxx..", "xxx..", "x.x.x"], id="causal"),
+    ],
+)
+def test_a_window_counts_the_texts_own_tokens_and_hides_no_prompt(causal, expected):
+    """One prompt, then tokens x x . x of which the third is padding: the last one is two tokens behind the first."""
+    key_mask = torch.tensor([[True, True, False, True]])
+    mask = additive_mask(key_mask, 1, causal=causal, dtype=torch.float64, window=2 if causal else 1)
+    shown = ["".join("x" if cell == 0 else "." for cell in row) for row in mask[0, 0].tolist()]
+    assert shown == expected
+
+
 def test_a_row_that_may_see_nothing_gives_no_nan():
     mask = additive_mask(torch.zeros(1, 3, dtype=torch.bool), 0, causal=True, dtype=torch.float32)
     assert torch.isfinite((torch.randn(1, 1, 3, 3) + mask).softmax(dim=-1)).all()

@@ -24,6 +24,7 @@ VOCABULARY, HIDDEN, LABELS, PADDING_ID = 40, 32, 3, 1
 LEARNED = ("gpt2", "opt")
 # Two query heads share a key head in these; the heads of 16 do not add up to the hidden size.
 GROUPED = ("llama", "qwen3", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3", "phi3", "gemma2", "gemma3_text")
+MIXTURES = ("mixtral", "qwen3_moe")
 WIDE_HEADS = ("qwen3", "qwen3_moe", "gemma2", "gemma3_text")
 # Some or all of their layers see this many tokens back, fewer than the tests' texts have.
 WINDOWED, WINDOW = ("mistral", "phi3", "gemma2", "gemma3_text"), 4
@@ -81,7 +82,7 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
         sizes |= {"intermediate_size": 48}
     if family in GROUPED:
         sizes |= {"num_key_value_heads": 2, "head_dim": 16 if family in WIDE_HEADS else 8}
-    if family in ("mixtral", "qwen3_moe"):
+    if family in MIXTURES:
         sizes |= {"experts_implementation": "eager"}  # the one that takes float64
     sizes |= _SPECIAL.get(family, {}) | changes
     if family in ("gemma2", "gemma3_text"):
