@@ -49,6 +49,8 @@ class FitSettings:
         warmup: share of the steps in which the rate rises from zero (linear schedule).
         weight_decay, max_grad_norm: of AdamW, and what gradients are clipped to.
         early_stopping: stop after so many epochs without a better dev metric; None never stops.
+        restore_best: end with the weights of the best epoch on dev; False keeps the last epoch's, which is the better
+            choice where there are so few dev rows that the best epoch is one by chance.
         seed: of the order of rows, dropout and everything else drawn while training.
         bf16: run the model's arithmetic in bfloat16 (autocast); the trained weights stay as they are.
 
@@ -66,6 +68,7 @@ class FitSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     early_stopping: int | None = None
+    restore_best: bool = True
     seed: int = 0
     bf16: bool = False
 
@@ -74,6 +77,8 @@ class FitSettings:
             _positive_integer(name, getattr(self, name))
         if self.early_stopping is not None:
             _positive_integer("early_stopping", self.early_stopping)
+            if not self.restore_best:
+                raise ValueError("restore_best must be True with early_stopping: the last epoch is a worse one")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate!r}")
         if self.schedule not in SCHEDULES:
@@ -99,7 +104,7 @@ class FitResult:
 
     Attributes:
         metric: the name that epochs are compared by.
-        best_epoch: the epoch whose weights the model has; the last one without dev rows.
+        best_epoch: the epoch whose weights the model has; the last one without dev rows or `restore_best`.
         scores: that epoch's dev scores by name; empty without dev rows.
         history: the records of `Trainer.state.log_history`.
         epochs: epochs trained, those before a resume included.
@@ -128,7 +133,7 @@ def fit(
     title: str | None = "training",
     callbacks: Sequence[TrainerCallback] = (),
 ) -> FitResult:
-    """Train what `model` does not freeze; afterwards it has the best epoch's weights.
+    """Train what `model` does not freeze; afterwards it has the best epoch's weights, or the last one's.
 
     Args:
         model: returns a loss for the codec's features: a PTuningV2Model or any other module.
@@ -172,7 +177,7 @@ def fit(
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     state = trainer.state
     epochs = float(state.epoch or 0)
-    best_epoch, scores = _best(state.log_history, metric)
+    best_epoch, scores = _best(state.log_history, metric, last=not settings.restore_best)
     return FitResult(
         metric=metric.name,
         best_epoch=best_epoch if scores else round(epochs),
@@ -193,7 +198,7 @@ def _arguments(
     if metric is not None:
         watched = {
             "eval_strategy": "epoch",
-            "load_best_model_at_end": True,
+            "load_best_model_at_end": settings.restore_best,
             "metric_for_best_model": metric.name,
             "greater_is_better": metric.greater_is_better,
         }
@@ -280,14 +285,14 @@ class _Clock(TrainerCallback):
         self.seconds += time.perf_counter() - self._started
 
 
-def _best(history: Sequence[Mapping[str, Any]], metric: Metric) -> tuple[int, dict[str, float]]:
-    """The first of the best epochs and its scores, as Trainer chooses; (0, {}) without scores."""
+def _best(history: Sequence[Mapping[str, Any]], metric: Metric, *, last: bool) -> tuple[int, dict[str, float]]:
+    """The first of the best epochs, as Trainer chooses, or the last one, and its scores; (0, {}) without scores."""
     key = f"eval_{metric.name}"
     records = [record for record in history if key in record]
     if not records:
         return 0, {}
     sign = 1 if metric.greater_is_better else -1
-    best = max(records, key=lambda record: sign * record[key])
+    best = records[-1] if last else max(records, key=lambda record: sign * record[key])
     scores = {name[5:]: value for name, value in best.items() if name.startswith("eval_")}
     return round(best["epoch"]), scores
 

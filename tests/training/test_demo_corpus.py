@@ -37,7 +37,7 @@ def plain(sentence):
     return "".join(character for character in sentence.lower() if character.isalnum())
 
 
-@pytest.mark.parametrize(("part", "count"), [("train", 440), ("test", 160)])
+@pytest.mark.parametrize(("part", "count"), [("train", 900), ("test", 160)])
 def test_sentiment_is_balanced(part, count):
     labels = Counter(example["label"] for example in sentiment(part))
     assert labels == {"positive": count // 2, "negative": count // 2}
@@ -45,7 +45,7 @@ def test_sentiment_is_balanced(part, count):
 
 def test_sentiment_sentences_differ():
     texts = [plain(e["text"]) for part in ("train", "test") for e in sentiment(part)]
-    assert len(texts) == len(set(texts)) == 600
+    assert len(texts) == len(set(texts)) == 1060
 
 
 def test_sentiment_is_not_made_from_templates():
@@ -87,7 +87,7 @@ def test_entity_sentences_differ_and_most_test_names_are_unseen():
 
 def test_readme_says_what_is_there():
     text = (DATA / "README.md").read_text(encoding="utf-8")
-    for fact in ("440 sentences", "160 sentences", "3220 tokens", "1124 tokens", "Apache-2.0"):
+    for fact in ("900 sentences", "160 sentences", "3220 tokens", "1124 tokens", "Apache-2.0"):
         assert fact in text
     files = {path.name for path in DATA.iterdir()} - {"README.md"}
     assert all(f"`{name}`" in text for name in files)

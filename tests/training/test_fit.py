@@ -94,6 +94,19 @@ def test_the_best_epoch_is_restored(tmp_path):
     assert scores["loss"] == pytest.approx(result.scores["loss"], rel=1e-5)
 
 
+def test_the_last_epoch_is_kept_where_it_is_asked_for(tmp_path):
+    # A rate at which the toy task is learnt and lost again, so that the last epoch is not the best.
+    settings = short(epochs=4, learning_rate=0.3, schedule="exponential", decay=1.0, restore_best=False)
+    model, codec, train, dev = task("SEQ_CLS")
+    result = fit(model, codec, train, dev, settings=settings, checkpoints=tmp_path, title=None)
+    losses = [record["eval_loss"] for record in result.history if "eval_loss" in record]
+    assert result.best_epoch == 4 and result.scores["loss"] == losses[-1]
+    assert len(set(losses)) == 4
+    assert evaluate(model, codec, dev, batch_size=16)["loss"] == pytest.approx(losses[-1], rel=1e-5)
+    with pytest.raises(ValueError, match="restore_best must be True with early_stopping"):
+        short(early_stopping=1, restore_best=False)
+
+
 def test_early_stopping_ends_a_run_that_does_not_get_better(tmp_path):
     model, codec, train, dev = task("SEQ_CLS", rows=32)
     settings = short(learning_rate=1e-9, epochs=9, early_stopping=2)
