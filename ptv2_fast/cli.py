@@ -1,4 +1,4 @@
-"""The command line: ptv2-fast train | eval | predict | info.
+"""The command line: ptv2-fast train | search | eval | predict | export | info.
 
 Bad input is one line on standard error and exit code 2, before anything is written. Everything
 heavy is imported inside the commands, so that help is instant.
@@ -6,6 +6,7 @@ heavy is imported inside the commands, so that help is instant.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -58,6 +59,13 @@ class Pooling(str, Enum):
     first = "first"
     last = "last"
     mean = "mean"
+
+
+class Content(str, Enum):
+    """What an export holds."""
+
+    kv = "kv"
+    embeddings = "embeddings"
 
 
 class Schedule(str, Enum):
@@ -129,6 +137,44 @@ def train(
     )
 
 
+@app.command()
+def search(
+    data: DataOption,
+    dev: Annotated[str, typer.Option(help="Development data; compares the trials.")],
+    output: Annotated[Path, typer.Option(help="Folder for the table, the plot and the best run.")],
+    model: ModelOption = None,
+    task: Annotated[Task | None, typer.Option(help="What to train for.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Runs in all, earlier ones in --output included.")] = 20,
+    injection: Annotated[str, typer.Option(help="Injections to choose from, between commas.")] = "deep",
+    num_virtual_tokens: Annotated[str, typer.Option(help="Values of P, between commas.")] = "8,20,64",
+    lr: Annotated[str, typer.Option(help="Lowest and highest learning rate.")] = "1e-3,5e-2",
+    recipe: Annotated[str | None, typer.Option(help="Settings of a published run; flags override it.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data [10].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a batch [32].")] = None,
+    max_length: LengthOption = None,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Arithmetic in bfloat16.")] = False,
+    text_column: TextColumns = None,
+    label_column: LabelColumn = None,
+) -> None:
+    """Search P, learning rate and injection by the dev metric; leave a table, a plot and the best run."""
+    asked = {name: value for name, value in locals().items() if name in _SHARED_WITH_TRAIN}
+    with _one_line_errors():
+        _quiet()
+        from ptv2_fast.training.search import SearchSpace
+        from ptv2_fast.training.search import search as run_search
+
+        lengths, rates = _numbers("--num-virtual-tokens", num_virtual_tokens, int), _numbers("--lr", lr, float)
+        if len(rates) != 2:
+            raise ValueError(f"--lr must be two numbers, as in 1e-3,5e-2; got {lr!r}")
+        space = SearchSpace(lengths, rates, tuple(injection.split(",")))
+        request = _request({**_TRAIN_DEFAULTS, **asked})
+        found = run_search(request, output, space, trials=trials, say=typer.echo)
+    best = found[0]
+    chosen = f"{best.injection}, P {best.num_virtual_tokens}, lr {best.learning_rate:.2e}"
+    typer.echo(f"{output / 'best'}: {chosen}: {best.score:.4f}")
+
+
 @app.command("eval")
 def evaluate_adapter(
     adapter: AdapterArgument,
@@ -186,6 +232,23 @@ def predict(
         options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
         for record in records_of(loaded, examples, **options):
             typer.echo(json.dumps(record, ensure_ascii=False) if as_json else line_of(record))
+
+
+@app.command()
+def export(
+    adapter: AdapterArgument,
+    output: Annotated[Path, typer.Option(help="Safetensors file to write.")],
+    content: Annotated[Content, typer.Option(help="Keys and values per layer, or input embeddings.")] = Content.kv,
+    model: ModelOption = None,
+) -> None:
+    """Trained prompts as plain tensors, for servers that know nothing of this package."""
+    with _one_line_errors():
+        _quiet()
+        from ptv2_fast.export import export_prompts
+        from ptv2_fast.training.runs import load_trained
+
+        export_prompts(load_trained(adapter, model=model).model, output, content.value)
+    typer.echo(f"{output}: {content.value} of {adapter}")
 
 
 @app.command()
@@ -262,6 +325,26 @@ def _request(flags: dict[str, Any]) -> Any:
     )
 
 
+# Flags of `search` that mean what they mean in `train`, and what `train` has where `search` has no flag.
+_SHARED_WITH_TRAIN = (
+    "data", "dev", "model", "task", "recipe", "epochs", "batch_size", "max_length", "seed", "bf16", "text_column",
+    "label_column",
+)  # fmt: skip
+_TRAIN_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(inspect.signature(train).parameters),
+    "injection": Injection.deep,
+    "prompt_dropout": 0.0,
+    "gradient_accumulation": 1,
+}
+
+
+def _numbers(flag: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{flag} must be numbers between commas; got {text!r}") from None
+
+
 def _layers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -280,7 +363,7 @@ def _one_line_errors() -> Iterator[None]:
         typer.echo(f"ptv2-fast: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
     except ModuleNotFoundError as error:
-        typer.echo(f"ptv2-fast: {error}; `pip install ptv2-fast[train]` brings what is needed", err=True)
+        typer.echo(f"ptv2-fast: {error}; `pip install ptv2-fast[train,search]` brings what is needed", err=True)
         raise typer.Exit(2) from None
 
 

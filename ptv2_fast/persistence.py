@@ -47,6 +47,12 @@ class Persistence:
             # An adapter saved here by itself before would be the one that is loaded.
             checkpoint.remove_adapter(save_directory)
 
+    def push_to_hub(self, repo_id: str, **kwargs) -> Any:
+        """Upload adapters with a model card; see `ptv2_fast.hub.push_to_hub` for what it takes."""
+        from ptv2_fast.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -55,17 +61,20 @@ class Persistence:
         *,
         is_trainable: bool = False,
         adapter_name: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ):
         """Rebuild the model that `save_pretrained` (or Trainer) wrote, over `base`.
 
         Args:
             base: a model of the architecture that the adapters were trained on.
             load_directory: a folder with one adapter, with a sub-folder per adapter, or a Trainer
-                checkpoint.
+                checkpoint; or the name of such a repository on the hub.
             is_trainable: whether the active adapter goes on training; otherwise everything is
                 frozen and in eval mode.
             adapter_name: which adapter becomes active; None means the first. A folder with a single
                 adapter gives it this name.
+            revision, token: of the hub's repository.
 
         Raises:
             ValueError: nothing to load, a damaged or foreign checkpoint, an unknown version,
@@ -73,7 +82,7 @@ class Persistence:
         """
         from ptv2_fast.tasks import MODEL_CLASSES
 
-        adapters = checkpoint.load_adapters(load_directory, base)
+        adapters = checkpoint.load_adapters(_found(load_directory, revision, token), base)
         if adapter_name is not None and len(adapters) == 1:
             adapters = {adapter_name: next(iter(adapters.values()))}
         first = adapter_name if adapter_name is not None else next(iter(adapters))
@@ -96,13 +105,15 @@ class Persistence:
     def load_adapter(
         self, load_directory: str | Path, adapter_name: str, *, is_trainable: bool = False
     ) -> None:
-        """Add the single adapter of a folder under a name; `is_trainable` makes it the active one.
+        """Add the single adapter of a folder, or of a hub's repository, under a name.
+
+        `is_trainable` makes it the active one.
 
         Raises:
             ValueError: as `from_pretrained`, or the folder holds several adapters, or the name is
                 taken.
         """
-        found = checkpoint.load_adapters(load_directory, self.base_model)
+        found = checkpoint.load_adapters(_found(load_directory), self.base_model)
         if len(found) != 1:
             raise ValueError(f"load_directory must hold one adapter; got {', '.join(found)}")
         self._check_unused(adapter_name)
@@ -135,6 +146,14 @@ class Persistence:
                 f"state_dict does not fit: missing {kept}, unexpected {result.unexpected_keys}"
             )
         return result
+
+
+def _found(load_directory: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
+    if Path(load_directory).is_dir():
+        return Path(load_directory)
+    from ptv2_fast.hub import adapter_folder
+
+    return adapter_folder(load_directory, revision=revision, token=token)
 
 
 def _rebuild(base: PreTrainedModel, name: str, config, tensors: dict[str, Tensor]) -> Adapter:

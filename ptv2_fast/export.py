@@ -1,0 +1,85 @@
+"""Trained prompts as plain tensors, for servers and code that know nothing of this package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ptv2_fast.checkpoint import describe, write_whole
+
+if TYPE_CHECKING:
+    from ptv2_fast.model import PTuningV2Model
+
+FORMATS = ("kv", "embeddings")
+
+
+def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = None) -> dict[str, Tensor]:
+    """An adapter's prompts as plain tensors on the CPU.
+
+    Args:
+        what: "kv": `layers.{i}.key` and `layers.{i}.value`, (Hkv, P, d) for every prompted layer, as attention reads
+            them: projected, normalised and rotated to positions -P..-1 where the family is rotary. Reparameterisation
+            is merged. "embeddings": `prompt_embeddings` (P, D), to be put in front of the text's own embeddings.
+        adapter_name: None means the active adapter.
+
+    Raises:
+        ValueError: the adapter is unknown, or its prompts cannot be written that way.
+    """
+    name = model.active_adapter if adapter_name is None else adapter_name
+    model._check_name(name)
+    config = model.adapters[name].config
+    if what not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {what!r}")
+    if what == "embeddings":
+        if config.injection != "shallow":
+            raise ValueError(
+                f"format 'embeddings' needs injection 'shallow'; adapter {name!r} has {config.injection!r}, whose "
+                "prompts are not inputs of the model"
+            )
+        with torch.no_grad():
+            return {"prompt_embeddings": _plain(model.adapters[name].encoder.eval()())}
+    if model._evolves_with_text(model.adapters[name]):
+        raise ValueError(
+            f"format 'kv' needs prompts that do not see the text; adapter {name!r} is shallow on a bidirectional model"
+        )
+    tensors = {}
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for layer, prompt in enumerate(model._sources[name]("torch")):
+            if prompt is None:
+                continue
+            tensors[f"layers.{layer}.key"] = _plain(prompt.keys)
+            tensors[f"layers.{layer}.value"] = _plain(prompt.values)
+            if prompt.bias is not None:
+                tensors[f"layers.{layer}.bias"] = _plain(prompt.bias)
+    model.train(was_training)
+    return tensors
+
+
+def export_prompts(
+    model: PTuningV2Model, path: str | Path, what: str = "kv", adapter_name: str | None = None
+) -> None:
+    """Write `prompt_tensors` as a safetensors file whose metadata describes the adapter and its base.
+
+    Raises:
+        ValueError: as `prompt_tensors`, or `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path must name a file; {path} is a folder")
+    name = model.active_adapter if adapter_name is None else adapter_name
+    tensors = prompt_tensors(model, what, adapter_name)
+    description = describe(name, model.adapters[name].config, model.base_model)
+    metadata = {"format": "pt", "content": what, "ptv2": json.dumps(description)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()

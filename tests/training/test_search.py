@@ -1,0 +1,102 @@
+"""The search: what it tries, keeps and writes, how it goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_folders import bert_folder, toy_file
+from typer.testing import CliRunner
+
+from ptv2_fast.cli import app
+from ptv2_fast.training.search import SearchSpace, Trial, _is_best, table
+
+pytest.importorskip("optuna")
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def search(place: Path, *more: object, trials: int = 3):
+    fixed = ("--model", place / "bert", "--task", "SEQ_CLS", "--data", place / "train.tsv", "--dev", place / "dev.tsv")
+    small = ("--epochs", 1, "--batch-size", 8, "--num-virtual-tokens", "2,3", "--injection", "deep,prefix")
+    return run("search", *fixed, *small, "--output", place / "out", "--trials", trials, *more)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("search")
+    bert_folder(place / "bert")
+    toy_file(place, "SEQ_CLS", 16).rename(place / "train.tsv")
+    toy_file(place, "SEQ_CLS", 8, "dev", seed=1).rename(place / "dev.tsv")
+    return place
+
+
+@pytest.fixture(scope="module")
+def searched(place):
+    result = search(place)
+    assert result.exit_code == 0, result.output
+    return place / "out", result.stdout
+
+
+def test_the_best_trial_is_kept_whole(searched):
+    folder, printed = searched
+    assert {path.name for path in folder.iterdir()} == {"trials.log", "trials.md", "trials.png", "best"}
+    rows = [line.split(" | ") for line in (folder / "trials.md").read_text().splitlines()[2:]]
+    assert len(rows) == 3
+    scores = [float(row[-1].strip(" |")) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    settings = json.loads((folder / "best" / "settings.json").read_text())
+    assert (settings["injection"], str(settings["num_virtual_tokens"])) == (rows[0][1], rows[0][2])
+    metrics = json.loads((folder / "best" / "metrics.json").read_text())
+    assert metrics["dev"]["accuracy"] == pytest.approx(scores[0], abs=1e-4)
+    assert (folder / "trials.png").read_bytes().startswith(b"\x89PNG")
+    assert printed.count("trial ") == 3
+
+
+def test_it_goes_on_where_it_stopped(searched, place):
+    again = search(place, trials=3)
+    assert again.exit_code == 0 and "trial " not in again.stdout
+    more = search(place, trials=4)
+    assert more.exit_code == 0 and more.stdout.count("trial ") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (["--lr", "1e-2"], "two numbers"),
+        (["--lr", "a,b"], "numbers between commas"),
+        (["--lr", "1,0.1"], "low <= high"),
+        (["--num-virtual-tokens", "0"], "positive integers"),
+        (["--injection", "sideways"], "injections must be some of"),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused(place, tmp_path, more, part):
+    result = search(place, "--output", tmp_path / "out", *more)
+    assert result.exit_code == 2 and part in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_else_is_left_alone(place, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    result = search(place, "--output", tmp_path)
+    assert result.exit_code == 2 and "something else than a search" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_smaller_is_better_where_the_metric_says_so():
+    before = [Trial(0, "deep", 2, 1e-2, 5.0)]
+    assert _is_best(before, 4.0, greater_is_better=False) and not _is_best(before, 4.0, greater_is_better=True)
+    assert _is_best([], 4.0, greater_is_better=True)
+
+
+def test_the_table_has_a_line_for_each_trial():
+    lines = table([Trial(7, "prefix", 64, 0.0123, 0.5)], "f1").splitlines()
+    assert lines[-1] == "| 7 | prefix | 64 | 1.23e-02 | 0.5000 |"
+
+
+def test_lengths_must_be_positive():
+    with pytest.raises(ValueError, match="lengths must be positive"):
+        SearchSpace(lengths=())
