@@ -299,8 +299,10 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             return (self.active_adapter,)
         if isinstance(adapter_names, str):
             raise ValueError(f"adapter_names must be one name per row; got the string {adapter_names!r}")
-        ids = inputs.get("input_ids")
-        rows = (ids if ids is not None else inputs["inputs_embeds"]).shape[0]
+        text = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if not isinstance(text, Tensor):
+            raise ValueError(f"input_ids or inputs_embeds must be given as a tensor; got {type(text).__name__}")
+        rows = text.shape[0]
         # Beam search and several returned sequences repeat each row in place.
         if not adapter_names or rows % len(adapter_names):
             raise ValueError(f"adapter_names must name {rows} rows; got {len(adapter_names)} names")

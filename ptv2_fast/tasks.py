@@ -246,6 +246,8 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         **kwargs,
     ):
         """The base's output: logits (B, N, V), the cache of the text alone, and the loss of shifted labels (B, N)."""
+        if kwargs.pop("task", None) is not None:
+            raise ValueError("task must be None: a causal language model has the one head of its base")
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         if labels is None:
             return self.run(self.base_model, inputs, adapter_names)

@@ -238,6 +238,13 @@ def test_an_unknown_task_is_refused(task_type, task):
         _model(task_type, KINDS)(**BATCH.inputs, task=task)
 
 
+def test_a_language_model_has_no_tasks():
+    model = tiny_model("llama", "deep", "CAUSAL_LM")
+    with pytest.raises(ValueError, match="task must be None: a causal language model has the one head"):
+        model(**BATCH.inputs, task="topic")
+    assert model(**BATCH.inputs, task=None).logits.shape[:2] == (3, 9)
+
+
 def test_a_missing_task_is_refused_where_it_is_ambiguous():
     with pytest.raises(ValueError, match="task must be one of topic, tags, answer; got None"):
         _model("SEQ_CLS", KINDS)(**BATCH.inputs)

@@ -260,6 +260,12 @@ def test_unusable_adapter_names_are_refused(task, names, message):
         model(**BATCH.inputs, adapter_names=names)
 
 
+@pytest.mark.parametrize("inputs", [{}, {"input_ids": [[4, 5]]}], ids=["none", "list"])
+def test_names_of_rows_without_a_text_are_refused(inputs):
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given as a tensor"):
+        tiny_model("bert", "deep")(adapter_names=["default"], **inputs)
+
+
 def test_copies_of_the_bases_head_cannot_be_mixed():
     model = tiny_model("bert", "deep", "SEQ_CLS")
     model.add_adapter("other", tiny_prompts("deep", "SEQ_CLS"))

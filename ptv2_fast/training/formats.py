@@ -143,6 +143,8 @@ def json_rows(path: Path) -> Iterator[Row]:
                 raise ValueError(
                     f"{path}, line {error.lineno}: expected JSON; {error.msg} at column {error.colno}"
                 ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: expected JSON; {error}") from error
         else:
             yield from _document_rows(path, root)
             return
@@ -156,6 +158,9 @@ def json_rows(path: Path) -> Iterator[Row]:
             raise ValueError(
                 f"{where}: expected one JSON object a line; {error.msg} at column {error.colno}"
             ) from error
+        except (ValueError, RecursionError) as error:
+            # What JSON allows and Python does not read: numbers of thousands of digits, endless nesting.
+            raise ValueError(f"{where}: expected one JSON object a line; {error}") from error
         yield Row(where, _json_object(where, values))
 
 
