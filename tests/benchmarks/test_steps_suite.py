@@ -1,0 +1,237 @@
+"""The steps suite on tiny models: every cell has its peers, and nothing that fails stops it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import record, step_clock, step_report, steps_suite
+from benchmarks.report import table
+from benchmarks.step_cases import StepCase, step_groups, tiny_groups
+from benchmarks.step_goals import STEP_GOALS
+from benchmarks.step_providers import step_providers
+from benchmarks.step_roofline import step_work
+from benchmarks.step_stream import make_stream, streams_of
+
+CPU = torch.device("cpu")
+NAMES = (
+    "ours_0_plain", "ours_1_unpad", "ours", "ours_p0", "ours_graph", "ours_tasks16", "literal_sdpa", "peft",
+    "joined_flex", "floor", "floor_compiled",
+)  # fmt: skip
+PROVIDERS = [p for p in step_providers() if p.name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run over the tiny grid."""
+    import time
+
+    from benchmarks.context import Context
+    from benchmarks.record import ResultFile
+
+    path = tmp_path_factory.mktemp("steps")
+    result = ResultFile(path / "run.json", "steps", ["test"], {"device": "cpu"})
+    context = Context(CPU, True, path, time.monotonic() + 600, result)
+    patch = pytest.MonkeyPatch()
+    patch.setattr("benchmarks.step_stream._NAMES", ("ours", "peft", "floor"))
+    state = steps_suite.run(context, PROVIDERS)
+    patch.undo()
+    result.finish(state)
+    return result.data
+
+
+def _cells(data):
+    return [cell for cell in data["cells"] if "peers" in cell]
+
+
+def test_a_run_is_complete_and_whole(finished):
+    record.check_schema(finished)
+    assert finished["state"] == "complete"
+    ids = {case.id for group in tiny_groups() for case in group.cases}
+    assert {cell["id"] for cell in _cells(finished)} > ids
+    assert finished["calls"]["peft"].startswith("get_peft_model(base")
+
+
+def test_every_provider_of_a_cell_is_timed_or_says_why_not(finished):
+    for cell in _cells(finished):
+        for name, entry in cell["peers"].items():
+            assert entry["status"] in ("timed", "not applicable"), (cell["id"], name, entry)
+            assert entry.get("ms", 0) > 0 or entry["reason"]
+        assert cell["peers"]["ours"]["tokens_per_second"] > 0
+    first = _cells(finished)[0]["peers"]
+    assert first["ours_graph"]["status"] == first["joined_flex"]["status"] == "not applicable"
+
+
+def test_a_compiled_step_is_one_graph(finished):
+    entry = _cells(finished)[0]["peers"]["floor_compiled"]
+    assert entry["compiled"]["whole"] and entry["compiled"]["graph_breaks"] == 0
+
+
+def test_the_judge_stands_first(finished):
+    assert finished["cells"][0]["id"] == "judge-follows-reference" and finished["cells"][0]["status"] == "passed"
+
+
+def test_a_stream_counts_real_tokens(finished):
+    cell = next(cell for cell in _cells(finished) if cell.get("kind") == "stream")
+    assert cell["tokens"] == sum(map(sum, cell["lengths"]))
+    assert set(cell["peers"]) == {"ours", "peft", "floor"}
+    shown = step_report.stream_table([cell], table)
+    assert "| ours |" in shown and cell["id"] in shown
+
+
+def test_tables_show_what_was_measured(finished):
+    cells = _cells(finished)
+    assert "(ours" in step_report.cells_table(cells, table)
+    ladder = step_report.ladder_table(cells, table)
+    assert "ours_1_unpad" in ladder and cells[0]["id"] in ladder
+    ratios = step_report.cpu_table(cells, table)
+    assert "| geomean |" in ratios and "| worst cell |" in ratios
+
+
+def _one_cell(make_context, monkeypatch, providers, **options):
+    monkeypatch.setattr(steps_suite, "tiny_groups", lambda: tiny_groups()[:1])
+    monkeypatch.setattr("benchmarks.step_stream.streams_of", lambda context: [])
+    context = make_context(**options)
+    return steps_suite.run(context, providers), _cells(context.result.data)
+
+
+def _planted(error, **changes):
+    right = next(p for p in PROVIDERS if p.name == "literal_sdpa")
+
+    def build(kit):
+        raise error
+
+    return replace(right, name="planted", build=build, **changes)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("no such thing\nand a trace"), "failed"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    ],
+)
+def test_a_failed_provider_is_a_row_and_the_others_go_on(make_context, monkeypatch, error, status):
+    right = [p for p in PROVIDERS if p.name in ("literal_sdpa", "floor")]
+    state, cells = _one_cell(make_context, monkeypatch, [_planted(error), *right])
+    assert state == "complete" and len(cells) == 2
+    for cell in cells:
+        assert cell["peers"]["planted"]["status"] == status
+        assert str(error).splitlines()[0] in cell["peers"]["planted"]["reason"]
+        assert cell["peers"]["floor"]["status"] == "timed"
+
+
+def test_a_failure_of_ours_makes_the_run_red(make_context, monkeypatch):
+    state, cells = _one_cell(make_context, monkeypatch, [_planted(RuntimeError("broken"), ours=True)])
+    assert state == "red" and len(cells) == 2
+
+
+def test_a_wrong_peer_is_recorded_and_never_timed(make_context, monkeypatch):
+    right = next(p for p in PROVIDERS if p.name == "literal_sdpa")
+
+    def build(kit):
+        bound = right.build(kit)
+        return replace(bound, forward=lambda *arguments: 1.01 * bound.forward(*arguments))
+
+    wrong = replace(right, name="planted", build=build)
+    state, cells = _one_cell(make_context, monkeypatch, [wrong])
+    assert state == "complete"
+    assert cells[0]["peers"]["planted"]["status"] == "wrong" and "ms" not in cells[0]["peers"]["planted"]
+
+
+def test_a_model_that_cannot_be_built_is_a_failed_cell(make_context, monkeypatch):
+    def build_base(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(steps_suite, "build_base", build_base)
+    monkeypatch.setattr(steps_suite, "tiny_groups", lambda: tiny_groups()[:1])
+    monkeypatch.setattr("benchmarks.step_stream.streams_of", lambda context: [])
+    context = make_context()
+    assert steps_suite.run(context, PROVIDERS) == "red"
+    assert [cell["status"] for cell in context.result.cells[1:]] == ["out of memory"] * 2
+
+
+def test_a_run_without_time_measures_nothing(make_context, monkeypatch):
+    monkeypatch.setattr(steps_suite, "gate", lambda context: True)
+    context = make_context(seconds=1.0)
+    assert steps_suite.run(context, PROVIDERS) == "out of time"
+    assert context.result.cells == []
+
+
+def test_steps_take_turns_and_a_broken_one_leaves():
+    order, broken = [], []
+
+    def breaks():
+        broken.append(1)
+        if len(broken) > 2:
+            raise RuntimeError("worn out")
+
+    steps = {name: step_clock.Step(lambda name=name: order.append(name), lambda: None) for name in "ab"}
+    steps["c"] = step_clock.Step(breaks, lambda: None)
+    effort = step_clock.StepEffort(seconds=0.0, least=4, most=4, warmups=1)
+    timings, failed = step_clock.time_steps(steps, CPU, effort, seconds_left=60)
+    assert order == list("abababab" + "ab")
+    assert set(timings) == {"a", "b"} and failed == {"c": "RuntimeError: worn out"}
+    assert timings["a"].samples == 4
+
+
+def test_arming_is_outside_the_timing():
+    import time
+
+    step = step_clock.Step(lambda: None, lambda: time.sleep(0.01))
+    timings, _ = step_clock.time_steps({"a": step}, CPU, step_clock.QUICK_STEPS, seconds_left=60)
+    assert timings["a"].ms < 5
+
+
+def test_a_chain_of_errors_tells_that_memory_ran_out():
+    error = RuntimeError("compilation failed")
+    error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert step_clock.is_out_of_memory(error) and not step_clock.is_out_of_memory(ValueError("x"))
+
+
+def test_the_first_groups_hold_a_cell_of_every_goal():
+    first = [case for group in step_groups()[:8] for case in group.cases]
+    for goal in STEP_GOALS:
+        if goal.suite == "steps":
+            assert any(goal.judged(case.as_dict()) for case in first), goal.id
+
+
+def test_the_grid_is_that_of_the_plan():
+    cases = {case.id for group in step_groups() for case in group.cases}
+    for model in ("bert-base", "roberta-large"):
+        for B, N, P in ((8, 64, 20), (32, 128, 20), (32, 128, 128), (64, 128, 8), (16, 512, 128), (8, 2048, 128)):
+            for padding in (0.0, 0.4):
+                assert StepCase(model, B, N, P, padding).id in cases
+    for model, B, N, P in (("llama-3-8b", 4, 2048, 512), ("qwen3-0.6b", 8, 2048, 128), ("qwen3-0.6b", 8, 64, 20)):
+        assert StepCase(model, B, N, P).id in cases
+    assert sum("drop10" in name for name in cases) == 4
+
+
+def test_lengths_leave_out_the_share_that_is_padding():
+    case = StepCase("bert-base", 32, 128, 20, padding=0.4)
+    assert max(case.lengths) == 128 and sum(case.lengths) == pytest.approx(0.6 * 32 * 128, rel=0.01)
+
+
+def test_work_counts_real_tokens_once_forward_and_once_backward():
+    from benchmarks.step_models import build_base
+
+    base = build_base("tiny-bert", CPU, torch.float32)
+    case = StepCase("tiny-bert", 2, 10, 4, dtype="fp32")
+    weights = 2 * (4 * 32 * 32 + 2 * 32 * 48)
+    attention = 2 * 7 * (2 * 16 * 2) * (2 * 10 * 10 + 20 * 4)
+    prompt = 4 * (2 * 2 * 32 * 32) * 4
+    assert step_work(case, base).flops == 4 * weights * 20 + attention + prompt
+    assert step_work(case, base, prompt=False).flops == 4 * weights * 20 + 2 * 7 * 64 * 200
+    half = step_work(replace(case, padding=0.4), base).flops
+    assert half < 0.7 * step_work(case, base).flops
+
+
+def test_drawn_lengths_are_the_same_every_time(make_context):
+    case = StepCase("bert-base", 32, 512, 20)
+    one, two = make_stream(case, 30), make_stream(case, 30)
+    assert one.lengths == two.lengths and len(one.lengths) == 30
+    assert all(4 <= n <= 512 for lengths in one.lengths for n in lengths)
+    assert one.case.N == max(map(max, one.lengths)) and one.tokens == sum(map(sum, one.lengths))
+    assert len(streams_of(make_context())) == 1
