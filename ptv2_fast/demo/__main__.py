@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -69,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _use(console, model, codecs, options.sentences or SENTENCES)
     seconds = time.perf_counter() - start
     console.print(f"\n{seconds:.0f} s in all; prompts and curves are in {options.output}. For more sentences:")
+    # Run by make, the command stands in an environment that is not on the path.
+    program = "ptv2-fast" if shutil.which("ptv2-fast") else Path(sys.executable).with_name("ptv2-fast")
     for task in TASKS:
-        console.print(f'  ptv2-fast predict {options.output / task.name} "..."', soft_wrap=True)
+        console.print(f'  {program} predict {options.output / task.name} "..."', soft_wrap=True)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -81,6 +84,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--fast", action="store_true", help="a few rows and one epoch: whether it runs")
     options = parser.parse_args(arguments)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be a positive integer; got {options.threads}")
     options.sentences = [sentence.strip() for sentence in options.sentences if sentence.strip()]
     return options
 
