@@ -164,6 +164,8 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         if self.training and call.get("past_key_values") is None:
             call.setdefault("use_cache", False)
         backbone = original = target.base_model
+        if self._family.indexed is not None:
+            backbone = self._family.indexed(backbone)
         packing = None
         if can_unpad(call) and (plan.unpad or counts_padding(self.backbone, call["attention_mask"])):
             packing = Packing.of(call["attention_mask"])
@@ -269,8 +271,6 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             rows=rows, tokens=tokens, past_length=0, device=device, offset=length,
             first=self._family.first_position(self.backbone),
         )  # fmt: skip
-        if mask is not None:
-            mask = torch.cat([mask.new_ones(rows, length), mask], dim=1)
         prompts = adapter.encoder().to(self.backbone.dtype)
         view = self._family.shallow_view(target.base_model, prompts)
         if target.base_model is not target:
@@ -289,7 +289,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         if len(names) == 1 and names[0] != BASE_ROW:
             return self._sources[names[0]](backend), None
         members = sorted(set(names))
-        nothing = (None,) * len(self._family.layers(self.backbone))
+        nothing = (None,) * self.backbone.config.num_hidden_layers
         bank = stack_bank([nothing if n == BASE_ROW else self._sources[n](backend) for n in members])
         return bank, [members.index(name) for name in names]
 

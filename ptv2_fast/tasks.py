@@ -25,6 +25,7 @@ from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.heads import IGNORED_LABEL, check_labels, classification_loss, span_loss
 from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.models.inputs import first_tokens_first, turn_rows
 from ptv2_fast.models.pooling import pooled_tokens
 from ptv2_fast.models.view import view_of
 from ptv2_fast.step.labelled_rows import has_plain_head, labelled_rows_loss, labelled_tokens
@@ -84,13 +85,15 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
                     f"heads={{...}} on the backbone to mix them in one batch; got {len(adapters)} adapters"
                 )
             target = view_of(target, children=dict(adapters[0].base_heads.items()))
-            mask, reader = inputs.get("attention_mask"), self._family.first_token_view
-            if adapters[0].config.task_type == "SEQ_CLS" and reader and mask is not None and mask.dim() == 2:
-                target = reader(target, mask)
-        read = None
-        if adapters and adapters[0].config.task_type == "SEQ_CLS" and self._family.first_token_view:
+        read = back = None
+        if adapters and adapters[0].config.task_type == "SEQ_CLS" and self._family.reads_first:
+            if not self._disabled:
+                inputs, back = first_tokens_first(inputs)
             read = _tokens_read(inputs, "first")
-        return self.run(target, {**inputs, **targets}, adapter_names, read=read)
+        output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
+        if back is not None and output.hidden_states is not None:
+            output.hidden_states = tuple(turn_rows(states, back) for states in output.hidden_states)
+        return output
 
     def _base_targets(self, inputs: dict[str, Any], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """The targets as the loss of the base's own head takes them, checked."""

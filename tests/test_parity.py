@@ -7,9 +7,10 @@ import torch
 from batches import padded, text_rows
 from tiny_models import (
     DECODERS,
-    ENCODERS,
     FAMILIES,
+    FROM_PADDING,
     INJECTIONS,
+    TOKEN_TYPES,
     literal_states,
     tiny_base,
     tiny_model,
@@ -116,12 +117,12 @@ def test_position_offset_of_prefix(family):
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta", "modernbert", "llama", "opt"])
 def test_given_positions(family, injection):
     """The caller's position ids are the text's, in the model's own numbering."""
     rows = text_rows(6, 6)
     batch = padded(rows, "right", width=6)
-    first = 2 if family == "roberta" else 0
+    first = 2 if family in FROM_PADDING else 0
     positions = (torch.tensor([[0, 1, 2, 5, 6, 7], [1, 2, 3, 4, 5, 6]])) + first
     model = tiny_model(family, injection, exact=True)
     moved = _compare(model, tiny_base(family, exact=True), batch, position_ids=positions)
@@ -130,7 +131,7 @@ def test_given_positions(family, injection):
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("family", TOKEN_TYPES)
 def test_token_types(family, injection):
     batch = padded(text_rows(), "right")
     types = torch.zeros_like(batch.input_ids)

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: post-norm encoders, whose layers project a prompt as it is."""
+"""BERT, RoBERTa, XLM-R and ELECTRA: post-norm encoders, whose layers project a prompt as it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.models.pooling import pool
 from ptv2_fast.models.projection import Projection, linear_projection
 from ptv2_fast.models.rows import gather_rows, scatter_rows
 from ptv2_fast.models.view import view_of
@@ -38,7 +37,7 @@ def roberta_first_position(backbone: PreTrainedModel) -> int:
     return backbone.embeddings.padding_idx + 1
 
 
-def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
+def shallow_view(backbone: PreTrainedModel, prompts: Tensor, encoder: str = "encoder") -> nn.Module:
     """A view of the backbone in which virtual tokens evolve in front of every row's text.
 
     Text cannot be computed without the virtual tokens nor they without the text, so the rows of
@@ -46,19 +45,20 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
     layer sees the text only.
 
     Args:
-        backbone: BertModel or RobertaModel.
-        prompts: (P, D) embeddings of the virtual tokens, at positions 0..P-1.
+        backbone: BertModel, RobertaModel or any model that embeds by `embeddings` and then runs `encoder`.
+        prompts: (P, E) embeddings of the virtual tokens, at positions 0..P-1.
+        encoder: the name of what runs the layers.
 
     Returns:
-        A module called like the backbone, with a (B, P + N) attention mask beside inputs of N
-        tokens.
+        A module called like the backbone.
     """
     length = prompts.shape[0]
 
-    def embed(original, input_ids=None, inputs_embeds=None, **kwargs):
-        text = original(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)  # (B, N, D)
+    def embed(original, input_ids=None, inputs_embeds=None, position_ids=None, **kwargs):
+        # (B, N, E)
+        text = original(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs)
         # Without position ids the embedding module counts from its own first position.
-        virtual = original(inputs_embeds=prompts[None].to(text.dtype))  # (1, P, D)
+        virtual = original(input_ids=None, inputs_embeds=prompts[None].to(text.dtype))  # (1, P, E)
         return torch.cat([virtual.expand(text.shape[0], -1, -1), text], dim=1)
 
     def encode(original, *args, **kwargs):
@@ -66,28 +66,19 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
         output.last_hidden_state = output.last_hidden_state[:, length:]
         return output
 
+    def run(original, *args, attention_mask=None, **kwargs):
+        return original(*args, attention_mask=visible_prompts(attention_mask, length), **kwargs)
+
     children = {
         "embeddings": view_of(backbone.embeddings, forward=embed),
-        "encoder": view_of(backbone.encoder, forward=encode),
+        encoder: view_of(getattr(backbone, encoder), forward=encode),
     }
-    return view_of(backbone, children=children)
+    return view_of(view_of(backbone, children=children), forward=run)
 
 
-def first_token_view(target: PreTrainedModel, attention_mask: Tensor) -> nn.Module:
-    """A view of a sequence classifier whose head reads each row's first real token instead of its first slot.
-
-    With left padding the first slot is padding. BERT's head reads it in the backbone's pooler, RoBERTa's in its
-    classifier; both get the one row that they would read.
-    """
-
-    def read(original, hidden, *args, **kwargs):
-        return original(pool(hidden, attention_mask, "first")[:, None], *args, **kwargs)
-
-    backbone = target.base_model
-    if getattr(backbone, "pooler", None) is None:
-        return view_of(target, children={"classifier": view_of(target.classifier, forward=read)})
-    pooled = view_of(backbone, children={"pooler": view_of(backbone.pooler, forward=read)})
-    return view_of(target, children={target.base_model_prefix: pooled})
+def visible_prompts(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """(B, P + N): the mask of a text (B, N) with P virtual tokens in front."""
+    return None if attention_mask is None else torch.nn.functional.pad(attention_mask, (length, 0), value=1)
 
 
 def read_rows(layer: nn.Module, index: Tensor) -> nn.Module:

@@ -12,7 +12,19 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.models import bert, gemma3, gpt2, gpt_neox, llama, opt, phi3, rows
+from ptv2_fast.models import (
+    albert,
+    bert,
+    distilbert,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    llama,
+    modernbert,
+    opt,
+    phi3,
+    rows,
+)
 from ptv2_fast.models.projection import Projection
 
 
@@ -33,8 +45,9 @@ class Family:
             prompt stands at -P..-1 before a text at 0.. whatever its injection.
         shallow_view: (backbone, prompts (P, D)) -> the backbone with virtual tokens evolving in
             front of the text; for bidirectional families only.
-        first_token_view: (sequence classifier, mask (B, N)) -> the classifier with a head that reads each row's first
-            real token; for families whose own head reads slot 0.
+        reads_first: the family's own sequence classifier reads slot 0 of each row.
+        indexed: (backbone, or a view of it) -> a view whose attention modules have a `layer_idx`; for families whose
+            own have none.
         read_rows: (layer, index (R,)) -> a view of the layer that works on the tokens `index` of the flattened (B, N)
             from its attention on, and leaves the others undefined; None where nobody wrote one.
         refuse: raises ValueError for a backbone of the family whose configuration nobody made right.
@@ -48,7 +61,8 @@ class Family:
     first_position: Callable[[PreTrainedModel], int]
     rotary: bool = False
     shallow_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
-    first_token_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
+    reads_first: bool = False
+    indexed: Callable[[nn.Module], nn.Module] | None = None
     read_rows: Callable[[nn.Module, Tensor], nn.Module] | None = None
     refuse: Callable[[PreTrainedModel], None] = lambda backbone: None
 
@@ -61,10 +75,37 @@ _BERT = Family(
     finished=bert.finished,
     first_position=lambda backbone: 0,
     shallow_view=bert.shallow_view,
-    first_token_view=bert.first_token_view,
+    reads_first=True,
     read_rows=bert.read_rows,
 )
 _ROBERTA = replace(_BERT, first_position=bert.roberta_first_position)
+_DISTILBERT = replace(
+    _BERT,
+    layers=distilbert.layers,
+    projections=distilbert.projections,
+    shallow_view=distilbert.shallow_view,
+    indexed=distilbert.indexed,
+    read_rows=None,
+)
+_ALBERT = replace(
+    _BERT,
+    layers=albert.layers,
+    projections=albert.projections,
+    indexed=albert.indexed,
+    refuse=albert.refuse,
+    read_rows=None,
+)
+_MODERNBERT = Family(
+    causal=False,
+    layers=modernbert.layers,
+    normed=modernbert.normed,
+    projections=modernbert.projections,
+    finished=modernbert.finished,
+    first_position=lambda backbone: 0,
+    rotary=True,
+    shallow_view=modernbert.shallow_view,
+    reads_first=True,
+)
 _GPT2 = Family(
     causal=True,
     layers=gpt2.layers,
@@ -100,6 +141,11 @@ _OPT = Family(
 _FAMILIES = {
     "bert": _BERT,
     "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "electra": _BERT,
+    "albert": _ALBERT,
+    "distilbert": _DISTILBERT,
+    "modernbert": _MODERNBERT,
     "gpt2": _GPT2,
     "opt": _OPT,
     "gpt_neox": _GPT_NEOX,

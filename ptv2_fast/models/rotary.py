@@ -18,9 +18,14 @@ def before_text(backbone: PreTrainedModel, keys: Tensor, *layer_type: str) -> Te
     Args:
         layer_type: what the family's rotary module asks for besides, where layers of different kinds differ.
     """
+    return rotate(keys, *tables_before_text(backbone, keys, *layer_type))
+
+
+def tables_before_text(backbone: PreTrainedModel, keys: Tensor, *layer_type: str) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (P, 1, rotary size) of positions -P..-1, in the dtype of keys (P, Hkv, d)."""
     positions = torch.arange(-keys.shape[0], 0, device=keys.device)[None, :]
     cos, sin = backbone.rotary_emb(keys, positions, *layer_type)  # (1, P, rotary size)
-    return rotate(keys, cos[0, :, None, :], sin[0, :, None, :])
+    return cos[0, :, None, :], sin[0, :, None, :]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ def view_of(
     *,
     children: Mapping[str, nn.Module] | None = None,
     forward: Callable | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A second module object over the parameters, buffers and children of `module`.
 
@@ -25,6 +27,7 @@ def view_of(
         module: the module to look at; it is not changed.
         children: direct children that the view has instead of the module's own.
         forward: called as forward(original_forward, *args, **kwargs) in place of the module's forward.
+        attributes: plain attributes that the view has instead of, or beside, the module's own.
 
     Returns:
         A module of type(module), or of a subclass with the same name and forward signature.
@@ -33,9 +36,11 @@ def view_of(
         _install_hooks_once(module)
     view = _shallow_copy(module, type(module))
     view._modules = {**module._modules, **(children or {})}
+    view.__dict__.update(attributes or {})
     if forward is None:
         return view
     outer = _shallow_copy(view, _class_with_forward(type(module)))
+    outer.__dict__.pop("forward", None)  # a module may have a forward of its own (accelerate's hooks set one)
     if getattr(view, "gradient_checkpointing", False):
         view.gradient_checkpointing = False  # the outer forward recomputes the inner one
     outer._view_forward = functools.partial(forward, view.forward)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ENCODERS, FAMILIES, GROUPED, WIDE_HEADS, tiny_base, tiny_model
+from batches import padded, text_rows
+from tiny_models import ENCODERS, FAMILIES, GROUPED, NARROW_WORDS, WIDE_HEADS, WITHOUT_INDEX, tiny_base, tiny_model
 
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import family_of, supported_families
@@ -21,14 +22,22 @@ def test_sizes(family):
     head_dim = 16 if family in WIDE_HEADS else 8
     assert (sizes.hidden_size, sizes.num_layers, sizes.num_heads) == (32, 2, 4)
     assert (sizes.num_kv_heads, sizes.head_dim) == (kv_heads, head_dim)
+    assert (sizes.embedding_size, sizes.output_size) == (NARROW_WORDS.get(family, 32), 32)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_all_of_them_in_order(family):
     base = tiny_base(family, num_hidden_layers=3)
-    layers = list(family_of(base).layers(base))
+    known = family_of(base)
+    whole = base if known.indexed is None else known.indexed(base)
+    layers = list(known.layers(whole))
     indices = [{m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} for layer in layers]
     assert indices == [{0}, {1}, {2}]
+    assert (known.indexed is not None) == (family in WITHOUT_INDEX)
+    if known.indexed is not None:
+        assert not any(hasattr(m, "layer_idx") for m in base.modules()), "the base was written to"
+        batch = padded(text_rows(), "right")
+        assert torch.equal(whole(**batch.inputs).last_hidden_state, base(**batch.inputs).last_hidden_state)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +70,7 @@ def test_first_position_and_kind_of_positions(family):
 def test_projections_that_are_not_plain_are_refused(family):
     """A quantised or adapted layer's weight alone does not say what it computes."""
     model = tiny_model(family, "deep")
-    names = ("c_attn", "key", "k_proj", "qkv_proj", "query_key_value")
+    names = ("c_attn", "key", "k_proj", "k_lin", "qkv_proj", "Wqkv", "query_key_value")
     owner, name = next((m, n) for m in model.backbone.modules() for n in names if hasattr(m, n))
 
     class Odd(type(getattr(owner, name))):

@@ -45,6 +45,19 @@ def test_a_view_has_another_forward():
     assert "forward" not in vars(base) and "_view_forward" not in vars(base)
 
 
+def test_a_view_has_another_forward_where_the_module_has_one_of_its_own():
+    model = nn.Linear(3, 2)
+    model.forward = lambda x: x * 2
+    view = view_of(model, forward=lambda original, x: original(x) + 1.0)
+    assert view(torch.ones(1)) == 3 and model(torch.ones(1)) == 2
+
+
+def test_a_view_has_other_attributes():
+    model = nn.Dropout(0.5)
+    view = view_of(model, attributes={"p": 0.0, "layer_idx": 3})
+    assert (view.p, view.layer_idx, model.p) == (0.0, 3, 0.5) and not hasattr(model, "layer_idx")
+
+
 def test_a_view_calls_its_own_children():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     other = nn.Linear(3, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import DECODERS, ENCODERS, FAMILIES, LEARNED, WINDOWED, tiny_base, tiny_prompts
+from tiny_models import DECODERS, ENCODERS, FAMILIES, LEARNED, tiny_base, tiny_prompts, wide_window
 from tolerances import assert_differs, assert_equal
 
 from ptv2_fast import get_ptv2_model
@@ -33,7 +33,7 @@ def test_a_causal_model_goes_on_from_the_text(family, injection):
     """Keys and values of a text in front of ours are what a cache of that text holds."""
     learned = {"position_offset": len(TEXT)} if family in LEARNED and injection != "shallow" else {}
     # A prompt is in every window; a text in its place would not be.
-    changes = {"sliding_window": 64} if family in WINDOWED else {}
+    changes = wide_window(family)
     model = _from_text(family, injection, base=tiny_base(family, **changes), prompt_init="text", **learned)
     whole = torch.cat([torch.tensor([TEXT]), ROW], dim=1)
     expected = tiny_base(family, **changes)(whole).last_hidden_state[:, len(TEXT) :]
@@ -43,9 +43,10 @@ def test_a_causal_model_goes_on_from_the_text(family, injection):
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_a_shallow_prompt_on_an_encoder_goes_on_from_the_text(family):
-    model = _from_text(family, "shallow")
+    changes = wide_window(family)
+    model = _from_text(family, "shallow", base=tiny_base(family, **changes))
     whole = torch.cat([torch.tensor([TEXT]), ROW], dim=1)
-    expected = tiny_base(family)(whole).last_hidden_state[:, len(TEXT) :]
+    expected = tiny_base(family, **changes)(whole).last_hidden_state[:, len(TEXT) :]
     with torch.no_grad():
         assert_equal(model(input_ids=ROW).last_hidden_state, expected)
 

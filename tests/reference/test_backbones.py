@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import padded, text_rows
-from tiny_models import FAMILIES, WINDOW, WINDOWED, tiny_base
+from tiny_models import FAMILIES, WINDOW, WINDOWED, tiny_base, wide_window
 from tolerances import assert_differs, assert_equal
 
 from ptv2_fast.reference.backbones import layer_kind, layers_of
@@ -51,7 +51,7 @@ def test_a_window_counts_tokens_and_not_padding(family):
     assert max(map(len, rows)) > WINDOW + 1
     prompts = torch.randn(2, 3, 32, dtype=torch.float64)
     batch = padded(rows, "holes", width=12)
-    wide = tiny_base(family, exact=True, sliding_window=64)
+    wide = tiny_base(family, exact=True, **wide_window(family))
     with torch.no_grad():
         states = literal_deep(backbone, prompts, **batch.inputs)
         for index, row in enumerate(rows):

@@ -11,7 +11,7 @@ from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.reference.float64 import to_exact_float64
 from ptv2_fast.reference.literal import literal_deep, literal_prefix, literal_shallow
 
-ENCODERS = ("bert", "roberta")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "albert", "distilbert", "modernbert")
 DECODERS = (
     "gpt2", "llama", "qwen3", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3", "phi3", "gemma2", "gemma3_text",
     "gpt_neox", "opt",
@@ -20,6 +20,9 @@ FAMILIES = (*ENCODERS, *DECODERS)
 INJECTIONS = ("deep", "shallow", "prefix")
 VOCABULARY, HIDDEN, LABELS, PADDING_ID = 40, 32, 3, 1
 
+# Encoders whose positions count from padding_idx + 1.
+FROM_PADDING = ("roberta", "xlm-roberta")
+TOKEN_TYPES = ("bert", "roberta", "xlm-roberta", "electra", "albert")
 # Decoders whose positions are learned; all others rotate.
 LEARNED = ("gpt2", "opt")
 # Two query heads share a key head in these; the heads of 16 do not add up to the hidden size.
@@ -27,9 +30,19 @@ GROUPED = ("llama", "qwen3", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm
 MIXTURES = ("mixtral", "qwen3_moe")
 WIDE_HEADS = ("qwen3", "qwen3_moe", "gemma2", "gemma3_text")
 # Some or all of their layers see this many tokens back, fewer than the tests' texts have.
-WINDOWED, WINDOW = ("mistral", "phi3", "gemma2", "gemma3_text"), 4
+WINDOWED, WINDOW = ("mistral", "phi3", "gemma2", "gemma3_text", "modernbert"), 4
+# Some families' layers are shared or do not know which one they are.
+WITHOUT_INDEX = ("albert", "distilbert")
+# Words are narrower than hidden states, and so are shallow prompts.
+NARROW_WORDS = {"electra": 16, "albert": 16}
 # What stands in a family's configuration beside the sizes: whatever makes it differ from Llama, switched on.
 _SPECIAL = {
+    "electra": {"embedding_size": 16, "summary_last_dropout": 0.0},
+    "albert": {"embedding_size": 16, "classifier_dropout_prob": 0.0},
+    "distilbert": {
+        "hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0, "qa_dropout": 0.0, "seq_classif_dropout": 0.0,
+    },
+    "modernbert": {"local_attention": 2 * WINDOW, "cls_token_id": 2, "sep_token_id": 3},
     "mistral": {"sliding_window": WINDOW},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
@@ -68,7 +81,7 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
         "num_labels": LABELS,
         "attn_implementation": "sdpa",
     }
-    if family in ENCODERS:
+    if family in TOKEN_TYPES:
         sizes |= {
             "intermediate_size": 48,
             "hidden_dropout_prob": 0.0,
@@ -85,12 +98,19 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
     if family in MIXTURES:
         sizes |= {"experts_implementation": "eager"}  # the one that takes float64
     sizes |= _SPECIAL.get(family, {}) | changes
-    if family in ("gemma2", "gemma3_text"):
+    if family in ("gemma2", "gemma3_text", "modernbert"):
         kinds = ("sliding_attention", "full_attention")
         sizes |= {"layer_types": [kinds[i % 2] for i in range(sizes["num_hidden_layers"])]}
     if family == "gemma2":
         sizes["attn_implementation"] = "eager"  # it has no other that knows its softcap
     return transformers.AutoConfig.for_model(family, **sizes)
+
+
+def wide_window(family: str) -> dict[str, int]:
+    """Changes to a family's configuration that put every token of a test's text into every window."""
+    if family not in WINDOWED:
+        return {}
+    return {"local_attention": 128} if family == "modernbert" else {"sliding_window": 64}
 
 
 def has_head(family: str, task: str) -> bool:
