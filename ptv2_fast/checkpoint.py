@@ -122,6 +122,20 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors, on the CPU, of a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            return metadata, {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
 def remove_adapter(folder: str | Path) -> None:
     """Remove the adapter that stands in a folder itself, if there is one; what else is there stays."""
     for name in (WEIGHTS_NAME, CONFIG_NAME):
@@ -129,7 +143,7 @@ def remove_adapter(folder: str | Path) -> None:
 
 
 def _read(path: Path, base: PreTrainedModel) -> tuple[str, tuple[PTuningV2Config, dict[str, Tensor]]]:
-    metadata, tensors = _open(path)
+    metadata, tensors = read_safetensors(path)
     if "ptv2" not in metadata:
         raise ValueError(f"{path} was not written by ptv2_fast: its metadata has no 'ptv2' entry")
     name, config = _check(path, _parse(path, metadata["ptv2"]), base)
@@ -148,7 +162,7 @@ def _read_all(paths: list[Path], base: PreTrainedModel) -> dict[str, tuple[PTuni
 
 def _read_trainer(path: Path, base: PreTrainedModel):
     """A state dict written by Trainer: every adapter of the model, told apart by the prefix of its keys."""
-    _, tensors = _open(path)
+    _, tensors = read_safetensors(path)
     if DESCRIPTION_KEY not in tensors:
         raise ValueError(f"{path} was not written by ptv2_fast: it has no {DESCRIPTION_KEY!r} entry")
     descriptions = _parse(path, bytes(tensors.pop(DESCRIPTION_KEY).tolist()).decode(errors="replace"))
@@ -159,16 +173,6 @@ def _read_trainer(path: Path, base: PreTrainedModel):
         own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
         adapters[name] = (config, own)
     return adapters
-
-
-def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            return metadata, {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _parse(path: Path, text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,41 @@ class Persistence:
     """
 
     def save_pretrained(
-        self, save_directory: str | Path, *, adapter_names: list[str] | None = None, **kwargs
+        self,
+        save_directory: str | Path,
+        *,
+        adapter_names: list[str] | None = None,
+        format: str = "ptv2",
+        **kwargs,
     ) -> None:
         """Write adapters: a single one into the folder itself, several into a sub-folder each.
 
         Args:
             save_directory: a folder; created where it does not exist.
             adapter_names: which adapters; None means all.
+            format: "ptv2", or "peft" for folders that `peft.PeftModel.from_pretrained` reads: prefix and shallow
+                prompts as they are, deep ones as the prefix that they make.
             kwargs: arguments that save_pretrained has elsewhere; `is_main_process=False` writes
                 nothing.
 
         Raises:
-            ValueError: an adapter is unknown, or the folder is a file.
+            ValueError: an adapter is unknown, the folder is a file, or PEFT cannot do what an adapter does; the
+                message says why, and nothing is written.
         """
+        if format not in ("ptv2", "peft"):
+            raise ValueError(f"format must be 'ptv2' or 'peft'; got {format!r}")
         names = list(self.adapters) if adapter_names is None else list(adapter_names)
         for name in names:
             self._check_name(name)
         if not kwargs.get("is_main_process", True):
             return
-        for name in names:
+        folders = {name: Path(save_directory) if len(names) == 1 else Path(save_directory) / name for name in names}
+        if format == "peft":
+            from ptv2_fast.interop.peft_export import save_peft
+
+            return save_peft(self, folders)
+        for name, folder in folders.items():
             adapter = self.adapters[name]
-            folder = Path(save_directory) if len(names) == 1 else Path(save_directory) / name
             description = checkpoint.describe(name, adapter.config, self.base_model)
             checkpoint.save_adapter(folder, description, adapter.state_dict())
         if len(names) > 1:
@@ -80,27 +95,13 @@ class Persistence:
             ValueError: nothing to load, a damaged or foreign checkpoint, an unknown version,
                 another base, or tensors that do not fit; the message names the file or the tensor.
         """
-        from ptv2_fast.tasks import MODEL_CLASSES
-
         adapters = checkpoint.load_adapters(_found(load_directory, revision, token), base)
         if adapter_name is not None and len(adapters) == 1:
             adapters = {adapter_name: next(iter(adapters.values()))}
         first = adapter_name if adapter_name is not None else next(iter(adapters))
         if first not in adapters:
             raise ValueError(f"adapter_name must be one of {', '.join(adapters)}; got {adapter_name!r}")
-        # Everything is built and checked before the base is touched.
-        built = {name: _rebuild(base, name, *parts) for name, parts in adapters.items()}
-        config = adapters[first][0]
-        model = MODEL_CLASSES[config.task_type](base, config, first, adapter=built.pop(first))
-        for name, adapter in built.items():
-            model._check_alike(adapter.config)
-            model._take(name, adapter)
-        if is_trainable:
-            model.set_adapter(first)
-        else:
-            model.requires_grad_(False)
-            model.eval()
-        return model
+        return assembled(base, adapters, first, is_trainable=is_trainable)
 
     def load_adapter(
         self, load_directory: str | Path, adapter_name: str, *, is_trainable: bool = False
@@ -154,6 +155,33 @@ def _found(load_directory: str | Path, revision: str | None = None, token: str |
     from ptv2_fast.hub import adapter_folder
 
     return adapter_folder(load_directory, revision=revision, token=token)
+
+
+def assembled(base: PreTrainedModel, adapters: Mapping[str, tuple], first: str, *, is_trainable: bool):
+    """A model of ready adapters over a base, the one named `first` active.
+
+    Args:
+        adapters: name -> (configuration, tensors), as `checkpoint.load_adapters` gives them.
+        is_trainable: whether `first` goes on training; otherwise everything is frozen and in eval mode.
+
+    Raises:
+        ValueError: adapters, base and each other do not fit together.
+    """
+    from ptv2_fast.tasks import MODEL_CLASSES
+
+    # Everything is built and checked before the base is touched.
+    built = {name: _rebuild(base, name, *parts) for name, parts in adapters.items()}
+    config = adapters[first][0]
+    model = MODEL_CLASSES[config.task_type](base, config, first, adapter=built.pop(first))
+    for name, adapter in built.items():
+        model._check_alike(adapter.config)
+        model._take(name, adapter)
+    if is_trainable:
+        model.set_adapter(first)
+    else:
+        model.requires_grad_(False)
+        model.eval()
+    return model
 
 
 def _rebuild(base: PreTrainedModel, name: str, config, tensors: dict[str, Tensor]) -> Adapter:

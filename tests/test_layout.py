@@ -30,18 +30,21 @@ LAYERS = (
     ("model",),
     ("tasks",),
     ("public",),
-    ("training",),
+    ("training", "interop"),
     ("cli", "demo"),
 )
 RANK = {layer: rank for rank, row in enumerate(LAYERS) for layer in row}
 # The reference stands beside everything: only the backend of that name reaches it, when it is asked for.
 MAY_IMPORT_REFERENCE = {"ptv2_fast.attention.api"}
-# Model classes are looked up by name where a saved model is rebuilt.
-LAZY_UPWARDS = {("ptv2_fast.persistence", "ptv2_fast.tasks")}
+# Model classes are looked up by name where a saved model is rebuilt, and formats of others where they are asked for.
+LAZY_UPWARDS = {
+    ("ptv2_fast.persistence", "ptv2_fast.tasks"),
+    ("ptv2_fast.persistence", "ptv2_fast.interop.peft_export"),
+}
 # Everything of ours that transformers may be imported from.
 USES_TRANSFORMERS = {
     "attention", "models", "prompts", "heads", "step", "adapter", "checkpoint", "adapter_set", "persistence",
-    "model", "tasks", "training", "cli", "demo", "reference",
+    "model", "tasks", "training", "interop", "cli", "demo", "reference",
 }  # fmt: skip
 ATTENTION_WITHOUT_TRANSFORMERS = {"api", "checks", "prompt_batch", "torch_backend", "triton_backend", "__init__"}
 

@@ -1,0 +1,157 @@
+"""Adapters of ours as folders that `peft.PeftModel.from_pretrained` reads; PEFT itself is not needed to write them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ptv2_fast.adapter import Adapter
+from ptv2_fast.checkpoint import write_whole
+from ptv2_fast.interop.layout import flat_of
+from ptv2_fast.interop.peft_import import CONFIG_NAME, WEIGHTS_NAME
+from ptv2_fast.interop.rotation import turned
+from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.models.dimensions import Dimensions
+from ptv2_fast.models.families import family_of
+from ptv2_fast.models.windows import smallest_window
+from ptv2_fast.prompts.projection import LayerProjections
+
+# Families whose text, behind a prefix in PEFT, is known to stand at learned positions from P.
+_LEARNED = ("bert", "gpt2", "opt", "roberta")
+
+
+def save_peft(model: PTuningV2Model, folders: Mapping[str, Path]) -> None:
+    """Write adapters of a model, each into its folder, so that PEFT gives the logits that they give here.
+
+    prefix: as PREFIX_TUNING, a reparameterisation's MLP merged. deep: as the prefix K_p, V_p = the layers' projections
+    of the prompts. In PEFT a prefix stands at positions 0..P-1 and the text at P..P+N-1: rotary keys are turned to
+    there, learned positions have to be those already (`position_offset=P`).
+    shallow: as PROMPT_TUNING, whose outputs have P rows more in PEFT. A causal sequence classifier reads the last slot
+    there, padding or not, so its logits are those here for texts without padding only.
+
+    Args:
+        folders: adapter name -> where it goes.
+
+    Raises:
+        ValueError: PEFT cannot do what an adapter does; nothing is written then.
+    """
+    made = {folder: _contents(model, name) for name, folder in folders.items()}
+    for folder in made:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"save_directory must be a folder; {folder} is a file")
+    for folder, (config, tensors) in made.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Weights never stand beside the description of others: killed in between, the folder is no adapter.
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
+        write_whole(folder / WEIGHTS_NAME, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))
+        text = json.dumps(config, indent=2, sort_keys=True)
+        write_whole(folder / CONFIG_NAME, lambda path, t=text: path.write_text(t + "\n", encoding="utf-8"))
+
+
+def _contents(model: PTuningV2Model, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What stands in `adapter_config.json` and in `adapter_model.safetensors`."""
+    adapter = model.adapters[name]
+    config, sizes = adapter.config, Dimensions.of(model.backbone)
+    _check(model, name, adapter)
+    description = {
+        "auto_mapping": None,
+        "base_model_name_or_path": model.base_model.config.name_or_path or None,
+        "inference_mode": True,
+        "modules_to_save": list(adapter.base_heads) or None,
+        "num_layers": sizes.num_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "revision": None,
+        "task_type": config.task_type,
+    }
+    if config.injection == "shallow":
+        prompts = _made(adapter)
+        description |= {
+            "num_attention_heads": sizes.num_heads,
+            "peft_type": "PROMPT_TUNING",
+            "prompt_tuning_init": "RANDOM",
+            "token_dim": sizes.embedding_size,
+        }
+    else:
+        prompts = flat_of(_keys_values(model, name))
+        width = sizes.num_kv_heads * sizes.head_dim
+        description |= {
+            "encoder_hidden_size": width,
+            "num_attention_heads": sizes.num_kv_heads,
+            "peft_type": "PREFIX_TUNING",
+            "prefix_projection": False,
+            "token_dim": width,
+        }
+    heads = {f"base_model.{key}": tensor for key, tensor in adapter.base_heads.state_dict().items()}
+    tensors = {"prompt_embeddings": prompts, **heads}
+    return description, {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _keys_values(model: PTuningV2Model, name: str) -> Tensor:
+    """(L, 2, Hkv, P, d) float32, with rotary keys where PEFT has the text at P."""
+    adapter, backbone, family = model.adapters[name], model.backbone, family_of(model.backbone)
+    if adapter.config.injection == "prefix":
+        made = _made(adapter).float()  # not by way of the base's dtype: PEFT keeps float32 too
+    else:
+        projections = LayerProjections(backbone, family, adapter.encoder.layers)
+        pairs = projections(_made(adapter).to(backbone.dtype), "torch")
+        made = torch.stack([torch.stack(pair) for pair in pairs]).float()
+    by = adapter.config.num_virtual_tokens - adapter.config.text_offset
+    if family.rotary and by:
+        keys = torch.stack([turned(backbone, family, i, layer[0], by) for i, layer in enumerate(made)])
+        made = torch.stack([keys, made[:, 1]], dim=1)
+    return made
+
+
+@torch.no_grad()
+def _made(adapter: Adapter) -> Tensor:
+    """The prompts, without their dropout."""
+    encoder, was_training = adapter.encoder, adapter.encoder.training
+    encoder.eval()
+    try:
+        return encoder()
+    finally:
+        encoder.train(was_training)
+
+
+def _check(model: PTuningV2Model, name: str, adapter: Adapter) -> None:
+    """Refuse what PEFT cannot do.
+
+    Raises:
+        ValueError: the message says what it is.
+    """
+    config, family, kind = adapter.config, family_of(model.backbone), model.backbone.config.model_type
+    length, is_shallow = config.num_virtual_tokens, config.injection == "shallow"
+    reason = None
+    if adapter.heads:
+        reason = f"the heads {', '.join(adapter.heads)} are ours, and PEFT trains heads of the base's own class only"
+    elif adapter.encoder.gate is not None:
+        reason = "prompt_init='gated' trains a bias on the prompt's scores, which PEFT does not have"
+    elif len(adapter.encoder.layers) != Dimensions.of(model.backbone).num_layers:
+        reason = f"only layers {adapter.encoder.layers} have prompts, and PEFT gives every layer one"
+    elif is_shallow and config.task_type == "SEQ_CLS" and not family.causal:
+        reason = "PEFT's head reads the first virtual token of an encoder, ours the first token of the text"
+    elif not is_shallow and not family.rotary and kind not in _LEARNED:
+        reason = f"nobody made sure which positions PEFT gives the text of a {kind} model behind a prefix"
+    elif not is_shallow and not family.rotary and config.text_offset != length:
+        reason = (
+            f"PEFT counts the positions of a {kind} model's text from P = {length} behind a prefix, and this adapter "
+            f"has position_offset {config.text_offset}; train it with position_offset={length}"
+        )
+    if reason is not None:
+        raise ValueError(f"adapter {name!r} cannot be saved with format='peft': {reason}")
+    window = smallest_window(model.backbone)
+    if window is not None:
+        warnings.warn(
+            f"adapter {name!r}: in PEFT the prompt leaves a sliding window of {window} once the text is longer; here "
+            "it never does",
+            stacklevel=5,
+        )
