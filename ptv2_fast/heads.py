@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,31 @@ def span_loss(logits: Tensor, start_positions: Tensor, end_positions: Tensor) ->
         check_labels(name, positions, side.shape[1], side.shape[:1])
         losses.append(classification_loss(side, positions))
     return (losses[0] + losses[1]) / 2
+
+
+def base_targets(
+    base: PreTrainedModel, task_type: str, size: tuple[int, int], targets: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Targets as the loss of the base's own head takes them, checked.
+
+    Args:
+        size: rows B and tokens N of the text.
+        targets: labels, or start_positions and end_positions.
+
+    Raises:
+        ValueError: as `check_labels`.
+    """
+    rows, tokens = size
+    checked = dict(targets)
+    for name, labels in targets.items():
+        if name != "labels":
+            check_labels(name, labels, tokens, (rows,))
+            # The base ignores positions past the text; it takes negative ones for the first token.
+            checked[name] = labels.masked_fill(labels == IGNORED_LABEL, tokens)
+        elif base.num_labels > 1 and not (isinstance(labels, Tensor) and labels.is_floating_point()):
+            # Labels that are no integers are those of a base for several labels at once.
+            check_labels(name, labels, base.num_labels, (rows, tokens) if task_type == "TOKEN_CLS" else (rows,))
+    return checked
 
 
 def check_labels(name: str, labels: Tensor, count: int, shape: Sequence[int]) -> None:

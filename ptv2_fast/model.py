@@ -22,6 +22,7 @@ from ptv2_fast.models.inputs import (
     packed_rows,
     stated_rows,
     text_positions,
+    text_size,
     whole_mask,
 )
 from ptv2_fast.models.rotary import longest_text
@@ -220,7 +221,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         if smallest_window(self.backbone) and getattr(inputs.get("past_key_values"), "is_compileable", False):
             mask = whole_mask(mask, inputs.get("position_ids"), past_length, ids)
         rows, tokens = check_inputs(ids, inputs.get("inputs_embeds"), mask, past_length)
-        check_beside(inputs, rows, tokens, self._single_device())
+        check_beside(inputs, rows, tokens, self.base_model)
         device = self.backbone.device
         is_first = inputs.get("past_key_values") is None
         first = self._family.first_position(self.backbone)
@@ -257,7 +258,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
         mask = inputs.get("attention_mask")
         rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
-        check_beside(inputs, rows, tokens, self._single_device())
+        check_beside(inputs, rows, tokens, self.base_model)
         length, device = adapter.config.num_virtual_tokens, self.backbone.device
         self._check_length(tokens + length)
         if stated_rows(inputs) or packed_rows(inputs.get("position_ids"), mask):
@@ -299,10 +300,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             return (self.active_adapter,)
         if isinstance(adapter_names, str):
             raise ValueError(f"adapter_names must be one name per row; got the string {adapter_names!r}")
-        text = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if not isinstance(text, Tensor):
-            raise ValueError(f"input_ids or inputs_embeds must be given as a tensor; got {type(text).__name__}")
-        rows = text.shape[0]
+        rows, _ = text_size(inputs)
         # Beam search and several returned sequences repeat each row in place.
         if not adapter_names or rows % len(adapter_names):
             raise ValueError(f"adapter_names must name {rows} rows; got {len(adapter_names)} names")
@@ -312,10 +310,6 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             return (adapter_names[0],)
         repeats = rows // len(adapter_names)
         return tuple(name for name in adapter_names for _ in range(repeats))
-
-    def _single_device(self) -> torch.device | None:
-        """The base's device; None where accelerate has spread the base and moves its inputs itself."""
-        return None if getattr(self.base_model, "hf_device_map", None) else self.backbone.device
 
     def _evolves_with_text(self, adapter: Adapter) -> bool:
         return adapter.config.injection == "shallow" and not self._family.causal

@@ -23,9 +23,9 @@ from transformers.modeling_outputs import (
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.config import PTuningV2Config
-from ptv2_fast.heads import IGNORED_LABEL, check_labels, classification_loss, span_loss
+from ptv2_fast.heads import IGNORED_LABEL, base_targets, check_labels, classification_loss, span_loss
 from ptv2_fast.model import PTuningV2Model
-from ptv2_fast.models.inputs import first_tokens_first, turn_rows
+from ptv2_fast.models.inputs import first_tokens_first, text_size, turn_rows
 from ptv2_fast.models.pooling import pooled_tokens
 from ptv2_fast.models.view import view_of
 from ptv2_fast.step.labelled_rows import has_plain_head, labelled_rows_loss, labelled_tokens
@@ -39,8 +39,7 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
 
     @property
     def config(self):
-        """The base's configuration; with the active adapter's label names where it has a single
-        head of its own.
+        """The base's configuration; with the active adapter's label names where it has a single head of its own.
 
         A pipeline reads label names from here.
         """
@@ -76,7 +75,8 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
 
     def _run_base_head(self, inputs, adapter_names, adapters: list[Adapter], targets):
         """The base's own forward, with the adapter's copy of the base's head in its place."""
-        targets = self._base_targets(inputs, targets)
+        task_type = self.adapters[self.active_adapter].config.task_type
+        targets = base_targets(self.base_model, task_type, text_size(inputs), targets)
         target = self.base_model
         if adapters and not self._disabled:
             if len(adapters) > 1:
@@ -94,20 +94,6 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
         if back is not None and output.hidden_states is not None:
             output.hidden_states = tuple(turn_rows(states, back) for states in output.hidden_states)
         return output
-
-    def _base_targets(self, inputs: dict[str, Any], targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The targets as the loss of the base's own head takes them, checked."""
-        rows, tokens = _text_size(inputs)
-        checked = dict(targets)
-        for name, labels in targets.items():
-            if name != "labels":
-                check_labels(name, labels, tokens, (rows,))
-                # The base ignores positions past the text; it takes negative ones for the first token.
-                checked[name] = labels.masked_fill(labels == IGNORED_LABEL, tokens)
-            elif self.base_model.num_labels > 1 and not (isinstance(labels, Tensor) and labels.is_floating_point()):
-                of_tokens = self.adapters[self.active_adapter].config.task_type == "TOKEN_CLS"
-                check_labels(name, labels, self.base_model.num_labels, (rows, tokens) if of_tokens else (rows,))
-        return checked
 
     def _run_own_heads(self, inputs, adapter_names, names, task, targets):
         """The backbone with prompts, then our head of each row's adapter."""
@@ -254,7 +240,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         if labels is None:
             return self.run(self.base_model, inputs, adapter_names)
-        check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size, _text_size(inputs))
+        check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size, text_size(inputs))
         if self.step_plan().labelled_rows_loss and has_plain_head(self.base_model) and not self._disabled:
             return self._run_labelled_rows(inputs, labels, adapter_names)
         return self.run(self.base_model, {**inputs, "labels": labels}, adapter_names)
@@ -292,8 +278,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         return total / (packed.targets != IGNORED_LABEL).sum().clamp(min=1)
 
     def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
-        """`generate` of the base with the prompts in every step; all its modes, caches and
-        arguments.
+        """`generate` of the base with the prompts in every step; all its modes, caches and arguments.
 
         The cache that it returns holds the text alone: a second turn on it is a run on the whole
             text.
@@ -374,9 +359,7 @@ def get_ptv2_model(
     if not isinstance(config, PTuningV2Config):
         raise ValueError(f"config must be a PTuningV2Config; got {type(config).__name__}")
     cls = MODEL_CLASSES[config.task_type]
-    return cls(
-        base, config, adapter_name, tokenizer=tokenizer, init_text=init_text, step_options=step_options
-    )
+    return cls(base, config, adapter_name, tokenizer=tokenizer, init_text=init_text, step_options=step_options)
 
 
 def _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, others) -> dict[str, Any]:
@@ -397,15 +380,6 @@ def _tokens_read(inputs: dict[str, Any], pooling: str) -> Tensor | None:
         return None
     text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     return pooled_tokens(*text.shape[:2], mask, pooling, text.device)
-
-
-def _text_size(inputs: dict[str, Any]) -> tuple[int, int]:
-    """Rows and tokens of the text that labels stand beside."""
-    text = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
-    if not isinstance(text, Tensor):
-        raise ValueError(f"input_ids or inputs_embeds must be given as a tensor; got {type(text).__name__}")
-    rows, tokens = text.shape[:2]
-    return rows, tokens
 
 
 def _task_output(task_type: str, logits, targets: dict[str, Tensor], output):

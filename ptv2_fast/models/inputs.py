@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ptv2_fast.models.pooling import pooled_tokens
 
@@ -52,15 +53,28 @@ def check_inputs(
     return rows, tokens
 
 
-def check_beside(inputs: Mapping[str, Any], rows: int, tokens: int, device: torch.device | None) -> None:
-    """Refuse what does not stand beside the text, token by token, on the model's device.
+def text_size(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows B and tokens N of the text among a forward's inputs.
 
-    Args:
-        device: the model's; None where it is spread over several.
+    Raises:
+        ValueError: there is no text, or it is no tensor of rows.
+    """
+    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if not isinstance(text, Tensor) or text.dim() < 2:
+        found = type(text).__name__ if not isinstance(text, Tensor) else tuple(text.shape)
+        raise ValueError(f"input_ids or inputs_embeds must be given as a tensor of rows; got {found}")
+    rows, tokens = text.shape[:2]
+    return rows, tokens
+
+
+def check_beside(inputs: Mapping[str, Any], rows: int, tokens: int, base: PreTrainedModel) -> None:
+    """Refuse what does not stand beside the text, token by token, on the base's device.
 
     Raises:
         ValueError: the message names the input.
     """
+    # accelerate moves the inputs of a base that it has spread over several devices.
+    device = None if getattr(base, "hf_device_map", None) else base.device
     for name in ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"):
         value = inputs.get(name)
         if value is None or (name == "attention_mask" and isinstance(value, Mapping)):
