@@ -58,7 +58,7 @@ def test_the_python_examples_run(hub, names, capsys):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config = transformers.LlamaConfig(vocab_size=len(WORDS), bos_token_id=None, eos_token_id=4, **sizes)
     transformers.LlamaForCausalLM(config).save_pretrained("tiny-lm")
-    first, second = _blocks("python")
+    first, second, options, runner = _blocks("python")[:4]
     assert len([line for line in first.splitlines() if line]) <= 15
     exec(first, names)
     assert names["logits"].shape == (1, 4, 9)
@@ -67,6 +67,11 @@ def test_the_python_examples_run(hub, names, capsys):
     assert kept == {"ptv2_model.safetensors", "ptv2_config.json"}
     exec(second, names)
     assert set(names["model"].adapters) == {"sst2", "ner"}
+    exec(options, names)
+    assert names["model"].step_options.unpad
+    names["model"].set_adapter("ner")
+    labelled = {**names["batch"], "labels": torch.randint(0, 9, (3, 6))}
+    exec(runner, {**names, "torch": torch, "batches": [labelled] * 2})
 
 
 def test_the_commands_run(hub):
@@ -74,8 +79,10 @@ def test_the_commands_run(hub):
     for name in ("train.conll", "dev.conll", "test.conll"):
         (hub / name).write_text(SENTENCE * 4)
     commands = [shlex.split(line) for line in block.splitlines()]
-    assert [command[1] for command in commands] == ["train", "eval", "predict", "info"]
+    assert [command[1] for command in commands] == ["train", "search", "eval", "predict", "export", "info"]
     for program, *arguments in commands:
+        if arguments[0] == "search":
+            arguments += ["--trials", "1", "--epochs", "1"]
         result = CliRunner().invoke(app, arguments)
         assert (program, result.exit_code) == ("ptv2-fast", 0), result.output
 
