@@ -25,10 +25,10 @@ from ptv2_fast.models.inputs import (
     text_size,
     whole_mask,
 )
-from ptv2_fast.models.rotary import longest_text
+from ptv2_fast.models.limits import check_length
 from ptv2_fast.models.rows import gather_rows
 from ptv2_fast.models.view import view_of
-from ptv2_fast.models.windows import counts_padding, smallest_window
+from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.keys_values import stack_bank
 from ptv2_fast.prompts.source import PromptSource
@@ -84,7 +84,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             raise ValueError(f"base must be a transformers PreTrainedModel; got {type(base).__name__}")
         self._family = family_of(base.base_model)
         hook.check_served({}, base.base_model.config)
-        self._disabled = False
+        self._disabled = self._reached = False
         if adapter is None:
             adapter = self._build(base, config, tokenizer, init_text)
         self._sources: dict[str, PromptSource] = {}
@@ -157,7 +157,9 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
                 )
             return self._run_evolving(target, inputs, self.adapters[names[0]])
         call = self.with_prompts(inputs, names)
-        return self._run_planned(target, call, read)
+        output = self._run_planned(target, call, read)
+        self._reached = self._reached or call["ptv2_prompts"].check_reached(type(self.backbone).__name__)
+        return output
 
     def _run_planned(self, target: nn.Module, call: dict[str, Any], read: Tensor | None):
         """Call `target` with its backbone run as the step's plan says."""
@@ -232,14 +234,15 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             packing = packed_rows(inputs.get("position_ids"), mask)
         offsets = [0 if n == BASE_ROW else self._text_offset(self.adapters[n]) for n in names]
         if isinstance(past_length, int):
-            self._check_length((tokens if packing is None else packing[2]) + past_length + max(offsets))
+            length = (tokens if packing is None else packing[2]) + past_length + max(offsets)
+            check_length(self.backbone, self._family, length)
         positions = text_positions(
             inputs.get("position_ids"), mask,
             rows=rows, tokens=tokens, past_length=past_length, first=first, device=device,
             offset=offsets[0] if len(names) == 1 else torch.tensor(offsets, device=device)[:, None],
         )  # fmt: skip
         if isinstance(mask, Tensor) and mask.dim() == 2 and not is_first and tokens > 1:
-            self._check_windows(mask)
+            check_cached_padding(self.backbone, mask)
         prompts, bank = self._prompts(names)
         index = None if bank is None else torch.tensor(bank, device=device)
         bounds = longest = None
@@ -250,7 +253,9 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             # With a mask at hand transformers does not look for packed rows itself.
             mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
         backend = self.adapters[self.active_adapter].config.backend
-        batch = PromptBatch(prompts, index, bounds, longest, backend)
+        # The first forward shows that the base hands its layers their prompts.
+        asked = None if self._reached or torch.compiler.is_compiling() else []
+        batch = PromptBatch(prompts, index, bounds, longest, backend, asked=asked)
         injected = {**inputs, "attention_mask": mask, "position_ids": positions, "ptv2_prompts": batch}
         return {name: value for name, value in injected.items() if value is not None}
 
@@ -260,7 +265,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
         check_beside(inputs, rows, tokens, self.base_model)
         length, device = adapter.config.num_virtual_tokens, self.backbone.device
-        self._check_length(tokens + length)
+        check_length(self.backbone, self._family, tokens + length)
         if stated_rows(inputs) or packed_rows(inputs.get("position_ids"), mask):
             raise ValueError(
                 "position_ids and cu_seq_lens_q must not pack rows with a shallow prompt on a bidirectional model"
@@ -318,32 +323,6 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         """How far the text's positions shift; rotary ones need no room for a shallow prompt."""
         is_shallow = adapter.config.injection == "shallow"
         return 0 if is_shallow and self._family.rotary else adapter.config.text_offset
-
-    def _check_length(self, length: int) -> None:
-        """Refuse texts that run past a table of learned positions."""
-        if self._family.rotary:
-            limit = longest_text(self.backbone)
-            if limit is not None and length > limit:
-                raise ValueError(
-                    f"input_ids must leave the text within {limit} tokens, where the model's rotary frequencies change "
-                    f"and the prompt's keys do not; got {length}"
-                )
-            return
-        limit = self.backbone.config.max_position_embeddings
-        limit -= self._family.first_position(self.backbone)
-        if length > limit:
-            raise ValueError(
-                f"input_ids must leave the text's last position within the model's {limit} learned positions; "
-                f"tokens and position offset come to {length}"
-            )
-
-    def _check_windows(self, mask: Tensor) -> None:
-        """Refuse cached text with padding between its tokens: a sliding window would count it, and nothing can move."""
-        if counts_padding(self.backbone, mask):
-            raise ValueError(
-                "attention_mask must have its padding at the ends of rows only, with past_key_values on a model with "
-                "sliding windows: they would count it as text"
-            )
 
     def _check_checkpointing(self) -> None:
         function = getattr(self.backbone, "_gradient_checkpointing_func", None)

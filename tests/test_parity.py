@@ -55,7 +55,7 @@ def test_float32(family, injection):
 
 @pytest.mark.parametrize("length", [1, 17])
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3", "mistral", "gemma3_text", "modernbert"])
 def test_prompt_lengths(family, injection, length):
     model = tiny_model(family, injection, length=length, exact=True)
     _compare(model, tiny_base(family, exact=True), padded(text_rows(), "right"))

@@ -41,6 +41,7 @@ class PromptBatch:
         backend: which backend of `prompt_attention` serves it.
         windowed: the layers' sliding windows apply; False where the rows are virtual tokens themselves, which every
             query sees.
+        asked: a list to which the index of every layer that asks for its prompt is appended; None keeps no account.
     """
 
     layers: tuple[LayerPrompt | None, ...]
@@ -49,13 +50,37 @@ class PromptBatch:
     max_seqlen: int | None = None
     backend: str = "auto"
     windowed: bool = True
+    asked: list[int] | None = None
 
     def at(self, layer: int) -> PromptBatch:
         """The batch for one layer alone: its attention need not know which layer it is."""
-        return replace(self, layers=self.layers[layer : layer + 1])
+        self._note(layer)
+        return replace(self, layers=self.layers[layer : layer + 1], asked=None)
 
     def of(self, module: nn.Module) -> LayerPrompt | None:
         """The prompt of an attention module, by its `layer_idx`."""
         if len(self.layers) > 1:
+            self._note(module.layer_idx)
             return self.layers[module.layer_idx]
+        self._note(0)
         return self.layers[0] if self.layers else None
+
+    def check_reached(self, base: str) -> bool:
+        """Whether an account was kept, and every layer that has a prompt asked for it.
+
+        Raises:
+            RuntimeError: a layer did not: its prompt had no effect.
+        """
+        if self.asked is None:
+            return False
+        missing = {index for index, prompt in enumerate(self.layers) if prompt is not None} - set(self.asked)
+        if missing:
+            raise RuntimeError(
+                f"base must hand the keyword argument ptv2_prompts on to every attention layer; {base} did not reach "
+                f"layers {sorted(missing)}, whose prompts have no effect"
+            )
+        return True
+
+    def _note(self, layer: int) -> None:
+        if self.asked is not None:
+            self.asked.append(layer)

@@ -15,6 +15,19 @@ def smallest_window(backbone: PreTrainedModel) -> int | None:
     return window if window is None or kinds is None or "sliding_attention" in kinds else None
 
 
+def check_cached_padding(backbone: PreTrainedModel, mask: Tensor) -> None:
+    """Refuse cached text with padding between its tokens: a sliding window would count it, and nothing can move.
+
+    Raises:
+        ValueError: mask (B, M) has such padding, on a model with windows shorter than the text.
+    """
+    if counts_padding(backbone, mask):
+        raise ValueError(
+            "attention_mask must have its padding at the ends of rows only, with past_key_values on a model with "
+            "sliding windows: they would count it as text"
+        )
+
+
 def counts_padding(backbone: PreTrainedModel, mask: Tensor) -> bool:
     """Whether a row of mask (B, M) has padding between its tokens that a window would count as text.
 

@@ -199,6 +199,30 @@ def test_windows_softcaps_and_scales_reach_the_scores():
     assert_equal(out, expected)
 
 
+def test_a_bidirectional_window_counts_as_transformers_masks_do():
+    """A layer hands in its half-window plus one, as flash attention takes it; its mask has the half-window."""
+    states, prompt = _states(), _prompt()
+    batch = PromptBatch((None, prompt))
+    out, _ = hook.attention_forward(_layer(), *states, None, sliding_window=2, ptv2_prompts=batch)
+    assert_equal(out, _judge(states, prompt, window=1))
+
+
+def test_virtual_tokens_are_in_every_window():
+    states = _states()
+    layer = _layer(is_causal=True)
+    batch = PromptBatch((), windowed=False)
+    out, _ = hook.attention_forward(layer, *states, None, sliding_window=2, ptv2_prompts=batch)
+    whole, _ = hook.attention_forward(layer, *states, None)
+    assert torch.equal(out, whole)
+
+
+def test_a_packed_batch_with_a_mask_of_its_own_is_refused():
+    bounds = torch.tensor([0, 5, 10], dtype=torch.int32)
+    batch = PromptBatch((None, _prompt()), cu_seqlens=bounds)
+    with pytest.raises(ValueError, match="a packed batch must need no mask but row boundaries"):
+        hook.attention_forward(_layer(), *_states(), torch.ones(2, 1, 5, 5, dtype=torch.bool), ptv2_prompts=batch)
+
+
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_a_mask_of_four_dimensions_says_everything(kind):
     """It holds causality and windows already, so the layer's own are not applied on top."""
