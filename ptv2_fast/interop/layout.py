@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -69,22 +70,31 @@ def task_of(base: PreTrainedModel, stated: str | None) -> str:
 def head_tensors(where: str, base: PreTrainedModel, task_type: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a base's head, named as an `Adapter` names them.
 
+    Parts of the head that were not trained are the base's own.
+
     Args:
         where: what the tensors come from, for messages.
         tensors: named as the base names its parameters, all of them the head's.
 
     Raises:
-        ValueError: a tensor belongs to no head, or the head has other tensors.
+        ValueError: a tensor belongs to no head, or a part of the head has other tensors.
     """
     children = own_heads(base) if task_type in HEAD_TASKS else {}
-    expected = {f"{name}.{key}" for name, child in children.items() for key in child.state_dict()}
-    if set(tensors) == expected:
-        return {f"base_heads.{name}": tensor for name, tensor in tensors.items()}
-    unknown, missing = sorted(set(tensors) - expected), sorted(expected - set(tensors))
-    raise ValueError(
-        f"{where} must hold the head of {type(base).__name__} for task_type={task_type!r}, and no other trained "
-        f"modules; missing {missing}, unknown {unknown}"
-    )
+    found, expected = {}, set()
+    for name, child in children.items():
+        own = {f"{name}.{key}": tensor for key, tensor in child.state_dict().items()}
+        is_trained = any(key in tensors for key in own)
+        found |= {key: tensors.get(key) for key in own} if is_trained else own
+        expected |= set(own)
+    unknown, missing = sorted(set(tensors) - expected), sorted(key for key in found if found[key] is None)
+    if unknown or missing:
+        raise ValueError(
+            f"{where} must hold the head of {type(base).__name__} for task_type={task_type!r}, and no other trained "
+            f"modules; missing {missing}, unknown {unknown}"
+        )
+    if children and not tensors:
+        warnings.warn(f"{where} holds no head; the one of {type(base).__name__} stays as it is", stacklevel=5)
+    return {f"base_heads.{key}": tensor for key, tensor in found.items()}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

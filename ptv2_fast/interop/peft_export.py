@@ -24,7 +24,7 @@ from ptv2_fast.models.windows import smallest_window
 from ptv2_fast.prompts.projection import LayerProjections
 
 # Families whose text, behind a prefix in PEFT, is known to stand at learned positions from P.
-_LEARNED = ("bert", "gpt2", "opt", "roberta")
+_LEARNED = ("bert", "electra", "gpt2", "opt", "roberta", "xlm-roberta")
 
 
 def save_peft(model: PTuningV2Model, folders: Mapping[str, Path]) -> None:
@@ -139,8 +139,8 @@ def _check(model: PTuningV2Model, name: str, adapter: Adapter) -> None:
         reason = f"only layers {adapter.encoder.layers} have prompts, and PEFT gives every layer one"
     elif is_shallow and config.task_type == "SEQ_CLS" and not family.causal:
         reason = "PEFT's head reads the first virtual token of an encoder, ours the first token of the text"
-    elif not is_shallow and not family.rotary and kind not in _LEARNED:
-        reason = f"nobody made sure which positions PEFT gives the text of a {kind} model behind a prefix"
+    elif not is_shallow and kind not in _LEARNED and not (family.rotary and family.causal):
+        reason = f"PEFT has no prefix tuning for {kind} models, or none whose positions are known"
     elif not is_shallow and not family.rotary and config.text_offset != length:
         reason = (
             f"PEFT counts the positions of a {kind} model's text from P = {length} behind a prefix, and this adapter "
