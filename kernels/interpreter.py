@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import numpy
 import triton
 
 
@@ -19,10 +18,13 @@ def repair() -> None:
     It holds every scalar as an array of one element and asks NumPy for `int(array)`, which NumPy 2.4 refuses. Triton
     3.7 asks otherwise.
     """
-    broken = _version(triton.__version__) < (3, 7) and _version(numpy.__version__) >= (2, 4)
-    if os.environ.get("TRITON_INTERPRET") != "1" or not broken:
+    if os.environ.get("TRITON_INTERPRET") != "1" or _version(triton.__version__) >= (3, 7):
         return
+    import numpy
     from triton.runtime import interpreter
+
+    if _version(numpy.__version__) < (2, 4):
+        return
 
     patch = interpreter._patch_lang_tensor
     if getattr(patch, "reads_scalars", False):
