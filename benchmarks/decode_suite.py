@@ -16,11 +16,11 @@ from benchmarks.decode_providers import DecodeKit, DecodeProvider, Generate, dec
 from benchmarks.measure import quantiles
 from benchmarks.roofline import Work
 from benchmarks.step_batches import Batch, Prompts, make_prompts
-from benchmarks.step_clock import is_out_of_memory, reason_of, synchronize
+from benchmarks.step_clock import free_memory, is_out_of_memory, reason_of, synchronize
 from benchmarks.step_forms import prefix_form
 from benchmarks.step_models import FIRST_WORD, build_base, sizes_of
 from benchmarks.step_roofline import layer_weights
-from benchmarks.steps_suite import clean_memory, clean_up, whole_graph
+from benchmarks.steps_suite import clean_up, whole_graph
 
 _RED = ("wrong", "failed")
 _SPARE_SECONDS = 5.0
@@ -44,7 +44,7 @@ def run(context: Context, providers: list[DecodeProvider] | None = None) -> str:
             return "red" if red else "out of time"
         if base is None or base[0] != (case.model, case.dtype):
             base = None
-            clean_memory(context.device)
+            free_memory(context.device)
             model = build_base(case.model, context.device, case.torch_dtype).eval()
             # A random model means nothing by its end token: every row gets all its tokens.
             model.generation_config.eos_token_id = None
@@ -117,7 +117,7 @@ def _set_up(provider: DecodeProvider, kit: DecodeKit, ids: Tensor, ready: dict[s
         count = min(_JUDGED_TOKENS, kit.case.new)
         regret = regret_of(generate(ids, count), ids, kit.base, kit.prompts)
     except Exception as error:
-        clean_memory(ids.device)
+        free_memory(ids.device)
         return {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": reason_of(error)}
     entry: dict[str, object] = {"errors": {"regret": regret}, "setup_seconds": round(time.monotonic() - start, 1)}
     if provider.compiles:

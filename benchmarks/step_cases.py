@@ -128,7 +128,7 @@ def _compiled() -> Iterator[Group]:
 
 def cpu_groups() -> list[Group]:
     """MiniLM with its own weights in float32: sizes that one core gets through."""
-    cells = ((8, 64, 20), (16, 128, 20), (8, 128, 128))
+    cells = ((8, 64, 20), (8, 128, 128), (16, 128, 20))
     return [_group(MINILM, *cell, dtype="fp32") for cell in cells]
 
 

@@ -23,16 +23,16 @@ class StepEffort:
         warm_seconds: for the warm-ups of one provider.
     """
 
-    seconds: float = 15.0
+    seconds: float = 12.0
     least: int = 7
     most: int = 50
     warmups: int = 20
-    warm_seconds: float = 1.5
+    warm_seconds: float = 1.0
 
 
 QUICK_STEPS = StepEffort(seconds=0.0, least=2, most=2, warmups=1, warm_seconds=0.0)
 # One core and little hurry: quantiles need samples, and neighbours on the machine come and go.
-CPU_STEPS = StepEffort(seconds=120.0, least=9, most=60, warmups=3, warm_seconds=3.0)
+CPU_STEPS = StepEffort(seconds=120.0, least=7, most=40, warmups=2, warm_seconds=2.0)
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give freed memory back to the device, what a caught error still held among it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def warm_up(step: Step, device: torch.device, effort: StepEffort) -> float:
@@ -85,6 +92,7 @@ def time_steps(
             estimates[name] = warm_up(step, device, effort)
         except Exception as error:
             failed[name] = reason_of(error)
+            free_memory(device)
     ready = {name: step for name, step in steps.items() if name in estimates}
     round_seconds = max(sum(estimates.values()) / 1e3, 1e-6)
     budget = min(effort.seconds, max(0.0, seconds_left))
@@ -106,7 +114,7 @@ def time_steps(
                     del ready[name]
     finally:
         gc.enable()
-    method = "events" if device.type == "cuda" else "perf_counter"
+    method = "events" if device.type == "cuda" else cpu_clock()[0]
     timings = {
         name: Timing(*quantiles(samples[name]), samples=len(samples[name]), method=method) for name in ready
     }
@@ -117,9 +125,10 @@ def _sample(step: Step, device: torch.device) -> float:
     """Milliseconds of one step, from an idle device to its last result."""
     step.arm()
     if device.type != "cuda":
-        start = time.perf_counter()
+        _, now = cpu_clock()
+        start = now()
         step.run()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (now() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -127,6 +136,15 @@ def _sample(step: Step, device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end)
+
+
+def cpu_clock() -> tuple[str, Callable[[], float]]:
+    """What measures a step on the CPU: its name, and seconds by it.
+
+    With one thread the time that this process was given, which neighbours on the machine do not lengthen; with several
+    the time that passed.
+    """
+    return ("process_time", time.process_time) if torch.get_num_threads() == 1 else ("perf_counter", time.perf_counter)
 
 
 def device_milliseconds(step: Step, device: torch.device) -> float | None:

@@ -36,6 +36,10 @@ class Bound:
         arm: called before forward, outside the timing: sets switches of a model that several providers share.
         logits: of "prefix" on a causal model, (input_ids, positions, mask, which tokens) -> logits at those.
         compiled: runs CUDA graphs of torch.compile, which must be told where a step begins.
+        settle: runs before a result is judged: the first ones of a graph warm up and record.
+        take: (*arguments) -> loss, of a provider whose optimizer is part of what it runs: the whole step instead of
+            `forward`. It learns nothing before `learn(rate)` is called, and leaves its gradient behind.
+        learn: sets the learning rate of `take`.
     """
 
     model: nn.Module
@@ -45,6 +49,9 @@ class Bound:
     gradient: Callable[[tuple], Tensor]
     arm: Callable[[], None] = field(default=lambda: None)
     compiled: bool = False
+    settle: int = 1
+    take: Callable[..., Tensor] | None = None
+    learn: Callable[[float], None] = field(default=lambda rate: None)
     logits: Callable[..., Tensor] | None = None
 
 

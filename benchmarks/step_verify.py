@@ -59,15 +59,20 @@ def run_once(bound: Bound, arguments: tuple) -> tuple[float, Tensor]:
     bound.arm()
     if bound.compiled:
         torch.compiler.cudagraph_mark_step_begin()
-    loss = bound.forward(*arguments)
-    loss.backward()
+    if bound.take is not None:
+        loss = bound.take(*arguments)
+    else:
+        loss = bound.forward(*arguments)
+        loss.backward()
     value, gradient = float(loss.detach()), bound.gradient(arguments).detach().clone()
     clear_gradients(bound, arguments)
     return value, gradient
 
 
 def clear_gradients(bound: Bound, arguments: tuple) -> None:
-    """Forget the gradients of everything that a step differentiates."""
+    """Forget the gradients of everything that a step differentiates; a captured step keeps its own."""
+    if bound.take is not None:
+        return
     for leaf in (*bound.trained, *arguments):
         if isinstance(leaf, Tensor) and leaf.is_leaf:
             leaf.grad = None

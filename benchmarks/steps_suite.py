@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Iterator
@@ -22,12 +21,13 @@ from benchmarks.step_clock import (
     Step,
     StepEffort,
     device_milliseconds,
+    free_memory,
     is_out_of_memory,
     reason_of,
     time_steps,
 )
 from benchmarks.step_forms import Bound
-from benchmarks.step_models import build_base
+from benchmarks.step_models import build_base, sizes_of
 from benchmarks.step_providers import Kit, StepProvider, step_providers
 from benchmarks.step_roofline import step_work
 from benchmarks.step_verify import Expected, StepJudge, clear_gradients, forms_follow_the_reference, run_once
@@ -35,8 +35,10 @@ from benchmarks.step_verify import Expected, StepJudge, clear_gradients, forms_f
 LEARNING_RATE = 1e-4
 _RED = ("wrong", "failed")
 _SPARE_SECONDS = 5.0
-# What a group is expected to take before one like it has been measured, and a compilation likewise.
-_FIRST_GROUP, _FIRST_COMPILE = 25.0, 45.0
+# What a group is expected to take before one has been measured, and the compilation of one layer likewise.
+_FIRST_GROUP, _FIRST_LAYER = 25.0, 3.0
+# Beside its timed steps a cell warms up, is profiled and measured for memory.
+_BESIDE = 10.0
 _REFERENCE_ERROR = 1e-6
 
 
@@ -49,13 +51,13 @@ def run(context: Context, providers: list[StepProvider] | None = None) -> str:
     context.result.data["calls"] = {provider.name: provider.call for provider in providers}
     red = not gate(context)
     spent: list[float] = []
-    compile_seconds: list[float] = []
+    layer_seconds: list[float] = []
     for group in chosen_groups(context):
         expected = statistics.median(spent[-3:]) if spent else 0.0 if context.device.type == "cpu" else _FIRST_GROUP
         if context.left < min(expected, _FIRST_GROUP) + _SPARE_SECONDS:
             return "red" if red else "out of time"
         start = time.monotonic()
-        red |= measure_group(group, context, providers, compile_seconds)
+        red |= measure_group(group, context, providers, layer_seconds)
         spent.append(time.monotonic() - start)
     return _stream(context, red)
 
@@ -90,12 +92,12 @@ def chosen_groups(context: Context) -> list[Group]:
     return [replace(group, cases=tuple(cases)) for group, cases in groups if cases]
 
 
-def measure_group(group: Group, context: Context, providers: list[StepProvider], compile_seconds: list[float]) -> bool:
+def measure_group(group: Group, context: Context, providers: list[StepProvider], layer_seconds: list[float]) -> bool:
     """Every cell of a group; gives whether one of ours was wrong or failed."""
     bench = None
     try:
         bench = GroupBench(group, context, providers)
-        entries = bench.set_up(compile_seconds)
+        entries = bench.set_up(layer_seconds)
         red = False
         for case in group.cases:
             cell = bench.measure(case, entries)
@@ -132,12 +134,16 @@ class GroupBench:
         self.providers = [p for p in providers if case.peers in p.peers]
         self.bound: dict[str, Bound] = {}
 
-    def set_up(self, compile_seconds: list[float]) -> dict[str, dict[str, dict]]:
-        """Build every provider and judge it on every batch; gives case id -> provider -> record."""
+    def set_up(self, layer_seconds: list[float]) -> dict[str, dict[str, dict]]:
+        """Build every provider and judge it on every batch; gives case id -> provider -> record.
+
+        Args:
+            layer_seconds: what compilations of this run took for each layer; this group's are appended.
+        """
         entries: dict[str, dict[str, dict]] = {case.id: {} for case in self.group.cases}
         expected = self._expected()
         for provider in self.providers:
-            records = self._set_up_one(provider, expected, compile_seconds)
+            records = self._set_up_one(provider, expected, layer_seconds)
             for case in self.group.cases:
                 entries[case.id][provider.name] = records[case]
         return entries
@@ -152,16 +158,14 @@ class GroupBench:
                 for case, batch in self.batches.items()
             }
         self.judge.close()
-        clean_memory(self.context.device)
+        free_memory(self.context.device)
         return found
 
-    def _set_up_one(self, provider: StepProvider, expected, compile_seconds: list[float]) -> dict[StepCase, dict]:
+    def _set_up_one(self, provider: StepProvider, expected, layer_seconds: list[float]) -> dict[StepCase, dict]:
         reason = provider.refuses(self.group.first, self.context.device)
         if reason is not None:
             return {case: {"status": "not applicable", "reason": reason} for case in self.batches}
-        longest = max(compile_seconds[-4:], default=0.0 if self.context.tiny else _FIRST_COMPILE)
-        needed = longest if provider.compiles else 0.0
-        if self.context.left < needed + _SPARE_SECONDS:
+        if self.context.left < self._seconds_needed(provider, layer_seconds) + _SPARE_SECONDS:
             return {case: {"status": "out of time", "reason": "the run's minutes were over"} for case in self.batches}
         start = time.monotonic()
         records = {}
@@ -176,19 +180,26 @@ class GroupBench:
             status = "out of memory" if is_out_of_memory(error) else "failed"
             for case in self.batches:
                 records.setdefault(case, {"status": status, "reason": reason_of(error)})
-            clean_memory(self.context.device)
+            free_memory(self.context.device)
         seconds = time.monotonic() - start
         facts = {"setup_seconds": round(seconds, 1)}
         if provider.compiles:
-            compile_seconds.append(seconds)
+            layer_seconds.append(seconds / sizes_of(self.base).num_layers)
             facts["compiled"] = whole_graph(len(self.batches))
         return {case: {**record, **facts} for case, record in records.items()}
 
+    def _seconds_needed(self, provider: StepProvider, layer_seconds: list[float]) -> float:
+        """What setting a provider up may take, and the cells after it: a compilation is no use untimed."""
+        if not provider.compiles or self.context.tiny:
+            return 0.0
+        layer = max(layer_seconds[-4:], default=_FIRST_LAYER)
+        timing = len(self.batches) * (effort_of(self.context).seconds + _BESIDE)
+        return layer * sizes_of(self.base).num_layers + timing
+
     def _judge(self, bound: Bound, batch: Batch, expected: Expected) -> dict:
         arguments = bound.prepare(batch)
-        # The first runs of a CUDA graph warm up and record: it is the third that replays.
         with no_dropout(bound.model):
-            for _ in range(3 if bound.compiled else 1):
+            for _ in range(bound.settle):
                 loss, gradient = run_once(bound, arguments)
         return expected.entry(loss, gradient)
 
@@ -235,6 +246,9 @@ class GroupBench:
 def make_step(bound: Bound, batch: Batch) -> Step:
     """Forward, loss, backward and the optimizer's step on the prompts."""
     arguments = bound.prepare(batch)
+    if bound.take is not None:
+        bound.learn(LEARNING_RATE)
+        return Step(lambda: bound.take(*arguments), bound.arm)
     optimizer = None
     if bound.trained:
         fused = bound.trained[0].device.type == "cuda"
@@ -281,17 +295,10 @@ def whole_graph(batches: int) -> dict[str, object]:
     return {"graph_breaks": breaks, "unique_graphs": graphs, "cudagraph_skips": skips, "whole": whole}
 
 
-def clean_memory(device: torch.device) -> None:
-    """Give freed memory back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def clean_up(device: torch.device) -> None:
     """Forget a group's models and everything that was compiled for them."""
     torch._dynamo.reset()
-    clean_memory(device)
+    free_memory(device)
 
 
 def line_of(cell: dict[str, object]) -> str:

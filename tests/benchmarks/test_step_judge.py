@@ -135,6 +135,19 @@ def test_a_mask_is_built_only_where_something_is_hidden(bert):
     assert lower[0, 0, 0].tolist() == [True] * 3 + [False] * 4
 
 
+def test_what_a_captured_step_leaves_behind_is_nobody_elses(bert):
+    case = StepCase("tiny-bert", 3, 9, 4, dtype="fp32")
+    kit, batch = Kit(bert, make_prompts(bert, 4), case, tiny=True), _batch(bert)
+    graph, ours = (next(p for p in step_providers() if p.name == name).build(kit) for name in ("ours_graph", "ours"))
+    judge = StepJudge(bert, kit.prompts)
+    for bound in (graph, ours, graph, ours):
+        assert judge.expected("deep", batch).entry(*evaluate(bound, batch))["status"] == "passed"
+    graph.learn(1.0)
+    before = kit.prompts_of().detach().clone()
+    graph.take(*graph.prepare(batch))
+    assert not torch.equal(before, kit.prompts_of())
+
+
 def test_no_gradient_is_left_behind(bert):
     prompts, batch = make_prompts(bert, 4), _batch(bert)
     bound = plain_form(bert)

@@ -61,7 +61,7 @@ def test_every_provider_of_a_cell_is_timed_or_says_why_not(finished):
             assert entry.get("ms", 0) > 0 or entry["reason"]
         assert cell["peers"]["ours"]["tokens_per_second"] > 0
     first = _cells(finished)[0]["peers"]
-    assert first["ours_graph"]["status"] == first["joined_flex"]["status"] == "not applicable"
+    assert first["ours_graph"]["status"] == "timed" and first["joined_flex"]["status"] == "not applicable"
 
 
 def test_a_compiled_step_is_one_graph(finished):
@@ -177,12 +177,20 @@ def test_steps_take_turns_and_a_broken_one_leaves():
     assert timings["a"].samples == 4
 
 
-def test_arming_is_outside_the_timing():
+def test_with_one_thread_a_neighbour_on_the_machine_costs_nothing():
     import time
 
-    step = step_clock.Step(lambda: None, lambda: time.sleep(0.01))
+    name, now = step_clock.cpu_clock()
+    assert name == "process_time" and torch.get_num_threads() == 1
+    start = now()
+    time.sleep(0.05)
+    assert now() - start < 0.03
+
+
+def test_arming_is_outside_the_timing():
+    step = step_clock.Step(lambda: None, lambda: sum(range(300_000)))
     timings, _ = step_clock.time_steps({"a": step}, CPU, step_clock.QUICK_STEPS, seconds_left=60)
-    assert timings["a"].ms < 5
+    assert timings["a"].ms < 1
 
 
 def test_a_chain_of_errors_tells_that_memory_ran_out():
