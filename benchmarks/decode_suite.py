@@ -27,6 +27,8 @@ _SPARE_SECONDS = 5.0
 # A generation that takes longer than this once it is warm compiles anew at every call.
 _TOO_LONG = 30.0
 _FIRST_COMPILE = 60.0
+# What a cell's timed generations may take, kept free when something is compiled for it.
+_TIMED_SECONDS = 50.0
 # Rows and tokens that are judged, and how far below the best logit a chosen token may lie, in standard deviations.
 _JUDGED_ROWS, _JUDGED_TOKENS = 8, 8
 _REGRET = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 1e-1}
@@ -71,7 +73,7 @@ def measure_cell(
     ids = torch.randint(FIRST_WORD, base.config.vocab_size, (case.B, case.N), generator=generator).to(device)
     peers: dict[str, dict] = {}
     ready: dict[str, Generate] = {}
-    longest = 0.0 if context.tiny else _FIRST_COMPILE
+    longest = 0.0 if context.tiny else _FIRST_COMPILE + _TIMED_SECONDS
     for provider in providers:
         reason = provider.refuses(device)
         if reason is not None:
@@ -80,7 +82,8 @@ def measure_cell(
             peers[provider.name] = {"status": "out of time", "reason": "the run's minutes were over"}
         else:
             peers[provider.name] = _set_up(provider, kit, ids, ready)
-    samples, failed = time_generation(ready, ids, case.new, device, seconds=min(60.0, context.left - _SPARE_SECONDS))
+    seconds = min(_TIMED_SECONDS, context.left - _SPARE_SECONDS)
+    samples, failed = time_generation(ready, ids, case.new, device, seconds=seconds)
     for name, reason in failed.items():
         peers[name] |= {"status": "failed", "reason": reason}
     work = decode_work(case, base)

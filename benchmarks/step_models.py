@@ -69,6 +69,8 @@ SHAPES = {
         causal=True,
     ),
     "tiny-bert": Shape(BertConfig, _TINY),
+    "tiny-roberta": Shape(RobertaConfig, _TINY),
+    "tiny-llama": Shape(LlamaConfig, _TINY_DECODER, causal=True),
     "tiny-qwen3": Shape(Qwen3Config, _TINY_DECODER, causal=True),
 }  # fmt: skip
 MINILM = "minilm"

@@ -232,7 +232,9 @@ def _build_without_prompt(kit: Kit) -> Bound:
         if kit.case.causal:
             return model(inputs_embeds=embeddings, attention_mask=mask, labels=labels, adapter_names=names).loss
         inputs = {"inputs_embeds": embeddings, "attention_mask": mask}
-        states = model.run(model.backbone, inputs, names)
+        rows, tokens = embeddings.shape[:2]
+        first = torch.arange(rows, device=embeddings.device) * tokens
+        states = model.run(model.backbone, inputs, names, read=first)
         return task_loss(kit.base, states.last_hidden_state, labels, head)
 
     return Bound(model, forward, plain.prepare, [], plain.gradient, arm)

@@ -38,7 +38,7 @@ def test_the_judge_computes_what_the_package_calls_literal():
     assert len(errors) == 4 and all(error < 1e-6 for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("model", ["tiny-bert", "tiny-qwen3"])
+@pytest.mark.parametrize("model", ["tiny-bert", "tiny-roberta", "tiny-llama", "tiny-qwen3"])
 @pytest.mark.parametrize("lengths", [(9, 4, 7), (6, 6)], ids=["padded", "whole"])
 def test_every_eager_provider_computes_its_form(model, lengths):
     case = StepCase(model, len(lengths), max(lengths), 4, dtype="fp32")
