@@ -17,7 +17,8 @@ from ptv2_fast.reference.literal import literal_deep, literal_prefix
 
 # What a result may be off in any case, by dtype: rounding over tens of layers.
 _FLOOR = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 2e-4}
-# Tokens, prompts included, that one step of the judge holds in float32: each takes half a megabyte a layer of an 8B model.
+# Tokens, prompts included, that one step of the judge holds in float32; in an 8B model each takes half a megabyte for
+# every layer.
 _CHUNK_TOKENS = {"cuda": 2048, "cpu": 8192}
 
 
