@@ -74,7 +74,7 @@ def from_peft(
     """Run a PEFT prompt learning adapter here, with the logits that it has in PEFT.
 
     PREFIX_TUNING and CARTRIDGE become injection "prefix", PROMPT_TUNING, P_TUNING and MULTITASK_PROMPT_TUNING become
-    "shallow", and a trained head comes along. Prompts that PEFT makes by an MLP or an LSTM are taken as what it makes,
+    "shallow", and a trained head comes along; parts of the head that were not trained are the base's own. Prompts that PEFT makes by an MLP or an LSTM are taken as what it makes,
     as PEFT's own files have them; only the MLP of prefix_projection, which is the `reparameterization` here, goes on
     training where it is still there (a PeftModel that is not in inference mode, `is_trainable=True`, heads that add up
     to the hidden size).
@@ -129,7 +129,7 @@ def from_peft(
     if is_trainable and any(source.config.get("num_frozen_tokens") for source in sources.values()):
         warnings.warn("the tokens that PEFT's CARTRIDGE keeps frozen train with the others here", stacklevel=2)
     result = assembled(base, adapters, active, is_trainable=is_trainable)
-    if base is not model and not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
         # The base may be taken over a second time, as another view.
         model.get_base_model()._ptv2_original_attention = base._ptv2_original_attention
     return result
