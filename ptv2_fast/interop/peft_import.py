@@ -74,10 +74,10 @@ def from_peft(
     """Run a PEFT prompt learning adapter here, with the logits that it has in PEFT.
 
     PREFIX_TUNING and CARTRIDGE become injection "prefix", PROMPT_TUNING, P_TUNING and MULTITASK_PROMPT_TUNING become
-    "shallow", and a trained head comes along; parts of the head that were not trained are the base's own. Prompts that PEFT makes by an MLP or an LSTM are taken as what it makes,
-    as PEFT's own files have them; only the MLP of prefix_projection, which is the `reparameterization` here, goes on
-    training where it is still there (a PeftModel that is not in inference mode, `is_trainable=True`, heads that add up
-    to the hidden size).
+    "shallow", and a trained head comes along; parts of the head that were not trained are the base's own. Prompts that
+    PEFT makes by an MLP or an LSTM are taken as what it makes, as PEFT's own files have them; only the MLP of
+    prefix_projection, which is the `reparameterization` here, goes on training where it is still there (a PeftModel that
+    is not in inference mode, `is_trainable=True`, heads that add up to the hidden size).
 
     PEFT counts the text's positions from P behind a prefix too; `config.position_offset` is P to keep that.
 
