@@ -76,8 +76,8 @@ def from_peft(
     PREFIX_TUNING and CARTRIDGE become injection "prefix", PROMPT_TUNING, P_TUNING and MULTITASK_PROMPT_TUNING become
     "shallow", and a trained head comes along; parts of the head that were not trained are the base's own. Prompts that
     PEFT makes by an MLP or an LSTM are taken as what it makes, as PEFT's own files have them; only the MLP of
-    prefix_projection, which is the `reparameterization` here, goes on training where it is still there (a PeftModel that
-    is not in inference mode, `is_trainable=True`, heads that add up to the hidden size).
+    prefix_projection, which is the `reparameterization` here, goes on training where it still is there: in a PeftModel
+    that is not in inference mode, with `is_trainable=True` and heads that add up to the hidden size.
 
     PEFT counts the text's positions from P behind a prefix too; `config.position_offset` is P to keep that.
 
