@@ -3,7 +3,8 @@
     python -m ptv2_fast.kernels.aot --out kernels/aot_table.json
 
 The kernels and their arguments are recorded from the host functions (`launch.record`), so what is compiled is what
-would be launched. Must run without TRITON_INTERPRET.
+would be launched. Rows of the table whose kernel, helpers and arguments are unchanged are kept, so a run that was cut
+short goes on where it stopped. Must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -12,28 +13,26 @@ import argparse
 import itertools
 import json
 import os
-import re
-import subprocess
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import torch
 import triton
+from ptv2_fast.kernels.aot_compile import card_name, compile_launch, fingerprint, kernel_name, tile_of
 from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
 from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
 from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 from ptv2_fast.kernels.prompt_projection import prompt_projection
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from ptv2_fast.kernels import launch
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# One head size for each row of the launch configurations, and those that are padded or smaller than a row's.
+HEAD_DIMS = (64, 128, 256)
+OTHER_HEAD_DIMS = (16, 80, 192)
 # What models combine: encoders pad on the right and drop out, decoders are causal, share key/value heads, slide.
 FEATURES: dict[str, dict[str, object]] = {
     "plain": {},
@@ -42,20 +41,17 @@ FEATURES: dict[str, dict[str, object]] = {
     "mask+dropout": {"key_mask": True, "dropout_p": 0.1},
     "causal+window+softcap": {"causal": True, "group": 2, "window": 512, "softcap": 50.0},
     "bank+biases": {"bank": True, "bias": True, "prompt_bias": True},
-}
-DIGEST_MARK = "<!-- digest -->"
-_OPTIONS = ("num_warps", "num_stages")
-_POINTERS = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64",
-    torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8",
+    "everything": {
+        "causal": True, "group": 2, "window": 512, "softcap": 50.0, "key_mask": True, "dropout_p": 0.1, "bank": True,
+        "bias": True, "prompt_bias": True,
+    },
 }  # fmt: skip
-# Ampere's, Hopper's and Blackwell's; the older form remains right for tiles too small for the newer.
-_TENSOR_CORE = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma"
+DIGEST_MARK = "<!-- digest -->"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel, one way of calling it, one card."""
+    """One way of calling every kernel, on one card."""
 
     arch: int
     dtype: str
@@ -75,16 +71,31 @@ class Report:
     tile: str
     num_warps: int
     num_stages: int
+    source: str
     registers: int
     spill_bytes: int
     shared_bytes: int
-    cubin_bytes: int
+    binary_bytes: int
     tensor_core_instructions: int
     wgmma_instructions: int
+    async_copies: int
+
+
+def all_cases() -> list[Case]:
+    """The table's cases.
+
+    Every row of launch configurations in every dtype on every card, with nothing and with everything. In bf16 also AMD,
+    head sizes that are smaller or padded (on Hopper; they have their row's tiles), and each feature set.
+    """
+    rows = itertools.product(ARCHITECTURES, DTYPES, HEAD_DIMS, ("plain", "everything"))
+    feature_sets = itertools.product(ARCHITECTURES, ("bf16",), (64, 128), FEATURES)
+    head_dims = itertools.product((90,), ("bf16",), OTHER_HEAD_DIMS, ("plain",))
+    amd = itertools.product((launch.GFX942,), ("bf16",), (64, 128), ("plain",))
+    return list(dict.fromkeys(Case(*case) for case in itertools.chain(rows, amd, head_dims, feature_sets)))
 
 
 def record_case(case: Case) -> list[launch.Launch]:
-    """The launches of a forward and a full backward for the case, on stand-in tensors."""
+    """The launches of a forward, a full backward, a decoding step and a projection, on stand-in tensors."""
     options = FEATURES[case.features]
     dtype, device = DTYPES[case.dtype], torch.device("cpu")
     rows, kv_heads, tokens, prompt_length = 4, 2, 256, 64
@@ -114,8 +125,10 @@ def record_case(case: Case) -> list[launch.Launch]:
         output, lse = prompt_attention_forward(q, k, v, prompt_k, prompt_v, **arguments)
         needs = Needs(query=True, text=True, prompt=True, prompt_bias=bool(options.get("prompt_bias")))
         prompt_attention_backward(output, q, k, v, prompt_k, prompt_v, output, lse, needs=needs, **arguments)
-        if not packed and not arguments["dropout_p"]:
-            prompt_attention_decode(q[:, :, :1], k, v, prompt_k, prompt_v, **arguments | {"bias": None})
+        if not packed:
+            one_query = {"dropout_p": 0.0, "bias": arguments["bias"] if arguments["bias"] is None
+                         else arguments["bias"][:, :, :1]}  # fmt: skip
+            prompt_attention_decode(q[:, :, :1], k, v, prompt_k, prompt_v, **arguments | one_query)
         weights = [torch.zeros(2 * kv_heads * case.head_dim, 1024, dtype=dtype) for _ in range(2)]
         x = torch.zeros(2, prompt_length, 1024, dtype=dtype, requires_grad=True)
         y = prompt_projection(x, weights)
@@ -123,90 +136,51 @@ def record_case(case: Case) -> list[launch.Launch]:
     return launches
 
 
-def signature(kernel, arguments: dict[str, object]) -> tuple[dict, dict, dict]:
-    """(signature, constants, attributes) of ASTSource for a recorded launch, specialised as a real launch would be."""
-    types, constants, attributes = {}, {}, {}
+@dataclass(frozen=True)
+class Row:
+    """A row of the table before it is compiled: the place-th launch of a case."""
 
-    def describe(value, path: tuple[int, ...], specialize: bool):
-        if value is None:
-            constants[path] = None
-            return "constexpr"
-        if isinstance(value, tuple):
-            return tuple(describe(item, (*path, place), specialize) for place, item in enumerate(value))
-        if isinstance(value, torch.Tensor):
-            # The caching allocator aligns every tensor to 16 bytes and more.
-            attributes[path] = [["tt.divisibility", 16]]
-            return _POINTERS[value.dtype]
-        if isinstance(value, float):
-            return "fp32"
-        if specialize and value == 1:
-            constants[path] = 1
-            return "constexpr"
-        if specialize and value % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    case: Case
+    place: int
+    kernel: str
+    tile: str
+    num_warps: int
+    num_stages: int
+    source: str
 
-    for place, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr:
-            types[parameter.name] = "constexpr"
-            constants[(place,)] = value
-        else:
-            types[parameter.name] = describe(value, (place,), not parameter.do_not_specialize)
-    return types, constants, attributes
+    @property
+    def code(self) -> tuple[int, str]:
+        """What is compiled; rows that share it share the result."""
+        return self.case.arch, self.source
+
+    def report(self, measured: dict[str, int]) -> Report:
+        """The row with the compiler's results."""
+        return Report(
+            kernel=self.kernel, **asdict(self.case), tile=self.tile, num_warps=self.num_warps,
+            num_stages=self.num_stages, source=self.source, **measured)
 
 
-def compile_launch(recorded: launch.Launch, case: Case) -> Report:
-    """Compile one recorded launch for the case's card and read what came out."""
-    arguments = dict(recorded.arguments)
-    options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
-    types, constants, attributes = signature(recorded.kernel, arguments)
-    source = ASTSource(recorded.kernel, types, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
-    registers, stack = _resource_usage(compiled.asm["cubin"])
-    return Report(
-        kernel=kernel_name(recorded), **asdict(case), tile=tile_of(recorded),
-        num_warps=options.get("num_warps", 4), num_stages=options.get("num_stages", 3), registers=registers,
-        spill_bytes=stack, shared_bytes=compiled.metadata.shared, cubin_bytes=len(compiled.asm["cubin"]),
-        tensor_core_instructions=len(re.findall(_TENSOR_CORE, compiled.asm["ptx"])),
-        wgmma_instructions=compiled.asm["ptx"].count("wgmma.mma_async"),
-    )
+def rows_of(cases: Iterable[Case]) -> list[Row]:
+    """Every launch of every case, in order."""
+    return [
+        Row(case, place, kernel_name(recorded), tile_of(recorded), recorded.arguments.get("num_warps", 4),
+            recorded.arguments.get("num_stages", 3), fingerprint(recorded))
+        for case in cases
+        for place, recorded in enumerate(record_case(case))
+    ]
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of stack a thread). These kernels keep no arrays, so stack means spilled registers."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return int(registers), int(stack)
-
-
-def kernel_name(recorded: launch.Launch) -> str:
-    """The kernel's name in the table."""
-    return recorded.kernel.__name__.strip("_").removesuffix("_kernel")
-
-
-def tile_of(recorded: launch.Launch) -> str:
-    """The tile sizes of a launch in words."""
-    sizes = (name for name in recorded.arguments if name.startswith("BLOCK_") and name != "BLOCK_D")
-    return " ".join(f"{name[6:]}{recorded.arguments[name]}" for name in sizes)
-
-
-def compile_case(case: Case, only: Sequence[str] = ()) -> list[Report]:
-    """Reports of every kernel that the case launches, or of those named."""
-    launches = [recorded for recorded in record_case(case) if not only or kernel_name(recorded) in only]
-    return [compile_launch(recorded, case) for recorded in launches]
+def compile_row(row: Row) -> dict[str, int]:
+    """What the compiler makes of a row."""
+    return compile_launch(record_case(row.case)[row.place], row.case.arch)
 
 
 def problems(report: Report) -> list[str]:
     """What is wrong with a compiled kernel, in words; empty when nothing is."""
     found = []
-    name = f"{report.kernel} sm_{report.arch} {report.dtype} d={report.head_dim} {report.features}"
-    if report.cubin_bytes == 0:
-        found.append(f"{name}: no cubin")
+    name = f"{report.kernel} {card_name(report.arch)} {report.dtype} d={report.head_dim} {report.features}"
+    if report.binary_bytes == 0:
+        found.append(f"{name}: no binary")
     if report.spill_bytes:
         found.append(f"{name}: spills {report.spill_bytes} bytes a thread")
     if report.shared_bytes > launch.shared_memory_limit(report.arch):
@@ -217,64 +191,65 @@ def problems(report: Report) -> list[str]:
     return found
 
 
-def all_cases() -> list[Case]:
-    """The table's cases: dtypes and head sizes plain, and each feature set in bf16. fp16 compiles as bf16 does."""
-    plain = [
-        Case(arch, dtype, head_dim, "plain")
-        for arch in ARCHITECTURES
-        for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp16", 64), ("fp32", 64), ("fp32", 128))
-    ]
-    featured = [
-        Case(arch, "bf16", head_dim, features)
-        for arch, head_dim, features in itertools.product(ARCHITECTURES, (64, 128), FEATURES)
-        if features != "plain"
-    ]
-    return plain + featured
+def read_table(path: Path) -> tuple[str, list[Report]]:
+    """(the Triton that compiled the table, its reports)."""
+    table = json.loads(path.read_text())
+    return table["triton"], [Report(**dict(zip(table["columns"], row, strict=True))) for row in table["rows"]]
 
 
-def render(reports: list[Report]) -> str:
-    """The reports as a markdown table."""
-    lines = [
-        "| kernel | sm | dtype | d | features | tile | warps | stages | registers | spilled | shared | tensor-core |",
-        "|--|--|--|--|--|--|--|--|--|--|--|--|",
-    ]
-    for r in reports:
-        lines.append(
-            f"| {r.kernel} | {r.arch} | {r.dtype} | {r.head_dim} | {r.features} | {r.tile} | {r.num_warps} | "
-            f"{r.num_stages} | {r.registers} | {r.spill_bytes} | {r.shared_bytes} | {r.tensor_core_instructions} |"
-        )
-    return "\n".join(lines)
+def write_table(path: Path, reports: Sequence[Report]) -> None:
+    """One line a report, and their digest into the README beside the table if there is one."""
+    rows = ",\n".join(json.dumps(astuple(report)) for report in reports)
+    columns = json.dumps([field.name for field in fields(Report)])
+    path.write_text(f'{{"triton": "{triton.__version__}",\n"columns": {columns},\n"rows": [\n{rows}\n]}}\n')
+    readme = path.with_name("README.md")
+    if readme.exists():
+        text, mark, _ = readme.read_text().partition(DIGEST_MARK)
+        readme.write_text(f"{text}{mark}\n{digest(reports)}\n")
 
 
 def digest(reports: Sequence[Report]) -> str:
-    """The worst of each kernel, card, dtype and head size over the feature sets, as a markdown table."""
-    groups: dict[tuple, list[Report]] = {}
+    """The worst of each kernel, head size and dtype over the feature sets, a column for each card, as markdown."""
+    groups: dict[tuple, dict[int, list[Report]]] = {}
     for r in reports:
-        groups.setdefault((r.kernel, r.head_dim, r.dtype, r.arch), []).append(r)
+        groups.setdefault((r.kernel, r.head_dim, r.dtype), {}).setdefault(r.arch, []).append(r)
+    archs = (*ARCHITECTURES, launch.GFX942)
     lines = [
-        "| kernel | d | dtype | sm | registers | spilled | shared memory | tensor-core instructions |",
-        "|--|--|--|--|--|--|--|--|",
+        "| kernel | d | dtype | spilled | " + " | ".join(map(card_name, archs)) + " |",
+        "|--|--|--|--|" + "--|" * len(archs),
     ]
-    for (kernel, head_dim, dtype, arch), group in sorted(groups.items()):
-        registers, spilled, shared = (
-            max(getattr(r, name) for r in group) for name in ("registers", "spill_bytes", "shared_bytes"))
-        fewest = min(r.tensor_core_instructions for r in group)
-        lines.append(f"| {kernel} | {head_dim} | {dtype} | {arch} | {registers} | {spilled} | {shared} | {fewest} |")
+    for (kernel, head_dim, dtype), cards in sorted(groups.items()):
+        spilled = max(r.spill_bytes for group in cards.values() for r in group)
+        cells = [_worst(cards[arch]) if arch in cards else "" for arch in archs]
+        lines.append(f"| {kernel} | {head_dim} | {dtype} | {spilled} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def write_digest(reports: Sequence[Report], readme: Path) -> None:
-    """Replace what follows the digest mark in the readme."""
-    text, mark, _ = readme.read_text().partition(DIGEST_MARK)
-    readme.write_text(f"{text}{mark}\n{digest(reports)}\n")
+def _worst(group: Sequence[Report]) -> str:
+    registers, shared = (max(getattr(r, name) for r in group) for name in ("registers", "shared_bytes"))
+    return f"{registers} · {shared} · {min(r.tensor_core_instructions for r in group)}"
+
+
+def compile_missing(rows: Sequence[Row], known: dict[tuple[int, str], dict[str, int]], jobs: int) -> Iterator[Row]:
+    """Compile each code that is not known yet, once, and add it to `known`; gives the rows as they come."""
+    missing = list({row.code: row for row in rows if row.code not in known}.values())
+    with ProcessPoolExecutor(jobs) as pool:
+        for row, measured in zip(missing, pool.map(compile_row, missing)):
+            known[row.code] = measured
+            yield row
+
+
+def _measured(report: Report) -> dict[str, int]:
+    columns = [field.name for field in fields(Report)]
+    return {name: getattr(report, name) for name in columns[columns.index("source") + 1 :]}
 
 
 def main() -> int:
-    """Compile all cases, write the table, and return 1 if any kernel breaks a rule."""
+    """Compile what is missing, write the table, and return 1 if any kernel breaks a rule."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the reports here, their digest into the README beside")
-    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES))
-    parser.add_argument("--head-dim", type=int, nargs="*")
+    parser.add_argument("--out", type=Path, help="the table to bring up to date, and its digest in the README beside")
+    parser.add_argument("--arch", type=int, nargs="*", default=[*ARCHITECTURES, launch.GFX942])
+    parser.add_argument("--head-dim", type=int, nargs="*", default=[*HEAD_DIMS, *OTHER_HEAD_DIMS])
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES))
     parser.add_argument("--features", nargs="*", default=list(FEATURES))
     parser.add_argument("--kernel", nargs="*", default=[], help="only these, as the table names them")
@@ -282,24 +257,30 @@ def main() -> int:
     chosen = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    cases = [
-        case for case in all_cases()
-        if case.arch in chosen.arch and case.dtype in chosen.dtype and case.features in chosen.features
-        and (not chosen.head_dim or case.head_dim in chosen.head_dim)
+    rows = rows_of(all_cases())
+    known: dict[tuple[int, str], dict[str, int]] = {}
+    if chosen.out and chosen.out.exists():
+        version, reports = read_table(chosen.out)
+        if version == triton.__version__:
+            known = {(report.arch, report.source): _measured(report) for report in reports}
+    wanted = [
+        row for row in rows
+        if row.case.arch in chosen.arch and row.case.dtype in chosen.dtype and row.case.features in chosen.features
+        and row.case.head_dim in chosen.head_dim and (not chosen.kernel or row.kernel in chosen.kernel)
     ]  # fmt: skip
-    with ProcessPoolExecutor(chosen.jobs) as pool:
-        compiled = pool.map(partial(compile_case, only=chosen.kernel), cases)
-        reports = [report for several in compiled for report in several]
+    for row in compile_missing(wanted, known, chosen.jobs):
+        print(json.dumps(astuple(row.report(known[row.code]))), *problems(row.report(known[row.code])), flush=True)
+        if chosen.out:
+            write_table(chosen.out, _reports(rows, known))
     if chosen.out:
-        table = {"triton": triton.__version__, "reports": [asdict(report) for report in reports]}
-        chosen.out.write_text(json.dumps(table, indent=1) + "\n")
-        readme = chosen.out.with_name("README.md")
-        if readme.exists():
-            write_digest(reports, readme)
-    print(render(reports))
-    wrong = [text for report in reports for text in problems(report)]
+        write_table(chosen.out, _reports(rows, known))
+    wrong = [text for report in _reports(wanted, known) for text in problems(report)]
     print(*wrong, sep="\n")
     return 1 if wrong else 0
+
+
+def _reports(rows: Sequence[Row], known: dict[tuple[int, str], dict[str, int]]) -> list[Report]:
+    return [row.report(known[row.code]) for row in rows if row.code in known]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PASSES = ("forward", "backward_query", "backward_text", "backward_prompt", "decode")
 
+# AMD's MI300, which has no compute capability.
+GFX942 = 942
+
 # Arithmetic inside a tile is done in 32 bits: the largest tile has 128 rows and 256 columns.
 _LARGEST_TILE_STRIDE = 2**31 // (128 + 256) - 1
 
@@ -52,10 +55,19 @@ _HALF = {
 _SINGLE = {
     "forward": {64: (32, 16, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
     "backward_query": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "backward_text": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "backward_text": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 16, 1)},
     "backward_prompt": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
-    "decode": {64: (16, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
+    "decode": {64: (16, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 16, 1)},
 }
+# Exceptions, where the tables above, or half a tile where a kernel is crowded (see `choose_config`), would spill.
+_SINGLE_CROWDED = {
+    "forward": {64: (32, 16, 4, 2), 128: (16, 16, 16, 1), 256: (16, 16, 16, 1)},
+    "backward_query": {64: (32, 16, 16, 1), 128: (16, 16, 16, 1)},
+    "backward_text": {64: (16, 32, 8, 1), 128: (16, 32, 16, 1)},
+}
+_BLACKWELL_SINGLE = {"backward_query": {256: (16, 16, 16, 1)}}
+_BLACKWELL_HALF_CROWDED = {"backward_query": {128: (32, 32, 8, 2)}}
+_GFX942 = {"backward_query": {128: (64, 32, 8, 1)}}
 # Triton's interpreter has no registers to fill; small tiles let small tests cross many tile borders.
 _INTERPRETER = LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
 
@@ -65,13 +77,18 @@ def padded_head_dim(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
+def config_row(head_dim: int) -> int:
+    """The row of the tables above that a head size uses."""
+    return max(64, padded_head_dim(head_dim))
+
+
 def choose_config(
     arch: int, head_dim: int, dtype: torch.dtype, kernel_pass: str, crowded: bool = False
 ) -> LaunchConfig:
     """The launch configuration of a pass.
 
     Args:
-        arch: compute capability times ten (80, 90, 100, ...); 0 for Triton's interpreter.
+        arch: compute capability times ten (80, 90, 100, ...), `GFX942`, or 0 for Triton's interpreter.
         head_dim: one of `HEAD_DIMS`.
         dtype: one of `DTYPES`.
         kernel_pass: one of `PASSES`.
@@ -89,17 +106,38 @@ def choose_config(
     if arch == 0:
         return _INTERPRETER
     table = (_SINGLE if dtype == torch.float32 else _HALF)[kernel_pass]
-    block_m, block_n, num_warps, num_stages = table[max(64, padded_head_dim(head_dim))]
+    block_m, block_n, num_warps, num_stages = table[config_row(head_dim)]
     if shared_memory_limit(arch) < 128 * 1024:
         num_stages = min(num_stages, 2)
         block_m, block_n = min(block_m, 64), min(block_n, 64)
-    if crowded and padded_head_dim(head_dim) > 64:
+    if arch == GFX942 and kernel_pass.startswith("backward"):
+        # Operands held ahead of time would take the registers that the gradients need.
+        num_stages = 1
+    exception = _exceptions(arch, dtype, crowded).get(kernel_pass, {}).get(config_row(head_dim))
+    if exception is not None:
+        return LaunchConfig(*exception)
+    if not crowded:
+        return LaunchConfig(block_m, block_n, num_warps, num_stages)
+    if config_row(head_dim) > 64:
         num_stages = min(num_stages, 2)
-    if crowded and kernel_pass in ("forward", "backward_query"):
+    if kernel_pass in ("forward", "backward_query"):
         block_n = max(16, block_n // 2)
-    elif crowded:
-        block_m = max(16, block_m // 2)
+    elif block_m > 16:
+        block_m //= 2
+    elif kernel_pass == "backward_text":
+        block_n = max(16, block_n // 2)
     return LaunchConfig(block_m, block_n, num_warps, num_stages)
+
+
+def _exceptions(arch: int, dtype: torch.dtype, crowded: bool) -> dict[str, dict[int, tuple[int, int, int, int]]]:
+    single, blackwell = dtype == torch.float32, 100 <= arch < 120
+    if arch == GFX942 and not crowded and not single:
+        return _GFX942
+    if crowded and single:
+        return _SINGLE_CROWDED
+    if blackwell and single:
+        return _BLACKWELL_SINGLE
+    return _BLACKWELL_HALF_CROWDED if blackwell and crowded else {}
 
 
 @dataclass(frozen=True)
@@ -124,7 +162,12 @@ def choose_projection_config(arch: int, dtype: torch.dtype, rows: int) -> Projec
 
 
 def shared_memory_limit(arch: int) -> int:
-    """Bytes of shared memory one program may use. Source: CUDA C++ Programming Guide, technical specifications."""
+    """Bytes of shared memory one program may use.
+
+    Source: CUDA C++ Programming Guide, technical specifications; AMD Instinct MI300 instruction set, local data share.
+    """
+    if arch == GFX942:
+        return 64 * 1024
     if arch in (86, 89) or arch >= 120:
         return 99 * 1024
     if arch in (80, 87):
@@ -134,6 +177,8 @@ def shared_memory_limit(arch: int) -> int:
 
 @functools.cache
 def _cuda_architecture(index: int) -> int:
+    if torch.version.hip is not None:
+        return GFX942
     major, minor = torch.cuda.get_device_capability(index)
     return major * 10 + minor
 
@@ -187,7 +232,7 @@ def run(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> Non
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability times ten, or 0 on the CPU (Triton's interpreter)."""
+    """Compute capability times ten, `GFX942` under ROCm, or 0 on the CPU (Triton's interpreter)."""
     if _recorder is not None:
         return _recorder.arch
     if device.type != "cuda":

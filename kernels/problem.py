@@ -171,8 +171,9 @@ def _broadcast_strides(bias: torch.Tensor | None) -> tuple[int, ...]:
 
 
 # Sizes change from batch to batch; compiling a kernel again for "divisible by 16" or "equal to 1" buys nothing, since
-# every access that depends on them is masked.
+# every access that depends on them is masked. slot_size is not among them: it is a multiple of the head size, and what
+# the stores of partial sums are vectorised by.
 UNSPECIALIZED = (
     "num_queries", "num_keys", "prompt_length", "num_heads", "num_tiles", "window", "num_entries", "num_splits",
-    "num_slots", "num_rows", "slot_size", "bias_slot_size",
+    "num_slots", "num_rows", "bias_slot_size",
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import os
 import subprocess
 import sys
@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from ptv2_fast.kernels import aot, launch
+from ptv2_fast.kernels import aot, aot_compile, launch, tiles
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "kernels" / "aot_table.json"
+MEASURED = [field.name for field in dataclasses.fields(aot.Report)][-7:]
 
 
 @pytest.fixture(scope="module")
 def table() -> list[aot.Report]:
     """The kept reports."""
-    return [aot.Report(**report) for report in json.loads(TABLE.read_text())["reports"]]
+    return aot.read_table(TABLE)[1]
 
 
 def test_kept_table_breaks_no_rule(table):
@@ -29,17 +32,27 @@ def test_kept_table_breaks_no_rule(table):
 
 
 def test_kept_table_is_about_the_kernels_as_they_are(table):
-    def key(case, kernel, tile, warps, stages):
-        return (*dataclasses.astuple(case), kernel, tile, warps, stages)
+    def key(report):
+        case = (report.arch, report.dtype, report.head_dim, report.features)
+        return (*case, report.kernel, report.tile, report.num_warps, report.num_stages, report.source)
 
-    kept = {
-        key(aot.Case(r.arch, r.dtype, r.head_dim, r.features), r.kernel, r.tile, r.num_warps,
-            r.num_stages) for r in table}
-    expected = {
-        key(case, aot.kernel_name(recorded), aot.tile_of(recorded),
-            recorded.arguments.get("num_warps", 4), recorded.arguments.get("num_stages", 3))
-        for case in aot.all_cases() for recorded in aot.record_case(case)}
-    assert kept == expected, "run python -m ptv2_fast.kernels.aot --out kernels/aot_table.json"
+    nothing = dict.fromkeys(MEASURED, 0)
+    expected = [key(row.report(nothing)) for row in aot.rows_of(aot.all_cases())]
+    assert [key(report) for report in table] == expected, (
+        "run python -m ptv2_fast.kernels.aot --out kernels/aot_table.json")
+
+
+def test_table_holds_every_row_of_configurations_in_every_dtype_on_every_card(table):
+    classes = {launch.config_row(head_dim) for head_dim in launch.HEAD_DIMS}
+    assert classes == set(aot.HEAD_DIMS)
+    held = {(r.kernel, r.arch, r.dtype, r.head_dim, r.features) for r in table}
+    kernels = {r.kernel for r in table}
+    assert len(kernels) == 9
+    wanted = itertools.product(kernels, (80, 90, 100), ("bf16", "fp16", "fp32"), classes, ("plain", "everything"))
+    assert set(wanted) <= held
+    padded = {r.head_dim for r in table if r.arch == 90} - classes
+    assert {launch.config_row(head_dim) for head_dim in padded} == classes
+    assert {r.head_dim for r in table if r.arch == launch.GFX942} == {64, 128}
 
 
 def test_readme_shows_the_kept_table(table):
@@ -52,10 +65,17 @@ def test_hopper_uses_its_own_tensor_core_instruction(table):
     assert forward and all(r.wgmma_instructions > 0 for r in forward)
 
 
+@pytest.mark.parametrize("kernel", ["prompt_attention_forward", "prompt_attention_decode", "layered_matmul"])
+def test_operands_are_copied_ahead_of_the_product(table, kernel):
+    pipelined = [r for r in table if r.kernel == kernel and r.arch != launch.GFX942 and r.num_stages > 1]
+    assert {r.arch for r in pipelined} == set(aot.ARCHITECTURES)
+    assert all(r.async_copies > 0 for r in pipelined)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cubin_bytes": 0}, "no cubin"),
+        ({"binary_bytes": 0}, "no binary"),
         ({"spill_bytes": 8}, "spills 8 bytes"),
         ({"shared_bytes": launch.shared_memory_limit(90) + 1}, "shared memory"),
         ({"tensor_core_instructions": 0}, "no tensor-core instruction"),
@@ -67,43 +87,122 @@ def test_rules_can_be_broken(table, change, message):
     assert [message in text for text in aot.problems(dataclasses.replace(good, **change))] == [True]
 
 
+@triton.jit
+def _doubled(x, FACTOR: tl.constexpr):
+    return x * FACTOR
+
+
+FACTOR_OF_THE_KERNEL = tl.constexpr(2)
+
+
+@triton.jit
+def _kernel(x_ptr, size):
+    """Doubles."""
+    # With a comment.
+    tl.store(x_ptr + size, _doubled(tl.load(x_ptr + size), FACTOR_OF_THE_KERNEL))
+
+
+@triton.jit
+def _same_kernel(x_ptr, size):
+    tl.store(
+        x_ptr + size, _doubled(tl.load(x_ptr + size), FACTOR_OF_THE_KERNEL))
+
+
+@pytest.fixture
+def fingerprint(monkeypatch):
+    """The fingerprint of a launch of `_kernel`, its sources read afresh."""
+
+    def take(kernel=_kernel, **arguments):
+        aot_compile._source.cache_clear()
+        recorded = launch.Launch(kernel, {"x_ptr": torch.zeros(1), "size": 48, "num_warps": 4} | arguments)
+        return aot_compile.fingerprint(recorded)
+
+    return take
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"x_ptr": torch.zeros(1, dtype=torch.float16)}, {"size": 1}, {"size": 40}, {"size": 2**40}, {"num_warps": 8}],
+    ids=["dtype", "one", "odd", "long", "option"],
+)
+def test_fingerprint_follows_the_arguments(fingerprint, arguments):
+    assert fingerprint(**arguments) != fingerprint()
+
+
+def test_fingerprint_does_not_follow_what_is_not_compiled(fingerprint):
+    assert fingerprint(size=96, x_ptr=torch.zeros(5)) == fingerprint()
+
+
+def test_fingerprint_follows_helpers_and_constants(fingerprint, monkeypatch):
+    before = fingerprint()
+    monkeypatch.setitem(globals(), "FACTOR_OF_THE_KERNEL", tl.constexpr(3))
+    constant = fingerprint()
+    monkeypatch.setitem(globals(), "_doubled", tiles.tanh)
+    assert len({before, constant, fingerprint()}) == 3
+
+
+def test_fingerprint_is_blind_to_comments_and_line_breaks():
+    def tokens(kernel):
+        aot_compile._source.cache_clear()
+        return aot_compile._source(kernel).replace(kernel.__name__, "kernel")
+
+    assert tokens(_kernel) == tokens(_same_kernel)
+
+
+def test_what_is_known_is_not_compiled_again(monkeypatch):
+    rows = aot.rows_of([aot.Case(90, "bf16", 64, "plain")])
+    known = {row.code: dict.fromkeys(MEASURED, 1) for row in rows[1:]}
+    assert rows[0].code not in known
+    monkeypatch.setattr(aot, "compile_row", _pretend)
+    assert list(aot.compile_missing([*rows, rows[0]], known, jobs=1)) == rows[:1]
+    assert known[rows[0].code] == dict.fromkeys(MEASURED, 2)
+    assert list(aot.compile_missing(rows, known, jobs=1)) == []
+
+
+def _pretend(row):
+    return dict.fromkeys(MEASURED, 2)
+
+
 _SIGNATURE = """
-from ptv2_fast.kernels import aot
+from ptv2_fast.kernels import aot, aot_compile
 
 recorded = aot.record_case(aot.Case(90, "bf16", 64, "plain"))[0]
-types, constants, attributes = aot.signature(recorded.kernel, recorded.arguments)
+types, constants, attributes = aot_compile.signature(recorded.kernel, recorded.arguments)
 names = list(types)
 assert types["q_ptr"] == "*bf16"
 assert types["key_mask_ptr"] == "constexpr" and constants[(names.index("key_mask_ptr"),)] is None
 # The innermost stride is the constant 1; sizes are not specialised.
 assert types["q_strides"][3] == "constexpr" and constants[(names.index("q_strides"), 3)] == 1
 assert types["num_queries"] == "i32" and (names.index("num_queries"),) not in attributes
+print(aot.rows_of(aot.all_cases()[:1]))
 """
 
 
-def test_signature_is_specialised_as_a_launch_is():
+def test_signature_is_specialised_as_a_launch_is_and_fingerprints_need_no_interpreter():
     # Interpreted kernels have no signature: this runs in a process without the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", _SIGNATURE], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(aot.rows_of(aot.all_cases()[:1]))
 
 
 @pytest.mark.timeout(300)
 def test_compiles_without_a_gpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kernels = ["prompt_attention_forward", "prompt_attention_backward_prompt"]
     command = [
         sys.executable, "-m", "ptv2_fast.kernels.aot", "--arch", "90", "--dtype", "bf16",
-        "--head-dim", "64", "--features", "plain", "--kernel", "prompt_attention_forward",
-        "prompt_attention_backward_prompt", "--jobs", "1", "--out", str(tmp_path / "table.json")]
+        "--head-dim", "64", "--features", "plain", "--kernel", *kernels,
+        "--jobs", "1", "--out", str(tmp_path / "table.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    reports = json.loads((tmp_path / "table.json").read_text())["reports"]
-    assert [report["kernel"] for report in reports] == ["prompt_attention_forward",
-                                                        "prompt_attention_backward_prompt"]
-    assert all(report["cubin_bytes"] for report in reports)
-    assert reports[0]["wgmma_instructions"] > 0
+    version, reports = aot.read_table(tmp_path / "table.json")
+    assert version == triton.__version__
+    assert [report.kernel for report in reports] == kernels
+    assert all(report.binary_bytes for report in reports)
+    assert reports[0].wgmma_instructions > 0
 
 
 def test_refuses_to_compile_interpreted_kernels():
@@ -116,5 +215,5 @@ def test_refuses_to_compile_interpreted_kernels():
 
 
 def test_every_dtype_has_a_pointer_type():
-    assert all(dtype in aot._POINTERS for dtype in (*launch.DTYPES, torch.int64, torch.int32,
+    assert all(dtype in aot_compile.POINTERS for dtype in (*launch.DTYPES, torch.int64, torch.int32,
                                                     torch.uint8))

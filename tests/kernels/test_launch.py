@@ -9,7 +9,7 @@ import torch
 
 from ptv2_fast.kernels import launch
 
-ARCHITECTURES = (80, 86, 90, 100, 120)
+ARCHITECTURES = (80, 86, 90, 100, 120, launch.GFX942)
 
 
 @pytest.mark.parametrize("crowded", [False, True])
@@ -22,6 +22,11 @@ def test_tiles_are_what_the_hardware_multiplies(dtype, crowded):
         # One operand tile in 16 bits, double buffered, is the least a card must hold.
         operands = (config.block_m + config.block_n) * launch.padded_head_dim(head_dim) * dtype.itemsize
         assert operands <= launch.shared_memory_limit(arch)
+
+
+def test_rocm_is_told_from_cuda_by_torch(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert launch._cuda_architecture.__wrapped__(0) == launch.GFX942
 
 
 def test_crowded_kernels_get_smaller_tiles():
