@@ -3,13 +3,24 @@
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["HeadConfig", "PTuningV2Config", "PTuningV2Model", "from_paper", "from_peft", "get_ptv2_model"]
+__all__ = [
+    "GraphRunner",
+    "HeadConfig",
+    "PTuningV2Config",
+    "PTuningV2Model",
+    "StepOptions",
+    "from_paper",
+    "from_peft",
+    "get_ptv2_model",
+]
 
 # Loaded when asked for, so that the command line's help need not wait for torch and transformers.
 _HOME = {
+    "GraphRunner": "ptv2_fast.step.graph_runner",
     "HeadConfig": "ptv2_fast.config",
     "PTuningV2Config": "ptv2_fast.config",
     "PTuningV2Model": "ptv2_fast.model",
+    "StepOptions": "ptv2_fast.step.options",
     "from_paper": "ptv2_fast.interop.paper",
     "from_peft": "ptv2_fast.interop.peft_import",
     "get_ptv2_model": "ptv2_fast.tasks",

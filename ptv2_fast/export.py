@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptv2_fast.attention.prompt_batch import LayerPrompt
 from ptv2_fast.checkpoint import describe, write_whole
 
 if TYPE_CHECKING:
@@ -35,30 +37,35 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
     config = model.adapters[name].config
     if what not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {what!r}")
-    if what == "embeddings":
-        if config.injection != "shallow":
-            raise ValueError(
-                f"format 'embeddings' needs injection 'shallow'; adapter {name!r} has {config.injection!r}, whose "
-                "prompts are not inputs of the model"
-            )
-        with torch.no_grad():
-            return {"prompt_embeddings": _plain(model.adapters[name].encoder.eval()())}
-    if model._evolves_with_text(model.adapters[name]):
+    if what == "embeddings" and config.injection != "shallow":
+        raise ValueError(
+            f"format 'embeddings' needs injection 'shallow'; adapter {name!r} has {config.injection!r}, whose prompts "
+            "are not inputs of the model"
+        )
+    if what == "kv" and model._evolves_with_text(model.adapters[name]):
         raise ValueError(
             f"format 'kv' needs prompts that do not see the text; adapter {name!r} is shallow on a bidirectional model"
         )
-    tensors = {}
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        for layer, prompt in enumerate(model._sources[name]("torch")):
-            if prompt is None:
-                continue
-            tensors[f"layers.{layer}.key"] = _plain(prompt.keys)
-            tensors[f"layers.{layer}.value"] = _plain(prompt.values)
-            if prompt.bias is not None:
-                tensors[f"layers.{layer}.bias"] = _plain(prompt.bias)
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            if what == "embeddings":
+                return {"prompt_embeddings": _plain(model.adapters[name].encoder())}
+            return _keys_and_values(model._sources[name]("torch"))
+    finally:
+        model.train(was_training)
+
+
+def _keys_and_values(prompts: Sequence[LayerPrompt | None]) -> dict[str, Tensor]:
+    tensors = {}
+    for layer, prompt in enumerate(prompts):
+        if prompt is None:
+            continue
+        tensors[f"layers.{layer}.key"] = _plain(prompt.keys)
+        tensors[f"layers.{layer}.value"] = _plain(prompt.values)
+        if prompt.bias is not None:
+            tensors[f"layers.{layer}.bias"] = _plain(prompt.bias)
     return tensors
 
 

@@ -85,9 +85,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exporting_leaves_the_model_in_the_mode_it_was_in():
-    model = tiny_model("bert", "deep").train()
-    prompt_tensors(model, "kv")
+@pytest.mark.parametrize(("injection", "what"), [("deep", "kv"), ("shallow", "embeddings")])
+def test_exporting_leaves_the_model_in_the_mode_it_was_in(injection, what):
+    model = tiny_model("bert", injection).train()
+    prompt_tensors(model, what)
     assert model.training and model.adapters["default"].encoder.training
 
 

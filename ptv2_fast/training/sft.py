@@ -1,0 +1,27 @@
+"""trl's SFTTrainer for wrapped models: its data, collators and configuration, with the wrapped model's own loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trl
+from transformers import Trainer
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """`trl.SFTTrainer`, but the loss comes from the model's forward.
+
+    trl computes the loss beside the forward, from what `model.base_model` and the output embeddings give: that is the
+    bare model, without prompts. A wrapped model's forward computes the same loss with them, and of labelled rows alone
+    (`StepOptions.labelled_rows_loss`). trl's token accuracy and entropy are not logged.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one batch, and the outputs where asked for."""
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Loss, logits and labels of one batch of evaluation."""
+        return Trainer.prediction_step(self, *args, **kwargs)
