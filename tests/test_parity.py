@@ -7,6 +7,7 @@ import torch
 from batches import padded, text_rows
 from tiny_models import (
     DECODERS,
+    DISTINCT,
     FAMILIES,
     FROM_PADDING,
     INJECTIONS,
@@ -47,7 +48,7 @@ def test_float64(family, injection, side):
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_float32(family, injection):
     model = tiny_model(family, injection)
     _compare(model, tiny_base(family), padded(text_rows(), "left"))
@@ -62,7 +63,7 @@ def test_prompt_lengths(family, injection, length):
 
 
 @pytest.mark.parametrize("injection", ["deep", "prefix"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_mlp_reparameterisation(family, injection):
     model = tiny_model(family, injection, exact=True, reparameterization=12)
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_mlp_reparameterisation(family, injection):
 
 @pytest.mark.parametrize("layers", [(1,), (2, 0), (-1,)], ids=str)
 @pytest.mark.parametrize("injection", ["deep", "prefix"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_some_layers_only(family, injection, layers):
     three = {"num_hidden_layers": 3}
     model = tiny_model(family, injection, exact=True, layers=layers, base_changes=three)
@@ -85,7 +86,7 @@ def test_some_layers_only(family, injection, layers):
 
 
 @pytest.mark.parametrize("injection", ["deep", "prefix"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_gated(family, injection):
     """A gate is a trained bias on the prompt's scores; far down, the prompt is a no-op."""
     model = tiny_model(family, injection, exact=True, prompt_init="gated")
@@ -103,7 +104,7 @@ def test_gated(family, injection):
     assert_differs(opened, bare)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_position_offset_of_prefix(family):
     """position_offset=P shifts the text's learned positions, as PEFT and the paper's code do."""
     batch = padded(text_rows(), "left")
@@ -143,7 +144,7 @@ def test_token_types(family, injection):
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_embeddings_in_place_of_ids(family, injection):
     batch = padded(text_rows(), "left")
     model = tiny_model(family, injection, exact=True)

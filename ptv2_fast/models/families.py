@@ -183,6 +183,11 @@ def family_of(backbone: PreTrainedModel) -> Family:
     return _FAMILIES[model_type]
 
 
+def families() -> dict[str, Family]:
+    """Every family by its model type, sorted."""
+    return dict(sorted(_FAMILIES.items()))
+
+
 def supported_families() -> tuple[str, ...]:
     """The model types that have a family, sorted."""
     return tuple(sorted(_FAMILIES))

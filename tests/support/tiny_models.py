@@ -20,6 +20,9 @@ FAMILIES = (*ENCODERS, *DECODERS)
 INJECTIONS = ("deep", "shallow", "prefix")
 VOCABULARY, HIDDEN, LABELS, PADDING_ID = 40, 32, 3, 1
 
+# Families that are one another to the package: their layers differ, what the package knows of them does not.
+KIN = ("xlm-roberta", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3")
+DISTINCT = tuple(family for family in FAMILIES if family not in KIN)
 # Encoders whose positions count from padding_idx + 1.
 FROM_PADDING = ("roberta", "xlm-roberta")
 TOKEN_TYPES = ("bert", "roberta", "xlm-roberta", "electra", "albert")

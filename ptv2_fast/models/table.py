@@ -1,0 +1,63 @@
+"""The table of supported model families: `python -m ptv2_fast.models.table docs/families.md` writes it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ptv2_fast.models.families import Family, families
+
+_HEADING = """# Model families
+
+Written by `python -m ptv2_fast.models.table docs/families.md`; a test fails where it is out of date. A model type
+that is not here is refused by name. Every row runs in these tests, on a tiny random model with the family's own
+features on:
+
+- `tests/test_parity.py`: outputs and prompt gradients against the literal concat-and-slice form, in float64;
+- `tests/test_invariants.py`: padding on any side, packed rows, gradient checkpointing, a disabled prompt, a prompt per
+  row, shapes, pooling; `tests/test_saving.py`: save and load;
+- `tests/test_generation.py`: decoders generate with left padding, dynamic and static caches, none, and in turns;
+- `tests/test_shape_audit.py`: no tensor of P + N rows; `tests/step/`: the savings of a training step;
+- `tests/models/test_special.py`: what single families have of their own.
+
+"""
+_COLUMNS = ("model_type", "kind", "positions", "deep", "shallow", "prefix", "generation", "remarks")
+_REMARKS = {
+    "albert": "a prompt per repetition of the shared layer; transformers has no gradient checkpointing for it",
+    "distilbert": "no token types",
+    "electra": "shallow prompts have the size of word embeddings",
+    "gemma2": "softcaps, windows; logits of all tokens, since they are capped",
+    "gemma3_text": "windows, rotary tables by kind of layer",
+    "gpt_neox": "prompt projections by PyTorch, not by the kernel",
+    "mistral": "windows",
+    "modernbert": "windows; virtual tokens of a shallow prompt see all text",
+    "opt": "also the post-norm 350m; no layerdrop",
+    "phi3": "windows; with longrope, texts up to where its frequencies change",
+    "smollm3": "some layers without positions",
+}
+
+
+def table() -> str:
+    """The whole file."""
+    rows = [_COLUMNS, tuple("---" for _ in _COLUMNS)]
+    rows += [_row(name, family) for name, family in families().items()]
+    return _HEADING + "\n".join(f"| {' | '.join(row)} |" for row in rows) + _footer()
+
+
+def _row(name: str, family: Family) -> tuple[str, ...]:
+    kind = "decoder" if family.causal else "encoder"
+    positions = "rotary" if family.rotary else "learned"
+    shallow = "yes" if family.causal else "yes, as rows of the batch"
+    generation = "yes" if family.causal else "no"
+    return (f"`{name}`", kind, positions, "yes", shallow, "yes", generation, _REMARKS.get(name, ""))
+
+
+def _footer() -> str:
+    return (
+        "\n\nA sliding window counts the text's own tokens: a prompt is in every window, and padding between a row's\n"
+        "tokens has no width (such rows are run unpadded; with a cache they are refused).\n"
+    )
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(table(), encoding="utf-8")

@@ -1,0 +1,22 @@
+"""The table of families says what the registry says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny_models import DECODERS, FAMILIES
+
+from ptv2_fast.models.table import table
+
+FILE = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+def test_the_table_is_current():
+    assert FILE.read_text(encoding="utf-8") == table()
+
+
+def test_the_table_has_the_families_that_are_tested():
+    rows = [line.split(" | ") for line in table().splitlines() if line.startswith("| `")]
+    assert {row[0].strip("| `") for row in rows} == set(FAMILIES)
+    assert {row[0].strip("| `") for row in rows if row[1] == "decoder"} == set(DECODERS)
+    assert all((row[1] == "decoder") == (row[6] == "yes") for row in rows)
