@@ -54,8 +54,8 @@ def prompt_attention(
         window: with `causal`, text keys with position - key < window; otherwise |position - key| <=
             window.
         softcap: scores become softcap * tanh(scores / softcap), before the biases.
-        backend: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or "reference". A
-            backend named here serves the call or raises; it is never replaced by another.
+        backend: "auto" (triton for CUDA tensors of a head size and dtype that it has, else torch), "triton",
+            "torch" or "reference". A backend named here serves the call or raises; it is never replaced by another.
         return_lse: also return the natural log-sum-exp of each query's scores, without gradient.
 
     Returns:
@@ -91,7 +91,7 @@ def prompt_attention(
 def _backend(name: str, q: Tensor):
     """The function that serves backend `name` for tensors like q; imported only when chosen."""
     if name == "auto":
-        name = "triton" if q.is_cuda and q.dtype.itemsize <= 4 else "torch"
+        name = "triton" if _triton_serves(q) else "torch"
     match name:
         case "torch":
             from ptv2_fast.attention.torch_backend import prompt_attention as run
@@ -107,3 +107,16 @@ def _backend(name: str, q: Tensor):
         case _:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
     return run
+
+
+def _triton_serves(q: Tensor) -> bool:
+    """Whether the kernels are the choice for tensors like q where nobody named a backend."""
+    if not q.is_cuda or q.dtype.itemsize > 4:
+        return False
+    from ptv2_fast.attention.triton_backend import unavailable_reason
+
+    if unavailable_reason(q.device) is not None:
+        return False
+    from ptv2_fast.kernels.launch import HEAD_DIMS
+
+    return q.shape[-1] in HEAD_DIMS

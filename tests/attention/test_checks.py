@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptv2_fast.attention import prompt_attention
+from ptv2_fast.attention import api, prompt_attention
 
 B, H, HKV, N, P, D, R = 2, 4, 2, 5, 3, 8, 3
 
@@ -191,3 +192,13 @@ def test_auto_takes_torch_on_the_cpu(monkeypatch):
     monkeypatch.setattr(triton_backend, "prompt_attention", never)
     prompt_attention(**_arguments(backend="auto"))
     assert served == ["torch"]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "module"),
+    [(64, torch.bfloat16, "triton"), (72, torch.bfloat16, "torch"), (64, torch.float64, "torch")],
+)
+def test_auto_takes_triton_on_cuda_for_what_it_has(head_dim, dtype, module):
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 3, head_dim, dtype=dtype, device="cuda")
+        assert api._backend("auto", query).__module__ == f"ptv2_fast.attention.{module}_backend"
