@@ -16,7 +16,7 @@ class StepOptions:
 
     Attributes:
         unpad: run the layers over real tokens only; padding is dropped before the first layer and put back, as
-            zeros, after the last. None: while training on CUDA with the triton backend.
+            zeros, after the last. None: while training, on the CPU or with the triton backend.
         labelled_rows_loss: causal language models compute logits for labelled tokens only, in chunks, and return
             a loss without logits. None: while training on CUDA.
         fused_projections: queries, keys and values (and gate and up) of the frozen base by one matrix product; their
@@ -62,7 +62,7 @@ def plan_step(options: StepOptions, *, training: bool, device: torch.device, bac
     # Inside torch.compile the whole model is one graph: views that hold state between calls stay out of it.
     traced = torch.compiler.is_compiling()
     rules = {
-        "unpad": (training and triton, "training on CUDA with triton"),
+        "unpad": (training and (triton or device.type == "cpu"), "training on the CPU or with triton"),
         "labelled_rows_loss": (training and on_cuda, "training on CUDA"),
         "fused_projections": (on_cuda, "on CUDA"),
         "last_rows": (training, "training"),

@@ -112,14 +112,17 @@ def packed_labels(packed: PackedBatch) -> Tensor:
 class Buckets:
     """To which sizes packed batches are filled up, so that few different ones occur.
 
+    Small counts become multiples of the numbers here, larger ones of ever larger powers of two: at most about an
+    eighth is filling, and from each power of two to the next there are eight sizes. The longest row is taken as the
+    next power of two.
+
     Attributes:
-        tokens, rows, targets: T, S and R are filled up to multiples of these. The longest row is taken as the next
-            power of two.
+        tokens, rows, targets: the smallest steps of T, S and R.
     """
 
-    tokens: int = 512
+    tokens: int = 64
     rows: int = 8
-    targets: int = 64
+    targets: int = 32
 
     def __post_init__(self):
         for field in fields(self):
@@ -131,12 +134,13 @@ class Buckets:
         """The batch with rows that nobody reads behind its own, up to the next sizes."""
         count, rows, longest, read, _ = packed.sizes
         longest = max(16, 1 << (longest - 1).bit_length())
-        tokens = _round_up(count, self.tokens)
-        # Tokens of no text are rows too, none longer than the longest one may be.
-        spare = _round_up(rows, self.rows) + -(-self.tokens // longest) - rows
+        tokens = _next_size(count, self.tokens)
+        # Tokens of no text are rows too, none longer than the longest one may be. How many there are may depend on
+        # the sizes alone.
+        spare = _next_size(rows, self.rows) + -(-_step(tokens, self.tokens) // longest) - rows
         ends = torch.arange(1, spare + 1, dtype=torch.int32) * longest + count
         ends = ends.clamp(max=tokens)
-        targets = _round_up(read, self.targets)
+        targets = _next_size(read, self.targets)
         types = packed.token_type_ids
         # "No token" was T, and is the new T.
         places = torch.where(packed.tokens < count, packed.tokens, tokens)
@@ -150,5 +154,15 @@ class Buckets:
         )
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _next_size(count: int, smallest: int) -> int:
+    """The next multiple of the step that belongs to a count."""
+    step = _step(count, smallest)
+    return max(-(-count // step), 1) * step
+
+
+def _step(count: int, smallest: int) -> int:
+    """`smallest`, doubled while it is less than a sixteenth of the count."""
+    step = smallest
+    while 16 * step < count:
+        step *= 2
+    return step

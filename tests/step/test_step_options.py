@@ -180,7 +180,8 @@ def test_packing_goes_there_and_back():
 def test_the_plan_says_what_is_on_and_why(caplog):
     assert plan_step(StepOptions(), training=True, device=torch.device("cuda"), backend="auto").unpad
     assert not plan_step(StepOptions(), training=False, device=torch.device("cuda"), backend="auto").unpad
-    assert not plan_step(StepOptions(), training=True, device=CPU, backend="torch").unpad
+    assert not plan_step(StepOptions(), training=True, device=torch.device("cuda"), backend="torch").unpad
+    assert plan_step(StepOptions(), training=True, device=CPU, backend="torch").unpad
     assert plan_step(StepOptions(unpad=True), training=False, device=CPU, backend="torch").unpad
     with pytest.raises(ValueError, match="unpad must be True, False or None; got 'yes'"):
         StepOptions(unpad="yes")
@@ -190,7 +191,7 @@ def test_the_plan_says_what_is_on_and_why(caplog):
         model(input_ids=torch.randint(3, 30, (2, 5)))
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        "training step: unpad off (not training on CUDA with triton); "
+        "training step: unpad on (training on the CPU or with triton); "
         "labelled_rows_loss off (not training on CUDA); fused_projections off (not on CUDA); "
         "last_rows on (training); compile_layers off (unless asked for)"
     ]
