@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from batches import padded, text_rows
 from safetensors.torch import save_file
 from tiny_models import FAMILIES, INJECTIONS, LABELS, tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_equal
 
 from ptv2_fast import HeadConfig, PTuningV2Model, get_ptv2_model
 
@@ -113,3 +116,11 @@ def test_a_state_dict_rebuilds_the_model(tmp_path):
         other.load_state_dict({n: t for n, t in state.items() if "prompts" not in n})
     with pytest.raises(RuntimeError, match="unexpected.*stranger"):
         other.load_state_dict({**state, "stranger": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_wrapped_model_can_be_pickled(family):
+    model = tiny_model(family, "deep")
+    ids = torch.randint(3, 30, (2, 5))
+    expected = model(input_ids=ids).last_hidden_state
+    assert_equal(pickle.loads(pickle.dumps(model))(input_ids=ids).last_hidden_state, expected, family)

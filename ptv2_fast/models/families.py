@@ -50,7 +50,8 @@ class Family:
             own have none.
         read_rows: (layer, index (R,)) -> a view of the layer that works on the tokens `index` of the flattened (B, N)
             from its attention on, and leaves the others undefined; None where nobody wrote one.
-        refuse: raises ValueError for a backbone of the family whose configuration nobody made right.
+        refuse: raises ValueError for a backbone of the family whose configuration nobody made right; None where there
+            is none.
     """
 
     causal: bool
@@ -64,7 +65,11 @@ class Family:
     reads_first: bool = False
     indexed: Callable[[nn.Module], nn.Module] | None = None
     read_rows: Callable[[nn.Module, Tensor], nn.Module] | None = None
-    refuse: Callable[[PreTrainedModel], None] = lambda backbone: None
+    refuse: Callable[[PreTrainedModel], None] | None = None
+
+
+def _from_zero(backbone: PreTrainedModel) -> int:
+    return 0
 
 
 _BERT = Family(
@@ -73,7 +78,7 @@ _BERT = Family(
     normed=bert.normed,
     projections=bert.projections,
     finished=bert.finished,
-    first_position=lambda backbone: 0,
+    first_position=_from_zero,
     shallow_view=bert.shallow_view,
     reads_first=True,
     read_rows=bert.read_rows,
@@ -101,7 +106,7 @@ _MODERNBERT = Family(
     normed=modernbert.normed,
     projections=modernbert.projections,
     finished=modernbert.finished,
-    first_position=lambda backbone: 0,
+    first_position=_from_zero,
     rotary=True,
     shallow_view=modernbert.shallow_view,
     reads_first=True,
@@ -112,7 +117,7 @@ _GPT2 = Family(
     normed=gpt2.normed,
     projections=gpt2.projections,
     finished=gpt2.finished,
-    first_position=lambda backbone: 0,
+    first_position=_from_zero,
     read_rows=rows.mlp_of_rows,
 )
 _LLAMA = Family(
@@ -121,7 +126,7 @@ _LLAMA = Family(
     normed=llama.normed,
     projections=llama.projections,
     finished=llama.finished,
-    first_position=lambda backbone: 0,
+    first_position=_from_zero,
     rotary=True,
     read_rows=rows.mlp_of_rows,
 )
@@ -134,7 +139,7 @@ _OPT = Family(
     normed=opt.normed,
     projections=opt.projections,
     finished=opt.finished,
-    first_position=lambda backbone: 0,
+    first_position=_from_zero,
     refuse=opt.refuse,
 )
 
@@ -179,7 +184,9 @@ def family_of(backbone: PreTrainedModel) -> Family:
         raise ValueError(
             f"base must be an encoder; got {type(backbone).__name__} configured with is_decoder=True"
         )
-    _FAMILIES[model_type].refuse(backbone)
+    refuse = _FAMILIES[model_type].refuse
+    if refuse is not None:
+        refuse(backbone)
     return _FAMILIES[model_type]
 
 
