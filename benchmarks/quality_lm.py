@@ -71,7 +71,8 @@ def sentence(final: dict[str, Any]) -> str:
     return (
         f"{final['model']}, deep prompt of {final['num_virtual_tokens']} tokens "
         f"({final['trained_parameters']:,} trained parameters), {final['rows']} reviews: held-out perplexity "
-        f"{final['perplexity_of_the_base']:.1f} without, {final['perplexity_with_the_trained_prompt']:.1f} with it."
+        f"{final['perplexity_of_the_base']:.1f} without a prompt, {final['perplexity_with_the_starting_prompt']:.1f} "
+        f"with the one it starts from, {final['perplexity_with_the_trained_prompt']:.1f} with the trained one."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,9 +14,11 @@ from tiny_folders import WORDS, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
+from benchmarks import quality
 from ptv2_fast.cli import app
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SENTENCE = "anna\tB-PER\nlikes\tO\nparis\tB-LOC\n\nthe\tO\nriver\tO\n\n"
 
 
@@ -99,3 +102,9 @@ def test_the_tree_is_the_one_that_is_there():
             continue
         for entry in re.findall(r"[\w./]+(?:/|\.py)(?=\s)", re.split(r"\s{2,}|;", entries)[0] + " "):
             assert (folder / entry).exists(), line
+
+
+def test_the_quality_table_is_what_the_results_give():
+    results = json.loads((ROOT / "benchmarks" / "results" / "quality_minilm_cpu.json").read_text(encoding="utf-8"))
+    shown = README.split("<!-- quality -->\n")[1].split("\n<!-- /quality -->")[0]
+    assert shown == quality.table(results)
