@@ -1,0 +1,198 @@
+"""The scripts of examples/, run as they stand, on tiny models and a few rows whose answers single words decide."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_folders import bert_folder, llama_folder, tiny_bert, tiny_tokenizer, toy_examples, toy_file
+
+from ptv2_fast import PTuningV2Model
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+KEPT = {"ptv2_model.safetensors", "ptv2_config.json"}
+MAX_LINES = 100
+FAST = ("--epochs", 10, "--lr", 0.05, "--batch-size", 8, "--num-virtual-tokens", 8)
+TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}{{ ' [END]' if m['role'] == 'assistant' else ' ? ' }}{% endfor %}"
+)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs a script as `python examples/<name>.py <arguments>` in an empty folder; what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
+def _data(folder: Path, task_type: str, names: dict[str, int]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for seed, (name, count) in enumerate(names.items()):
+        toy_file(folder, task_type, count, name=name, seed=seed)
+    return folder
+
+
+def _number(pattern: str, output: str) -> float:
+    found = re.search(pattern + r" (\d+\.\d+)", output)
+    assert found, f"{pattern!r} is not in:\n{output}"
+    return float(found[1])
+
+
+def _losses(checkpoints: Path) -> list[float]:
+    """The training losses of the last checkpoint's log."""
+    last = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [record["loss"] for record in history if "loss" in record]
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def _prompt_tokens(folder: Path) -> int:
+    return json.loads((folder / "ptv2_config.json").read_text())["config"]["num_virtual_tokens"]
+
+
+def test_ner_tags_the_held_out_sentences(run, tmp_path):
+    model = bert_folder(tmp_path / "bert")
+    data = _data(tmp_path / "conll", "TOKEN_CLS", {"train": 96, "dev": 16, "test": 16})
+    output = run("ner_wnut17", "--model", model, "--data", data, *FAST)
+    assert "trainable: " in output
+    assert _number("dev entity F1", output) > 0.8
+    assert _number("test entity F1", output) > 0.8
+    assert _files(tmp_path / "ner-prompt") == KEPT and _prompt_tokens(tmp_path / "ner-prompt") == 8
+    losses = _losses(tmp_path / "ner-prompt" / "checkpoints")
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_sentiment_classifies_the_dev_sentences(run, tmp_path):
+    model = bert_folder(tmp_path / "bert")
+    data = _data(tmp_path / "tsv", "SEQ_CLS", {"train": 96, "dev": 32})
+    output = run("sentiment_sst2", "--model", model, "--data", data, *FAST)
+    found = _number("dev accuracy", output)
+    assert found > 0.8
+    assert _files(tmp_path / "sentiment-prompt") == KEPT
+    # What was saved is what was scored: the best epoch, read again over the untouched base.
+    loaded = PTuningV2Model.from_pretrained(tiny_bert(), tmp_path / "sentiment-prompt")
+    examples = toy_examples("SEQ_CLS", 32, seed=1)
+    batch = tiny_tokenizer()([example["text"] for example in examples], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        guesses = loaded(**batch).logits.argmax(-1)
+    names = loaded.ptv2_config["default"].heads["task"].labels
+    right = [names[guess] == example["label"] for guess, example in zip(guesses, examples)]
+    assert sum(right) / len(right) == pytest.approx(found, abs=1e-4)
+
+
+def test_question_answering_reads_squad_and_answers(run, tmp_path):
+    model = bert_folder(tmp_path / "bert")
+    data = tmp_path / "squad"
+    data.mkdir()
+    for seed, (name, count) in enumerate({"train-v1.1": 64, "dev-v1.1": 16}.items()):
+        paragraphs = []
+        for example in toy_examples("QUESTION_ANS", count, seed):
+            answers = [{"text": t, "answer_start": s} for t, s in zip(*example["answers"].values())]
+            question = {"id": example["id"], "question": example["question"], "answers": answers}
+            paragraphs.append({"context": example["context"], "qas": [question]})
+        (data / f"{name}.json").write_text(json.dumps({"data": [{"title": "toy", "paragraphs": paragraphs}]}))
+    output = run("question_answering", "--model", model, "--data", data, *FAST)
+    assert _number("dev answer F1", output) > 60
+    assert re.search(r"where is \? -> \w+", output)
+    assert _files(tmp_path / "qa-prompt") == KEPT
+    losses = _losses(tmp_path / "qa-prompt" / "checkpoints")
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A chat model's folder, and conversations in which each question has one answer."""
+    model = llama_folder(tmp_path / "llama")
+    tokenizer = tiny_tokenizer(causal=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    turns = {"who is in paris": "anna likes paris", "where is bob": "bob met lee in rome"}
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in turns.items()
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 8) + "\n")
+    return model
+
+
+def test_sft_learns_the_replies_and_says_them(run, chat, tmp_path):
+    fast = ("--epochs", 24, "--lr", 0.1, "--batch-size", 4, "--num-virtual-tokens", 8)
+    output = run("sft_causal_lm", "--model", chat, "--ask", "where is bob", *fast)
+    assert _number("at the first step,", output) < 0.2 * _number("loss", output)
+    assert output.rstrip().endswith("reply: bob met lee in rome")
+    assert _files(tmp_path / "sft-prompt") == KEPT
+    # Prompts alone are trained and saved: keys and values of 8 virtual tokens in 2 layers with 2 heads of 8.
+    saved = load_file(tmp_path / "sft-prompt" / "ptv2_model.safetensors")
+    assert [tuple(tensor.shape) for tensor in saved.values()] == [(2, 2, 2, 8, 8)]
+
+
+def test_sft_learns_replies_alone(chat):
+    encode = runpy.run_path(str(EXAMPLES / "sft_causal_lm.py"))["encode"]
+    tokenizer = tiny_tokenizer(causal=True)
+    tokenizer.chat_template = TEMPLATE
+    messages = [{"role": "user", "content": "who is bob"}, {"role": "assistant", "content": "bob likes rome"}]
+    row = encode(messages, tokenizer)
+    learned = [token for token, label in zip(row["input_ids"], row["labels"]) if label != -100]
+    assert tokenizer.decode(learned) == "bob likes rome [END]"
+    assert tokenizer.decode(row["input_ids"][: -len(learned)]) == "who is bob ?"
+    assert encode(messages, tokenizer, max_length=5)["input_ids"] == row["input_ids"][-5:]
+    tokenizer.chat_template = "{{ messages | length }}"
+    with pytest.raises(ValueError, match="chat template"):
+        encode(messages, tokenizer)
+
+
+def test_several_tasks_share_one_batch(run, tmp_path):
+    model = bert_folder(tmp_path / "bert")
+    sentences = _data(tmp_path / "tsv", "SEQ_CLS", {"train": 96, "dev": 16})
+    tagged = _data(tmp_path / "conll", "TOKEN_CLS", {"train": 96, "dev": 8, "test": 8})
+    run("sentiment_sst2", "--model", model, "--data", sentences, *FAST)
+    run("ner_wnut17", "--model", model, "--data", tagged, *FAST)
+    texts = ("good great fine film met anna", "in rome the bad poor awful film")
+    output = run("several_tasks_one_batch", *texts, "--model", model)
+    first, second = output.split(texts[1])
+    assert "sentiment: positive" in first and "sentiment: negative" in second
+    assert re.findall(r"(B-\w+): (\w+)", first) == [("B-PER", "anna")]
+    assert re.findall(r"(B-\w+): (\w+)", second) == [("B-LOC", "rome")]
+
+
+def test_packed_training_falls_back_to_eager_steps(run, tmp_path):
+    model = bert_folder(tmp_path / "bert")
+    data = _data(tmp_path / "tsv", "SEQ_CLS", {"train": 96, "dev": 32})
+    output = run("packed_training", "--model", model, "--data", data, *FAST)
+    losses = [float(loss) for loss in re.findall(r"epoch \d+: loss (\d+\.\d+)", output)]
+    assert len(losses) == 10 and losses[-1] < 0.5 * losses[0]
+    assert _number("dev accuracy", output) > 0.8
+    captured = int(re.search(r"captured in CUDA graphs: (\d+)", output)[1])
+    assert (captured > 0) == torch.cuda.is_available()
+    assert _files(tmp_path / "packed-prompt") == KEPT
+
+
+def test_the_readme_lists_every_script_with_a_command_that_it_takes(monkeypatch):
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in EXAMPLES.glob("*.py")}
+    commands = re.findall(r"python examples/(\w+\.py)((?: [^\n`]+)?)", readme)
+    assert {name for name, _ in commands} == scripts
+    for name, arguments in commands:
+        options_of = runpy.run_path(str(EXAMPLES / name))["options_of"]
+        monkeypatch.setattr(sys, "argv", [name, *re.findall(r'"[^"]*"|\S+', arguments)])
+        options_of()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
