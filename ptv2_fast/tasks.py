@@ -241,7 +241,8 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         if labels is None:
             return self.run(self.base_model, inputs, adapter_names)
         check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size, text_size(inputs))
-        if self.step_plan().labelled_rows_loss and has_plain_head(self.base_model) and not self._disabled:
+        is_plain = has_plain_head(self.base_model) and not inputs.get("output_router_logits")
+        if self.step_plan().labelled_rows_loss and is_plain and not self._disabled:
             return self._run_labelled_rows(inputs, labels, adapter_names)
         return self.run(self.base_model, {**inputs, "labels": labels}, adapter_names)
 

@@ -14,8 +14,10 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def has_plain_head(base: PreTrainedModel) -> bool:
-    """Whether the model's logits are a linear map of its backbone's output and nothing else."""
+    """Whether the model's logits are a linear map of its backbone's output, and its loss their cross-entropy alone."""
     config = base.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        return False  # experts' load is balanced by a loss of its own
     changed = any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_CHANGES)
     return type(base.get_output_embeddings()) is nn.Linear and not changed
 

@@ -195,3 +195,13 @@ def test_the_plan_says_what_is_on_and_why(caplog):
         "labelled_rows_loss off (not training on CUDA); fused_projections off (not on CUDA); "
         "last_rows on (training); compile_layers off (unless asked for)"
     ]
+
+
+@pytest.mark.parametrize("where", ["config", "call"])
+def test_a_loss_beside_the_cross_entropy_is_kept(where):
+    changes = {"output_router_logits": True, "router_aux_loss_coef": 0.5} if where == "config" else {}
+    model = tiny_model("mixtral", "deep", "CAUSAL_LM", base_changes=changes).train()
+    ids = torch.randint(3, 30, (2, 5))
+    inputs = {"input_ids": ids, "labels": ids, **({} if where == "config" else {"output_router_logits": True})}
+    _, saved = _compare(model, StepOptions(labelled_rows_loss=True), inputs)
+    assert saved.aux_loss is not None
