@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import runpy
@@ -19,22 +21,17 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 KEPT = {"ptv2_model.safetensors", "ptv2_config.json"}
 MAX_LINES = 100
 FAST = ("--epochs", 10, "--lr", 0.05, "--batch-size", 8, "--num-virtual-tokens", 8)
-TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] }}{{ ' [END]' if m['role'] == 'assistant' else ' ? ' }}{% endfor %}"
-)
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ ' [END]' if m['role'] == 'assistant' else ' ? ' }}{% endfor %}"
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs a script as `python examples/<name>.py <arguments>` in an empty folder; what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(name: str, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+def _run(folder: Path, name: str, *arguments: object) -> str:
+    """Runs `python examples/<name>.py <arguments>` in a folder; what it printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-        return capsys.readouterr().out
-
-    return call
+    return printed.getvalue()
 
 
 def _data(folder: Path, task_type: str, names: dict[str, int]) -> Path:
@@ -61,31 +58,41 @@ def _files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_file()}
 
 
-def _prompt_tokens(folder: Path) -> int:
-    return json.loads((folder / "ptv2_config.json").read_text())["config"]["num_virtual_tokens"]
+@pytest.fixture(scope="module")
+def ner(tmp_path_factory):
+    """The folder in which the NER script ran, and what it printed."""
+    folder = tmp_path_factory.mktemp("ner")
+    data = _data(folder / "conll", "TOKEN_CLS", {"train": 96, "dev": 16, "test": 16})
+    return folder, _run(folder, "ner_wnut17", "--model", bert_folder(folder / "bert"), "--data", data, *FAST)
 
 
-def test_ner_tags_the_held_out_sentences(run, tmp_path):
-    model = bert_folder(tmp_path / "bert")
-    data = _data(tmp_path / "conll", "TOKEN_CLS", {"train": 96, "dev": 16, "test": 16})
-    output = run("ner_wnut17", "--model", model, "--data", data, *FAST)
+@pytest.fixture(scope="module")
+def sentiment(tmp_path_factory):
+    """The same for the sentiment script."""
+    folder = tmp_path_factory.mktemp("sentiment")
+    data = _data(folder / "tsv", "SEQ_CLS", {"train": 96, "dev": 32})
+    return folder, _run(folder, "sentiment_sst2", "--model", bert_folder(folder / "bert"), "--data", data, *FAST)
+
+
+def test_ner_tags_the_held_out_sentences(ner):
+    folder, output = ner
     assert "trainable: " in output
     assert _number("dev entity F1", output) > 0.8
     assert _number("test entity F1", output) > 0.8
-    assert _files(tmp_path / "ner-prompt") == KEPT and _prompt_tokens(tmp_path / "ner-prompt") == 8
-    losses = _losses(tmp_path / "ner-prompt" / "checkpoints")
+    prompt = folder / "ner-prompt"
+    assert _files(prompt) == KEPT
+    assert json.loads((prompt / "ptv2_config.json").read_text())["config"]["num_virtual_tokens"] == 8
+    losses = _losses(prompt / "checkpoints")
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_sentiment_classifies_the_dev_sentences(run, tmp_path):
-    model = bert_folder(tmp_path / "bert")
-    data = _data(tmp_path / "tsv", "SEQ_CLS", {"train": 96, "dev": 32})
-    output = run("sentiment_sst2", "--model", model, "--data", data, *FAST)
+def test_sentiment_classifies_the_dev_sentences(sentiment):
+    folder, output = sentiment
     found = _number("dev accuracy", output)
     assert found > 0.8
-    assert _files(tmp_path / "sentiment-prompt") == KEPT
+    assert _files(folder / "sentiment-prompt") == KEPT
     # What was saved is what was scored: the best epoch, read again over the untouched base.
-    loaded = PTuningV2Model.from_pretrained(tiny_bert(), tmp_path / "sentiment-prompt")
+    loaded = PTuningV2Model.from_pretrained(tiny_bert(), folder / "sentiment-prompt")
     examples = toy_examples("SEQ_CLS", 32, seed=1)
     batch = tiny_tokenizer()([example["text"] for example in examples], padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -95,7 +102,17 @@ def test_sentiment_classifies_the_dev_sentences(run, tmp_path):
     assert sum(right) / len(right) == pytest.approx(found, abs=1e-4)
 
 
-def test_question_answering_reads_squad_and_answers(run, tmp_path):
+def test_several_tasks_share_one_batch(ner, sentiment):
+    texts = ("good great fine film met anna", "in rome the bad poor awful film")
+    folders = ("--sentiment", sentiment[0] / "sentiment-prompt", "--ner", ner[0] / "ner-prompt")
+    output = _run(ner[0], "several_tasks_one_batch", *texts, "--model", ner[0] / "bert", *folders)
+    first, second = output.split(texts[1])
+    assert "sentiment: positive" in first and "sentiment: negative" in second
+    assert re.findall(r"(B-\w+): (\w+)", first) == [("B-PER", "anna")]
+    assert re.findall(r"(B-\w+): (\w+)", second) == [("B-LOC", "rome")]
+
+
+def test_question_answering_reads_squad_and_answers(tmp_path):
     model = bert_folder(tmp_path / "bert")
     data = tmp_path / "squad"
     data.mkdir()
@@ -106,7 +123,7 @@ def test_question_answering_reads_squad_and_answers(run, tmp_path):
             question = {"id": example["id"], "question": example["question"], "answers": answers}
             paragraphs.append({"context": example["context"], "qas": [question]})
         (data / f"{name}.json").write_text(json.dumps({"data": [{"title": "toy", "paragraphs": paragraphs}]}))
-    output = run("question_answering", "--model", model, "--data", data, *FAST)
+    output = _run(tmp_path, "question_answering", "--model", model, "--data", data, *FAST)
     assert _number("dev answer F1", output) > 60
     assert re.search(r"where is \? -> \w+", output)
     assert _files(tmp_path / "qa-prompt") == KEPT
@@ -130,9 +147,9 @@ def chat(tmp_path):
     return model
 
 
-def test_sft_learns_the_replies_and_says_them(run, chat, tmp_path):
+def test_sft_learns_the_replies_and_says_them(chat, tmp_path):
     fast = ("--epochs", 24, "--lr", 0.1, "--batch-size", 4, "--num-virtual-tokens", 8)
-    output = run("sft_causal_lm", "--model", chat, "--ask", "where is bob", *fast)
+    output = _run(tmp_path, "sft_causal_lm", "--model", chat, "--ask", "where is bob", *fast)
     assert _number("at the first step,", output) < 0.2 * _number("loss", output)
     assert output.rstrip().endswith("reply: bob met lee in rome")
     assert _files(tmp_path / "sft-prompt") == KEPT
@@ -156,24 +173,10 @@ def test_sft_learns_replies_alone(chat):
         encode(messages, tokenizer)
 
 
-def test_several_tasks_share_one_batch(run, tmp_path):
-    model = bert_folder(tmp_path / "bert")
-    sentences = _data(tmp_path / "tsv", "SEQ_CLS", {"train": 96, "dev": 16})
-    tagged = _data(tmp_path / "conll", "TOKEN_CLS", {"train": 96, "dev": 8, "test": 8})
-    run("sentiment_sst2", "--model", model, "--data", sentences, *FAST)
-    run("ner_wnut17", "--model", model, "--data", tagged, *FAST)
-    texts = ("good great fine film met anna", "in rome the bad poor awful film")
-    output = run("several_tasks_one_batch", *texts, "--model", model)
-    first, second = output.split(texts[1])
-    assert "sentiment: positive" in first and "sentiment: negative" in second
-    assert re.findall(r"(B-\w+): (\w+)", first) == [("B-PER", "anna")]
-    assert re.findall(r"(B-\w+): (\w+)", second) == [("B-LOC", "rome")]
-
-
-def test_packed_training_falls_back_to_eager_steps(run, tmp_path):
+def test_packed_training_falls_back_to_eager_steps(tmp_path):
     model = bert_folder(tmp_path / "bert")
     data = _data(tmp_path / "tsv", "SEQ_CLS", {"train": 96, "dev": 32})
-    output = run("packed_training", "--model", model, "--data", data, *FAST)
+    output = _run(tmp_path, "packed_training", "--model", model, "--data", data, *FAST)
     losses = [float(loss) for loss in re.findall(r"epoch \d+: loss (\d+\.\d+)", output)]
     assert len(losses) == 10 and losses[-1] < 0.5 * losses[0]
     assert _number("dev accuracy", output) > 0.8
