@@ -32,7 +32,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--ask", help="what to ask the trained model (default: the first question of the data)")
     parser.add_argument("--num-virtual-tokens", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--batch-size", type=int, default=8)
     return parser.parse_args()
 
@@ -56,7 +56,7 @@ def main() -> None:
     conversations = [json.loads(line)["messages"] for line in lines if line.strip()]
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     config = PTuningV2Config("CAUSAL_LM", options.num_virtual_tokens, injection="prefix")
     replies = [messages[-1]["content"] for messages in conversations[: options.num_virtual_tokens]]
@@ -65,20 +65,22 @@ def main() -> None:
 
     arguments = TrainingArguments(
         output_dir=str(options.output / "checkpoints"), num_train_epochs=options.epochs, learning_rate=options.lr,
-        per_device_train_batch_size=options.batch_size, save_strategy="no", logging_steps=1, report_to=[],
+        per_device_train_batch_size=options.batch_size, save_strategy="no",
+        logging_strategy="epoch", logging_first_step=True, report_to=[],
     )  # fmt: skip
     rows = [encode(messages, tokenizer) for messages in conversations]
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
     trainer.train()
     model.save_pretrained(options.output)
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    print(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last")
+    print(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} in the last epoch")
 
     # Another program needs the base and the saved folder only.
-    model = PTuningV2Model.from_pretrained(AutoModelForCausalLM.from_pretrained(options.model), options.output)
+    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device)
+    model = PTuningV2Model.from_pretrained(base, options.output)
     question = [{"role": "user", "content": options.ask}] if options.ask else conversations[0][:-1]
     text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(device)
     output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     print("reply:", tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
 
