@@ -63,7 +63,10 @@ def main(words: list[str] | None = None) -> int:
     if options.commit:
         facts["commit"] = options.commit
     stamp = facts["date"].replace(":", "").replace("+0000", "")
-    command = ["python", "-m", "benchmarks.run", *(sys.argv[1:] if words is None else words)]
+    # Where a machine keeps its files is nobody else's concern.
+    places = {str(place): place.name for place in (options.out, options.data) if place is not None}
+    command = ["python", "-m", "benchmarks.run"]
+    command += [places.get(word, word) for word in (sys.argv[1:] if words is None else words)]
     name = options.name or f"{stamp}-{options.suite}-{device.type}.json"
     result = ResultFile(options.out / name, options.suite, command, facts)
     context = Context(

@@ -75,7 +75,8 @@ class WeightTable:
     """Addresses of the (F, D) weights, and optionally (F,) biases, of L layers on the device that holds them.
 
     Build it once per model and pass it to `prompt_projection`: building copies 8 L bytes to the device. It keeps the
-    tensors alive; a model that moves or replaces its weights needs another table.
+    memory alive, also of parameters that are moved elsewhere; a model that moves or replaces its weights needs another
+    table.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None = None):
@@ -98,7 +99,8 @@ class WeightTable:
             raise ValueError(
                 f"biases must be {len(weights)} contiguous tensors of shape ({first.shape[0]},); "
                 f"got {len(biases)} of shape {tuple(biases[0].shape)}")
-        self.tensors = (*weights, *(biases or ()))
+        # A parameter may be given other memory; an alias of it keeps what is addressed here.
+        self.tensors = tuple(tensor.detach() for tensor in (*weights, *(biases or ())))
         self.num_layers = len(weights)
         self.shape, self.strides, self.dtype, self.device = first.shape, first.stride(), first.dtype, first.device
         self.aligned = all(weight.data_ptr() % 16 == 0 for weight in weights)

@@ -25,13 +25,14 @@ from ptv2_fast.models.inputs import (
     text_size,
     whole_mask,
 )
-from ptv2_fast.models.limits import check_length
+from ptv2_fast.models.limits import check_length, text_limit
 from ptv2_fast.models.rows import gather_rows
 from ptv2_fast.models.view import view_of
 from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.keys_values import stack_bank
 from ptv2_fast.prompts.source import PromptSource
+from ptv2_fast.step.labelled_rows import balances_experts
 from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
 from ptv2_fast.step.packed import PackedBatch, packed_inputs
@@ -126,7 +127,12 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        return self.run(self.base_model, inputs, adapter_names)
+        return self._as_asked(self.run(self.base_model, inputs, adapter_names), kwargs.get("return_dict"))
+
+    def _as_asked(self, output, return_dict: bool | None):
+        """An output, or its tuple where the call or the base's configuration asks for tuples."""
+        wanted = self.base_model.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
 
     def run(
         self,
@@ -144,6 +150,9 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
                 others' may be anything.
         """
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        # Outputs are read by name here; who asked for a tuple gets one at the end.
+        if inputs.pop("return_dict", True) is False or not self.base_model.config.return_dict:
+            inputs["return_dict"] = True
         if self._disabled:
             return target(**inputs)
         hook.check_served(inputs, self.backbone.config)
@@ -156,23 +165,27 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
                     f"virtual tokens are rows of the batch; got {sorted(set(names))}"
                 )
             return self._run_evolving(target, inputs, self.adapters[names[0]])
+        plan = self.step_plan()
+        self._step_layers.prepare(plan)
         call = self.with_prompts(inputs, names)
-        output = self._run_planned(target, call, read)
+        output = self._run_planned(target, call, read, plan)
         self._reached = self._reached or call["ptv2_prompts"].check_reached(type(self.backbone).__name__)
         return output
 
-    def _run_planned(self, target: nn.Module, call: dict[str, Any], read: Tensor | None):
+    def _run_planned(self, target: nn.Module, call: dict[str, Any], read: Tensor | None, plan: StepPlan):
         """Call `target` with its backbone run as the step's plan says."""
-        plan = self.step_plan()
         if self.training and call.get("past_key_values") is None:
             call.setdefault("use_cache", False)
         backbone = original = target.base_model
         if self._family.indexed is not None:
             backbone = self._family.indexed(backbone)
         packing = None
-        if can_unpad(call) and (plan.unpad or counts_padding(self.backbone, call["attention_mask"])):
+        # A loss over the routers' logits reads them for the padded batch.
+        may_unpad = can_unpad(call) and not balances_experts(self.base_model, call)
+        if may_unpad and (plan.unpad or counts_padding(self.backbone, call["attention_mask"])):
             packing = Packing.of(call["attention_mask"])
-        packing = packing if packing is not None and packing.has_padding else None
+        if packing is not None and not (packing.has_padding and packing.index.numel()):
+            packing = None
         if call.get("output_hidden_states") or self.backbone.config.output_hidden_states:
             read = None
         if packing is not None and read is not None:
@@ -190,6 +203,11 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         output = self.run(self.backbone, packed_inputs(packed), read=packed.tokens)
         states = gather_rows(output.last_hidden_state, packed.tokens)[0]
         return states * (packed.tokens < packed.input_ids.shape[1])[:, None]
+
+    def text_limit(self) -> int | None:
+        """The most tokens of a text that the active adapter leaves room for; None where there is no limit."""
+        limit = text_limit(self.backbone, self._family)
+        return None if limit is None else limit - self._text_offset(self.adapters[self.active_adapter])
 
     def why_not_packed(self) -> str | None:
         """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
@@ -282,12 +300,11 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         if target.base_model is not target:
             view = view_of(target, children={target.base_model_prefix: view})
         empty = PromptBatch(layers=(), backend=adapter.config.backend)
-        as_tuple = inputs.pop("return_dict", True) is False
         inputs = {**inputs, "position_ids": positions, "attention_mask": mask, "ptv2_prompts": empty}
         output = view(**{name: value for name, value in inputs.items() if value is not None})
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(state[:, -tokens:] for state in output.hidden_states)
-        return output.to_tuple() if as_tuple else output
+        return output
 
     def _prompts(self, names: Sequence[str]) -> tuple[tuple[LayerPrompt | None, ...], list[int] | None]:
         """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""

@@ -26,9 +26,9 @@ from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.heads import IGNORED_LABEL, base_targets, check_labels, classification_loss, span_loss
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.inputs import first_tokens_first, text_size, turn_rows
-from ptv2_fast.models.pooling import pooled_tokens
+from ptv2_fast.models.pooling import tokens_read
 from ptv2_fast.models.view import view_of
-from ptv2_fast.step.labelled_rows import has_plain_head, labelled_rows_loss, labelled_tokens
+from ptv2_fast.step.labelled_rows import labelled_rows_loss, labelled_tokens, predictable_labels, why_not_labelled_rows
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
@@ -71,7 +71,7 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
             output = self._run_base_head(inputs, adapter_names, adapters, targets)
         else:
             output = self._run_own_heads(inputs, adapter_names, names, task, targets)
-        return output.to_tuple() if return_dict is False else output
+        return self._as_asked(output, return_dict)
 
     def _run_base_head(self, inputs, adapter_names, adapters: list[Adapter], targets):
         """The base's own forward, with the adapter's copy of the base's head in its place."""
@@ -89,7 +89,7 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
         if adapters and adapters[0].config.task_type == "SEQ_CLS" and self._family.reads_first:
             if not self._disabled:
                 inputs, back = first_tokens_first(inputs)
-            read = _tokens_read(inputs, "first")
+            read = tokens_read(inputs, "first")
         output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
         if back is not None and output.hidden_states is not None:
             output.hidden_states = tuple(turn_rows(states, back) for states in output.hidden_states)
@@ -100,7 +100,7 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
         read = None
         if len(names) == 1:
             head = self.adapters[names[0]].head(task).config
-            read = _tokens_read(inputs, head.pooling) if head.task_type == "SEQ_CLS" else None
+            read = tokens_read(inputs, head.pooling) if head.task_type == "SEQ_CLS" else None
         output = self.run(self.backbone, inputs, adapter_names, read=read)
         hidden = output.last_hidden_state
         mask = inputs.get("attention_mask")
@@ -123,7 +123,6 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
         # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
         logits = torch.cat(rows) if same else tuple(row[0] for row in rows)
         return _task_output(next(iter(kinds)) if same else "SEQ_CLS", logits, targets, output)
-
 
     def packed_task(self) -> tuple[str, str]:
         """The task type and pooling by which a batch is packed for the active adapter."""
@@ -234,17 +233,25 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         adapter_names: Sequence[str] | None = None,
         **kwargs,
     ):
-        """The base's output: logits (B, N, V), the cache of the text alone, and the loss of shifted labels (B, N)."""
+        """The base's output: logits (B, N, V), the cache of the text alone, and the loss of shifted labels (B, N).
+
+        A row's first token has nothing before it: its label counts nowhere, on whichever side the padding is.
+        """
         if kwargs.pop("task", None) is not None:
             raise ValueError("task must be None: a causal language model has the one head of its base")
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         if labels is None:
-            return self.run(self.base_model, inputs, adapter_names)
+            output = self.run(self.base_model, inputs, adapter_names)
+            return self._as_asked(output, kwargs.get("return_dict"))
         check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size, text_size(inputs))
-        is_plain = has_plain_head(self.base_model) and not inputs.get("output_router_logits")
-        if self.step_plan().labelled_rows_loss and is_plain and not self._disabled:
-            return self._run_labelled_rows(inputs, labels, adapter_names)
-        return self.run(self.base_model, {**inputs, "labels": labels}, adapter_names)
+        if not self._disabled:
+            labels = predictable_labels(labels, attention_mask)
+        plan = self.step_plan()
+        if plan.labelled_rows_loss and not self._disabled and why_not_labelled_rows(self.base_model, inputs) is None:
+            output = self._run_labelled_rows(inputs, labels, adapter_names)
+        else:
+            output = self.run(self.base_model, {**inputs, "labels": labels}, adapter_names)
+        return self._as_asked(output, kwargs.get("return_dict"))
 
     def _run_labelled_rows(self, inputs: dict[str, Any], labels: Tensor, adapter_names):
         """The loss alone: logits are computed for labelled tokens only, a chunk at a time, and not returned."""
@@ -261,10 +268,8 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         return "CAUSAL_LM", "last"
 
     def why_not_packed(self) -> str | None:
-        """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
-        if not has_plain_head(self.base_model):
-            return "the model changes its logits after the head"
-        return super().why_not_packed()
+        """Why the loss cannot be computed of a `PackedBatch`; None where it can."""
+        return why_not_labelled_rows(self.base_model, {}) or super().why_not_packed()
 
     def packed_loss(self, packed: PackedBatch) -> Tensor:
         """The mean loss of a packed batch, as that of the padded one; nothing in it waits for the device.
@@ -372,15 +377,6 @@ def _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embe
         "inputs_embeds": inputs_embeds,
         **others,
     }
-
-
-def _tokens_read(inputs: dict[str, Any], pooling: str) -> Tensor | None:
-    """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""
-    mask = inputs.get("attention_mask")
-    if pooling == "mean" or (mask is not None and mask.dim() != 2):
-        return None
-    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    return pooled_tokens(*text.shape[:2], mask, pooling, text.device)
 
 
 def _task_output(task_type: str, logits, targets: dict[str, Tensor], output):

@@ -8,8 +8,18 @@ from ptv2_fast.models.families import Family
 from ptv2_fast.models.rotary import longest_text
 
 
+def text_limit(backbone: PreTrainedModel, family: Family) -> int | None:
+    """The most tokens and position offset together: the table of learned positions, or where rotary frequencies change.
+
+    None where there is no limit.
+    """
+    if family.rotary:
+        return longest_text(backbone)
+    return backbone.config.max_position_embeddings - family.first_position(backbone)
+
+
 def check_length(backbone: PreTrainedModel, family: Family, length: int) -> None:
-    """Refuse texts that run past a table of learned positions, or past where rotary frequencies change.
+    """Refuse texts that run past the model's limit.
 
     Args:
         length: tokens and position offset together.
@@ -17,17 +27,15 @@ def check_length(backbone: PreTrainedModel, family: Family, length: int) -> None
     Raises:
         ValueError: the text is too long.
     """
-    if family.rotary:
-        limit = longest_text(backbone)
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"input_ids must leave the text within {limit} tokens, where the model's rotary frequencies change "
-                f"and the prompt's keys do not; got {length}"
-            )
+    limit = text_limit(backbone, family)
+    if limit is None or length <= limit:
         return
-    limit = backbone.config.max_position_embeddings - family.first_position(backbone)
-    if length > limit:
+    if family.rotary:
         raise ValueError(
-            f"input_ids must leave the text's last position within the model's {limit} learned positions; "
-            f"tokens and position offset come to {length}"
+            f"input_ids must leave the text within {limit} tokens, where the model's rotary frequencies change "
+            f"and the prompt's keys do not; got {length}"
         )
+    raise ValueError(
+        f"input_ids must leave the text's last position within the model's {limit} learned positions; "
+        f"tokens and position offset come to {length}"
+    )

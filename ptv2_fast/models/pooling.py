@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,3 +40,12 @@ def pooled_tokens(
     else:
         slot = slots.masked_fill(~attention_mask.bool(), -1).amax(-1).clamp(min=0)
     return torch.arange(rows, device=device) * tokens + slot
+
+
+def tokens_read(inputs: Mapping[str, Any], pooling: str) -> Tensor | None:
+    """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""
+    mask = inputs.get("attention_mask")
+    if pooling == "mean" or (mask is not None and mask.dim() != 2):
+        return None
+    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return pooled_tokens(*text.shape[:2], mask, pooling, text.device)

@@ -1,7 +1,8 @@
 """Linear maps that read the same input, as one matrix product: queries, keys and values; gate and up.
 
 The weights of such a group are moved into one buffer, and each parameter becomes a view of its part: there is no second
-copy, and state_dict, save_pretrained, optimizers and whoever reads `module.weight` see what they saw before.
+copy, and state_dict, save_pretrained, optimizers and whoever reads `module.weight` see what they saw before. What looks
+at memory itself sees the buffer: `safetensors.torch.save_model` wants `release` first, which is part of `unload`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class FusedProjections:
     def __init__(self, backbone: nn.Module):
         """Find the groups; nothing is moved before `modules` is called."""
         self._groups = [
-            FusedGroup([f"{path}.{name}" if path else name for name in names], [module.get_submodule(n) for n in names])
+            FusedGroup(path, module, names)
             for path, module in backbone.named_modules()
             for names in _GROUPS
             if all(n in module._modules for n in names) and _can_fuse([module.get_submodule(n) for n in names])
@@ -41,8 +42,9 @@ class FusedProjections:
         """What stands in a view of the backbone at each path; the weights are moved where they are not in place yet."""
         found = {}
         for group in self._groups:
-            group.gather()
-            found.update(group.modules)
+            if group.is_whole():
+                group.gather()
+                found.update(group.modules)
         return found
 
     def release(self) -> None:
@@ -58,14 +60,27 @@ class FusedGroup:
         modules: path -> the module that stands in for the linear map there.
     """
 
-    def __init__(self, paths: Sequence[str], linears: Sequence[nn.Linear]):
-        self._linears = list(linears)
-        self._sizes = [linear.out_features for linear in linears]
+    def __init__(self, path: str, parent: nn.Module, names: Sequence[str]):
+        self._parent = parent
+        self._names = names
+        self._linears = [parent.get_submodule(name) for name in names]
+        self._sizes = [linear.out_features for linear in self._linears]
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         # (input, what the linear maps after the first one make of it), between their calls in one forward.
         self._kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        paths = [f"{path}.{name}" if path else name for name in names]
         self.modules = {path: _FusedLinear(self, position) for position, path in enumerate(paths)}
+
+    def is_whole(self) -> bool:
+        """Whether the linear maps are still the parent's, frozen, and nobody hooks or replaces what they do."""
+        return all(
+            self._parent._modules.get(name) is linear
+            and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
+            and not any(p is not None and p.requires_grad for p in linear._parameters.values())
+            and "forward" not in linear.__dict__
+            for name, linear in zip(self._names, self._linears)
+        )
 
     def gather(self) -> None:
         """Move the weights (and biases) into one buffer, unless they lie there already."""

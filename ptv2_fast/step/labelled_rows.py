@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ptv2_fast.heads import IGNORED_LABEL
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
@@ -13,13 +17,39 @@ from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def has_plain_head(base: PreTrainedModel) -> bool:
-    """Whether the model's logits are a linear map of its backbone's output, and its loss their cross-entropy alone."""
-    config = base.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        return False  # experts' load is balanced by a loss of its own
-    changed = any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_CHANGES)
-    return type(base.get_output_embeddings()) is nn.Linear and not changed
+def why_not_labelled_rows(base: PreTrainedModel, inputs: Mapping[str, Any]) -> str | None:
+    """Why a causal model's loss is not the cross-entropy of a linear map of its backbone's output; None where it is.
+
+    Args:
+        inputs: what the model is called with beside the labels.
+    """
+    config, head = base.config.get_text_config(), base.get_output_embeddings()
+    if type(head) is not nn.Linear or any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_CHANGES):
+        return "the model changes its logits after the head"
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
+        return "somebody hooks the head"
+    if base.loss_function is not ForCausalLMLoss or inputs.get("shift_labels") is not None:
+        return "the loss is another one than transformers' own"
+    if balances_experts(base, inputs):
+        return "experts' load is balanced by a loss of its own"
+    return "the model is spread over devices" if getattr(base, "hf_device_map", None) else None
+
+
+def balances_experts(base: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
+    """Whether the routers' logits are asked for, of all tokens: the loss then has a part that reads them."""
+    asked = inputs.get("output_router_logits")
+    return bool(getattr(base.config.get_text_config(), "output_router_logits", False) if asked is None else asked)
+
+
+def predictable_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Labels (B, N) without those of tokens that follow padding: nothing of their own row predicts them.
+
+    With padding at the right, that is the label of slot 0, which no loss reads.
+    """
+    if attention_mask is None or attention_mask.shape != labels.shape:
+        return labels
+    after_padding = torch.nn.functional.pad(attention_mask[:, :-1] == 0, (1, 0))
+    return labels.masked_fill(after_padding, IGNORED_LABEL)
 
 
 def labelled_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ computes what is read."""
 from __future__ import annotations
 
 import functools
+import types
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,12 @@ class StepLayers:
         self._backbone = backbone
         self._family = family
         self._fused: FusedProjections | None = None
+        self._compiled: Callable | None = None
+
+    def prepare(self, plan: StepPlan) -> None:
+        """Move weights to where the plan wants them, before anything takes their address."""
+        if plan.fused_projections:
+            self._fused_modules()
 
     def view(self, backbone: nn.Module, plan: StepPlan, read: Tensor | None) -> nn.Module:
         """`backbone`, or a view of it.
@@ -41,7 +49,9 @@ class StepLayers:
         last = len(layers) - 1
         changed: dict[str, nn.Module] = {}
         if plan.compile_layers:
-            changed = {str(i): compiled_layer(layer, i) for i, layer in enumerate(layers)}
+            call = self._compiled_call(dynamic=plan.unpad)
+            changed = {str(i): compiled_layer(layer, i, call) for i, layer in enumerate(layers)}
+        # How many rows are read changes with every batch: that layer is not compiled.
         if read is not None and plan.last_rows and self._family.read_rows is not None:
             changed[str(last)] = self._family.read_rows(layers[last], read)
         if not changed:
@@ -59,14 +69,26 @@ class StepLayers:
             self._fused = FusedProjections(self._backbone)
         return self._fused.modules()
 
+    def _compiled_call(self, *, dynamic: bool):
+        """What all layers' bodies are compiled through; of this wrapper alone, so that no other model's variants
+        count towards the compiler's limit."""
+        if self._compiled is None:
+            own = types.FunctionType(_call.__code__.replace(co_name=f"layer_{id(self)}"), _call.__globals__)
+            # With padding dropped every batch has another number of tokens.
+            self._compiled = torch.compile(own, backend=COMPILER, dynamic=True if dynamic else None)
+        return self._compiled
+
+    def __getstate__(self):
+        return {**self.__dict__, "_compiled": None}
+
     @functools.cached_property
     def _layers_path(self) -> str:
         layers = self._family.layers(self._backbone)
         return next(path for path, module in self._backbone.named_modules() if module is layers)
 
 
-def compiled_layer(layer: nn.Module, position: int) -> nn.Module:
-    """A view of a layer whose body is compiled, with every layer of the same kind sharing what was compiled.
+def compiled_layer(layer: nn.Module, position: int, call: Callable) -> nn.Module:
+    """A view of a layer whose body runs through `call`, a compiled function that every layer of its kind shares.
 
     The layer gets its own prompt alone, so that nothing compiled depends on which layer it is.
     """
@@ -74,7 +96,7 @@ def compiled_layer(layer: nn.Module, position: int) -> nn.Module:
     def run(original, *args, ptv2_prompts=None, **kwargs):
         if ptv2_prompts is not None:
             kwargs["ptv2_prompts"] = ptv2_prompts.at(position)
-        return _compiled_call()(_without_capture(original.__self__), *args, **kwargs)
+        return call(_without_capture(original.__self__), *args, **kwargs)
 
     return view_of(layer, forward=run)
 
@@ -97,11 +119,6 @@ def _without_capture(module: nn.Module) -> nn.Module:
     if len(captures) == len(hooks):
         view._forward_hooks = OrderedDict()
     return view
-
-
-@functools.cache
-def _compiled_call():
-    return torch.compile(_call, backend=COMPILER)
 
 
 def _call(layer: nn.Module, *args, **kwargs):

@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
+# Evaluation reads logits and states, and few would wait for a compiler there.
+_TRAINING_ALONE = ("labelled_rows_loss", "last_rows", "compile_layers")
+
 logger = logging.getLogger("ptv2_fast")
 
 
@@ -20,11 +23,12 @@ class StepOptions:
         labelled_rows_loss: causal language models compute logits for labelled tokens only, in chunks, and return
             a loss without logits. None: while training on CUDA.
         fused_projections: queries, keys and values (and gate and up) of the frozen base by one matrix product; their
-            weights become views of one buffer. None: on CUDA.
+            weights become views of one buffer. None: while training on CUDA.
         last_rows: the last layer computes only the rows that are read: a pooled token, or the tokens whose successor
             has a label. None: while training.
-        compile_layers: torch.compile the body of each layer, all layers sharing what is compiled. None: off, since the
-            first step then takes as long as the compilation.
+        compile_layers: while training, torch.compile the body of each layer, all layers sharing what is compiled (the
+            last one, where it computes read rows alone, is left as it is). None: off, since the first step then takes
+            as long as the compilation.
     """
 
     unpad: bool | None = None
@@ -64,7 +68,7 @@ def plan_step(options: StepOptions, *, training: bool, device: torch.device, bac
     rules = {
         "unpad": (training and (triton or device.type == "cpu"), "training on the CPU or with triton"),
         "labelled_rows_loss": (training and on_cuda, "training on CUDA"),
-        "fused_projections": (on_cuda, "on CUDA"),
+        "fused_projections": (training and on_cuda, "training on CUDA"),
         "last_rows": (training, "training"),
         "compile_layers": (False, "unless asked for"),
     }
@@ -75,8 +79,7 @@ def plan_step(options: StepOptions, *, training: bool, device: torch.device, bac
         why = "asked for" if asked is not None else where if pays or where.startswith("unless") else f"not {where}"
         if traced and name in ("fused_projections", "compile_layers") and decided[name]:
             decided[name], why = False, "inside torch.compile"
+        if not training and name in _TRAINING_ALONE and decided[name]:
+            decided[name], why = False, "not training"
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
-    # A loss without logits and rows that nobody computes are for training alone: evaluation reads them.
-    decided["labelled_rows_loss"] &= training
-    decided["last_rows"] &= training
     return StepPlan(**decided, reasons=tuple(reasons))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptv2_fast.heads import IGNORED_LABEL
 from ptv2_fast.models.pooling import pooled_tokens
-from ptv2_fast.step.labelled_rows import labelled_tokens
+from ptv2_fast.step.labelled_rows import labelled_tokens, predictable_labels
 from ptv2_fast.step.unpad import Packing
 
 # What a packed batch is made of; anything else in a batch cannot be packed.
@@ -67,8 +67,14 @@ def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first") ->
             are read here, on the host.
         task_type: SEQ_CLS (labels (B,)), TOKEN_CLS or CAUSAL_LM (labels (B, N)).
         pooling: "first" or "last": which token's state a SEQ_CLS head reads.
+
+    Raises:
+        ValueError: labels are no integers, or of another shape.
     """
     ids, labels = batch["input_ids"], batch["labels"]
+    shape = ids.shape[:1] if task_type == "SEQ_CLS" else ids.shape
+    if labels.is_floating_point() or labels.shape != shape:
+        raise ValueError(f"labels must be integers of shape {tuple(shape)}; got {labels.dtype} {tuple(labels.shape)}")
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     packing = Packing.of(mask)
@@ -78,7 +84,7 @@ def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first") ->
         read = (labels.flatten() != IGNORED_LABEL).nonzero().flatten()
         targets = labels.flatten().index_select(0, read)
     else:
-        read, targets = labelled_tokens(labels)
+        read, targets = labelled_tokens(predictable_labels(labels, mask))
     types = batch.get("token_type_ids")
     return PackedBatch(
         input_ids=packing.pack(ids),
@@ -130,10 +136,15 @@ class Buckets:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field.name} must be a positive integer; got {value!r}")
 
-    def fill(self, packed: PackedBatch) -> PackedBatch:
-        """The batch with rows that nobody reads behind its own, up to the next sizes."""
+    def fill(self, packed: PackedBatch, limit: int | None = None) -> PackedBatch:
+        """The batch with rows that nobody reads behind its own, up to the next sizes.
+
+        Args:
+            limit: the longest text that the model takes.
+        """
         count, rows, longest, read, _ = packed.sizes
         longest = max(16, 1 << (longest - 1).bit_length())
+        longest = longest if limit is None else max(min(longest, limit), packed.longest)
         tokens = _next_size(count, self.tokens)
         # Tokens of no text are rows too, none longer than the longest one may be. How many there are may depend on
         # the sizes alone.

@@ -33,7 +33,7 @@ class Packing:
 
     @classmethod
     def of(cls, mask: Tensor) -> Packing:
-        """Read a mask (B, N), nonzero at real tokens; waits for the device once."""
+        """Read a mask (B, N), nonzero at real tokens; waits for the device."""
         real = mask.bool()
         lengths = real.sum(-1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

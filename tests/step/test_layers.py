@@ -25,10 +25,7 @@ OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
 def light_compiler(monkeypatch):
     """What is compiled is traced whole, forward and backward, without generating code."""
     monkeypatch.setattr(step_layers, "COMPILER", "aot_eager")
-    step_layers._compiled_call.cache_clear()
     torch.compiler.reset()
-    yield
-    step_layers._compiled_call.cache_clear()
 
 
 def _losses_and_grads(model, options, inputs, steps=1):
@@ -255,3 +252,39 @@ def test_layers_of_one_kind_share_what_was_compiled(monkeypatch):
         model(**inputs).last_hidden_state.sum().backward()
     # The first layer reads states without a gradient, the others states with one.
     assert len(graphs) <= 2
+
+
+def test_a_map_that_is_changed_after_fusing_is_left_alone():
+    model = tiny_model("llama", "prefix").train()
+    inputs = padded(text_rows(), "right").inputs
+    model.step_options = replace(OFF, fused_projections=True)
+    model(**inputs)
+    attention = model.backbone.layers[0].self_attn
+    called = []
+    hook = attention.k_proj.register_forward_hook(lambda *_: called.append(1))
+    model(**inputs)
+    assert called == [1]
+    hook.remove()
+    attention.q_proj.weight.requires_grad_(True)
+    model(**inputs).last_hidden_state.sum().backward()
+    assert attention.q_proj.weight.grad is not None
+    attention.q_proj = nn.Linear(32, 32, bias=False).requires_grad_(False)
+    _same_as_plain(model, inputs)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_first_fused_step_through_the_kernels_has_the_plain_gradients(family):
+    grads = {}
+    for on in (False, True):
+        torch.manual_seed(4)
+        heads = {"num_attention_heads": 2} if family == "bert" else {"head_dim": 16}
+        model = tiny_model(family, "deep", backend="triton", base_changes=heads).train()
+        model.step_options = replace(OFF, fused_projections=on)
+        output = model(**padded(text_rows(), "right").inputs).last_hidden_state
+        # What the weights' former memory would hold by the time of the backward pass.
+        junk = [torch.full((32, 32), 1e30) for _ in range(64)]
+        output.square().mean().backward()
+        grads[on] = [p.grad for p in model.parameters() if p.grad is not None]
+        del junk
+    for found, expected in zip(grads[True], grads[False]):
+        assert_equal(found, expected, "gradient")

@@ -192,7 +192,7 @@ def test_the_plan_says_what_is_on_and_why(caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         "training step: unpad on (training on the CPU or with triton); "
-        "labelled_rows_loss off (not training on CUDA); fused_projections off (not on CUDA); "
+        "labelled_rows_loss off (not training on CUDA); fused_projections off (not training on CUDA); "
         "last_rows on (training); compile_layers off (unless asked for)"
     ]
 
@@ -205,3 +205,58 @@ def test_a_loss_beside_the_cross_entropy_is_kept(where):
     inputs = {"input_ids": ids, "labels": ids, **({} if where == "config" else {"output_router_logits": True})}
     _, saved = _compare(model, StepOptions(labelled_rows_loss=True), inputs)
     assert saved.aux_loss is not None
+
+
+@pytest.mark.parametrize("options", [OFF, StepOptions(unpad=True, labelled_rows_loss=True)], ids=["off", "on"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_labels_count_alike_on_every_side_of_the_padding(family, options):
+    model = tiny_model(family, "deep", "CAUSAL_LM").train()
+    model.step_options = options
+    losses = []
+    for side in ("left", "right"):
+        batch = padded(text_rows(), side)
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        losses.append(model(**batch.inputs, labels=labels).loss)
+    assert_equal(losses[0], losses[1], family)
+
+
+def test_a_loss_of_another_kind_is_not_replaced():
+    ids = torch.randint(3, 30, (2, 5))
+    on = StepOptions(labelled_rows_loss=True)
+    model = tiny_model("llama", "deep", "CAUSAL_LM").train()
+    hook = model.base_model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    _compare(model, on, {"input_ids": ids, "labels": ids})
+    hook.remove()
+    model.base_model.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
+    _compare(model, on, {"input_ids": ids, "labels": ids})
+
+
+@pytest.mark.parametrize("where", ["call", "config"])
+@pytest.mark.parametrize(("family", "task"), [("bert", "TOKEN_CLS"), ("llama", "CAUSAL_LM"), ("llama", "SEQ_CLS")])
+def test_tuples_are_given_to_who_asks_for_them(family, task, where):
+    heads = {"own": 3} if task == "SEQ_CLS" else None
+    model = tiny_model(family, "deep", task, heads=heads).train()
+    batch = padded(text_rows(), "right")
+    labels = torch.zeros(3 if task == "SEQ_CLS" else (3, 9), dtype=torch.long)
+    inputs = {**batch.inputs, "labels": labels}
+    if where == "config" and task == "CAUSAL_LM":
+        pytest.skip("transformers' own model fails with config.return_dict=False")
+    for options in (OFF, StepOptions(unpad=True, labelled_rows_loss=True)):
+        model.step_options = options
+        expected = model(**inputs).loss
+        if where == "call":
+            output = model(**inputs, return_dict=False)
+        else:
+            model.base_model.config.return_dict = False
+            output = model(**inputs)
+            model.base_model.config.return_dict = True
+        assert isinstance(output, tuple)
+        assert_equal(output[0], expected, "loss")
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_batch_of_padding_alone_runs(family):
+    model = tiny_model(family, "deep").train()
+    model.step_options = StepOptions(unpad=True)
+    ids = torch.ones(2, 4, dtype=torch.long)
+    assert model(input_ids=ids, attention_mask=torch.zeros_like(ids)).last_hidden_state.isfinite().all()
