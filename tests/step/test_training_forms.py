@@ -14,6 +14,7 @@ from tolerances import assert_equal
 from torch.nn.parallel import DistributedDataParallel
 
 from ptv2_fast import get_ptv2_model
+from ptv2_fast.step.graph_runner import GraphRunner
 from ptv2_fast.step.options import StepOptions
 
 OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
@@ -121,27 +122,40 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _train_one_rank(rank: int, world: int, port: int, task: str, results: mp.SimpleQueue) -> None:
+def _train_one_rank(rank: int, world: int, port: int, results: mp.SimpleQueue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.manual_seed(4)
-    base = tiny_base("llama", task)
-    model = get_ptv2_model(base, tiny_prompts("deep", task), step_options=ON).train()
-    wrapped = DistributedDataParallel(model)
+    found = [_rank_losses(rank, world, with_runner) for with_runner in (False, True)]
+    if rank == 0:
+        results.put(found)
+    dist.destroy_process_group()
+
+
+def _rank_losses(rank: int, world: int, with_runner: bool) -> list[float]:
+    """Losses, the mean over the processes, of DDP's loop or of the graph runner's steps."""
+    model = _causal_model(ON)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    wrapped = GraphRunner(model, optimizer) if with_runner else DistributedDataParallel(model)
     losses = []
     for step in range(STEPS):
         batch = {name: value.chunk(world)[rank] for name, value in _even_batch(step).items()}
-        optimizer.zero_grad()
-        loss = wrapped(**batch).loss
-        loss.backward()
-        optimizer.step()
-        total = loss.detach() / world
+        if with_runner:
+            total = wrapped.step(batch) / world
+        else:
+            optimizer.zero_grad()
+            loss = wrapped(**batch).loss
+            loss.backward()
+            optimizer.step()
+            total = loss.detach() / world
         dist.all_reduce(total)
         losses.append(total.item())
-    if rank == 0:
-        results.put(losses)
-    dist.destroy_process_group()
+    return losses
+
+
+def _causal_model(options: StepOptions):
+    torch.manual_seed(4)
+    base = tiny_base("llama", "CAUSAL_LM")
+    return get_ptv2_model(base, tiny_prompts("deep", "CAUSAL_LM"), step_options=options).train()
 
 
 def _even_batch(step: int) -> dict[str, torch.Tensor]:
@@ -157,10 +171,8 @@ def _even_batch(step: int) -> dict[str, torch.Tensor]:
 def test_two_processes_give_the_losses_of_one():
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    mp.spawn(_train_one_rank, args=(2, _free_port(), "CAUSAL_LM", results), nprocs=2, join=True)
-    torch.manual_seed(4)
-    base = tiny_base("llama", "CAUSAL_LM")
-    model = get_ptv2_model(base, tiny_prompts("deep", "CAUSAL_LM"), step_options=OFF).train()
+    mp.spawn(_train_one_rank, args=(2, _free_port(), results), nprocs=2, join=True)
+    model = _causal_model(OFF)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     expected = []
     for step in range(STEPS):
@@ -169,4 +181,21 @@ def test_two_processes_give_the_losses_of_one():
         loss.backward()
         optimizer.step()
         expected.append(loss.item())
-    assert_equal(torch.tensor(results.get()), torch.tensor(expected), "losses")
+    for found in results.get():
+        assert_equal(torch.tensor(found), torch.tensor(expected), "losses")
+
+
+def test_nothing_is_kept_below_the_first_prompted_layer():
+    kept = {}
+    for layers in (None, [-1]):
+        model = tiny_model("llama", "deep", base_changes={"num_hidden_layers": 4}, layers=layers).train()
+        sizes = []
+
+        def count(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(**{name: _batch("TOKEN_CLS", 0)[name] for name in ("input_ids", "attention_mask")})
+        kept[layers is None] = sum(sizes)
+    assert kept[False] < 0.35 * kept[True]
