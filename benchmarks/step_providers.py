@@ -128,7 +128,8 @@ def step_providers() -> list[StepProvider]:
 
 def rungs() -> list[tuple[str, StepOptions]]:
     """The ladder: every switch off, then one more on at each rung in the order of `StepOptions`, then the defaults."""
-    names = [field.name for field in fields(StepOptions)]
+    # Graphs are the runner's, a provider of its own.
+    names = [field.name for field in fields(StepOptions) if field.name != "cuda_graphs"]
     ladder = []
     for count in range(len(names) + 1):
         options = StepOptions(**{name: place < count for place, name in enumerate(names)})

@@ -270,6 +270,8 @@ class GraphRunner:
             return self._failure
         if self._device.type != "cuda":
             return f"the model is on the device type {self._device.type!r}, which has no CUDA graphs"
+        if not self._model.step_plan().cuda_graphs:
+            return "step_options.cuda_graphs is off, or the model is not training"
         if any("capturable" not in group for group in self._optimizer.param_groups):
             return f"{type(self._optimizer).__name__} cannot be captured"
         if getattr(self._model.backbone, "gradient_checkpointing", False):

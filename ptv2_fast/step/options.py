@@ -29,6 +29,8 @@ class StepOptions:
         compile_layers: while training, torch.compile the body of each layer, all layers sharing what is compiled (the
             last one, where it computes read rows alone, is left as it is). None: off, since the first step then takes
             as long as the compilation.
+        cuda_graphs: a `GraphRunner` captures steps and replays them; it alone looks at this. None: while training on
+            CUDA.
     """
 
     unpad: bool | None = None
@@ -36,6 +38,7 @@ class StepOptions:
     fused_projections: bool | None = None
     last_rows: bool | None = None
     compile_layers: bool | None = None
+    cuda_graphs: bool | None = None
 
     def __post_init__(self):
         for field in fields(self):
@@ -53,6 +56,7 @@ class StepPlan:
     fused_projections: bool
     last_rows: bool
     compile_layers: bool
+    cuda_graphs: bool
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -71,6 +75,7 @@ def plan_step(options: StepOptions, *, training: bool, device: torch.device, bac
         "fused_projections": (training and on_cuda, "training on CUDA"),
         "last_rows": (training, "training"),
         "compile_layers": (False, "unless asked for"),
+        "cuda_graphs": (training and on_cuda, "training on CUDA"),
     }
     decided, reasons = {}, []
     for name, (pays, where) in rules.items():

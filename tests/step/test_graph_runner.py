@@ -368,3 +368,15 @@ def test_float16_is_refused():
     model = _model("llama text")
     with pytest.raises(ValueError, match="autocast must be"):
         GraphRunner(model, _optimizer(model), autocast=torch.float16)
+
+
+def test_the_switch_keeps_the_runner_eager(monkeypatch):
+    model = _model("llama text")
+    runner = GraphRunner(model, _optimizer(model))
+    monkeypatch.setattr(runner, "_device", torch.device("cuda"))
+    model.step_options = StepOptions(cuda_graphs=False)
+    assert "cuda_graphs is off" in runner._why_not_captured()
+    model.step_options = StepOptions(cuda_graphs=True)
+    assert runner._why_not_captured() is None
+    model.gradient_checkpointing_enable()
+    assert "gradient checkpointing" in runner._why_not_captured()

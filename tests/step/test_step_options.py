@@ -193,7 +193,7 @@ def test_the_plan_says_what_is_on_and_why(caplog):
     assert lines == [
         "training step: unpad on (training on the CPU or with triton); "
         "labelled_rows_loss off (not training on CUDA); fused_projections off (not training on CUDA); "
-        "last_rows on (training); compile_layers off (unless asked for)"
+        "last_rows on (training); compile_layers off (unless asked for); cuda_graphs off (not training on CUDA)"
     ]
 
 
