@@ -325,7 +325,7 @@ class PTuningV2ModelForFeatureExtraction(_PTuningV2ModelWithHeads):
         given = [name for name, target in targets.items() if target is not None]
         if given:
             raise ValueError(f"task must name the head that {', '.join(given)} belong to; got None")
-        return self.run(self.backbone, inputs, adapter_names)
+        return self._as_asked(self.run(self.backbone, inputs, adapter_names), kwargs.get("return_dict"))
 
 
 MODEL_CLASSES: dict[str, type[PTuningV2Model]] = {

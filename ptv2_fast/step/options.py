@@ -10,6 +10,8 @@ import torch
 # Evaluation reads logits and states, and few would wait for a compiler there.
 _TRAINING_ALONE = ("labelled_rows_loss", "last_rows", "compile_layers")
 
+_NOT_TRACED = ("unpad", "labelled_rows_loss", "fused_projections", "compile_layers")
+
 logger = logging.getLogger("ptv2_fast")
 
 
@@ -67,7 +69,8 @@ def plan_step(options: StepOptions, *, training: bool, device: torch.device, bac
     """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA)."""
     on_cuda = device.type == "cuda"
     triton = on_cuda and backend in ("auto", "triton")
-    # Inside torch.compile the whole model is one graph: views that hold state between calls stay out of it.
+    # Inside torch.compile the whole model is one graph: sizes that depend on data would break it, and views that hold
+    # state between calls stay out of it.
     traced = torch.compiler.is_compiling()
     rules = {
         "unpad": (training and (triton or device.type == "cpu"), "training on the CPU or with triton"),
@@ -82,7 +85,7 @@ def plan_step(options: StepOptions, *, training: bool, device: torch.device, bac
         asked = getattr(options, name)
         decided[name] = pays if asked is None else asked
         why = "asked for" if asked is not None else where if pays or where.startswith("unless") else f"not {where}"
-        if traced and name in ("fused_projections", "compile_layers") and decided[name]:
+        if traced and name in _NOT_TRACED and decided[name]:
             decided[name], why = False, "inside torch.compile"
         if not training and name in _TRAINING_ALONE and decided[name]:
             decided[name], why = False, "not training"

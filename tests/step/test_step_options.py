@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from batches import padded, text_rows
-from tiny_models import DECODERS, FAMILIES, INJECTIONS, tiny_model, tiny_prompts
+from tiny_models import DECODERS, FAMILIES, INJECTIONS, LABELS, tiny_model, tiny_prompts
 from tolerances import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -260,3 +260,14 @@ def test_a_batch_of_padding_alone_runs(family):
     model.step_options = StepOptions(unpad=True)
     ids = torch.ones(2, 4, dtype=torch.long)
     assert model(input_ids=ids, attention_mask=torch.zeros_like(ids)).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "TOKEN_CLS"), ("llama", "CAUSAL_LM")])
+def test_inside_the_compiler_sizes_do_not_depend_on_data(family, task):
+    model = tiny_model(family, "deep", task).train()
+    model.step_options = StepOptions(**{field.name: True for field in fields(StepOptions)})
+    batch = padded(text_rows(), "right")
+    labels = (batch.input_ids % LABELS).masked_fill(batch.attention_mask == 0, -100)
+    inputs = {**batch.inputs, "labels": labels}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_equal(compiled(**inputs).loss, model(**inputs).loss, "loss")
