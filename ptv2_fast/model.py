@@ -166,13 +166,15 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
                 )
             return self._run_evolving(target, inputs, self.adapters[names[0]])
         plan = self.step_plan()
-        self._step_layers.prepare(plan)
+        fused = self._step_layers.fused(plan)
         call = self.with_prompts(inputs, names)
-        output = self._run_planned(target, call, read, plan)
+        output = self._run_planned(target, call, read, plan, fused)
         self._reached = self._reached or call["ptv2_prompts"].check_reached(type(self.backbone).__name__)
         return output
 
-    def _run_planned(self, target: nn.Module, call: dict[str, Any], read: Tensor | None, plan: StepPlan):
+    def _run_planned(
+        self, target: nn.Module, call: dict[str, Any], read: Tensor | None, plan: StepPlan, fused: Mapping
+    ):
         """Call `target` with its backbone run as the step's plan says."""
         if self.training and call.get("past_key_values") is None:
             call.setdefault("use_cache", False)
@@ -190,7 +192,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             read = None
         if packing is not None and read is not None:
             read = packing.places(read)
-        backbone = self._step_layers.view(backbone, plan, read)
+        backbone = self._step_layers.view(backbone, plan, fused, read)
         if packing is not None:
             backbone = unpadded(backbone, packing)
         if backbone is not original:

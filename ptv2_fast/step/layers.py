@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +30,26 @@ class StepLayers:
         self._fused: FusedProjections | None = None
         self._compiled: Callable | None = None
 
-    def prepare(self, plan: StepPlan) -> None:
-        """Move weights to where the plan wants them, before anything takes their address."""
-        if plan.fused_projections:
-            self._fused_modules()
+    def fused(self, plan: StepPlan) -> Mapping[str, nn.Module]:
+        """Path -> what stands in for a linear map there; weights move here, before anything takes their address."""
+        if not plan.fused_projections:
+            return {}
+        if self._fused is None:
+            self._fused = FusedProjections(self._backbone)
+        return self._fused.modules()
 
-    def view(self, backbone: nn.Module, plan: StepPlan, read: Tensor | None) -> nn.Module:
+    def view(
+        self, backbone: nn.Module, plan: StepPlan, fused: Mapping[str, nn.Module], read: Tensor | None
+    ) -> nn.Module:
         """`backbone`, or a view of it.
 
         Args:
             backbone: the backbone of this object, or a view of it.
             plan: which savings are on.
+            fused: what `fused` gave for this plan.
             read: (R,) the tokens of the flattened (B, N) whose last states are read; None for all.
         """
-        if plan.fused_projections:
-            backbone = with_modules(backbone, self._fused_modules())
+        backbone = with_modules(backbone, fused)
         layers = self._family.layers(backbone)
         last = len(layers) - 1
         changed: dict[str, nn.Module] = {}
@@ -63,11 +68,6 @@ class StepLayers:
         if self._fused is not None:
             self._fused.release()
             self._fused = None
-
-    def _fused_modules(self):
-        if self._fused is None:
-            self._fused = FusedProjections(self._backbone)
-        return self._fused.modules()
 
     def _compiled_call(self, *, dynamic: bool):
         """What all layers' bodies are compiled through; of this wrapper alone, so that no other model's variants

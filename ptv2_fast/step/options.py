@@ -17,7 +17,9 @@ logger = logging.getLogger("ptv2_fast")
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Switches of the training step; each None means: on where it is known to pay and to be exact.
+    """Switches of the training step; each None means: on where it is exact and meant to pay.
+
+    That they pay was measured on a CPU (benchmarks/README.md); on CUDA it is not measured yet.
 
     Attributes:
         unpad: run the layers over real tokens only; padding is dropped before the first layer and put back, as
