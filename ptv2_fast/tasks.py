@@ -25,6 +25,7 @@ from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.heads import IGNORED_LABEL, base_targets, check_labels, classification_loss, span_loss
 from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.models.cache import with_cache_name
 from ptv2_fast.models.inputs import first_tokens_first, text_size, turn_rows
 from ptv2_fast.models.pooling import tokens_read
 from ptv2_fast.models.view import view_of
@@ -290,14 +291,14 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
             text.
         """
         if self._disabled:
-            return self.base_model.generate(*args, **kwargs)
+            return self.base_model.generate(*args, **with_cache_name(kwargs))
 
         def forward(_, *call_args, **inputs):
             # generate calls with keywords; what it leaves out stays out.
             return self.run(self.base_model, inputs, adapter_names)
 
         with torch.no_grad():
-            return view_of(self.base_model, forward=forward).generate(*args, **kwargs)
+            return view_of(self.base_model, forward=forward).generate(*args, **with_cache_name(kwargs))
 
 
 class PTuningV2ModelForFeatureExtraction(_PTuningV2ModelWithHeads):

@@ -17,6 +17,8 @@ from tiny_models import (
 from tolerances import assert_differs, assert_equal
 from transformers import DynamicCache, StaticCache
 
+from ptv2_fast.models.cache import CACHE
+
 EVERY = [pytest.param(family, injection, id=f"{family}-{injection}") for family in DECODERS for injection in INJECTIONS]
 SOME = [p for p in EVERY if p.values[0] in DISTINCT]
 NEW = 5
@@ -99,11 +101,11 @@ def test_a_second_turn_on_a_returned_cache_is_a_fresh_run(family, injection):
     ids = torch.cat([first.sequences, more], dim=-1)
     mask = torch.nn.functional.pad(batch.attention_mask, (0, ids.shape[1] - 9), value=1)
     text = {"input_ids": ids, "attention_mask": mask}
-    again = model.generate(**text, **options, past_key_values=first.past_key_values)
+    again = model.generate(**text, **options, **{CACHE: first[CACHE]})
     fresh = model.generate(**text, **options)
     assert torch.equal(again.sequences, fresh.sequences)
     assert_equal(torch.stack(again.logits), torch.stack(fresh.logits))
-    assert again.past_key_values.get_seq_length() == ids.shape[1] + NEW - 1
+    assert again[CACHE].get_seq_length() == ids.shape[1] + NEW - 1
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -123,7 +125,7 @@ def test_text_in_pieces_is_the_whole_text(family, injection, kind):
             inputs = {
                 "input_ids": batch.input_ids[:, start:end],
                 "attention_mask": batch.attention_mask[:, :end],
-                "past_key_values": cache,
+                CACHE: cache,
             }
             pieces.append(model(**inputs, use_cache=True).logits)
             start = end

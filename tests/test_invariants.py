@@ -22,6 +22,7 @@ from tiny_models import (
 from tolerances import assert_differs, assert_equal
 
 from ptv2_fast import HeadConfig
+from ptv2_fast.models.cache import CACHE
 from ptv2_fast.models.families import family_of
 
 EVERY = [pytest.param(family, injection, id=f"{family}-{injection}") for family in FAMILIES for injection in INJECTIONS]
@@ -324,7 +325,7 @@ def test_outputs_have_the_rows_of_the_text(family, injection):
         output = tiny_model(family, injection, "CAUSAL_LM")(**batch.inputs, **states)
         assert output.logits.shape == (3, 9, VOCABULARY)
         assert [tuple(h.shape) for h in output.hidden_states] == [(3, 9, HIDDEN)] * 3
-        assert output.past_key_values.get_seq_length() == 9
+        assert output[CACHE].get_seq_length() == 9
 
 
 @pytest.mark.parametrize(("family", "injection"), SOME)

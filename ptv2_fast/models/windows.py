@@ -23,7 +23,7 @@ def check_cached_padding(backbone: PreTrainedModel, mask: Tensor) -> None:
     """
     if counts_padding(backbone, mask):
         raise ValueError(
-            "attention_mask must have its padding at the ends of rows only, with past_key_values on a model with "
+            "attention_mask must have its padding at the ends of rows only, with a cache on a model with "
             "sliding windows: they would count it as text"
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptv2_fast.models.cache import CACHE
 from ptv2_fast.models.view import view_of
 
 _TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
@@ -65,7 +66,7 @@ class Packing:
 def can_unpad(inputs: Mapping[str, Any]) -> bool:
     """Whether a call has a padding mask and nothing that ties its tokens to slots (a cache, packed rows)."""
     mask = inputs.get("attention_mask")
-    tied = inputs.get("past_key_values") is not None or inputs["ptv2_prompts"].cu_seqlens is not None
+    tied = inputs.get(CACHE) is not None or inputs["ptv2_prompts"].cu_seqlens is not None
     return isinstance(mask, Tensor) and mask.dim() == 2 and not tied
 
 

@@ -21,6 +21,7 @@ from transformers.masking_utils import (
 
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
+from ptv2_fast.models.cache import CACHE
 from ptv2_fast.reference.attention import prompt_attention as judge
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -93,7 +94,7 @@ def _create(create, config, **changes):
         "config": config,
         "inputs_embeds": torch.zeros(2, 5, 32),
         "attention_mask": MASK,
-        "past_key_values": None,
+        CACHE: None,
         **changes,
     }
     return create(**arguments)
@@ -140,7 +141,7 @@ def test_cached_tokens(kind):
     for layer in range(2):
         cache.update(states, states, layer)
     mask = torch.nn.functional.pad(MASK, (0, 3), value=1)
-    got = _create(create_causal_mask, config, attention_mask=mask, past_key_values=cache)
+    got = _create(create_causal_mask, config, attention_mask=mask, **{CACHE: cache})
     if kind == "dynamic":
         assert torch.equal(got, mask.bool())
     else:

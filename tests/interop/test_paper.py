@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ptv2_fast import from_paper
+from ptv2_fast.models.cache import CACHE
 
 LENGTH, WIDTH, LAYERS, HEADS = 4, 6, 2, 4
 RIGHT = padded(text_rows(), "right")
@@ -46,7 +47,7 @@ def _literal(base, state, batch=RIGHT):
     if backbone.config.model_type == "roberta":
         positions = positions + backbone.embeddings.padding_idx + 1
     cache = DynamicCache([(keys, values) for keys, values in pairs])
-    output = backbone(batch.input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    output = backbone(batch.input_ids, attention_mask=mask, position_ids=positions, **{CACHE: cache})
     return output.last_hidden_state, output.get("pooler_output")
 
 

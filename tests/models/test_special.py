@@ -11,6 +11,7 @@ from tolerances import assert_differs, assert_equal
 from transformers import DynamicCache
 
 from ptv2_fast import get_ptv2_model
+from ptv2_fast.models.cache import CACHE
 from ptv2_fast.models.families import family_of, supported_families
 from ptv2_fast.models.rotary import longest_text
 from ptv2_fast.models.windows import counts_padding, smallest_window
@@ -134,7 +135,7 @@ def test_padding_between_cached_tokens_is_refused_where_a_window_counts_it():
     ids, mask = torch.randint(2, 40, (1, 6)), torch.tensor([[1, 0, 1, 1, 1, 1]])
     for family, refused in (("mistral", True), ("llama", False)):
         model = tiny_model(family, "deep", "CAUSAL_LM")
-        call = {"input_ids": ids, "attention_mask": mask, "past_key_values": DynamicCache(config=model.config)}
+        call = {"input_ids": ids, "attention_mask": mask, CACHE: DynamicCache(config=model.config)}
         if refused:
             with pytest.raises(ValueError, match="attention_mask must have its padding at the ends of rows only"):
                 model(**call)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ptv2_fast.models.cache import CACHE
 from ptv2_fast.reference.literal import literal_deep, literal_prefix, literal_shallow
 
 FAMILIES = ["bert", "roberta", "gpt2", "llama", "qwen3"]
@@ -175,8 +176,8 @@ def test_prefix_on_decoders_is_a_filled_cache(make_backbone, rows, pad, family):
         batch.input_ids,
         attention_mask=torch.cat([torch.ones(3, P), batch.attention_mask], dim=1).long(),
         position_ids=torch.arange(9).expand(3, -1) + 4,
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE: cache},
     )[0]
     output = literal_prefix(backbone, keys, values, *_args(batch), position_offset=4)
     for index in range(3):
@@ -211,7 +212,7 @@ def test_causal_shallow_is_the_prefix_that_the_prompts_alone_leave(
 ):
     backbone = make_backbone(family)
     (prompts,) = _prompts(backbone, "shallow")
-    cache = backbone(inputs_embeds=prompts[None], use_cache=True).past_key_values
+    cache = backbone(inputs_embeds=prompts[None], use_cache=True)[CACHE]
     keys = torch.stack([layer.keys[0] for layer in cache.layers])
     values = torch.stack([layer.values[0] for layer in cache.layers])
     batch = pad(rows, "left")
