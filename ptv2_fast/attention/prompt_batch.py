@@ -58,10 +58,12 @@ class PromptBatch:
         return replace(self, layers=self.layers[layer : layer + 1], asked=None)
 
     def of(self, module: nn.Module) -> LayerPrompt | None:
-        """The prompt of an attention module, by its `layer_idx`."""
+        """The prompt of an attention module, by its `prompt_layer` where it has one, else by its `layer_idx`."""
         if len(self.layers) > 1:
-            self._note(module.layer_idx)
-            return self.layers[module.layer_idx]
+            layer = getattr(module, "prompt_layer", None)
+            layer = module.layer_idx if layer is None else layer
+            self._note(layer)
+            return self.layers[layer]
         self._note(0)
         return self.layers[0] if self.layers else None
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
-from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.projection import LayerProjections
@@ -46,10 +45,14 @@ def layer_prompts(
             recorded = record_keys_values(backbone, prompts[None], family, virtual=True)
             pairs = {layer: recorded[layer] for layer in encoder.layers}
     gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
-    count = Dimensions.of(backbone).num_layers
+    if family.positioned is not None:
+        for layer, (keys, values) in pairs.items():
+            keys, bias = family.positioned(backbone, layer, keys)
+            pairs[layer] = keys, values
+            gates[layer] = bias + gates[layer] if layer in gates else bias
     return tuple(
         LayerPrompt(*pairs[layer], bias=gates.get(layer)) if layer in pairs else None
-        for layer in range(count)
+        for layer in range(family.sizes(backbone).num_layers)
     )
 
 
@@ -69,13 +72,14 @@ def record_keys_values(
     # With a mask at hand transformers does not look for packed rows in the positions.
     mask = torch.ones(1, length, dtype=torch.bool, device=embeddings.device)
     record: list[tuple[Tensor, Tensor]] = []
-    backbone(
+    run = backbone if family.indexed is None else family.indexed(backbone)
+    run(
         inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False,
         ptv2_record=record, ptv2_prompts=PromptBatch(layers=(), windowed=not virtual),
     )  # fmt: skip
     # A recomputation in backward (gradient checkpointing) appends again: only the first pass
     # counts.
-    return [(keys[0], values[0]) for keys, values in record[: Dimensions.of(backbone).num_layers]]
+    return [(keys[0], values[0]) for keys, values in record[: family.sizes(backbone).num_layers]]
 
 
 def stack_bank(
