@@ -27,6 +27,7 @@ from ptv2_fast.models import (
 )
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.projection import Projection
+from ptv2_fast.models.unlisted import recognise
 
 
 @dataclass(frozen=True)
@@ -180,31 +181,36 @@ _FAMILIES = {
 
 
 def family_of(backbone: PreTrainedModel) -> Family:
-    """The family of a backbone.
+    """The family of a backbone: by its `config.model_type`, or the listed one that it behaves like.
 
     Raises:
-        ValueError: no family is known for its `config.model_type`; the message lists the known
-            ones.
+        ValueError: its model type is not listed and it behaves like none that is, or its family refuses it; the message
+            lists the known ones.
     """
     model_type = getattr(backbone.config, "model_type", None)
-    if model_type not in _FAMILIES:
+    family = _FAMILIES.get(model_type) or recognise(backbone, _FAMILIES)
+    if family is None:
         raise ValueError(
-            f"base must be of a supported family ({', '.join(sorted(_FAMILIES))}); "
-            f"got {type(backbone).__name__} with model_type {model_type!r}"
+            f"base must be of a supported family ({', '.join(sorted(_FAMILIES))}), or make its keys and values as one "
+            f"of them does; got {type(backbone).__name__} with model_type {model_type!r}"
         )
-    if getattr(backbone.config, "is_decoder", False) and not _FAMILIES[model_type].causal:
+    if getattr(backbone.config, "is_decoder", False) and not family.causal:
         raise ValueError(
             f"base must be an encoder; got {type(backbone).__name__} configured with is_decoder=True"
         )
-    refuse = _FAMILIES[model_type].refuse
-    if refuse is not None:
-        refuse(backbone)
-    return _FAMILIES[model_type]
+    if family.refuse is not None:
+        family.refuse(backbone)
+    return family
 
 
 def sizes_of(backbone: PreTrainedModel) -> Dimensions:
     """The sizes of a backbone, as its family reads them."""
     return family_of(backbone).sizes(backbone)
+
+
+def is_listed(backbone: PreTrainedModel) -> bool:
+    """Whether the family is known by name, and with it what its task heads do."""
+    return getattr(backbone.config, "model_type", None) in _FAMILIES
 
 
 def families() -> dict[str, Family]:
