@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
+from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt, PromptBatch
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
@@ -20,7 +22,7 @@ def layer_prompts(
     family: Family,
     projections: LayerProjections,
     backend: str,
-) -> tuple[LayerPrompt | None, ...]:
+) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
     """The prompt of every layer of the backbone; None where a layer has none.
 
     deep: K_p, V_p = the layer's own projection of its prompt states. prefix: the parameters themselves. shallow on a
@@ -32,11 +34,20 @@ def layer_prompts(
         backend: which backend of `prompt_attention` the prompts are for.
 
     Returns:
-        One LayerPrompt of keys and values (Hkv, P, d) per layer, in the backbone's dtype.
+        One LayerPrompt of keys and values (Hkv, P, d) per layer, in the backbone's dtype; a lazy one where the layer's
+        weights are there only while it runs.
 
     Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its size.
     """
     prompts = encoder().to(backbone.dtype)
+    count = Dimensions.of(backbone).num_layers
+    gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
+    if encoder.injection == "deep" and projections.must_wait():
+        states = dict(zip(encoder.layers, prompts.unbind(0)))
+        return tuple(
+            LazyPrompt(partial(_made, projections, layer, states[layer], gates.get(layer))) if layer in states else None
+            for layer in range(count)
+        )
     match encoder.injection:
         case "prefix":
             pairs = dict(zip(encoder.layers, (layer.unbind(0) for layer in prompts.unbind(0))))
@@ -45,12 +56,14 @@ def layer_prompts(
         case "shallow":
             recorded = record_keys_values(backbone, prompts[None], family, virtual=True)
             pairs = {layer: recorded[layer] for layer in encoder.layers}
-    gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
-    count = Dimensions.of(backbone).num_layers
     return tuple(
         LayerPrompt(*pairs[layer], bias=gates.get(layer)) if layer in pairs else None
         for layer in range(count)
     )
+
+
+def _made(projections: LayerProjections, layer: int, states: Tensor, gate: Tensor | None) -> LayerPrompt:
+    return LayerPrompt(*projections.of_layer(layer, states), bias=gate)
 
 
 def record_keys_values(
@@ -79,8 +92,8 @@ def record_keys_values(
 
 
 def stack_bank(
-    members: list[tuple[LayerPrompt | None, ...]],
-) -> tuple[LayerPrompt | None, ...]:
+    members: list[tuple[LayerPrompt | LazyPrompt | None, ...]],
+) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
     """One bank per layer out of the prompts of R adapters, padded to the longest.
 
     Args:
@@ -92,7 +105,9 @@ def stack_bank(
     return tuple(_stack_layer(layer) for layer in zip(*members))
 
 
-def _stack_layer(prompts: tuple[LayerPrompt | None, ...]) -> LayerPrompt | None:
+def _stack_layer(prompts: tuple[LayerPrompt | LazyPrompt | None, ...]) -> LayerPrompt | LazyPrompt | None:
+    if any(isinstance(p, LazyPrompt) for p in prompts):
+        return LazyPrompt(lambda: _stack_layer(tuple(p.make() if isinstance(p, LazyPrompt) else p for p in prompts)))
     present = [prompt for prompt in prompts if prompt is not None]
     if not present:
         return None
