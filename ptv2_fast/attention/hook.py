@@ -7,6 +7,7 @@ is patched.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ def attention_forward(
     softcap: float | None = None,
     position_bias: Tensor | None = None,
     ptv2_prompts: PromptBatch | None = None,
-    ptv2_record: list[tuple[Tensor, Tensor]] | None = None,
+    ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Serve one attention layer of a transformers model, with the prompt that the call carries.
@@ -50,7 +51,7 @@ def attention_forward(
         attention_mask: what `padding_mask` returned: None, (B, M) bool, or (B, 1, N, M) bool or
             additive.
         ptv2_prompts: the prompts of this forward pass; None runs the layer without any.
-        ptv2_record: a list to which (key, value) of every layer is appended.
+        ptv2_record: to which (key, value) of every layer is appended.
 
     Returns:
         (B, N, H, D) and None, since attention weights are never materialised.

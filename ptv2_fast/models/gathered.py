@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -33,3 +33,42 @@ def gathered_by(modules: Iterable[nn.Module]) -> str | None:
         if first is not None and first.is_meta:
             return "offloading"
     return None
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of a tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def check_runs_alone(backbone: nn.Module) -> None:
+    """Refuse a backbone that only runs as a part of something else, which brings the weights outside its layers.
+
+    Raises:
+        ValueError: FSDP2 has sharded them, and neither the backbone itself is wrapped nor has what is wrapped begun to
+            run.
+    """
+    if isinstance(next(backbone.parameters()), DTensor) and not isinstance(backbone, FSDPModule):
+        raise ValueError(
+            "fully_shard must be given the whole PTuningV2Model, or the backbone, beside the layers: a shallow prompt "
+            f"runs the backbone by itself; got {type(backbone).__name__} sharded by a module in between"
+        )
+
+
+def kept_together(pairs: list[tuple[Tensor, Tensor]], states: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values that layers made on their way to `states` (1, P, D), tied to it for backward.
+
+    Whoever brings weights for a layer's backward does so when the gradient of the layer's output arrives. The keys and
+    values of the last layer are used while its output is not: a gradient of zero gives the sign.
+    """
+    return [tuple(_Tied.apply(part, states) for part in pair) for pair in pairs]
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part: Tensor, states: Tensor) -> Tensor:
+        ctx.save_for_backward(states.new_zeros(()).expand_as(states))
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, ctx.saved_tensors[0]

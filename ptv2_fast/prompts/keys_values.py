@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt, PromptBatch
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import Family
+from ptv2_fast.models.gathered import check_runs_alone, kept_together
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.projection import LayerProjections
 
@@ -54,7 +57,10 @@ def layer_prompts(
         case "deep":
             pairs = dict(zip(encoder.layers, projections(prompts, backend)))
         case "shallow":
-            recorded = record_keys_values(backbone, prompts[None], family, virtual=True)
+            waits = projections.must_wait()
+            if waits:
+                check_runs_alone(backbone)
+            recorded = record_keys_values(backbone, prompts[None], family, virtual=True, together=waits)
             pairs = {layer: recorded[layer] for layer in encoder.layers}
     return tuple(
         LayerPrompt(*pairs[layer], bias=gates.get(layer)) if layer in pairs else None
@@ -67,7 +73,7 @@ def _made(projections: LayerProjections, layer: int, states: Tensor, gate: Tenso
 
 
 def record_keys_values(
-    backbone: PreTrainedModel, embeddings: Tensor, family: Family, *, virtual: bool = False
+    backbone: PreTrainedModel, embeddings: Tensor, family: Family, *, virtual: bool = False, together: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
     """Run embeddings (1, P, E) through the backbone and keep each layer's keys and values (Hkv, P, d).
 
@@ -75,20 +81,24 @@ def record_keys_values(
 
     Args:
         virtual: they are virtual tokens, which sliding windows never hide; else they are a text like any other.
+        together: weights come and go with the layers: backward reaches every layer by its output.
     """
     length = embeddings.shape[1]
     start = -length if family.rotary else family.first_position(backbone)
     positions = torch.arange(start, start + length, device=embeddings.device)[None]
     # With a mask at hand transformers does not look for packed rows in the positions.
     mask = torch.ones(1, length, dtype=torch.bool, device=embeddings.device)
-    record: list[tuple[Tensor, Tensor]] = []
-    backbone(
+    # Wrappers of modules rebuild the lists among a call's arguments, not this.
+    record: deque[tuple[Tensor, Tensor]] = deque()
+    output = backbone(
         inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False,
         ptv2_record=record, ptv2_prompts=PromptBatch(layers=(), windowed=not virtual),
     )  # fmt: skip
     # A recomputation in backward (gradient checkpointing) appends again: only the first pass
     # counts.
-    return [(keys[0], values[0]) for keys, values in record[: Dimensions.of(backbone).num_layers]]
+    first = islice(record, Dimensions.of(backbone).num_layers)
+    pairs = [(keys[0], values[0]) for keys, values in first]
+    return kept_together(pairs, output.last_hidden_state) if together else pairs
 
 
 def stack_bank(

@@ -56,7 +56,11 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step does, and for each switch why."""
+    """What a step does, and for each switch why.
+
+    Attributes:
+        gathered_by: who brings the weights only while their modules run (`models.gathered`); None where they stay.
+    """
 
     unpad: bool
     labelled_rows_loss: bool
@@ -65,6 +69,7 @@ class StepPlan:
     compile_layers: bool
     cuda_graphs: bool
     reasons: tuple[str, ...]
+    gathered_by: str | None = None
 
     def __str__(self) -> str:
         return "; ".join(self.reasons)
@@ -103,4 +108,4 @@ def plan_step(
         if not training and name in _TRAINING_ALONE and decided[name]:
             decided[name], why = False, "not training"
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
-    return StepPlan(**decided, reasons=tuple(reasons))
+    return StepPlan(**decided, reasons=tuple(reasons), gathered_by=gathered_by)
