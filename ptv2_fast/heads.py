@@ -53,9 +53,11 @@ def copied_heads(base: PreTrainedModel) -> nn.ModuleDict:
     """Trainable copies of a task model's own head, one set per adapter.
 
     Raises:
-        ValueError: the head is quantized.
+        ValueError: the head is quantized, or its weights are offloaded.
     """
     for name, child in own_heads(base).items():
+        if any(p.is_meta for p in child.parameters()):
+            raise ValueError(f"base must have a head to train; {name!r} is offloaded: wrap the base, then offload it")
         odd = {type(p).__name__ for p in child.parameters() if not p.is_floating_point() or type(p) is not nn.Parameter}
         if odd:
             raise ValueError(

@@ -16,6 +16,7 @@ from ptv2_fast.attention.prompt_batch import Account, LayerPrompt, LazyPrompt, P
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
 from ptv2_fast.models.families import family_of
+from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.inputs import (
     check_beside,
     check_inputs,
@@ -222,7 +223,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         """What this step leaves out, by `step_options`; each change of it is logged once."""
         backend = self.adapters[self.active_adapter].config.backend
         plan = plan_step(
-            self.step_options, training=self.training, device=self.backbone.device, backend=backend,
+            self.step_options, training=self.training, device=device_of(self.backbone), backend=backend,
             gathered_by=self._step_layers.gathered_by(self, self.base_model),
         )  # fmt: skip
         if plan != self._logged_plan and not torch.compiler.is_compiling():
@@ -246,7 +247,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             mask = whole_mask(mask, inputs.get("position_ids"), past_length, ids)
         rows, tokens = check_inputs(ids, inputs.get("inputs_embeds"), mask, past_length)
         check_beside(inputs, rows, tokens, self.base_model)
-        device = self.backbone.device
+        device = device_of(self.backbone)
         is_first = inputs.get(CACHE) is None
         first = self._family.first_position(self.backbone)
         packing = stated_rows(inputs)
@@ -286,7 +287,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         mask = inputs.get("attention_mask")
         rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
         check_beside(inputs, rows, tokens, self.base_model)
-        length, device = adapter.config.num_virtual_tokens, self.backbone.device
+        length, device = adapter.config.num_virtual_tokens, device_of(self.backbone)
         check_length(self.backbone, self._family, tokens + length)
         if stated_rows(inputs) or packed_rows(inputs.get("position_ids"), mask):
             raise ValueError(

@@ -35,6 +35,21 @@ def gathered_by(modules: Iterable[nn.Module]) -> str | None:
     return None
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model computes on; that of its weights, unless they are offloaded."""
+    first = next(model.parameters())
+    if not first.is_meta:
+        return first.device
+    for module in model.modules():
+        # accelerate's hooks; a sequence of them stands under `hooks`.
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return first.device
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether each process holds a part of a tensor."""
     return isinstance(tensor, DTensor)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ptv2_fast.models.gathered import is_sharded
+from ptv2_fast.models.gathered import device_of, is_sharded
 from ptv2_fast.prompts.source import count_step
 from ptv2_fast.step.options import logger
 from ptv2_fast.step.packed import INPUTS, Buckets, PackedBatch, pack
@@ -73,7 +73,7 @@ class GraphRunner:
         self._max_grad_norm = max_grad_norm
         self._autocast = autocast
         self._max_graphs = max_graphs
-        self._device = model.backbone.device
+        self._device = device_of(model.backbone)
         self._logged: set[str] = set()
         self._failure: str | None = None
         self._capture: _CudaCapture | None = None
