@@ -63,6 +63,9 @@ def attention_forward(
     if ptv2_record is not None:
         ptv2_record.append((key, value))
 
+    batch = ptv2_prompts or PromptBatch(layers=())
+    if not batch.windowed and attention_mask is not None and attention_mask.dim() == 4:
+        attention_mask = None  # virtual tokens have no padding: the mask could only hold a window
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     bias = None if position_bias is None else position_bias.to(dtype)
     key_mask = attention_mask
@@ -73,7 +76,6 @@ def attention_forward(
     if bias is not None:
         bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
 
-    batch = ptv2_prompts or PromptBatch(layers=())
     if batch.cu_seqlens is not None and bias is not None:
         raise ValueError(
             f"a packed batch must need no mask but row boundaries; got {type(module).__name__} with a mask or bias of "
@@ -189,6 +191,8 @@ def _is_plain(mask_function) -> bool:
     """Whether visibility is causal or bidirectional, with or without the layer's own sliding window."""
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         return True
+    if torch.compiler.is_compiling():
+        return False  # the compiler cannot look into a closure
     # A window arrives as a closure over (window overlay, base function). What cannot be recognised
     # is not plain: it takes the way of the 4-D mask, which is always right.
     cells = getattr(mask_function, "__closure__", None) or ()
