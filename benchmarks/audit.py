@@ -70,7 +70,7 @@ def allocator_trace(context, not_applicable: type[Exception]) -> tuple[str, str]
     """No block of the size of a copy over P + N in our forward and backward; the literal form has some."""
     if context.device.type != "cuda":
         raise not_applicable("traces the CUDA allocator; on the CPU every operation's output is looked at in the tests")
-    from benchmarks.kernels_suite import gradients
+    from benchmarks.provider import gradients
     from benchmarks.providers import all_providers
 
     case = audited_case()
@@ -96,7 +96,7 @@ def allocator_trace(context, not_applicable: type[Exception]) -> tuple[str, str]
 
 def judge_huge(case: Case, device: torch.device, *, packed: bool) -> tuple[str, str]:
     """Judge the first and the last row of a batch whose tensors pass 2^31 elements."""
-    from benchmarks.kernels_suite import gradients, poison
+    from benchmarks.provider import gradients, poison
     from benchmarks.providers import all_providers
 
     rows = (0, case.B - 1)
@@ -163,7 +163,7 @@ def outcome_of_sanitizer(returncode: int, log: str, not_applicable: type[Excepti
 
 def main() -> int:
     """Forward and backward of the small cases, dense, packed and from a bank."""
-    from benchmarks.kernels_suite import gradients
+    from benchmarks.provider import gradients
     from benchmarks.providers import all_providers
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

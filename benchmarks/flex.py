@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
-from benchmarks.providers import Call, Provider, join_prompt
+from benchmarks.provider import Call, Provider, join_prompt
 
 _SHAPES = 64
 _NAMES = ("q", "k", "v", "prompt_k", "prompt_v")

@@ -15,7 +15,8 @@ from benchmarks.context import Context
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.measure import QUICK, Effort, cell_stream, peak_bytes, time_interleaved
 from benchmarks.precompile import Compilers, code_of, compile_provider
-from benchmarks.providers import Call, Provider, Refusal, all_providers
+from benchmarks.provider import Call, Provider, Refusal, gradients, poison
+from benchmarks.providers import all_providers
 from benchmarks.verify import Judge, make_judge
 
 # Seconds the first cell of each peer set may take: it compiles.
@@ -187,19 +188,6 @@ def _judge_one(provider: Provider, case: Case, inputs: Inputs, judge: Judge) -> 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:300]
-
-
-def poison(inputs: Inputs) -> None:
-    """Leave NaN in the memory that the next allocations get: what is never written shows."""
-    shapes = [inputs.q] * 4 + [inputs.k] * 4 + [inputs.prompt_k, inputs.bank_k] * 2
-    blocks = [torch.full_like(x, float("nan"), memory_format=torch.contiguous_format) for x in shapes]
-    del blocks
-
-
-def gradients(call: Call, out: torch.Tensor, *, retain: bool = False) -> tuple[torch.Tensor, ...]:
-    """The gradients of a call's leaves; zeros where an empty prompt took no part."""
-    grads = torch.autograd.grad(out, call.leaves, call.grad_out, retain_graph=retain, allow_unused=True)
-    return tuple(torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, call.leaves))
 
 
 def runner(call: Call, case: Case):

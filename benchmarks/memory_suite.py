@@ -15,9 +15,10 @@ from benchmarks.step_cases import MEMORY_CELLS, Group, StepCase, audited_case, c
 from benchmarks.step_clock import free_memory, is_out_of_memory, reason_of, synchronize
 from benchmarks.step_forms import Bound
 from benchmarks.step_models import build_base
+from benchmarks.step_optimized import LEARNING_RATE
 from benchmarks.step_providers import Kit, StepProvider, step_providers
 from benchmarks.step_verify import clear_gradients
-from benchmarks.steps_suite import LEARNING_RATE, GroupBench, clean_up
+from benchmarks.steps_suite import GroupBench, clean_up
 
 _RED = ("wrong", "failed")
 _SPARE_SECONDS = 5.0

@@ -17,9 +17,10 @@ from benchmarks import audit, cases, environment
 from benchmarks.cases import Case
 from benchmarks.context import Context
 from benchmarks.inputs import Inputs, make_inputs
-from benchmarks.kernels_suite import gradients, judge_providers, poison
+from benchmarks.kernels_suite import judge_providers
 from benchmarks.measure import capture, cell_stream
-from benchmarks.providers import Call, Provider, all_providers
+from benchmarks.provider import Call, Provider, gradients, poison
+from benchmarks.providers import all_providers
 
 _ROOT = Path(__file__).resolve().parents[1]
 # Shares of the time left that the subprocesses may take.

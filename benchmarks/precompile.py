@@ -66,7 +66,7 @@ def small(case: Case, rows: int = 2) -> Case:
 def compile_provider(name: str, case: Case) -> None:
     """Run a provider of ours once, forward and backward, on a small case; for a worker."""
     from benchmarks.inputs import BANK_TASKS, make_inputs
-    from benchmarks.kernels_suite import gradients
+    from benchmarks.provider import gradients
     from benchmarks.providers import all_providers
 
     provider = next(p for p in all_providers() if p.name == name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,63 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.cases import Case
+from benchmarks.flex import flex_providers
 from benchmarks.inputs import BANK_TASKS, Inputs
+from benchmarks.provider import Call, Provider, join_prompt
 from ptv2_fast.attention import prompt_attention
 from ptv2_fast.attention.triton_backend import unavailable_reason
 
 
-class Refusal(Exception):
-    """A provider finds out, with the tensors in its hands, that it cannot serve the case."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A provider bound to the tensors of one case.
-
-    Attributes:
-        forward: runs attention and returns the output in the provider's own shape.
-        leaves: what backward differentiates by, in the order of `torch.autograd.grad`.
-        grad_out: gradient of the output, in the provider's own shape.
-        common: (output, gradients) -> results in the shapes of `Inputs`, for the judge.
-    """
-
-    forward: Callable[[], Tensor]
-    leaves: tuple[Tensor, ...]
-    grad_out: Tensor
-    common: Callable[[Tensor, tuple[Tensor, ...]], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way of computing prompt attention.
-
-    Attributes:
-        name: key in the result file.
-        call: the exact call, as a user would write it.
-        refuses: (case, device) -> why it cannot serve the case, or None.
-        build: binds the provider to tensors; what it does here is outside the timing.
-        ours: a wrong result of ours ends the run; a wrong peer is recorded and never timed.
-        triton: runs our kernels, which the interpreter serves without a meaningful time.
-        bank: judged against one prompt per task instead of one for all.
-        prompt_only: its backward pass asks for the prompt's gradients alone.
-        peers: the peer sets of cases it takes part in.
-    """
-
-    name: str
-    call: str
-    refuses: Callable[[Case, torch.device], str | None]
-    build: Callable[[Case, Inputs], Call]
-    ours: bool = False
-    triton: bool = False
-    bank: bool = False
-    prompt_only: bool = False
-    peers: tuple[str, ...] = ("all",)
-
-
 def all_providers() -> list[Provider]:
     """Every provider, ours first."""
-    from benchmarks.flex import flex_providers
-
     return [*_our_providers(), *_sdpa_providers(), *flex_providers()]
 
 
@@ -259,12 +210,6 @@ class Sdpa:
         elif self.backend is not None and not masked:
             return "there is no mask: no padding, not causal"
         return None
-
-
-def join_prompt(prompt: Tensor, x: Tensor, repeat: int) -> Tensor:
-    """(B, repeat * Hkv, P + N, d): a copy of the prompt in front of every row, heads repeated."""
-    rows = torch.cat([prompt.expand(x.shape[0], -1, -1, -1), x], dim=2)
-    return rows.repeat_interleave(repeat, dim=1) if repeat > 1 else rows
 
 
 def joint_mask(case: Case, inputs: Inputs) -> Tensor:

@@ -16,6 +16,7 @@ from benchmarks.step_batches import Batch, make_batch, make_prompts
 from benchmarks.step_cases import StepCase
 from benchmarks.step_clock import Step, cpu_clock, is_out_of_memory, reason_of, synchronize
 from benchmarks.step_models import build_base
+from benchmarks.step_optimized import make_step
 from benchmarks.step_providers import Kit, step_providers
 
 # Lengths of sentences and short paragraphs: a median of 55 tokens, one row in twenty beyond 200.
@@ -96,8 +97,6 @@ def run_streams(context: Context) -> str:
 
 def measure_stream(stream: Stream, context: Context) -> dict[str, object]:
     """Passes over all batches, providers taking turns; the first pass of each is warm-up."""
-    from benchmarks.steps_suite import make_step
-
     case, device = stream.case, context.device
     base = build_base(case.model, device, case.torch_dtype)
     kit = Kit(base, make_prompts(base, case.P), case, tiny=context.tiny)

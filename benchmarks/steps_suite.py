@@ -18,7 +18,6 @@ from benchmarks.step_cases import Group, StepCase, cpu_groups, step_groups, tiny
 from benchmarks.step_clock import (
     CPU_STEPS,
     QUICK_STEPS,
-    Step,
     StepEffort,
     device_milliseconds,
     free_memory,
@@ -28,11 +27,12 @@ from benchmarks.step_clock import (
 )
 from benchmarks.step_forms import Bound
 from benchmarks.step_models import build_base, sizes_of
+from benchmarks.step_optimized import make_step
 from benchmarks.step_providers import Kit, StepProvider, step_providers
 from benchmarks.step_roofline import step_work
-from benchmarks.step_verify import Expected, StepJudge, clear_gradients, forms_follow_the_reference, run_once
+from benchmarks.step_stream import run_streams
+from benchmarks.step_verify import Expected, StepJudge, forms_follow_the_reference, run_once
 
-LEARNING_RATE = 1e-4
 _RED = ("wrong", "failed")
 _SPARE_SECONDS = 5.0
 # What a group is expected to take before one has been measured, and the compilation of one layer likewise.
@@ -63,8 +63,6 @@ def run(context: Context, providers: list[StepProvider] | None = None) -> str:
 
 
 def _stream(context: Context, red: bool) -> str:
-    from benchmarks.step_stream import run_streams
-
     state = run_streams(context)
     return "red" if red or state == "red" else state
 
@@ -244,28 +242,6 @@ class GroupBench:
             "date": environment.now(),
             "peers": peers,
         }
-
-
-def make_step(bound: Bound, batch: Batch) -> Step:
-    """Forward, loss, backward and the optimizer's step on the prompts."""
-    arguments = bound.prepare(batch)
-    if bound.take is not None:
-        bound.learn(LEARNING_RATE)
-        return Step(lambda: bound.take(*arguments), bound.arm)
-    optimizer = None
-    if bound.trained:
-        fused = bound.trained[0].device.type == "cuda"
-        optimizer = torch.optim.AdamW(bound.trained, lr=LEARNING_RATE, fused=fused)
-
-    def step() -> None:
-        if bound.compiled:
-            torch.compiler.cudagraph_mark_step_begin()
-        bound.forward(*arguments).backward()
-        if optimizer is not None:
-            optimizer.step()
-        clear_gradients(bound, arguments)
-
-    return Step(step, bound.arm)
 
 
 def effort_of(context: Context) -> StepEffort:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.config import HEAD_TASKS, PTuningV2Config
 from ptv2_fast.heads import Head, copied_heads
-from ptv2_fast.models.dimensions import Dimensions
+from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
 from ptv2_fast.models.gathered import device_of
 from ptv2_fast.prompts.encoder import PromptEncoder
@@ -37,8 +37,8 @@ class Adapter(nn.Module):
             ValueError: the base and the task do not fit together, or a layer does not exist.
         """
         super().__init__()
-        backbone = base.base_model
-        sizes = Dimensions.of(backbone)
+        backbone = backbone_of(base)
+        sizes = family_of(backbone).sizes(backbone)
         _check_base(base, config)
         self.config = config
         self.encoder = PromptEncoder(
@@ -75,14 +75,14 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
     """Refuse a base that cannot serve the task."""
     name = type(base).__name__
     if config.task_type == "CAUSAL_LM":
-        causal = family_of(base.base_model).causal
+        causal = family_of(backbone_of(base)).causal
         if not causal or base.get_output_embeddings() is None or not base.can_generate():
             raise ValueError(
                 f"base must be a causal language model for task_type='CAUSAL_LM'; got {name}"
             )
     elif config.task_type in HEAD_TASKS and config.heads is None:
         suffix = _BASE_SUFFIX[config.task_type]
-        if base.base_model is base:
+        if backbone_of(base) is base:
             raise ValueError(
                 f"heads must be given for task_type={config.task_type!r} on the backbone {name}, which has no head "
                 f"of its own; or pass a model of type ...{suffix}"

@@ -11,6 +11,7 @@ from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention import hook
 from ptv2_fast.checkpoint import check_name
 from ptv2_fast.config import PTuningV2Config
+from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 
@@ -68,24 +69,46 @@ class AdapterSet:
     def disable_adapter(self) -> Iterator[None]:
         """Within this context the model is the bare base, with the base's own attention, bit for bit."""
         before, self._disabled = self._disabled, True
-        self.base_model.set_attn_implementation(self.base_model._ptv2_original_attention)
+        self._detach()
         try:
             yield
         finally:
             self._disabled = before
             if not before:
-                self.base_model.set_attn_implementation(hook.IMPLEMENTATION)
+                self._attach()
 
     def unload(self) -> PreTrainedModel:
         """Give the base back with its own attention implementation; its parameters stay frozen."""
         self._step_layers.release()
-        self.base_model.set_attn_implementation(self.base_model._ptv2_original_attention)
+        self._detach()
         return self.base_model
+
+    def _attach(self) -> None:
+        """Freeze the base and let its attention run through the hook."""
+        base = self.base_model
+        base.requires_grad_(False)
+        if self._family.own_attention:
+            return
+        hook.register()
+        current = base.config._attn_implementation
+        if current != hook.IMPLEMENTATION:
+            base._ptv2_original_attention = current
+            base.set_attn_implementation(hook.IMPLEMENTATION)
+        if self.backbone.config._attn_implementation != hook.IMPLEMENTATION:
+            raise ValueError(
+                f"base must use transformers' attention interface; {type(base).__name__} does not let its attention "
+                "implementation be set"
+            )
+
+    def _detach(self) -> None:
+        """Give the base its own attention back; its parameters stay frozen."""
+        if not self._family.own_attention:
+            self.base_model.set_attn_implementation(self.base_model._ptv2_original_attention)
 
     @property
     def backbone(self) -> PreTrainedModel:
         """The base without its task head."""
-        return self.base_model.base_model
+        return backbone_of(self.base_model)
 
     @property
     def ptv2_config(self) -> dict[str, PTuningV2Config]:

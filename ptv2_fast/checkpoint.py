@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.config import PTuningV2Config
-from ptv2_fast.models.dimensions import Dimensions
+from ptv2_fast.models.backbone import backbone_of
+from ptv2_fast.models.families import sizes_of
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "ptv2_model.safetensors"
@@ -217,10 +218,10 @@ def _check(path: Path, description: Any, base: PreTrainedModel) -> tuple[str, PT
 
 def _base_facts(base: PreTrainedModel) -> dict[str, Any]:
     """What a base must have in common with the one an adapter was trained on."""
-    sizes = Dimensions.of(base.base_model)
+    sizes = sizes_of(backbone_of(base))
     return {
         "name_or_path": base.config.name_or_path,
-        "model_type": base.base_model.config.model_type,
+        "model_type": backbone_of(base).config.model_type,
         "hidden_size": sizes.hidden_size,
         "num_layers": sizes.num_layers,
         "num_heads": sizes.num_heads,

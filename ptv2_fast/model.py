@@ -14,6 +14,7 @@ from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import Account, LayerPrompt, LazyPrompt, PromptBatch
 from ptv2_fast.config import PTuningV2Config
+from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
 from ptv2_fast.models.families import family_of
 from ptv2_fast.models.gathered import device_of
@@ -29,7 +30,7 @@ from ptv2_fast.models.inputs import (
 )
 from ptv2_fast.models.limits import check_length, text_limit
 from ptv2_fast.models.rows import gather_rows
-from ptv2_fast.models.view import view_of
+from ptv2_fast.models.slots import by_slots
 from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.keys_values import stack_bank
@@ -85,20 +86,20 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         super().__init__()
         if not isinstance(base, PreTrainedModel):
             raise ValueError(f"base must be a transformers PreTrainedModel; got {type(base).__name__}")
-        self._family = family_of(base.base_model)
-        hook.check_served({}, base.base_model.config)
+        self._family = family_of(backbone_of(base))
+        hook.check_served({}, backbone_of(base).config)
         self._disabled = self._reached = False
         if adapter is None:
             adapter = self._build(base, config, tokenizer, init_text)
         self._sources: dict[str, PromptSource] = {}
         self.step_options = StepOptions() if step_options is None else step_options
-        self._step_layers = StepLayers(base.base_model, self._family)
+        self._step_layers = StepLayers(backbone_of(base), self._family)
         self._logged_plan: StepPlan | None = None
         self.base_model = base
         self.adapters = nn.ModuleDict()
         self.active_adapter = adapter_name
         self._check_unused(adapter_name)
-        _attach(base)
+        self._attach()
         self._initialise(adapter, tokenizer, init_text)
         self._take(adapter_name, adapter)
 
@@ -180,12 +181,14 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         """Call `target` with its backbone run as the step's plan says."""
         if self.training and call.get(CACHE) is None:
             call.setdefault("use_cache", False)
-        backbone = original = target.base_model
+        backbone = original = backbone_of(target)
         if self._family.indexed is not None:
             backbone = self._family.indexed(backbone)
+        if self._family.by_slot:
+            backbone = by_slots(backbone)
         packing = None
         # A loss over the routers' logits reads them for the padded batch.
-        may_unpad = can_unpad(call) and not balances_experts(self.base_model, call)
+        may_unpad = can_unpad(call) and not self._family.by_slot and not balances_experts(self.base_model, call)
         if may_unpad and (plan.unpad or counts_padding(self.backbone, call["attention_mask"])):
             packing = Packing.of(call["attention_mask"])
         if packing is not None and not (packing.has_padding and packing.index.numel()):
@@ -197,10 +200,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         backbone = self._step_layers.view(backbone, plan, fused, read)
         if packing is not None:
             backbone = unpadded(backbone, packing)
-        if backbone is not original:
-            is_whole = target is original
-            target = backbone if is_whole else view_of(target, children={target.base_model_prefix: backbone})
-        return target(**call)
+        return (target if backbone is original else with_backbone(target, backbone))(**call)
 
     def packed_states(self, packed: PackedBatch) -> Tensor:
         """(R, D) the backbone's last states of the tokens that a packed batch reads; zero where it reads none."""
@@ -301,9 +301,11 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             first=self._family.first_position(self.backbone),
         )  # fmt: skip
         prompts = adapter.encoder().to(self.backbone.dtype)
-        view = self._family.shallow_view(target.base_model, prompts)
-        if target.base_model is not target:
-            view = view_of(target, children={target.base_model_prefix: view})
+        backbone = backbone_of(target)
+        if self._family.own_attention:
+            backbone = self._family.indexed(backbone)
+        backbone = self._family.shallow_view(backbone, prompts)
+        view = with_backbone(target, by_slots(backbone) if self._family.by_slot else backbone)
         empty = PromptBatch(layers=(), backend=adapter.config.backend)
         inputs = {**inputs, "position_ids": positions, "attention_mask": mask, "ptv2_prompts": empty}
         output = view(**{name: value for name, value in inputs.items() if value is not None})
@@ -317,7 +319,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         if len(names) == 1 and names[0] != BASE_ROW:
             return self._sources[names[0]](backend), None
         members = sorted(set(names))
-        nothing = (None,) * self.backbone.config.num_hidden_layers
+        nothing = (None,) * self._family.sizes(self.backbone).num_layers
         bank = stack_bank([nothing if n == BASE_ROW else self._sources[n](backend) for n in members])
         return bank, [members.index(name) for name in names]
 
@@ -376,18 +378,3 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-
-def _attach(base: PreTrainedModel) -> None:
-    """Freeze the base and let its attention run through the hook."""
-    hook.register()
-    current = base.config._attn_implementation
-    if current != hook.IMPLEMENTATION:
-        base._ptv2_original_attention = current
-        base.set_attn_implementation(hook.IMPLEMENTATION)
-    if base.base_model.config._attn_implementation != hook.IMPLEMENTATION:
-        raise ValueError(
-            f"base must use transformers' attention interface; {type(base).__name__} does not let its attention "
-            "implementation be set"
-        )
-    base.requires_grad_(False)

@@ -26,8 +26,9 @@ from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.heads import IGNORED_LABEL, base_targets, check_labels, classification_loss, span_loss
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.cache import with_cache_name
-from ptv2_fast.models.inputs import first_tokens_first, text_size, turn_rows
+from ptv2_fast.models.inputs import text_size
 from ptv2_fast.models.pooling import tokens_read
+from ptv2_fast.models.slots import tokens_first, turn_rows
 from ptv2_fast.models.view import view_of
 from ptv2_fast.step.labelled_rows import labelled_rows_loss, labelled_tokens, predictable_labels, why_not_labelled_rows
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
@@ -89,7 +90,7 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
         read = back = None
         if adapters and adapters[0].config.task_type == "SEQ_CLS" and self._family.reads_first:
             if not self._disabled:
-                inputs, back = first_tokens_first(inputs)
+                inputs, back = tokens_first(inputs)
             read = tokens_read(inputs, "first")
         output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
         if back is not None and output.hidden_states is not None:

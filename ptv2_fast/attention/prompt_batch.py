@@ -76,10 +76,13 @@ class PromptBatch:
         return replace(self, layers=self.layers[layer : layer + 1], asked=None)
 
     def of(self, module: nn.Module) -> LayerPrompt | None:
-        """The prompt of an attention module, by its `layer_idx`."""
+        """The prompt of an attention module, by its `prompt_layer` where it has one, else by its `layer_idx`."""
         if not self.layers:
             return None
-        index = module.layer_idx if len(self.layers) > 1 else 0
+        index = 0
+        if len(self.layers) > 1:
+            index = getattr(module, "prompt_layer", None)
+            index = module.layer_idx if index is None else index
         self._note(index)
         prompt = self.layers[index]
         return prompt.make() if isinstance(prompt, LazyPrompt) else prompt

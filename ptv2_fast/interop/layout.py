@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ptv2_fast.checkpoint import read_safetensors
 from ptv2_fast.config import HEAD_TASKS
 from ptv2_fast.heads import own_heads
+from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.dimensions import Dimensions
 
 # The suffixes of transformers' class names, and the task that each of them is for.
@@ -60,7 +61,7 @@ def task_of(base: PreTrainedModel, stated: str | None) -> str:
     for suffix, task in _TASK_OF_CLASS.items():
         if name.endswith(suffix):
             return task
-    if base.base_model is base:
+    if backbone_of(base) is base:
         return "FEATURE_EXTRACTION"
     if base.get_output_embeddings() is not None:
         return "CAUSAL_LM"

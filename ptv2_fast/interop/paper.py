@@ -13,7 +13,9 @@ from ptv2_fast.config import HEAD_TASKS, TASK_TYPES, PTuningV2Config
 from ptv2_fast.heads import own_heads
 from ptv2_fast.interop.layout import PICKLES, check_flat, head_tensors, keys_values_of, read_weights, task_of
 from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.dimensions import Dimensions
+from ptv2_fast.models.families import sizes_of
 from ptv2_fast.persistence import assembled
 
 WEIGHTS_NAME = "model.safetensors"
@@ -88,7 +90,7 @@ def _state_of(checkpoint: str | Path | Mapping[str, Tensor]) -> tuple[str, Mappi
 
 def _prefix(where: str, base: PreTrainedModel, state: Mapping[str, Tensor], task: str, is_trainable: bool):
     """Configuration and prompt tensors of an adapter."""
-    sizes, embedding = Dimensions.of(base.base_model), state[_EMBEDDING]
+    sizes, embedding = sizes_of(backbone_of(base)), state[_EMBEDDING]
     flat, prompts, width = embedding, None, None
     if any(name in state for name in _LAYERS):
         first, first_bias, second, second_bias = _mlp(where, state, embedding, sizes)

@@ -18,8 +18,7 @@ from ptv2_fast.interop.layout import flat_of
 from ptv2_fast.interop.peft_import import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.interop.rotation import turned
 from ptv2_fast.model import PTuningV2Model
-from ptv2_fast.models.dimensions import Dimensions
-from ptv2_fast.models.families import family_of
+from ptv2_fast.models.families import family_of, sizes_of
 from ptv2_fast.models.windows import smallest_window
 from ptv2_fast.prompts.projection import LayerProjections
 
@@ -58,7 +57,7 @@ def save_peft(model: PTuningV2Model, folders: Mapping[str, Path]) -> None:
 def _contents(model: PTuningV2Model, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What stands in `adapter_config.json` and in `adapter_model.safetensors`."""
     adapter = model.adapters[name]
-    config, sizes = adapter.config, Dimensions.of(model.backbone)
+    config, sizes = adapter.config, sizes_of(model.backbone)
     _check(model, name, adapter)
     description = {
         "auto_mapping": None,
@@ -135,7 +134,7 @@ def _check(model: PTuningV2Model, name: str, adapter: Adapter) -> None:
         reason = f"the heads {', '.join(adapter.heads)} are ours, and PEFT trains heads of the base's own class only"
     elif adapter.encoder.gate is not None:
         reason = "prompt_init='gated' trains a bias on the prompt's scores, which PEFT does not have"
-    elif len(adapter.encoder.layers) != Dimensions.of(model.backbone).num_layers:
+    elif len(adapter.encoder.layers) != sizes_of(model.backbone).num_layers:
         reason = f"only layers {adapter.encoder.layers} have prompts, and PEFT gives every layer one"
     elif is_shallow and config.task_type == "SEQ_CLS" and not family.causal:
         reason = "PEFT's head reads the first virtual token of an encoder, ours the first token of the text"

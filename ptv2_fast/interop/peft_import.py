@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from ptv2_fast.config import TASK_TYPES, PTuningV2Config
 from ptv2_fast.interop.layout import check_flat, head_tensors, keys_values_of, read_weights, task_of
 from ptv2_fast.model import PTuningV2Model
-from ptv2_fast.models.dimensions import Dimensions
-from ptv2_fast.models.families import family_of
+from ptv2_fast.models.backbone import backbone_of
+from ptv2_fast.models.families import family_of, sizes_of
 from ptv2_fast.models.view import view_of
 from ptv2_fast.persistence import assembled
 
@@ -189,7 +189,7 @@ def _held_by(model: Any, adapter_name: str | None, is_trainable: bool) -> dict[s
                 tensors |= {f"{_OF_BASE}{path}.{key}": tensor for key, tensor in state.items()}
         keeps_mlp = is_trainable and hasattr(encoder, "transform")
         mlp = None
-        if keeps_mlp and config["token_dim"] == Dimensions.of(model.get_base_model().base_model).hidden_size:
+        if keeps_mlp and config["token_dim"] == sizes_of(backbone_of(model.get_base_model())).hidden_size:
             mlp = {"encoder.embeddings": encoder.embedding.weight.detach()}
             mlp |= {f"encoder.mlp.{key}": tensor for key, tensor in encoder.transform.state_dict().items()}
         sources[name] = _Source(where, config, tensors, mlp)
@@ -249,7 +249,7 @@ def _adapters(name: str, source: _Source, base: PreTrainedModel, task_type, task
 
 def _prefix(source: _Source, base: PreTrainedModel, task: str, heads: dict[str, Tensor]) -> Parts:
     """A prefix adapter of ours, its text's positions shifted as PEFT shifts them."""
-    sizes, flat = Dimensions.of(base.base_model), source.tensor("prompt_embeddings")
+    sizes, flat = sizes_of(backbone_of(base)), source.tensor("prompt_embeddings")
     check_flat(source.where, "prompt_embeddings", flat, sizes)
     here = {"num_layers": sizes.num_layers, "num_attention_heads": sizes.num_kv_heads}
     for key, value in here.items():
@@ -268,14 +268,14 @@ def _prefix(source: _Source, base: PreTrainedModel, task: str, heads: dict[str, 
 
 def _shallow(source: _Source, base: PreTrainedModel, task: str, heads: dict[str, Tensor], prompts: Tensor) -> Parts:
     """A shallow adapter of ours."""
-    width = Dimensions.of(base.base_model).embedding_size
+    width = sizes_of(backbone_of(base)).embedding_size
     if prompts.dim() != 2 or prompts.shape[1] != width:
         raise ValueError(
             f"{source.where} was trained on another base: prompt_embeddings has shape {tuple(prompts.shape)}, where "
             f"this base's word embeddings need (P, {width})"
         )
     _check_length(source, prompts)
-    if task == "SEQ_CLS" and not family_of(base.base_model).causal:
+    if task == "SEQ_CLS" and not family_of(backbone_of(base)).causal:
         warnings.warn(
             f"{source.where}: PEFT's head reads the first virtual token of an encoder, ours the first token of the "
             "text; its logits differ, train the head again",

@@ -25,7 +25,9 @@ from ptv2_fast.models import (
     phi3,
     rows,
 )
+from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.projection import Projection
+from ptv2_fast.models.unlisted import recognise
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,18 @@ class Family:
         first_position: (backbone) -> the position id of a row's first token.
         rotary: positions are rotary: only differences count, there is no table of them, and a
             prompt stands at -P..-1 before a text at 0.. whatever its injection.
+        sizes: (backbone) -> its sizes, one layer for every attention that may have a prompt.
+        positioned: (backbone, layer index, keys (Hkv, P, d)) -> the keys, and what is added to their scores (H, P), of
+            tokens that stand so far in front of the text that no distance between them counts; for families that add a
+            term for the distance of two tokens to their score. None elsewhere.
+        by_slot: positions are slots of the batch, whatever ids a call gives: rows run with their tokens first.
         shallow_view: (backbone, prompts (P, D)) -> the backbone with virtual tokens evolving in
             front of the text; for bidirectional families only.
         reads_first: the family's own sequence classifier reads slot 0 of each row.
-        indexed: (backbone, or a view of it) -> a view whose attention modules have a `layer_idx`; for families whose
-            own have none.
+        indexed: (backbone, or a view of it) -> a view whose attention modules have a `layer_idx`, and run through the
+            hook; for families whose own do not.
+        own_attention: attention does not run through transformers' attention interface; the indexed view's does run
+            through the hook.
         read_rows: (layer, index (R,)) -> a view of the layer that works on the tokens `index` of the flattened (B, N)
             from its attention on, and leaves the others undefined; None where nobody wrote one.
         refuse: raises ValueError for a backbone of the family whose configuration nobody made right; None where there
@@ -61,9 +70,13 @@ class Family:
     finished: Callable[[PreTrainedModel, int, Tensor], Tensor]
     first_position: Callable[[PreTrainedModel], int]
     rotary: bool = False
+    sizes: Callable[[PreTrainedModel], Dimensions] = Dimensions.of
+    positioned: Callable[[PreTrainedModel, int, Tensor], tuple[Tensor, Tensor]] | None = None
+    by_slot: bool = False
     shallow_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
     reads_first: bool = False
     indexed: Callable[[nn.Module], nn.Module] | None = None
+    own_attention: bool = False
     read_rows: Callable[[nn.Module, Tensor], nn.Module] | None = None
     refuse: Callable[[PreTrainedModel], None] | None = None
 
@@ -168,26 +181,36 @@ _FAMILIES = {
 
 
 def family_of(backbone: PreTrainedModel) -> Family:
-    """The family of a backbone.
+    """The family of a backbone: by its `config.model_type`, or the listed one that it behaves like.
 
     Raises:
-        ValueError: no family is known for its `config.model_type`; the message lists the known
-            ones.
+        ValueError: its model type is not listed and it behaves like none that is, or its family refuses it; the message
+            lists the known ones.
     """
     model_type = getattr(backbone.config, "model_type", None)
-    if model_type not in _FAMILIES:
+    family = _FAMILIES.get(model_type) or recognise(backbone, _FAMILIES)
+    if family is None:
         raise ValueError(
-            f"base must be of a supported family ({', '.join(sorted(_FAMILIES))}); "
-            f"got {type(backbone).__name__} with model_type {model_type!r}"
+            f"base must be of a supported family ({', '.join(sorted(_FAMILIES))}), or make its keys and values as one "
+            f"of them does; got {type(backbone).__name__} with model_type {model_type!r}"
         )
-    if getattr(backbone.config, "is_decoder", False) and not _FAMILIES[model_type].causal:
+    if getattr(backbone.config, "is_decoder", False) and not family.causal:
         raise ValueError(
             f"base must be an encoder; got {type(backbone).__name__} configured with is_decoder=True"
         )
-    refuse = _FAMILIES[model_type].refuse
-    if refuse is not None:
-        refuse(backbone)
-    return _FAMILIES[model_type]
+    if family.refuse is not None:
+        family.refuse(backbone)
+    return family
+
+
+def sizes_of(backbone: PreTrainedModel) -> Dimensions:
+    """The sizes of a backbone, as its family reads them."""
+    return family_of(backbone).sizes(backbone)
+
+
+def is_listed(backbone: PreTrainedModel) -> bool:
+    """Whether the family is known by name, and with it what its task heads do."""
+    return getattr(backbone.config, "model_type", None) in _FAMILIES
 
 
 def families() -> dict[str, Family]:

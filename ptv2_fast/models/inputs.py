@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.models.gathered import device_of
-from ptv2_fast.models.pooling import pooled_tokens
 
 
 def check_inputs(
@@ -102,35 +101,6 @@ def whole_mask(
         return attention_mask
     missing = past_length + input_ids.shape[1] - attention_mask.shape[1]
     return torch.nn.functional.pad(attention_mask, (missing, 0)) if missing > 0 else attention_mask
-
-
-def first_tokens_first(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-    """`inputs` with each row turned round until its first real token stands in slot 0, and how to turn states back.
-
-    For heads that read slot 0: padding behind the text is the same text.
-
-    Returns:
-        The inputs, and (B, N) the slot in which each token of the given rows stands; None where nothing was turned.
-    """
-    mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return inputs, None
-    tokens = mask.shape[1]
-    slots = torch.arange(tokens, device=mask.device)
-    first = pooled_tokens(*mask.shape, mask, "first", mask.device) % tokens
-    source = (slots + first[:, None]) % tokens  # (B, N)
-    turned = dict(inputs)
-    for name in ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"):
-        value = inputs.get(name)
-        if value is not None:
-            value = value.expand(mask.shape[0], *value.shape[1:])
-            turned[name] = turn_rows(value, source)
-    return turned, (slots - first[:, None]) % tokens
-
-
-def turn_rows(values: Tensor, source: Tensor) -> Tensor:
-    """(B, N, ...) with the value of slot source[b, n] in slot n of row b."""
-    return values[torch.arange(values.shape[0], device=values.device)[:, None], source]
 
 
 def text_positions(

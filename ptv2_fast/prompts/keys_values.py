@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
 from itertools import islice
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt, PromptBatch
-from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import Family
 from ptv2_fast.models.gathered import check_runs_alone, kept_together
 from ptv2_fast.prompts.encoder import PromptEncoder
@@ -43,33 +41,41 @@ def layer_prompts(
     Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its size.
     """
     prompts = encoder().to(backbone.dtype)
-    count = Dimensions.of(backbone).num_layers
+    count = family.sizes(backbone).num_layers
     gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
-    if encoder.injection == "deep" and projections.must_wait():
-        states = dict(zip(encoder.layers, prompts.unbind(0)))
-        return tuple(
-            LazyPrompt(partial(_made, projections, layer, states[layer], gates.get(layer))) if layer in states else None
-            for layer in range(count)
-        )
+    waits = projections.must_wait()
+
+    def finished(layer: int, keys: Tensor, values: Tensor) -> LayerPrompt:
+        bias = gates.get(layer)
+        if family.positioned is not None:
+            keys, distance = family.positioned(backbone, layer, keys)
+            bias = distance if bias is None else distance + bias
+        return LayerPrompt(keys, values, bias=bias)
+
+    # What a layer's weights make is made while the layer runs.
+    if waits and (encoder.injection == "deep" or (encoder.injection == "prefix" and family.positioned is not None)):
+        pair_of = projections.of_layer if encoder.injection == "deep" else _as_they_are
+        made = {
+            layer: LazyPrompt(lambda layer=layer, own=own: finished(layer, *pair_of(layer, own)))
+            for layer, own in zip(encoder.layers, prompts.unbind(0))
+        }
+        return tuple(made.get(layer) for layer in range(count))
     match encoder.injection:
         case "prefix":
             pairs = dict(zip(encoder.layers, (layer.unbind(0) for layer in prompts.unbind(0))))
         case "deep":
             pairs = dict(zip(encoder.layers, projections(prompts, backend)))
         case "shallow":
-            waits = projections.must_wait()
             if waits:
                 check_runs_alone(backbone)
             recorded = record_keys_values(backbone, prompts[None], family, virtual=True, together=waits)
             pairs = {layer: recorded[layer] for layer in encoder.layers}
-    return tuple(
-        LayerPrompt(*pairs[layer], bias=gates.get(layer)) if layer in pairs else None
-        for layer in range(count)
-    )
+    return tuple(finished(layer, *pairs[layer]) if layer in pairs else None for layer in range(count))
 
 
-def _made(projections: LayerProjections, layer: int, states: Tensor, gate: Tensor | None) -> LayerPrompt:
-    return LayerPrompt(*projections.of_layer(layer, states), bias=gate)
+def _as_they_are(layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = pair.unbind(0)
+    return keys, values
 
 
 def record_keys_values(
@@ -90,13 +96,14 @@ def record_keys_values(
     mask = torch.ones(1, length, dtype=torch.bool, device=embeddings.device)
     # Wrappers of modules rebuild the lists among a call's arguments, not this.
     record: deque[tuple[Tensor, Tensor]] = deque()
-    output = backbone(
+    run = backbone if family.indexed is None else family.indexed(backbone)
+    output = run(
         inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False,
         ptv2_record=record, ptv2_prompts=PromptBatch(layers=(), windowed=not virtual),
     )  # fmt: skip
     # A recomputation in backward (gradient checkpointing) appends again: only the first pass
     # counts.
-    first = islice(record, Dimensions.of(backbone).num_layers)
+    first = islice(record, family.sizes(backbone).num_layers)
     pairs = [(keys[0], values[0]) for keys, values in first]
     return kept_together(pairs, output.last_hidden_state) if together else pairs
 

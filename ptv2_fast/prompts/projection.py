@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import Family
 from ptv2_fast.models.gathered import gathered_by
 from ptv2_fast.models.projection import Projection
@@ -28,7 +27,7 @@ class LayerProjections:
         self._backbone = backbone
         self._family = family
         self._layers = tuple(layers)
-        self._head_dim = Dimensions.of(backbone).head_dim
+        self._head_dim = family.sizes(backbone).head_dim
         self._tables: tuple[tuple, list] | None = None
 
     def __call__(self, states: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:

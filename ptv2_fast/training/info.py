@@ -61,8 +61,7 @@ def _tensor_sizes(path: Path) -> dict[str, int]:
 def _model_facts(name: str) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModel
 
-    from ptv2_fast.models.dimensions import Dimensions
-    from ptv2_fast.models.families import family_of
+    from ptv2_fast.models.families import family_of, sizes_of
     from ptv2_fast.training.bases import locate
 
     source, options = locate(name)
@@ -73,7 +72,7 @@ def _model_facts(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         backbone = AutoModel.from_config(config)
     family = family_of(backbone)
-    sizes = Dimensions.of(backbone)
+    sizes = sizes_of(backbone)
     row = sizes.num_layers * sizes.hidden_size
     return {
         "model": name,

@@ -22,6 +22,7 @@ import torch
 from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_whole
 from ptv2_fast.config import HEAD_TASKS, HeadConfig
+from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
 from ptv2_fast.training.bases import load_base
 from ptv2_fast.training.batches import PadCollator
@@ -196,9 +197,9 @@ def _check_output(output: Path, request: TrainRequest, resume: bool, overwrite: 
 def _usual_length(request: TrainRequest, base: Any) -> int:
     """The task's usual length, or what the base's table of positions has room for."""
     usual = DEFAULT_MAX_LENGTH[request.task_type]
-    limit = getattr(base.base_model.config, "max_position_embeddings", None) or usual
-    family = family_of(base.base_model)
-    taken = family.first_position(base.base_model)
+    limit = getattr(backbone_of(base).config, "max_position_embeddings", None) or usual
+    family = family_of(backbone_of(base))
+    taken = family.first_position(backbone_of(base))
     if request.injection == "shallow":
         taken += request.num_virtual_tokens
     if not family.rotary and limit - taken < 2:
@@ -212,7 +213,7 @@ def _usual_length(request: TrainRequest, base: Any) -> int:
 def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[Mapping[str, Any]]) -> PTuningV2Model:
     heads = None
     if request.task_type in HEAD_TASKS:
-        pooling = request.pooling or ("last" if family_of(base.base_model).causal else "first")
+        pooling = request.pooling or ("last" if family_of(backbone_of(base)).causal else "first")
         names = codec.labels.names if codec.labels is not None else ("start", "end")
         heads = {"task": HeadConfig(request.task_type, len(names), pooling=pooling, labels=names)}
     elif request.pooling is not None:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.cases import case_of
 from benchmarks.inputs import make_inputs
-from benchmarks.kernels_suite import gradients
+from benchmarks.provider import gradients
 from benchmarks.providers import all_providers
 from benchmarks.verify import make_judge, relative_error
 

@@ -1,0 +1,33 @@
+"""The backbone inside a model: what runs the layers, without the task's head."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.models.view import view_of
+
+# Models that hold their backbone elsewhere than where their base_model_prefix says.
+_ELSEWHERE = {
+    "CLIPForImageClassification": "vision_model",
+    "CLIPVisionModelWithProjection": "vision_model",
+    "CLIPTextModelWithProjection": "text_model",
+    "WhisperForAudioClassification": "encoder",
+}
+
+
+def backbone_of(base: PreTrainedModel) -> PreTrainedModel:
+    """The backbone of a model, which is the model itself where it has no head."""
+    name = _attribute(base)
+    return base.base_model if name is None else getattr(base, name)
+
+
+def with_backbone(target: nn.Module, backbone: nn.Module) -> nn.Module:
+    """`target` (a model, or a view of one) around another backbone; the backbone itself where target is one."""
+    if backbone_of(target) is target:
+        return backbone
+    return view_of(target, children={_attribute(target) or target.base_model_prefix: backbone})
+
+
+def _attribute(base: PreTrainedModel) -> str | None:
+    return _ELSEWHERE.get(type(base).__name__)

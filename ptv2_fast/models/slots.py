@@ -1,0 +1,98 @@
+"""Rows with their tokens first: for models whose positions are slots, where padding before a token would count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptv2_fast.models.view import view_of
+
+_BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
+
+
+def tokens_first(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """`inputs` with each row's real tokens in front of its padding, in their order, and how to put states back.
+
+    Padding behind the text is the same text. Nothing waits for the device.
+
+    Returns:
+        The inputs, and (B, N) the slot in which each token of the given rows stands; None where there is no mask.
+    """
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return dict(inputs), None
+    source = (mask == 0).long().argsort(dim=1, stable=True)  # (B, N)
+    turned = dict(inputs)
+    for name in _BY_TOKEN:
+        value = inputs.get(name)
+        if value is not None:
+            turned[name] = turn_rows(value.expand(mask.shape[0], *value.shape[1:]), source)
+    return turned, source.argsort(dim=1)
+
+
+def turn_rows(values: Tensor, source: Tensor) -> Tensor:
+    """(B, N, ...) with the value of slot source[b, n] in slot n of row b."""
+    return values[torch.arange(values.shape[0], device=values.device)[:, None], source]
+
+
+def by_slots(backbone: nn.Module) -> nn.Module:
+    """A view of a backbone that runs each row's tokens first, whatever the padding or packing of its call.
+
+    It is called like the backbone, with the prompts among its inputs; its outputs stand where the call has the tokens.
+    A packed call runs as one padded row for each packed one.
+    """
+
+    def forward(original, input_ids=None, **call):
+        call = {name: value for name, value in {"input_ids": input_ids, **call}.items() if value is not None}
+        bounds = call["ptv2_prompts"].cu_seqlens
+        if bounds is None:
+            call, back = tokens_first(call)
+
+            def restored(states: Tensor) -> Tensor:
+                return states if back is None else turn_rows(states, back)
+        else:
+            rows, tokens = _sizes(call)
+            call, place = _unpacked(call, bounds, call["ptv2_prompts"].max_seqlen or rows * tokens)
+
+            def restored(states: Tensor) -> Tensor:
+                return states.flatten(0, 1).index_select(0, place).unflatten(0, (rows, tokens))
+
+        output = original(**call)
+        output.last_hidden_state = restored(output.last_hidden_state)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(restored(states) for states in output.hidden_states)
+        return output
+
+    return view_of(backbone, forward=forward)
+
+
+def _sizes(call: Mapping[str, Any]) -> tuple[int, int]:
+    text = call["input_ids"] if "input_ids" in call else call["inputs_embeds"]
+    return text.shape[:2]
+
+
+def _unpacked(call: Mapping[str, Any], bounds: Tensor, longest: int) -> tuple[dict[str, Any], Tensor]:
+    """A packed call as a padded one, and (B * N,) where each of its tokens stands in the flattened padded batch.
+
+    Args:
+        bounds: (S + 1,) boundaries of the S packed rows in the flattened (B, N).
+    """
+    rows, tokens = _sizes(call)
+    slots = torch.arange(rows * tokens, device=bounds.device)
+    row_of = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
+    place = row_of * longest + slots - bounds[row_of]
+    source = bounds[:-1, None] + torch.arange(longest, device=bounds.device)  # (S, longest)
+    real = source < bounds[1:, None]
+    source = source.clamp(max=rows * tokens - 1).long()
+    padded = dict(call)
+    for name in _BY_TOKEN:
+        if name in call:
+            value = call[name]
+            padded[name] = value.expand(rows, *value.shape[1:]).flatten(0, 1)[source]
+    padded["attention_mask"] = real
+    padded["ptv2_prompts"] = replace(call["ptv2_prompts"], cu_seqlens=None, max_seqlen=None)
+    return padded, place
