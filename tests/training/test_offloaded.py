@@ -99,3 +99,48 @@ def test_an_offloaded_head_is_no_head_to_train():
     _offloaded(base)
     with pytest.raises(ValueError, match="'classifier' is offloaded: wrap the base, then offload it"):
         get_ptv2_model(base, tiny_prompts("deep", "TOKEN_CLS"))
+
+
+def _come_and_go(base) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """As DeepSpeed's ZeRO-3 does it: a parameter is empty but while the very module that has it runs."""
+    whole = {}
+    for module in base.modules():
+        own = list(module.parameters(recurse=False))
+        for number, parameter in enumerate(own):
+            whole.setdefault(parameter, parameter.data)
+            parameter.ds_id = number
+            parameter.data = parameter.data.new_empty(0)
+
+        def gather(_, inputs, own=own):
+            for parameter in own:
+                parameter.data = whole[parameter]
+
+        def release(_, inputs, output, own=own):
+            for parameter in own:
+                parameter.data = parameter.data.new_empty(0)
+
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+    return whole
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "SEQ_CLS"), ("gpt2", "CAUSAL_LM"), ("llama", "CAUSAL_LM")])
+@pytest.mark.parametrize("injection", ["deep", "prefix"])
+def test_no_weight_is_read_but_by_its_own_module(family, injection, task):
+    found = []
+    for gathered in (False, True):
+        torch.manual_seed(5)
+        model = tiny_model(family, injection, task).train()
+        whole = {}
+        if gathered:
+            model.step_options = ALL_ON
+            whole = _come_and_go(model.base_model)
+            assert model.step_plan().gathered_by == "DeepSpeed ZeRO-3"
+        labels = BATCH.input_ids[:, -1] % LABELS if task == "SEQ_CLS" else BATCH.input_ids.masked_fill(~REAL, -100)
+        loss = model(**BATCH.inputs, labels=labels).loss
+        for parameter, data in whole.items():
+            parameter.data = data  # DeepSpeed's backward hooks bring them again
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for plain, hooked in zip(*found):
+        assert_equal(hooked, plain)

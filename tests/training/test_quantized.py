@@ -13,6 +13,9 @@ from tolerances import assert_differs, assert_equal
 from torch import nn
 
 from ptv2_fast import PTuningV2Model, StepOptions, get_ptv2_model
+from ptv2_fast.models.families import family_of
+from ptv2_fast.prompts.projection import LayerProjections
+from ptv2_fast.step.fused_projections import FusedProjections
 
 # Groups of weights share a scale, and a group needs as many inputs.
 SIZES = {"hidden_size": 64, "intermediate_size": 64}
@@ -152,6 +155,15 @@ def test_a_quantized_base_takes_every_injection(injection, quantized):
     model = get_ptv2_model(base, tiny_prompts(injection))
     found = model(**BATCH.inputs).last_hidden_state
     assert_equal(found[REAL], literal_states(model, model.backbone, **BATCH.inputs)[REAL], "states")
+
+
+def test_nothing_takes_the_weights_of_quantized_layers_for_plain_ones(quantized):
+    base = quantized("llama", "FEATURE_EXTRACTION", "torchao-int8")
+    assert len(FusedProjections(base)) == 0 < len(FusedProjections(tiny_base("llama").requires_grad_(False)))
+    # The kernel of the triton backend reads weights by their addresses.
+    project, states = LayerProjections(base, family_of(base), (0, 1)), torch.randn(2, 5, 64)
+    for found, expected in zip(project(states, "triton"), project(states, "torch")):
+        assert_equal(torch.stack(found), torch.stack(expected), "keys and values")
 
 
 @pytest.mark.parametrize(("family", "targets"), [("llama", ["k_proj", "v_proj"]), ("gpt2", ["c_attn"])])
