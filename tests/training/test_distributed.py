@@ -25,6 +25,7 @@ ALL_ON = StepOptions(**{field.name: True for field in fields(StepOptions)})
 CASES = {
     "bert tags": ("bert", "deep", "TOKEN_CLS", False),
     "bert rows": ("bert", "deep", "SEQ_CLS", False),
+    "bert states": ("bert", "deep", "FEATURE_EXTRACTION", False),
     "bert evolving tags": ("bert", "shallow", "TOKEN_CLS", False),
     "distilbert rows": ("distilbert", "deep", "SEQ_CLS", False),
     "albert states": ("albert", "deep", "FEATURE_EXTRACTION", False),
@@ -230,7 +231,7 @@ CHECKS = {
     **{f"whole model sharded, {case}": functools.partial(_same_as_whole, case, "model") for case in CASES},
     **{
         f"base sharded, {case}": functools.partial(_same_as_whole, case, "base")
-        for case in ("bert rows", "bert evolving tags", "llama text, checkpointed", "llama prefix")
+        for case in ("bert rows", "bert states", "bert evolving tags", "llama text, checkpointed", "llama prefix")
     },
     "a shallow prompt on a base that is no root": _shallow_on_a_part,
     "several adapters": _bank,
