@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,18 @@ else:
     FSDPModule = DTensor = ()
 
 
-def gathered_by(modules: Iterable[nn.Module]) -> str | None:
-    """Who brings the weights of some modules while they run, and takes them away again; None where they stay.
+def gathered_by(above: Sequence[nn.Module], layers: Sequence[nn.Module]) -> str | None:
+    """Who brings the weights of a model while its modules run, and takes them away again; None where they stay.
 
     The one place that decides this. FSDP2 swaps a module's class and parameters, DeepSpeed's ZeRO-3 marks its
     parameters by `ds_id`, and offloaded ones wait on the device "meta". Each treats all parameters of a module alike,
-    so the first one says it.
+    so the first one says it; sharding is of all layers and offloading begins at the last, so two layers say it for all.
 
     Args:
-        modules: a backbone and its layers, say.
+        above: the backbone, and what stands around it.
+        layers: the backbone's.
     """
-    for module in modules:
+    for module in (*above, layers[0], layers[-1]):
         first = next(module.parameters(), None)
         if isinstance(module, FSDPModule) or isinstance(first, DTensor):
             return "FSDP2"

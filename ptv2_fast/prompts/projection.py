@@ -50,7 +50,7 @@ class LayerProjections:
 
     def must_wait(self) -> bool:
         """Whether each layer's weights are there only while that layer runs: prompts are then made `of_layer`."""
-        return gathered_by((self._backbone, *self._family.layers(self._backbone))) is not None
+        return gathered_by((self._backbone,), self._family.layers(self._backbone)) is not None
 
     def of_layer(self, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, (Hkv, P, d) each, that one layer makes of its prompt states (P, D), called while it runs."""

@@ -33,7 +33,7 @@ class StepLayers:
 
     def gathered_by(self, *above: nn.Module) -> str | None:
         """Who brings the weights of the backbone, or of modules above it, while they run; None where they stay."""
-        return gathered_by((*above, self._backbone, *self._family.layers(self._backbone)))
+        return gathered_by((*above, self._backbone), self._family.layers(self._backbone))
 
     def fused(self, plan: StepPlan) -> Mapping[str, nn.Module]:
         """Path -> what stands in for a linear map there; weights move here, before anything takes their address."""
