@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
-from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
+from ptv2_fast.attention.prompt_batch import Account, LayerPrompt, LazyPrompt, PromptBatch
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
 from ptv2_fast.models.families import family_of
+from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.inputs import (
     check_beside,
     check_inputs,
@@ -222,8 +223,9 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         """What this step leaves out, by `step_options`; each change of it is logged once."""
         backend = self.adapters[self.active_adapter].config.backend
         plan = plan_step(
-            self.step_options, training=self.training, device=self.backbone.device, backend=backend
-        )
+            self.step_options, training=self.training, device=device_of(self.backbone), backend=backend,
+            gathered_by=self._step_layers.gathered_by(self, self.base_model),
+        )  # fmt: skip
         if plan != self._logged_plan and not torch.compiler.is_compiling():
             self._logged_plan = plan
             logger.info("training step: %s", plan)
@@ -245,7 +247,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             mask = whole_mask(mask, inputs.get("position_ids"), past_length, ids)
         rows, tokens = check_inputs(ids, inputs.get("inputs_embeds"), mask, past_length)
         check_beside(inputs, rows, tokens, self.base_model)
-        device = self.backbone.device
+        device = device_of(self.backbone)
         is_first = inputs.get(CACHE) is None
         first = self._family.first_position(self.backbone)
         packing = stated_rows(inputs)
@@ -275,7 +277,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
         backend = self.adapters[self.active_adapter].config.backend
         # The first forward shows that the base hands its layers their prompts.
-        asked = None if self._reached or torch.compiler.is_compiling() else []
+        asked = None if self._reached or torch.compiler.is_compiling() else Account()
         batch = PromptBatch(prompts, index, bounds, longest, backend, asked=asked)
         injected = {**inputs, "attention_mask": mask, "position_ids": positions, "ptv2_prompts": batch}
         return {name: value for name, value in injected.items() if value is not None}
@@ -285,7 +287,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         mask = inputs.get("attention_mask")
         rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
         check_beside(inputs, rows, tokens, self.base_model)
-        length, device = adapter.config.num_virtual_tokens, self.backbone.device
+        length, device = adapter.config.num_virtual_tokens, device_of(self.backbone)
         check_length(self.backbone, self._family, tokens + length)
         if stated_rows(inputs) or packed_rows(inputs.get("position_ids"), mask):
             raise ValueError(
@@ -311,7 +313,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             output.hidden_states = tuple(state[:, -tokens:] for state in output.hidden_states)
         return output
 
-    def _prompts(self, names: Sequence[str]) -> tuple[tuple[LayerPrompt | None, ...], list[int] | None]:
+    def _prompts(self, names: Sequence[str]) -> tuple[tuple[LayerPrompt | LazyPrompt | None, ...], list[int] | None]:
         """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""
         backend = self.adapters[self.active_adapter].config.backend
         if len(names) == 1 and names[0] != BASE_ROW:
