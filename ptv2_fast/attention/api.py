@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ptv2_fast.attention.checks import BACKENDS, check_arguments
@@ -47,15 +48,17 @@ def prompt_attention(
         prompt_lens: (R,) integers: entry r has only its first `prompt_lens[r]` tokens; the rest is
             padding.
         prompt_bias: (H, P), or (R, H, P) with a bank: trainable, added to the prompt's scores.
-        bias: (1 or B, 1 or H, N, M), added to the text's scores; frozen; may hold -inf.
+        bias: (1 or B, 1 or H, N, M), added to the text's scores; may hold -inf. It may require a gradient with the
+            backends torch and reference; the triton kernels give it none.
         causal: query i stands at position i + M - N and sees text keys up to that position.
         scale: factor on the scores; D ** -0.5 when None.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         window: with `causal`, text keys with position - key < window; otherwise |position - key| <=
             window.
         softcap: scores become softcap * tanh(scores / softcap), before the biases.
-        backend: "auto" (triton for CUDA tensors of a head size and dtype that it has, else torch), "triton",
-            "torch" or "reference". A backend named here serves the call or raises; it is never replaced by another.
+        backend: "auto" (triton for CUDA tensors of a head size and dtype that it has, unless `bias` requires a
+            gradient, else torch), "triton", "torch" or "reference". A backend named here serves the call or raises;
+            it is never replaced by another.
         return_lse: also return the natural log-sum-exp of each query's scores, without gradient.
 
     Returns:
@@ -78,7 +81,7 @@ def prompt_attention(
     if prompt_k.dim() == 3:
         prompt_k, prompt_v = prompt_k[None], prompt_v[None]
         prompt_bias = prompt_bias[None] if prompt_bias is not None else None
-    run = _backend(backend, q)
+    run = _backend(backend, q, bias)
     return run(
         q, k, v, prompt_k, prompt_v,
         key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, prompt_index=prompt_index,
@@ -88,10 +91,11 @@ def prompt_attention(
     )  # fmt: skip
 
 
-def _backend(name: str, q: Tensor):
+def _backend(name: str, q: Tensor, bias: Tensor | None):
     """The function that serves backend `name` for tensors like q; imported only when chosen."""
+    trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     if name == "auto":
-        name = "triton" if _triton_serves(q) else "torch"
+        name = "triton" if not trained and _triton_serves(q) else "torch"
     match name:
         case "torch":
             from ptv2_fast.attention.torch_backend import prompt_attention as run
@@ -101,6 +105,8 @@ def _backend(name: str, q: Tensor):
             from ptv2_fast.attention import triton_backend
 
             reason = triton_backend.unavailable_reason(q.device)
+            if trained:
+                reason = "bias must not require a gradient, which the kernels do not compute; backend='torch' does"
             if reason is not None:
                 raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
             run = triton_backend.prompt_attention

@@ -49,7 +49,8 @@ def layer_prompts(
         for layer, (keys, values) in pairs.items():
             keys, bias = family.positioned(backbone, layer, keys)
             pairs[layer] = keys, values
-            gates[layer] = bias + gates[layer] if layer in gates else bias
+            if bias is not None:
+                gates[layer] = bias + gates[layer] if layer in gates else bias
     return tuple(
         LayerPrompt(*pairs[layer], bias=gates.get(layer)) if layer in pairs else None
         for layer in range(family.sizes(backbone).num_layers)

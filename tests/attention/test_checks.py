@@ -141,10 +141,6 @@ CASES = {
     ),
     "bias-rank": (_arguments(bias=torch.zeros(N, N)), "bias must be floating point of shape"),
     "bias-packed": (_packed(bias=torch.zeros(1, 1, N, N)), "bias must be None with cu_seqlens"),
-    "bias-trained": (
-        _arguments(bias=torch.zeros(1, 1, N, N, requires_grad=True)),
-        "bias must not require a gradient",
-    ),
     "dropout-one": (_arguments(dropout_p=1.0), r"dropout_p must be in \[0, 1\); got 1.0"),
     "dropout-negative": (_arguments(dropout_p=-0.1), r"dropout_p must be in \[0, 1\)"),
     "window-zero": (_arguments(window=0), "window must be at least 1 or None; got 0"),
@@ -175,6 +171,18 @@ def test_triton_says_why_it_cannot_serve(monkeypatch):
     assert prompt_attention(**_arguments(backend="auto")).shape == (B, H, N, D)
 
 
+def test_triton_gives_a_bias_no_gradient(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    sizes = {name: torch.randn(1, 2, 3, 16) for name in "qkv"} | {"bias": torch.randn(1, 2, 3, 3)}
+    arguments = _arguments(**sizes, prompt_k=torch.randn(2, P, 16), prompt_v=torch.randn(2, P, 16), backend="triton")
+    chosen = api._backend("triton", arguments["q"], arguments["bias"])
+    arguments["bias"].requires_grad_()
+    with pytest.raises(RuntimeError, match="backend='triton' cannot serve this call: bias must not require a gradient"):
+        prompt_attention(**arguments)
+    with torch.no_grad():
+        assert api._backend("triton", arguments["q"], arguments["bias"]) is chosen
+
+
 def test_auto_takes_torch_on_the_cpu(monkeypatch):
     from ptv2_fast.attention import torch_backend, triton_backend
 
@@ -201,4 +209,7 @@ def test_auto_takes_torch_on_the_cpu(monkeypatch):
 def test_auto_takes_triton_on_cuda_for_what_it_has(head_dim, dtype, module):
     with FakeTensorMode():
         query = torch.empty(1, 2, 3, head_dim, dtype=dtype, device="cuda")
-        assert api._backend("auto", query).__module__ == f"ptv2_fast.attention.{module}_backend"
+        assert api._backend("auto", query, None).__module__ == f"ptv2_fast.attention.{module}_backend"
+        bias = torch.empty(1, 2, 3, 3, dtype=dtype, device="cuda")
+        assert api._backend("auto", query, bias).__module__ == f"ptv2_fast.attention.{module}_backend"
+        assert api._backend("auto", query, bias.requires_grad_()).__module__ == "ptv2_fast.attention.torch_backend"
