@@ -1,7 +1,9 @@
 """DeBERTa-v2 and v3: scores of query and key, of query and distance (c2p), and of distance and key (p2c).
 
-score[i, j] = s * (q_i k_j + q_i K[r(i - j)] + k_j Q[r(i - j)]), s = 1 / sqrt(d * (1 + c2p + p2c)), where K and Q are the
-projected embeddings of distances and r gives a distance its row among them.
+score[i, j] = s * (q_i k_j + q_i K[r(i - j)] + k_j Q[r(i - j)]), s = 1 / sqrt(d * (1 + c2p + p2c)), where K and Q are
+the projected embeddings of distances and r gives a distance its row among them.
+
+Source: DeBERTa (He et al., 2021), section 3.1.
 """
 
 from __future__ import annotations
@@ -132,9 +134,14 @@ def _embeddings(encoder: nn.Module, first: int, end: int) -> Tensor:
     return encoder.LayerNorm(embeddings) if "layer_norm" in encoder.norm_rel_ebd else embeddings
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _log(number: float) -> float:
     """The logarithm as float32 has it."""
+    return _logs(number)
+
+
+@functools.cache
+def _logs(number: float) -> float:
     return float(torch.log(torch.tensor(number)))
 
 

@@ -32,7 +32,7 @@ _REMARKS = {
     "gpt_neox": "prompt projections by PyTorch, not by the kernel",
     "mistral": "windows",
     "modernbert": "windows; virtual tokens of a shallow prompt see all text",
-    "mpnet": "a prompt stands beyond all distances; rows stay padded; transformers has no gradient checkpointing for it",
+    "mpnet": "a prompt stands beyond all distances; rows stay padded; transformers cannot checkpoint its gradients",
     "opt": "also the post-norm 350m; no layerdrop",
     "phi3": "windows; with longrope, texts up to where its frequencies change",
     "smollm3": "some layers without positions",

@@ -90,7 +90,7 @@ def _disentangled(
     module, prefix, hidden, attention_mask, output_attentions=False, query_states=None, relative_pos=None,
     rel_embeddings=None,
 ):  # fmt: skip
-    """DeBERTa: softmax((q k^T + q K[r]^T + k Q[r]^T) / sqrt(d * terms) + mask) v; r of the distance of query and key."""
+    """DeBERTa: softmax((q k^T + q K[r]^T + k Q[r]^T) / sqrt(d * terms) + mask) v; r is the row of their distance."""
     query, key, value = (
         _split(module, project(hidden)) for project in (module.query_proj, module.key_proj, module.value_proj)
     )

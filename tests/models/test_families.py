@@ -48,13 +48,11 @@ def test_layers_are_all_of_them_in_order(family):
     if known.indexed is not None:
         assert not any(hasattr(m, "layer_idx") for m in base.modules()), "the base was written to"
         batch = padded(text_rows(), "right")
-        own, real = base(**batch.inputs).last_hidden_state, batch.attention_mask.bool()
-        # The hook's attention is not an attention implementation of these models: it adds in another order.
-        (assert_equal if known.own_attention else _assert_same)(whole(**batch.inputs).last_hidden_state[real], own[real])
-
-
-def _assert_same(actual, expected):
-    assert torch.equal(actual, expected)
+        own, same = base(**batch.inputs).last_hidden_state, whole(**batch.inputs).last_hidden_state
+        real = batch.attention_mask.bool()
+        # Attention of their own gives way to the hook's, which adds in another order.
+        assert_equal(same[real], own[real])
+        assert torch.equal(same, own) or known.own_attention
 
 
 @pytest.mark.parametrize("family", FAMILIES)
