@@ -81,6 +81,20 @@ def test_compiled_layers_give_the_plain_losses_and_gradients(family, task, unpad
     _compare(family, task, "compile_layers", unpad)
 
 
+@pytest.mark.parametrize("family", ["bert", "mpnet", "deberta-v2"])
+def test_compiled_layers_share_what_is_compiled(family, monkeypatch):
+    monkeypatch.setattr(step_layers, "COMPILER", "eager")
+    graphs = []
+    for layers in (2, 4):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model = tiny_model(family, "deep", base_changes={"num_hidden_layers": layers}).train()
+        model.step_options = replace(OFF, compile_layers=True)
+        model(**padded(text_rows(), "right").inputs)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+
+
 def _compare(family, task, switch, unpad):
     changes = {} if task == "CAUSAL_LM" else {"classifier_dropout": 0.0}
     model = tiny_model(family, "deep", task, base_changes=changes).train()
