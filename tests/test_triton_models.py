@@ -14,8 +14,8 @@ from ptv2_fast.step.options import StepOptions
 
 # The interpreter takes seconds for each: the other families bring the kernels nothing that these do not.
 KINDS = ("bert", "roberta", "gpt2", "llama", "qwen3")
-# A causal window with a softcap, a bidirectional window, weights that no table may keep.
-ONCE = ("gemma2", "modernbert", "gpt_neox")
+# A causal window with a softcap, a bidirectional window, weights that no table may keep, a bias for distances.
+ONCE = ("gemma2", "modernbert", "gpt_neox", "mpnet")
 EVERY = [
     *((family, injection) for family in KINDS for injection in INJECTIONS),
     *((family, "deep") for family in ONCE),
@@ -66,6 +66,18 @@ def test_logits_and_gradients_are_the_references(family, injection):
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
         assert_equal(grad, expected_grads[name], name)
+
+
+def test_deberta_is_served_where_nobody_trains_and_refused_where_its_bias_needs_a_gradient():
+    model = _model("deberta-v2", "deep", "TOKEN_CLS")
+    inputs = padded(text_rows(), "left").inputs
+    with torch.no_grad():
+        expected = _with_backend(model, "reference")(**inputs).logits
+        got = _with_backend(model, "triton")(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    assert_equal(got[real], expected[real], "logits")
+    with pytest.raises(RuntimeError, match="backend='triton' cannot serve this call: bias must not require a gradient"):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("unpad", [False, True], ids=["padded", "unpadded"])

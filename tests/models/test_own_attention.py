@@ -18,7 +18,9 @@ from ptv2_fast.models.families import family_of
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 9, 33, 34, 64, 65, 129, 130, 300, 700)
 
 
-@pytest.mark.parametrize(("buckets", "longest"), [(8, 64), (7, 64), (64, 40), (64, 100), (256, 512), (-1, 20), (-1, 512)])
+@pytest.mark.parametrize(
+    ("buckets", "longest"), [(8, 64), (7, 64), (64, 40), (64, 100), (256, 512), (-1, 20), (-1, 512)]
+)
 def test_debertas_distances_are_transformers_own(buckets, longest):
     encoder = SimpleNamespace(position_buckets=buckets, max_relative_positions=longest)
     span = buckets if buckets > 0 else longest
