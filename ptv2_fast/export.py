@@ -25,8 +25,9 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
 
     Args:
         what: "kv": `layers.{i}.key` and `layers.{i}.value`, (Hkv, P, d) for every prompted layer, as attention reads
-            them: projected, normalised and rotated to positions -P..-1 where the family is rotary. Reparameterisation
-            is merged. "embeddings": `prompt_embeddings` (P, D), to be put in front of the text's own embeddings.
+            them: projected, normalised and rotated to positions -P..-1 where the family is rotary; `layers.{i}.bias`
+            (H, P), to be added to their scores, where there is a gate or a term for distances. Reparameterisation is
+            merged. "embeddings": `prompt_embeddings` (P, D), to be put in front of the text's own embeddings.
         adapter_name: None means the active adapter.
 
     Raises:

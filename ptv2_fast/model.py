@@ -29,6 +29,7 @@ from ptv2_fast.models.inputs import (
     whole_mask,
 )
 from ptv2_fast.models.limits import check_length, text_limit
+from ptv2_fast.models.own_attention import given_prompts
 from ptv2_fast.models.rows import gather_rows
 from ptv2_fast.models.slots import by_slots
 from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
@@ -200,6 +201,8 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         backbone = self._step_layers.view(backbone, plan, fused, read)
         if packing is not None:
             backbone = unpadded(backbone, packing)
+        if self._family.own_attention:
+            backbone = given_prompts(backbone, call["ptv2_prompts"])
         return (target if backbone is original else with_backbone(target, backbone))(**call)
 
     def packed_states(self, packed: PackedBatch) -> Tensor:
@@ -305,8 +308,12 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         if self._family.own_attention:
             backbone = self._family.indexed(backbone)
         backbone = self._family.shallow_view(backbone, prompts)
-        view = with_backbone(target, by_slots(backbone) if self._family.by_slot else backbone)
+        if self._family.by_slot:
+            backbone = by_slots(backbone)
         empty = PromptBatch(layers=(), backend=adapter.config.backend)
+        if self._family.own_attention:
+            backbone = given_prompts(backbone, empty)
+        view = with_backbone(target, backbone)
         inputs = {**inputs, "position_ids": positions, "attention_mask": mask, "ptv2_prompts": empty}
         output = view(**{name: value for name, value in inputs.items() if value is not None})
         if getattr(output, "hidden_states", None) is not None:

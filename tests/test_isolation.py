@@ -67,7 +67,7 @@ def test_two_models_in_two_threads_give_what_they_give_alone():
                 assert_equal(actual, expected)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "llama", "deberta-v2"])
 def test_two_wrappers_over_one_base(family):
     base = tiny_base(family)
     first = get_ptv2_model(base, tiny_prompts("deep")).eval()
@@ -235,7 +235,7 @@ def test_autocast(family, injection):
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("family", ["bert", "modernbert", "llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama", "gpt2", "mistral", "mpnet", "deberta-v2"])
 def test_compiles_without_a_graph_break(family, injection):
     task = _task_of(family)
     model = tiny_model(family, injection, task).train()

@@ -12,6 +12,7 @@ from tiny_models import (
     FROM_PADDING,
     INJECTIONS,
     TOKEN_TYPES,
+    WITHOUT_TABLE,
     literal_states,
     tiny_base,
     tiny_model,
@@ -114,7 +115,8 @@ def test_position_offset_of_prefix(family):
     with torch.no_grad():
         plain.adapters["default"].load_state_dict(model.adapters["default"].state_dict())
     states = plain(**batch.inputs).last_hidden_state[batch.attention_mask.bool()]
-    assert_differs(shifted, states)
+    # Where only distances inside the text count, there is nothing to shift.
+    (assert_equal if family in WITHOUT_TABLE else assert_differs)(shifted, states)
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)

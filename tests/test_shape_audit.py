@@ -34,7 +34,7 @@ INSIDE = [p for p in EVERY if not (p.values[0] in ENCODERS and p.values[1] == "s
 def _in_attention(backbone):
     """Keys and values (B, heads, P + N, d) and their mask (B or 1, H or 1, N or 1, P + N)."""
     config = backbone.config
-    if getattr(config, "attn_logit_softcapping", None) is not None:
+    if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "deberta-v2":
         return _scores
     heads = {config.num_attention_heads, getattr(config, "num_key_value_heads", 4)}
     head_dim = getattr(config, "head_dim", None) or 8
@@ -50,7 +50,10 @@ def _in_attention(backbone):
 
 
 def _scores(shape):
-    """Whatever is no hidden state: where PyTorch has no kernel (a trained gate, a softcap), it writes scores out."""
+    """Whatever is no hidden state: where PyTorch has no kernel, it writes scores out.
+
+    It has none for a trained gate, for a softcap, nor for scores of distances that depend on queries and keys.
+    """
     return HIDDEN not in shape and len(shape) > 2
 
 
@@ -153,8 +156,8 @@ def test_the_literal_form_trips_the_audit(family, injection):
     """The audit can fail: concat, mask, layer, slice leaves its marks in every injection."""
     model = tiny_model(family, injection, length=LENGTH)
     base = tiny_base(family)
-    capped = getattr(base.config, "attn_logit_softcapping", None) is not None
-    audit = ShapeAudit(*FORBIDDEN) if capped else ShapeAudit(*FORBIDDEN, allowed=_in_attention(base))
+    allowed = _in_attention(base)
+    audit = ShapeAudit(*FORBIDDEN) if allowed is _scores else ShapeAudit(*FORBIDDEN, allowed=allowed)
     batch = _batch()
     with audit:
         states = literal_states(model, base, **batch.inputs)

@@ -14,8 +14,9 @@ from ptv2_fast.step.options import StepOptions
 
 # The interpreter takes seconds for each: the other families bring the kernels nothing that these do not.
 KINDS = ("bert", "roberta", "gpt2", "llama", "qwen3")
-# A causal window with a softcap, a bidirectional window, weights that no table may keep.
-ONCE = ("gemma2", "modernbert", "gpt_neox")
+# A causal window with a softcap, a bidirectional window, weights that no table may keep, a bias for distances, and
+# one that is made of queries and keys.
+ONCE = ("gemma2", "modernbert", "gpt_neox", "mpnet", "deberta-v2")
 EVERY = [
     *((family, injection) for family in KINDS for injection in INJECTIONS),
     *((family, "deep") for family in ONCE),

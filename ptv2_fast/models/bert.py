@@ -54,26 +54,41 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor, encoder: str = "enc
     """
     length = prompts.shape[0]
 
-    def embed(original, input_ids=None, inputs_embeds=None, position_ids=None, **kwargs):
+    def encode(original, *args, **kwargs):
+        return of_the_text(original(*args, **kwargs), length)
+
+    def run(original, *args, attention_mask=None, **kwargs):
+        return original(*args, attention_mask=visible_prompts(attention_mask, length), **kwargs)
+
+    children = {
+        "embeddings": behind_prompts(backbone.embeddings, prompts),
+        encoder: view_of(getattr(backbone, encoder), forward=encode),
+    }
+    return view_of(view_of(backbone, children=children), forward=run)
+
+
+def behind_prompts(embeddings: nn.Module, prompts: Tensor) -> nn.Module:
+    """A view of an embedding module that embeds (P, E) virtual tokens in front of every row's text: (B, P + N, E)."""
+    length = prompts.shape[0]
+
+    def embed(original, input_ids=None, inputs_embeds=None, position_ids=None, mask=None, **kwargs):
+        if mask is not None:
+            kwargs["mask"] = mask[:, length:]
         # (B, N, E)
         text = original(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs)
         # Without position ids the embedding module counts from its own first position.
         virtual = original(input_ids=None, inputs_embeds=prompts[None].to(text.dtype))  # (1, P, E)
         return torch.cat([virtual.expand(text.shape[0], -1, -1), text], dim=1)
 
-    def encode(original, *args, **kwargs):
-        output = original(*args, **kwargs)
-        output.last_hidden_state = output.last_hidden_state[:, length:]
-        return output
+    return view_of(embeddings, forward=embed)
 
-    def run(original, *args, attention_mask=None, **kwargs):
-        return original(*args, attention_mask=visible_prompts(attention_mask, length), **kwargs)
 
-    children = {
-        "embeddings": view_of(backbone.embeddings, forward=embed),
-        encoder: view_of(getattr(backbone, encoder), forward=encode),
-    }
-    return view_of(view_of(backbone, children=children), forward=run)
+def of_the_text(output, length: int):
+    """A model's output with the states of the text alone, behind `length` virtual tokens."""
+    output.last_hidden_state = output.last_hidden_state[:, length:]
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(states[:, length:] for states in output.hidden_states)
+    return output
 
 
 def visible_prompts(attention_mask: Tensor | None, length: int) -> Tensor | None:

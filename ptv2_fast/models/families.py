@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 from ptv2_fast.models import (
     albert,
     bert,
+    deberta,
     distilbert,
     gemma3,
     gpt2,
     gpt_neox,
     llama,
     modernbert,
+    mpnet,
     opt,
     phi3,
     rows,
@@ -28,6 +30,10 @@ from ptv2_fast.models import (
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.projection import Projection
 from ptv2_fast.models.unlisted import recognise
+
+
+def _stated_size(backbone: PreTrainedModel) -> int:
+    return backbone.config.max_position_embeddings
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,14 @@ class Family:
         finished: (backbone, layer index, keys (P, Hkv, d)) -> the keys as attention reads them, for tokens that stand
             right before the text.
         first_position: (backbone) -> the position id of a row's first token.
+        table_size: (backbone) -> how many positions its table of learned ones has; None where it has no table.
         rotary: positions are rotary: only differences count, there is no table of them, and a
             prompt stands at -P..-1 before a text at 0.. whatever its injection.
         sizes: (backbone) -> its sizes, one layer for every attention that may have a prompt.
-        positioned: (backbone, layer index, keys (Hkv, P, d)) -> the keys, and what is added to their scores (H, P), of
-            tokens that stand so far in front of the text that no distance between them counts; for families that add a
-            term for the distance of two tokens to their score. None elsewhere.
+        positioned: (backbone, layer index, keys (Hkv, P, d)) -> the keys, and what is added to their scores (H, P) or
+            None, of tokens that stand so far in front of the text that no distance between them counts
+            (`own_attention` says more); for families that add a term for the distance of two tokens to their score.
+            None elsewhere.
         by_slot: positions are slots of the batch, whatever ids a call gives: rows run with their tokens first.
         shallow_view: (backbone, prompts (P, D)) -> the backbone with virtual tokens evolving in
             front of the text; for bidirectional families only.
@@ -69,9 +77,10 @@ class Family:
     projections: Callable[[PreTrainedModel, int], tuple[Projection, Projection]]
     finished: Callable[[PreTrainedModel, int, Tensor], Tensor]
     first_position: Callable[[PreTrainedModel], int]
+    table_size: Callable[[PreTrainedModel], int | None] = _stated_size
     rotary: bool = False
     sizes: Callable[[PreTrainedModel], Dimensions] = Dimensions.of
-    positioned: Callable[[PreTrainedModel, int, Tensor], tuple[Tensor, Tensor]] | None = None
+    positioned: Callable[[PreTrainedModel, int, Tensor], tuple[Tensor, Tensor | None]] | None = None
     by_slot: bool = False
     shallow_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
     reads_first: bool = False
@@ -112,6 +121,25 @@ _ALBERT = replace(
     indexed=albert.indexed,
     refuse=albert.refuse,
     read_rows=None,
+)
+_MPNET = replace(
+    _BERT,
+    projections=mpnet.projections,
+    first_position=bert.roberta_first_position,
+    positioned=mpnet.positioned,
+    by_slot=True,
+    indexed=mpnet.indexed,
+    own_attention=True,
+    read_rows=None,
+)
+_DEBERTA = replace(
+    _MPNET,
+    projections=deberta.projections,
+    first_position=_from_zero,
+    table_size=deberta.table_size,
+    positioned=deberta.positioned,
+    shallow_view=deberta.shallow_view,
+    indexed=deberta.indexed,
 )
 _MODERNBERT = Family(
     causal=False,
@@ -162,8 +190,10 @@ _FAMILIES = {
     "xlm-roberta": _ROBERTA,
     "electra": _BERT,
     "albert": _ALBERT,
+    "deberta-v2": _DEBERTA,
     "distilbert": _DISTILBERT,
     "modernbert": _MODERNBERT,
+    "mpnet": _MPNET,
     "gpt2": _GPT2,
     "opt": _OPT,
     "gpt_neox": _GPT_NEOX,

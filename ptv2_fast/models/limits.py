@@ -15,7 +15,8 @@ def text_limit(backbone: PreTrainedModel, family: Family) -> int | None:
     """
     if family.rotary:
         return longest_text(backbone)
-    return backbone.config.max_position_embeddings - family.first_position(backbone)
+    size = family.table_size(backbone)
+    return None if size is None else size - family.first_position(backbone)
 
 
 def check_length(backbone: PreTrainedModel, family: Family, length: int) -> None:

@@ -28,6 +28,7 @@ Every row runs in these tests, on a tiny random model with the family's own feat
 _COLUMNS = ("model_type", "kind", "positions", "deep", "shallow", "prefix", "generation", "remarks")
 _REMARKS = {
     "albert": "a prompt per repetition of the shared layer; transformers has no gradient checkpointing for it",
+    "deberta-v2": "v2 and v3; a prompt stands beyond all distances; rows stay padded; PyTorch's attention, in training",
     "distilbert": "no token types",
     "electra": "shallow prompts have the size of word embeddings",
     "gemma2": "softcaps, windows; logits of all tokens, since they are capped",
@@ -35,6 +36,7 @@ _REMARKS = {
     "gpt_neox": "prompt projections by PyTorch, not by the kernel",
     "mistral": "windows",
     "modernbert": "windows; virtual tokens of a shallow prompt see all text",
+    "mpnet": "a prompt stands beyond all distances; rows stay padded; transformers cannot checkpoint its gradients",
     "opt": "also the post-norm 350m; no layerdrop",
     "phi3": "windows; with longrope, texts up to where its frequencies change",
     "smollm3": "some layers without positions",
@@ -50,7 +52,7 @@ def table() -> str:
 
 def _row(name: str, family: Family) -> tuple[str, ...]:
     kind = "decoder" if family.causal else "encoder"
-    positions = "rotary" if family.rotary else "learned"
+    positions = "rotary" if family.rotary else "learned" if family.positioned is None else "relative"
     shallow = "yes" if family.causal else "yes, as rows of the batch"
     generation = "yes" if family.causal else "no"
     return (f"`{name}`", kind, positions, "yes", shallow, "yes", generation, _REMARKS.get(name, ""))

@@ -13,6 +13,8 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 # transformers' mark of a model whose layers are hooked.
 _HOOKED = "_output_capturing_hooks_installed"
+# Where a view with a forward of its own keeps the view whose forward that one calls, and itself.
+_LOOKS_AT = "_view_looks_at"
 
 
 def view_of(
@@ -35,6 +37,11 @@ def view_of(
     """
     if isinstance(module, PreTrainedModel):
         _install_hooks_once(module)
+    seen = module.__dict__.get(_LOOKS_AT)
+    if seen is not None and (children or attributes):
+        # What the view's forward runs is the module behind it: children and attributes are replaced there.
+        module = view_of(view_of(seen[0], children=children, attributes=attributes), forward=seen[1])
+        return module if forward is None else view_of(module, forward=forward)
     view = _shallow_copy(module, type(module))
     view._modules = {**module._modules, **(children or {})}
     view.__dict__.update(attributes or {})
@@ -45,6 +52,7 @@ def view_of(
     if getattr(view, "gradient_checkpointing", False):
         view.gradient_checkpointing = False  # the outer forward recomputes the inner one
     outer._view_forward = functools.partial(forward, view.forward)
+    outer.__dict__[_LOOKS_AT] = (view, forward)
     return outer
 
 

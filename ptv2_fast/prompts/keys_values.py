@@ -49,7 +49,8 @@ def layer_prompts(
         bias = gates.get(layer)
         if family.positioned is not None:
             keys, distance = family.positioned(backbone, layer, keys)
-            bias = distance if bias is None else distance + bias
+            if distance is not None:
+                bias = distance if bias is None else distance + bias
         return LayerPrompt(keys, values, bias=bias)
 
     # What a layer's weights make is made while the layer runs.

@@ -8,17 +8,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ptv2_fast.reference import own_attention
 from ptv2_fast.reference.masks import additive_mask
 
 BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra")
-ENCODERS = (*BERT_LIKE, "albert", "distilbert", "modernbert")
+# Attention is their own code, and positions are slots of the batch: their rows run without padding.
+RELATIVE = ("mpnet", "deberta-v2")
+ENCODERS = (*BERT_LIKE, "albert", "distilbert", "modernbert", *RELATIVE)
 # Layers are called and named as in Llama; what differs inside a layer is the layer's own business.
 LLAMA_LIKE = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "smollm3", "gemma2", "gemma3_text",
 )  # fmt: skip
 FAMILIES = (*ENCODERS, "gpt2", "opt", "gpt_neox", *LLAMA_LIKE)
 
-WITHOUT_TOKEN_TYPES = ("distilbert", "modernbert")
+WITHOUT_TOKEN_TYPES = ("distilbert", "modernbert", "mpnet")
 # Rotary tables of their own for layers with and without a window.
 _TABLES_BY_KIND = ("gemma3_text", "modernbert")
 # Every layer has the window that the configuration names; elsewhere the configuration lists kinds of layers.
@@ -66,8 +69,8 @@ def uses_rotary(backbone: nn.Module) -> bool:
 
 
 def first_position(backbone: nn.Module) -> int:
-    """Return the position id of a row's first token: RoBERTa counts from its padding_idx + 1."""
-    if backbone.config.model_type in ("roberta", "xlm-roberta"):
+    """Return the position id of a row's first token: RoBERTa and MPNet count from their padding_idx + 1."""
+    if backbone.config.model_type in ("roberta", "xlm-roberta", "mpnet"):
         return backbone.embeddings.padding_idx + 1
     return 0
 
@@ -75,7 +78,7 @@ def first_position(backbone: nn.Module) -> int:
 def layers_of(backbone: nn.Module) -> Sequence[nn.Module]:
     """Return the transformer layers, in the order in which they run; a shared one as often as it runs."""
     family, config = backbone.config.model_type, backbone.config
-    if family in BERT_LIKE:
+    if family in (*BERT_LIKE, *RELATIVE):
         return backbone.encoder.layer
     if family == "albert":
         groups = backbone.encoder.albert_layer_groups
@@ -93,7 +96,9 @@ def embed(
 ) -> Tensor:
     """Run what stands before the first layer as the backbone's own forward does it: (B, N) ids -> (B, N, D)."""
     family = backbone.config.model_type
-    if family in (*BERT_LIKE, "albert"):
+    if family in (*BERT_LIKE, "albert", *RELATIVE):
+        if family in WITHOUT_TOKEN_TYPES:
+            return backbone.embeddings(input_ids=input_ids, position_ids=position_ids)
         hidden = backbone.embeddings(
             input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids
         )
@@ -139,18 +144,23 @@ def masks_by_kind(
 
 def mask_argument(backbone: nn.Module, masks: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
     """Return the masks as the backbone's own forward takes them."""
+    if backbone.config.model_type in RELATIVE:
+        return (masks[_FULL][:, 0, 0] == 0).long()
     if set(masks) == {_FULL} or backbone.config.model_type in _ONE_WINDOW:
         return next(iter(masks.values()))
     return {_FULL: next(iter(masks.values())), **masks}
 
 
 def run_layer(
-    backbone: nn.Module, index: int, hidden: Tensor, mask: Tensor, positions: Tensor
+    backbone: nn.Module, index: int, hidden: Tensor, mask: Tensor, positions: Tensor, prompt_length: int
 ) -> Tensor:
     """Run layer ``index`` on (B, M, D) hidden states with a (B, 1 or H, M, M) additive mask.
 
-    ``positions`` (B, M) is what rotary layers turn queries and keys by; the others do not read it.
+    ``positions`` (B, M) is what rotary layers turn queries and keys by, and the first ``prompt_length`` rows are what
+    layers that count distances take for prompts; the others do not read them.
     """
+    if backbone.config.model_type in RELATIVE:
+        return own_attention.run_layer(backbone, index, hidden, mask, prompt_length)
     layer = layers_of(backbone)[index]
     if uses_rotary(backbone):
         kind = (backbone.config.layer_types[index],) if backbone.config.model_type in _TABLES_BY_KIND else ()
@@ -161,6 +171,13 @@ def run_layer(
     else:
         output = layer(hidden, attention_mask=mask)
     return output[0] if isinstance(output, tuple) else output
+
+
+def after_layer(backbone: nn.Module, index: int, embedded: Tensor, hidden: Tensor) -> Tensor:
+    """Apply what stands between layer ``index`` and the next one: hidden (B, N, D), embedded (B, N, D) the first's."""
+    if backbone.config.model_type in RELATIVE:
+        return own_attention.after_layer(backbone, index, embedded, hidden)
+    return hidden
 
 
 def final_norm(backbone: nn.Module, hidden: Tensor) -> Tensor:
@@ -245,8 +262,15 @@ def plain_attention(
 
 
 @contextmanager
-def plain_attention_in(backbone: nn.Module) -> Iterator[None]:
-    """Let the backbone run :func:`plain_attention`, and put its own implementation back after."""
+def plain_attention_in(backbone: nn.Module, prefix: PrefixByCall | None = None) -> Iterator[None]:
+    """Let the backbone run :func:`plain_attention`, and put its own implementation back after.
+
+    Backbones whose attention is their own code get the prefix here, the others with their call.
+    """
+    if backbone.config.model_type in RELATIVE:
+        with own_attention.plain_attention_in(backbone, prefix):
+            yield
+        return
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION_NAME, plain_attention)

@@ -14,6 +14,7 @@ Shared conventions:
 - ``token_type_ids`` (B, N), encoders that have token types only; None means zeros.
 - A sliding window counts the text's own tokens: padding has no width, and prompts are in every window
   (``masks.additive_mask``).
+- Where a token's slot is its position (MPNet, DeBERTa), each row runs alone, without its padding.
 - Rows of the output at padding are meaningless; a row of nothing but padding is finite.
 
 Source: P-Tuning v2 (Liu et al., 2022), section 3; prompt tuning (Lester et al., 2021);
@@ -22,6 +23,8 @@ prefix tuning (Li and Liang, 2021).
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -31,6 +34,29 @@ from ptv2_fast.reference import backbones
 from ptv2_fast.reference.masks import as_key_mask, positions_from_mask
 
 
+def _rows_alone(literal):
+    """Let a literal form run row by row, without padding, where a token's slot is its position."""
+    signature = inspect.signature(literal)
+
+    @functools.wraps(literal)
+    def run(*args, **kwargs):
+        call = dict(signature.bind(*args, **kwargs).arguments)
+        backbone, ids, mask = call["backbone"], call["input_ids"], call.get("attention_mask")
+        if mask is None or backbones.check_backbone(backbone) not in backbones.RELATIVE:
+            return literal(**call)
+        real = as_key_mask(call.pop("attention_mask"), ids)
+        by_token = [n for n in ("input_ids", "position_ids", "token_type_ids") if call.get(n) is not None]
+        output = torch.zeros(*ids.shape, backbone.config.hidden_size, dtype=backbone.dtype, device=ids.device)
+        for row, where in enumerate(real):
+            if where.any():
+                own = {name: call[name].expand(ids.shape)[row, where][None] for name in by_token}
+                output = output.index_put((torch.tensor(row), where.nonzero()[:, 0]), literal(**{**call, **own})[0])
+        return output
+
+    return run
+
+
+@_rows_alone
 def literal_deep(
     backbone: nn.Module,
     prompts: Tensor | Mapping[int, Tensor],
@@ -69,7 +95,7 @@ def literal_deep(
     bias_by_layer = _by_layer("prompt_bias", prompt_bias, layers, backbone, 2)
 
     with backbones.plain_attention_in(backbone):
-        hidden = backbones.embed(backbone, input_ids, positions, token_type_ids)
+        embedded = hidden = backbones.embed(backbone, input_ids, positions, token_type_ids)
         for index in range(len(backbones.layers_of(backbone))):
             prompt = by_layer.get(index, hidden.new_zeros(0, hidden.shape[2]))
             length = prompt.shape[0]
@@ -80,10 +106,12 @@ def literal_deep(
                 bias = bias_by_layer[index][None, :, None, :]  # [1, H, 1, P]
                 mask = mask + nn.functional.pad(bias, (0, input_ids.shape[1]))
             row_positions = _prepend_prompt_positions(positions, length, first=0)
-            hidden = backbones.run_layer(backbone, index, rows, mask, row_positions)[:, length:]
+            hidden = backbones.run_layer(backbone, index, rows, mask, row_positions, length)[:, length:]
+            hidden = backbones.after_layer(backbone, index, embedded, hidden)
         return backbones.final_norm(backbone, hidden)
 
 
+@_rows_alone
 def literal_shallow(
     backbone: nn.Module,
     prompts: Tensor,
@@ -134,6 +162,7 @@ def literal_shallow(
         return backbone(**inputs, use_cache=False)[0][:, length:]
 
 
+@_rows_alone
 def literal_prefix(
     backbone: nn.Module,
     keys: Tensor | Mapping[int, Tensor],
@@ -197,8 +226,9 @@ def literal_prefix(
     }
     if token_type_ids is not None:
         inputs["token_type_ids"] = token_type_ids
-    with backbones.plain_attention_in(backbone):
-        return backbone(**inputs, use_cache=False, literal_prefix=backbones.PrefixByCall(prefix))[0]
+    prefix_by_call = backbones.PrefixByCall(prefix)
+    with backbones.plain_attention_in(backbone, prefix_by_call):
+        return backbone(**inputs, use_cache=False, literal_prefix=prefix_by_call)[0]
 
 
 def _text_positions(backbone: nn.Module, key_mask: Tensor, position_ids: Tensor | None) -> Tensor:

@@ -19,6 +19,8 @@ _GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
+    # DeBERTa's, the first being the one that nothing but the text goes through.
+    ("value_proj", "key_proj", "query_proj"),
     ("gate_proj", "up_proj"),
 )
 

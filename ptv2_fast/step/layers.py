@@ -15,6 +15,7 @@ from transformers.utils import output_capturing
 
 from ptv2_fast.models.families import Family
 from ptv2_fast.models.gathered import gathered_by
+from ptv2_fast.models.own_attention import AttentionCall
 from ptv2_fast.models.view import view_of, with_modules
 from ptv2_fast.step.fused_projections import FusedProjections
 from ptv2_fast.step.options import StepPlan
@@ -101,6 +102,7 @@ def compiled_layer(layer: nn.Module, position: int, call: Callable) -> nn.Module
     def run(original, *args, ptv2_prompts=None, **kwargs):
         if ptv2_prompts is not None:
             kwargs["ptv2_prompts"] = ptv2_prompts.at(position)
+        args = [one.at(position) if isinstance(one, AttentionCall) else one for one in args]
         return call(_without_capture(original.__self__), *args, **kwargs)
 
     return view_of(layer, forward=run)

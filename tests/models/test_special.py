@@ -101,6 +101,24 @@ def test_neox_may_run_its_two_halves_one_after_the_other(injection):
     _is_literal("gpt_neox", injection, use_parallel_residual=False, attention_bias=False)
 
 
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"conv_kernel_size": 3, "position_buckets": -1}, id="convolution-no-buckets"),
+        pytest.param({"position_buckets": -1, "max_relative_positions": 4}, id="fewer-distances-than-tokens"),
+        pytest.param({"share_att_key": False, "norm_rel_ebd": "none"}, id="own-keys-no-norm"),
+        pytest.param({"pos_att_type": ["c2p"]}, id="c2p"),
+        pytest.param({"pos_att_type": ["p2c"], "share_att_key": False}, id="p2c-own-queries"),
+        pytest.param({"pos_att_type": None}, id="no-term"),
+        pytest.param({"relative_attention": False, "position_biased_input": True, "type_vocab_size": 2}, id="absolute"),
+        pytest.param({"embedding_size": 16, "conv_kernel_size": 3}, id="narrow-words"),
+    ],
+)
+def test_deberta_in_its_other_settings(injection, changes):
+    _is_literal("deberta-v2", injection, **changes)
+
+
 def test_smollm3_has_layers_that_know_no_positions():
     base = tiny_base("smollm3")
     assert [layer.self_attn.use_rope for layer in base.layers] == [1, 0]
@@ -173,7 +191,7 @@ def test_configurations_that_nobody_made_right_are_refused(family, changes, mess
         get_ptv2_model(tiny_base(family, **changes), tiny_prompts("deep"))
 
 
-@pytest.mark.parametrize("family", ["deberta-v2", "mpnet", "t5", "bart", "vit"])
+@pytest.mark.parametrize("family", ["deberta", "t5", "bart", "vit"])
 def test_other_families_are_refused_by_name(family):
     config = transformers.AutoConfig.for_model(family)
     assert family not in supported_families()

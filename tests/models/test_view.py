@@ -66,6 +66,19 @@ def test_a_view_calls_its_own_children():
     assert torch.equal(view(x), other(model[0](x)) + 1.0)
 
 
+def test_what_a_view_of_a_view_replaces_is_what_the_first_ones_forward_runs():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 2))
+    first = view_of(model, forward=lambda original, x: original(x) + 1.0)
+    other, off = nn.Linear(3, 2), view_of(model[1], attributes={"p": 0.0})
+    second = view_of(first, children={"2": other})
+    second = view_of(second, children={"1": off}, forward=lambda original, x: -original(x))
+    x = torch.randn(4, 3)
+    assert torch.equal(second(x), -(other(model[0](x)) + 1.0))
+    assert first[2] is model[2] and second[2] is other
+    gated = view_of(view_of(model[1], forward=lambda original, x: original(x)), attributes={"p": 1.0})
+    assert torch.equal(gated(x), torch.zeros(4, 3)) and model[1].p == 0.5
+
+
 @pytest.mark.parametrize("family", ["bert", "opt"])
 def test_views_of_transformers_models_hook_their_layers_once(family):
     base = tiny_base(family)

@@ -32,6 +32,8 @@ CASES = {
     "llama rows, last token": ("llama", "deep", "SEQ_CLS", {"heads": {"own": LAST}}),
     "llama text": ("llama", "deep", "CAUSAL_LM", {}),
     "gpt2 text": ("gpt2", "shallow", "CAUSAL_LM", {}),
+    "deberta tags": ("deberta-v2", "deep", "TOKEN_CLS", {}),
+    "mpnet rows, first token": ("mpnet", "prefix", "SEQ_CLS", {"heads": OWN}),
     "qwen3 text": ("qwen3", "prefix", "CAUSAL_LM", {}),
 }
 

@@ -68,10 +68,31 @@ def test_each_switch_gives_the_plain_losses_and_gradients(family, task, switch, 
 
 
 @pytest.mark.parametrize(
-    ("family", "task", "unpad"), [("bert", "TOKEN_CLS", True), ("gpt2", "SEQ_CLS", False), ("qwen3", "CAUSAL_LM", True)]
+    ("family", "task", "unpad"),
+    [
+        ("bert", "TOKEN_CLS", True),
+        ("gpt2", "SEQ_CLS", False),
+        ("qwen3", "CAUSAL_LM", True),
+        ("mpnet", "TOKEN_CLS", True),
+        ("deberta-v2", "TOKEN_CLS", True),
+    ],
 )
 def test_compiled_layers_give_the_plain_losses_and_gradients(family, task, unpad):
     _compare(family, task, "compile_layers", unpad)
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "deberta-v2"])
+def test_compiled_layers_share_what_is_compiled(family, monkeypatch):
+    monkeypatch.setattr(step_layers, "COMPILER", "eager")
+    graphs = []
+    for layers in (2, 4):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model = tiny_model(family, "deep", base_changes={"num_hidden_layers": layers}).train()
+        model.step_options = replace(OFF, compile_layers=True)
+        model(**padded(text_rows(), "right").inputs)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
 
 
 def _compare(family, task, switch, unpad):
@@ -120,7 +141,9 @@ def _forward_products(model, options, inputs) -> list[int]:
     return products.rows
 
 
-@pytest.mark.parametrize(("family", "saved_per_layer"), [("bert", 2), ("gpt2", 0), ("llama", 3)])
+@pytest.mark.parametrize(
+    ("family", "saved_per_layer"), [("bert", 2), ("gpt2", 0), ("llama", 3), ("mpnet", 2), ("deberta-v2", 2)]
+)
 def test_fused_projections_are_one_product(family, saved_per_layer):
     model = tiny_model(family, "prefix").train()
     inputs = padded(text_rows(), "right").inputs

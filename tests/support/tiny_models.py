@@ -11,7 +11,9 @@ from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.reference.float64 import to_exact_float64
 from ptv2_fast.reference.literal import literal_deep, literal_prefix, literal_shallow
 
-ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "albert", "distilbert", "modernbert")
+ENCODERS = (
+    "bert", "roberta", "xlm-roberta", "electra", "albert", "distilbert", "modernbert", "mpnet", "deberta-v2",
+)  # fmt: skip
 DECODERS = (
     "gpt2", "llama", "qwen3", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3", "phi3", "gemma2", "gemma3_text",
     "gpt_neox", "opt",
@@ -24,10 +26,14 @@ VOCABULARY, HIDDEN, LABELS, PADDING_ID = 40, 32, 3, 1
 KIN = ("xlm-roberta", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3")
 DISTINCT = tuple(family for family in FAMILIES if family not in KIN)
 # Encoders whose positions count from padding_idx + 1.
-FROM_PADDING = ("roberta", "xlm-roberta")
+FROM_PADDING = ("roberta", "xlm-roberta", "mpnet")
 TOKEN_TYPES = ("bert", "roberta", "xlm-roberta", "electra", "albert")
 # Decoders whose positions are learned; all others rotate.
 LEARNED = ("gpt2", "opt")
+# Attention is their own code, with a term for distances in its scores; their positions are slots of the batch.
+RELATIVE = ("mpnet", "deberta-v2")
+# Encoders that have no table of positions and whose prompts no position id moves.
+WITHOUT_TABLE = ("deberta-v2",)
 # Two query heads share a key head in these; the heads of 16 do not add up to the hidden size.
 GROUPED = ("llama", "qwen3", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3", "phi3", "gemma2", "gemma3_text")
 MIXTURES = ("mixtral", "qwen3_moe")
@@ -35,7 +41,7 @@ WIDE_HEADS = ("qwen3", "qwen3_moe", "gemma2", "gemma3_text")
 # Some or all of their layers see this many tokens back, fewer than the tests' texts have.
 WINDOWED, WINDOW = ("mistral", "phi3", "gemma2", "gemma3_text", "modernbert"), 4
 # Some families' layers are shared or do not know which one they are.
-WITHOUT_INDEX = ("albert", "distilbert")
+WITHOUT_INDEX = ("albert", "distilbert", *RELATIVE)
 # Words are narrower than hidden states, and so are shallow prompts.
 NARROW_WORDS = {"electra": 16, "albert": 16}
 # What stands in a family's configuration beside the sizes: whatever makes it differ from Llama, switched on.
@@ -46,6 +52,13 @@ _SPECIAL = {
         "hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0, "qa_dropout": 0.0, "seq_classif_dropout": 0.0,
     },
     "modernbert": {"local_attention": 2 * WINDOW, "cls_token_id": 2, "sep_token_id": 3},
+    "mpnet": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    # As DeBERTa-v3 has it, with so few buckets that the tests' texts reach the logarithmic ones.
+    "deberta-v2": {
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "relative_attention": True,
+        "position_buckets": 8, "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False, "type_vocab_size": 0,
+    },
     "mistral": {"sliding_window": WINDOW},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
@@ -104,8 +117,8 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
     if family in ("gemma2", "gemma3_text", "modernbert"):
         kinds = ("sliding_attention", "full_attention")
         sizes |= {"layer_types": [kinds[i % 2] for i in range(sizes["num_hidden_layers"])]}
-    if family == "gemma2":
-        sizes["attn_implementation"] = "eager"  # it has no other that knows its softcap
+    if family == "gemma2" or family in RELATIVE:
+        sizes["attn_implementation"] = "eager"  # they have no other, or none that knows Gemma's softcap
     return transformers.AutoConfig.for_model(family, **sizes)
 
 
