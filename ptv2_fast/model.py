@@ -264,21 +264,25 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         )  # fmt: skip
         if isinstance(mask, Tensor) and mask.dim() == 2 and not is_first and tokens > 1:
             check_cached_padding(self.backbone, mask)
-        prompts, bank = self._prompts(names)
-        index = None if bank is None else torch.tensor(bank, device=device)
+        if mask is None and positions is not None and is_first:
+            # With a mask at hand transformers does not look for packed rows itself.
+            mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        batch = self._prompt_batch(names, packing)
+        injected = {**inputs, "attention_mask": mask, "position_ids": positions, "ptv2_prompts": batch}
+        return {name: value for name, value in injected.items() if value is not None}
+
+    def _prompt_batch(self, names: Sequence[str], packing: tuple[Tensor, Tensor, int] | None = None) -> PromptBatch:
+        """The prompts of a forward pass of `names`, and the boundaries of its rows where it is packed."""
+        backend = self.adapters[self.active_adapter].config.backend
+        prompts, bank = self._prompts(names, backend)
+        index = None if bank is None else torch.tensor(bank, device=self.backbone.device)
         bounds = longest = None
         if packing is not None:
             bounds, row_of, longest = packing
             index = index[row_of] if index is not None else None
-        if mask is None and positions is not None and is_first:
-            # With a mask at hand transformers does not look for packed rows itself.
-            mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
-        backend = self.adapters[self.active_adapter].config.backend
         # The first forward shows that the base hands its layers their prompts.
         asked = None if self._reached or torch.compiler.is_compiling() else []
-        batch = PromptBatch(prompts, index, bounds, longest, backend, asked=asked)
-        injected = {**inputs, "attention_mask": mask, "position_ids": positions, "ptv2_prompts": batch}
-        return {name: value for name, value in injected.items() if value is not None}
+        return PromptBatch(prompts, index, bounds, longest, backend, asked=asked)
 
     def _run_evolving(self, target: nn.Module, inputs: dict[str, Any], adapter: Adapter):
         """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
@@ -311,9 +315,8 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             output.hidden_states = tuple(state[:, -tokens:] for state in output.hidden_states)
         return output
 
-    def _prompts(self, names: Sequence[str]) -> tuple[tuple[LayerPrompt | None, ...], list[int] | None]:
+    def _prompts(self, names: Sequence[str], backend: str) -> tuple[tuple[LayerPrompt | None, ...], list[int] | None]:
         """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""
-        backend = self.adapters[self.active_adapter].config.backend
         if len(names) == 1 and names[0] != BASE_ROW:
             return self._sources[names[0]](backend), None
         members = sorted(set(names))
