@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import (
+    ImageClassifierOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -16,9 +17,10 @@ from transformers.modeling_outputs import (
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW
+from ptv2_fast.config import ROW_TASKS
 from ptv2_fast.heads import base_targets, classification_loss, span_loss
 from ptv2_fast.model import PTuningV2Model
-from ptv2_fast.models.inputs import text_size
+from ptv2_fast.models.features import features_read, input_size, reads_text
 from ptv2_fast.models.pooling import tokens_read
 from ptv2_fast.models.slots import tokens_first, turn_rows
 from ptv2_fast.models.view import view_of
@@ -67,7 +69,7 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
     def _run_base_head(self, inputs, adapter_names, adapters: list[Adapter], targets):
         """The base's own forward, with the adapter's copy of the base's head in its place."""
         task_type = self.adapters[self.active_adapter].config.task_type
-        targets = base_targets(self.base_model, task_type, text_size(inputs), targets)
+        targets = base_targets(self.base_model, task_type, input_size(self._family, inputs), targets)
         target = self.base_model
         if adapters and not self._disabled:
             if len(adapters) > 1:
@@ -77,10 +79,10 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
                 )
             target = view_of(target, children=dict(adapters[0].base_heads.items()))
         read = back = None
-        if adapters and adapters[0].config.task_type == "SEQ_CLS" and self._family.reads_first:
-            if not self._disabled:
+        if adapters and adapters[0].config.task_type in ROW_TASKS and self._family.reads_first:
+            if not self._disabled and reads_text(self._family):
                 inputs, back = tokens_first(inputs)
-            read = tokens_read(inputs, "first")
+            read = self._read(inputs, "first")
         output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
         if back is not None and output.hidden_states is not None:
             output.hidden_states = tuple(turn_rows(states, back) for states in output.hidden_states)
@@ -91,11 +93,11 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         read = None
         if len(names) == 1:
             head = self.adapters[names[0]].head(task).config
-            read = tokens_read(inputs, head.pooling) if head.task_type == "SEQ_CLS" else None
+            read = self._read(inputs, head.pooling) if head.task_type in ROW_TASKS else None
         output = self.run(self.backbone, inputs, adapter_names, read=read)
         hidden = output.last_hidden_state
         mask = inputs.get("attention_mask")
-        mask = mask if mask is not None and mask.dim() == 2 else None
+        mask = mask if mask is not None and mask.dim() == 2 and reads_text(self._family) else None
         if len(names) == 1:
             head = self.adapters[names[0]].head(task)
             return _task_output(head.config.task_type, head(hidden, mask), targets, output)
@@ -114,6 +116,12 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
         logits = torch.cat(rows) if same else tuple(row[0] for row in rows)
         return _task_output(next(iter(kinds)) if same else "SEQ_CLS", logits, targets, output)
+
+    def _read(self, inputs: dict[str, Any], pooling: str) -> Tensor | None:
+        """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""
+        if reads_text(self._family):
+            return tokens_read(inputs, pooling)
+        return features_read(self._family, inputs, self.backbone, pooling)
 
     def packed_task(self) -> tuple[str, str]:
         """The task type and pooling by which a batch is packed for the active adapter."""
@@ -169,5 +177,6 @@ def _task_output(task_type: str, logits, targets: dict[str, Tensor], output):
         loss = span_loss(logits, **targets) if targets else None
         return QuestionAnsweringModelOutput(loss, start_logits=start, end_logits=end, **states)
     loss = classification_loss(logits, targets["labels"]) if targets else None
-    cls = TokenClassifierOutput if task_type == "TOKEN_CLS" else SequenceClassifierOutput
+    classes = {"TOKEN_CLS": TokenClassifierOutput, "IMAGE_CLS": ImageClassifierOutput}
+    cls = classes.get(task_type, SequenceClassifierOutput)
     return cls(loss, logits=logits, **states)

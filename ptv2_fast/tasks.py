@@ -190,12 +190,44 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
         return self._as_asked(self.run(self.backbone, inputs, adapter_names), kwargs.get("return_dict"))
 
 
+class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):
+    """Prompts for classifying images (task_type IMAGE_CLS)."""
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        task: str | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs,
+    ):
+        """Logits (B, C) of images (B, C, H, W) and, with labels (B,), the mean cross-entropy."""
+        return self._run_task({"pixel_values": pixel_values, **kwargs}, adapter_names, task, {"labels": labels})
+
+
+class PTuningV2ModelForAudioClassification(PTuningV2ModelWithHeads):
+    """Prompts for classifying sounds (task_type AUDIO_CLS)."""
+
+    def forward(
+        self,
+        input_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        task: str | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs,
+    ):
+        """Logits (B, C) of spectrograms (B, M, F) and, with labels (B,), the mean cross-entropy."""
+        return self._run_task({"input_features": input_features, **kwargs}, adapter_names, task, {"labels": labels})
+
+
 MODEL_CLASSES: dict[str, type[PTuningV2Model]] = {
     "SEQ_CLS": PTuningV2ModelForSequenceClassification,
     "TOKEN_CLS": PTuningV2ModelForTokenClassification,
     "QUESTION_ANS": PTuningV2ModelForQuestionAnswering,
     "CAUSAL_LM": PTuningV2ModelForCausalLM,
     "FEATURE_EXTRACTION": PTuningV2ModelForFeatureExtraction,
+    "IMAGE_CLS": PTuningV2ModelForImageClassification,
+    "AUDIO_CLS": PTuningV2ModelForAudioClassification,
 }
 
 
