@@ -49,7 +49,8 @@ def test_compiled_layers_and_fused_projections(family, injection, monkeypatch):
 @pytest.mark.parametrize(("family", "injection"), EVERY)
 def test_a_compiled_model_is_the_model(family, injection):
     torch.compiler.reset()
-    model = tiny_model(family, injection, TASK[family]).train()
+    # While training, Whisper's encoder looks at a random number for its layerdrop in transformers up to 5.17.
+    model = tiny_model(family, injection, TASK[family]).train(family != "whisper")
     model(**features(family))  # transformers hooks the layers in its first run
     loss = model(**features(family), labels=TARGETS).loss
     expected = {"loss": loss, **gradients(loss, model)}
