@@ -179,7 +179,10 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
         adapter_names: Sequence[str] | None = None,
         **kwargs,
     ):
-        """The backbone's output, last_hidden_state (B, N, D); with `task` the output of that head instead."""
+        """The backbone's output, last_hidden_state (B, N, D); with `task` the output of that head instead.
+
+        Images and sounds are given by name, as pixel_values and input_features.
+        """
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         if task is not None:
