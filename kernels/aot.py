@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -123,7 +124,8 @@ def record_case(case: Case) -> list[launch.Launch]:
     }  # fmt: skip
     with launch.record(case.arch) as launches:
         output, lse = prompt_attention_forward(q, k, v, prompt_k, prompt_v, **arguments)
-        needs = Needs(query=True, text=True, prompt=True, prompt_bias=bool(options.get("prompt_bias")))
+        needs = Needs(query=True, text=True, prompt=True, prompt_bias=bool(options.get("prompt_bias")),
+                      bias=bool(options.get("bias")))
         prompt_attention_backward(output, q, k, v, prompt_k, prompt_v, output, lse, needs=needs, **arguments)
         if not packed:
             one_query = {"dropout_p": 0.0, "bias": arguments["bias"] if arguments["bias"] is None
@@ -233,7 +235,8 @@ def _worst(group: Sequence[Report]) -> str:
 def compile_missing(rows: Sequence[Row], known: dict[tuple[int, str], dict[str, int]], jobs: int) -> Iterator[Row]:
     """Compile each code that is not known yet, once, and add it to `known`; gives the rows as they come."""
     missing = list({row.code: row for row in rows if row.code not in known}.values())
-    with ProcessPoolExecutor(jobs) as pool:
+    # Recording the launches starts PyTorch's threads, which a forked process would wait for in vain.
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         for row, measured in zip(missing, pool.map(compile_row, missing)):
             known[row.code] = measured
             yield row

@@ -1,7 +1,8 @@
 """Prompt attention, backward, the kernels that own keys: text dK and dV, and the prompt's, summed over the batch.
 
 Both walk over queries with one shared step. The text kernel writes its result; the prompt kernel leaves one slot of
-float32 partials per share of the queries, and `_sum_slots_kernel` adds the slots in a fixed order. See README.md.
+float32 partials per share of the queries, and `_sum_slots_kernel` adds the slots in a fixed order. The text kernel
+meets each pair of a query and a key once, so a bias that trains gets its gradient there. See README.md.
 """
 
 import triton
@@ -52,9 +53,9 @@ def key_gradient_step(dk, dv, k, v, q, do, lse, delta, queries, keys, shift, bia
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _prompt_attention_backward_text_kernel(
     q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, key_mask_ptr, bias_ptr, prompt_bias_ptr, prompt_index_ptr,
-    prompt_lens_ptr, cu_seqlens_ptr, seed_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    prompt_lens_ptr, cu_seqlens_ptr, seed_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr,
     q_strides, k_strides, v_strides, prompt_k_strides, prompt_v_strides, key_mask_strides, bias_strides,
-    prompt_bias_strides, do_strides, lse_strides, dk_strides, dv_strides,
+    prompt_bias_strides, do_strides, lse_strides, dk_strides, dv_strides, dbias_strides,
     num_queries, num_keys, prompt_length, num_heads, num_tiles, scale, softcap, window, dropout_p,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_PROMPT: tl.constexpr, IS_CAUSAL: tl.constexpr,
@@ -111,10 +112,14 @@ def _prompt_attention_backward_text_kernel(
                     bias_ptrs = None
                     if bias_ptr is not None:
                         bias_ptrs = bias_ptr + offset_of(bias_strides, row, head, queries)  # [1, BLOCK_M]
-                    dk, dv, _ = key_gradient_step(
+                    dk, dv, dscores = key_gradient_step(
                         dk, dv, k, v, q, do, lse, delta, queries, keys, shift, bias_ptrs, bias_strides[3], end,
                         num_keys, scale, softcap, window, seed, dropout_p, row * num_heads + head, prompt_length,
                         CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+                    if dbias_ptr is not None:
+                        pairs = offset_of(dbias_strides, row, head, queries) + widen(keys) * dbias_strides[3]
+                        tl.store(dbias_ptr + pairs, tl.where(attended, dscores, 0.0).to(dbias_ptr.dtype.element_ty),
+                                 mask=(queries < end) & (keys < num_keys))
 
     # A masked key was computed like any other, with a probability that may overflow: its sums are replaced, not scaled.
     dk = tl.where(attended, dk * scale, 0.0)

@@ -63,10 +63,10 @@ _SINGLE = {
 _SINGLE_CROWDED = {
     "forward": {64: (32, 16, 4, 2), 128: (16, 16, 16, 1), 256: (16, 16, 16, 1)},
     "backward_query": {64: (32, 16, 16, 1), 128: (16, 16, 16, 1)},
-    "backward_text": {64: (16, 32, 8, 1), 128: (16, 32, 16, 1)},
+    "backward_text": {64: (16, 32, 16, 1), 128: (16, 32, 16, 1), 256: (16, 16, 8, 1)},
 }
 _BLACKWELL_SINGLE = {"backward_query": {256: (16, 16, 16, 1)}}
-_BLACKWELL_HALF_CROWDED = {"backward_query": {128: (32, 32, 8, 2)}}
+_BLACKWELL_HALF_CROWDED = {"backward_query": {128: (32, 32, 8, 2)}, "backward_text": {64: (16, 128, 8, 1)}}
 _GFX942 = {"backward_query": {128: (64, 32, 8, 1)}}
 # Triton's interpreter has no registers to fill; small tiles let small tests cross many tile borders.
 _INTERPRETER = LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)

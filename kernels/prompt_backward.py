@@ -3,6 +3,7 @@
     delta = rowsum(do * o)                        dP = keep * (do V^T) / (1 - p)
     dS    = P * (dP - delta)                      dQ = scale * dS K
     dK    = scale * dS^T Q                        dV = (keep * P / (1 - p))^T do
+    dbias = dS
 
 P is recomputed from q, k and lse. Text gradients come from one program per tile of queries (dQ) or of keys (dK, dV).
 The prompt's gradients are sums over every row that uses it: each program sums a fixed share of the queries into a slot
@@ -173,6 +174,7 @@ class Needs(NamedTuple):
     text: bool = False
     prompt: bool = False
     prompt_bias: bool = False
+    bias: bool = False
 
 
 class Gradients(NamedTuple):
@@ -184,6 +186,7 @@ class Gradients(NamedTuple):
     prompt_k: torch.Tensor | None = None
     prompt_v: torch.Tensor | None = None
     prompt_bias: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 def prompt_attention_backward(grad_output, q, k, v, prompt_k, prompt_v, output, lse, *, needs: Needs,
@@ -212,13 +215,15 @@ def prompt_attention_backward(grad_output, q, k, v, prompt_k, prompt_v, output, 
     saved = {"do_ptr": grad_output, "lse_ptr": lse, "delta_ptr": delta, "do_strides": grad_output.stride(),
              "lse_strides": problem.row_stride(lse)}
     dq = _query_gradient(problem, saved, config) if needs.query else None
-    dk, dv = _text_gradients(problem, saved, config) if needs.text else (None, None)
+    dk, dv, dbias = (None, None, None)
+    if needs.text or needs.bias:
+        dk, dv, dbias = _text_gradients(problem, saved, needs.bias, config)
     prompt = (None, None, None)
     if needs.prompt or needs.prompt_bias:
         prompt = _prompt_gradients(problem, saved, needs.prompt_bias, config)
     if problem.packed:
         dq, dk, dv = (None if x is None else x[0].transpose(0, 1) for x in (dq, dk, dv))
-    return Gradients(dq, dk, dv, *prompt)
+    return Gradients(dq, dk, dv, *prompt, dbias)
 
 
 def _delta(problem: Problem, grad_output, output, lse, config) -> torch.Tensor:
@@ -250,17 +255,24 @@ def _query_gradient(problem: Problem, saved: dict, config) -> torch.Tensor:
     return dq
 
 
-def _text_gradients(problem: Problem, saved: dict, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv, laid out as the output is."""
+def _text_gradients(problem: Problem, saved: dict, wants_bias: bool, config) -> tuple[torch.Tensor | None, ...]:
+    """dk and dv, laid out as the output is, and dbias or None, contiguous."""
     dk, dv = launch.allocate_heads(problem.k), launch.allocate_heads(problem.v)
+    dbias = None
+    if wants_bias:
+        # Pairs that no query sees are not visited.
+        shape = (problem.num_rows, problem.num_heads, problem.num_queries, problem.num_keys)
+        whole = problem.bias.shape == shape
+        dbias = torch.zeros(shape, dtype=problem.bias.dtype if whole else torch.float32, device=problem.q.device)
     config = config or problem.config("backward_text")
     num_tiles = triton.cdiv(problem.num_keys, config.block_n)
     num_programs = num_tiles * problem.num_kv_heads * problem.num_rows
     launch.run(
         _prompt_attention_backward_text_kernel, (num_programs,), dk.device, **problem.inputs(), **saved, dk_ptr=dk,
-        dv_ptr=dv, dk_strides=dk.stride(), dv_strides=dv.stride(), num_tiles=num_tiles, **problem.switches(),
+        dv_ptr=dv, dbias_ptr=dbias, dk_strides=dk.stride(), dv_strides=dv.stride(),
+        dbias_strides=dbias.stride() if wants_bias else (0, 0, 0, 0), num_tiles=num_tiles, **problem.switches(),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, **config.options)
-    return dk, dv
+    return dk, dv, dbias.sum_to_size(problem.bias.shape).to(problem.bias.dtype) if wants_bias else None
 
 
 def _prompt_gradients(problem: Problem, saved: dict, wants_bias: bool, config) -> tuple[torch.Tensor | None, ...]:

@@ -10,6 +10,7 @@ from ptv2_fast.heads import Head, copied_heads
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import Family, family_of
 from ptv2_fast.models.features import reads_text
+from ptv2_fast.models.gathered import device_of
 from ptv2_fast.prompts.encoder import PromptEncoder
 
 _BASE_SUFFIX = {
@@ -57,7 +58,7 @@ class Adapter(nn.Module):
         self.heads = nn.ModuleDict(heads)
         uses_base_head = config.task_type in HEAD_TASKS and not heads
         self.base_heads = copied_heads(base) if uses_base_head else nn.ModuleDict()
-        self.to(backbone.device)
+        self.to(device_of(backbone))
 
     def head(self, task: str | None) -> Head:
         """The head named `task`; None where there is only one.

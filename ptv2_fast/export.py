@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ptv2_fast.attention.prompt_batch import LayerPrompt
+from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.checkpoint import describe, write_whole
 
 if TYPE_CHECKING:
@@ -57,11 +57,16 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
         model.train(was_training)
 
 
-def _keys_and_values(prompts: Sequence[LayerPrompt | None]) -> dict[str, Tensor]:
+def _keys_and_values(prompts: Sequence[LayerPrompt | LazyPrompt | None]) -> dict[str, Tensor]:
     tensors = {}
     for layer, prompt in enumerate(prompts):
         if prompt is None:
             continue
+        if isinstance(prompt, LazyPrompt):
+            raise ValueError(
+                "model must have its weights at hand for format 'kv'; got a sharded or offloaded one: load the "
+                "saved adapter over a whole base"
+            )
         tensors[f"layers.{layer}.key"] = _plain(prompt.keys)
         tensors[f"layers.{layer}.value"] = _plain(prompt.values)
         if prompt.bias is not None:

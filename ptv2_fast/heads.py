@@ -51,7 +51,21 @@ def own_heads(base: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def copied_heads(base: PreTrainedModel) -> nn.ModuleDict:
-    """Trainable copies of a task model's own head, one set per adapter."""
+    """Trainable copies of a task model's own head, one set per adapter.
+
+    Raises:
+        ValueError: the head is quantized, or its weights are offloaded.
+    """
+    for name, child in own_heads(base).items():
+        if any(p.is_meta for p in child.parameters()):
+            raise ValueError(f"base must have a head to train; {name!r} is offloaded: wrap the base, then offload it")
+        odd = {type(p).__name__ for p in child.parameters() if not p.is_floating_point() or type(p) is not nn.Parameter}
+        if odd:
+            raise ValueError(
+                f"base must have a head to train; {name!r} is quantized ({', '.join(sorted(odd))}). Leave it "
+                f"out of the quantization (llm_int8_skip_modules or modules_to_not_convert=[{name!r}]), or give the "
+                "backbone heads={...}"
+            )
     copies = nn.ModuleDict({name: copy.deepcopy(child) for name, child in own_heads(base).items()})
     return copies.requires_grad_(True)
 

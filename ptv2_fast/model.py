@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
-from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
+from ptv2_fast.attention.prompt_batch import Account, LayerPrompt, LazyPrompt, PromptBatch
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
 from ptv2_fast.models.families import family_of
 from ptv2_fast.models.features import check_features, input_size, reads_text
+from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.inputs import (
     check_beside,
     check_inputs,
@@ -224,8 +225,9 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         """What this step leaves out, by `step_options`; each change of it is logged once."""
         backend = self.adapters[self.active_adapter].config.backend
         plan = plan_step(
-            self.step_options, training=self.training, device=self.backbone.device, backend=backend
-        )
+            self.step_options, training=self.training, device=device_of(self.backbone), backend=backend,
+            gathered_by=self._step_layers.gathered_by(self, self.base_model),
+        )  # fmt: skip
         if plan != self._logged_plan and not torch.compiler.is_compiling():
             self._logged_plan = plan
             logger.info("training step: %s", plan)
@@ -249,7 +251,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             mask = whole_mask(mask, inputs.get("position_ids"), past_length, ids)
         rows, tokens = check_inputs(ids, inputs.get("inputs_embeds"), mask, past_length)
         check_beside(inputs, rows, tokens, self.base_model)
-        device = self.backbone.device
+        device = device_of(self.backbone)
         is_first = inputs.get(CACHE) is None
         first = self._family.first_position(self.backbone)
         packing = stated_rows(inputs)
@@ -279,13 +281,13 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         """The prompts of a forward pass of `names`, and the boundaries of its rows where it is packed."""
         backend = self.adapters[self.active_adapter].config.backend
         prompts, bank = self._prompts(names, backend)
-        index = None if bank is None else torch.tensor(bank, device=self.backbone.device)
+        index = None if bank is None else torch.tensor(bank, device=device_of(self.backbone))
         bounds = longest = None
         if packing is not None:
             bounds, row_of, longest = packing
             index = index[row_of] if index is not None else None
         # The first forward shows that the base hands its layers their prompts.
-        asked = None if self._reached or torch.compiler.is_compiling() else []
+        asked = None if self._reached or torch.compiler.is_compiling() else Account()
         return PromptBatch(prompts, index, bounds, longest, backend, asked=asked)
 
     def _run_evolving(self, target: nn.Module, inputs: dict[str, Any], adapter: Adapter):
@@ -300,7 +302,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         mask = inputs.get("attention_mask")
         rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
         check_beside(inputs, rows, tokens, self.base_model)
-        length, device = adapter.config.num_virtual_tokens, self.backbone.device
+        length, device = adapter.config.num_virtual_tokens, device_of(self.backbone)
         check_length(self.backbone, self._family, tokens + length)
         if stated_rows(inputs) or packed_rows(inputs.get("position_ids"), mask):
             raise ValueError(
@@ -324,7 +326,9 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             output.hidden_states = tuple(state[:, -tokens:] for state in output.hidden_states)
         return output
 
-    def _prompts(self, names: Sequence[str], backend: str) -> tuple[tuple[LayerPrompt | None, ...], list[int] | None]:
+    def _prompts(
+        self, names: Sequence[str], backend: str
+    ) -> tuple[tuple[LayerPrompt | LazyPrompt | None, ...], list[int] | None]:
         """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""
         if len(names) == 1 and names[0] != BASE_ROW:
             return self._sources[names[0]](backend), None

@@ -47,7 +47,8 @@ def prompt_attention(
         prompt_lens: (R,) integers: entry r has only its first `prompt_lens[r]` tokens; the rest is
             padding.
         prompt_bias: (H, P), or (R, H, P) with a bank: trainable, added to the prompt's scores.
-        bias: (1 or B, 1 or H, N, M), added to the text's scores; frozen; may hold -inf.
+        bias: (1 or B, 1 or H, N, M), added to the text's scores; may hold -inf, and may ask for its gradient (one that
+            is made of queries or keys does).
         causal: query i stands at position i + M - N and sees text keys up to that position.
         scale: factor on the scores; D ** -0.5 when None.
         dropout_p: probability of dropping an attention weight, in [0, 1).

@@ -143,8 +143,6 @@ def _check_additions(q, k, prompt_k, key_mask, cu_seqlens, prompt_bias, bias) ->
                 f"bias must be floating point of shape (1 or {batch}, 1 or {heads}, {queries}, {keys}); "
                 f"got {bias.dtype} {_shape(bias)}"
             )
-        if bias.requires_grad:
-            raise ValueError("bias must not require a gradient: it belongs to the frozen model")
         _check_device("bias", bias, q)
 
 

@@ -7,6 +7,7 @@ is patched.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ def attention_forward(
     softcap: float | None = None,
     position_bias: Tensor | None = None,
     ptv2_prompts: PromptBatch | None = None,
-    ptv2_record: list[tuple[Tensor, Tensor]] | None = None,
+    ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Serve one attention layer of a transformers model, with the prompt that the call carries.
@@ -50,7 +51,7 @@ def attention_forward(
         attention_mask: what `padding_mask` returned: None, (B, M) bool, or (B, 1, N, M) bool or
             additive.
         ptv2_prompts: the prompts of this forward pass; None runs the layer without any.
-        ptv2_record: a list to which (key, value) of every layer is appended.
+        ptv2_record: to which (key, value) of every layer is appended.
 
     Returns:
         (B, N, H, D) and None, since attention weights are never materialised.
@@ -62,6 +63,9 @@ def attention_forward(
     if ptv2_record is not None:
         ptv2_record.append((key, value))
 
+    batch = ptv2_prompts or PromptBatch(layers=())
+    if not batch.windowed and attention_mask is not None and attention_mask.dim() == 4:
+        attention_mask = None  # virtual tokens have no padding: the mask could only hold a window
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     bias = None if position_bias is None else position_bias.to(dtype)
     key_mask = attention_mask
@@ -72,7 +76,6 @@ def attention_forward(
     if bias is not None:
         bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
 
-    batch = ptv2_prompts or PromptBatch(layers=())
     if batch.cu_seqlens is not None and bias is not None:
         raise ValueError(
             f"a packed batch must need no mask but row boundaries; got {type(module).__name__} with a mask or bias of "
@@ -188,6 +191,8 @@ def _is_plain(mask_function) -> bool:
     """Whether visibility is causal or bidirectional, with or without the layer's own sliding window."""
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         return True
+    if torch.compiler.is_compiling():
+        return False  # the compiler cannot look into a closure
     # A window arrives as a closure over (window overlay, base function). What cannot be recognised
     # is not plain: it takes the way of the 4-D mask, which is always right.
     cells = getattr(mask_function, "__closure__", None) or ()

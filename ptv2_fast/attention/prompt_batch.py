@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -23,6 +24,23 @@ class LayerPrompt:
     lens: Tensor | None = None
 
 
+class LazyPrompt:
+    """The prompt of a layer whose weights are there only while the layer runs: made each time that it asks.
+
+    Nothing is kept between two calls, so that a recomputation in backward makes what the forward pass made.
+    """
+
+    def __init__(self, make: Callable[[], LayerPrompt]):
+        self.make = make
+
+
+class Account:
+    """Which layers have asked for their prompt; one object, however often the batch around it is copied."""
+
+    def __init__(self):
+        self.layers: set[int] = set()
+
+
 @dataclass(frozen=True)
 class PromptBatch:
     """The prompts of one forward pass, given to the model as the keyword argument `ptv2_prompts`.
@@ -32,7 +50,7 @@ class PromptBatch:
 
     Attributes:
         layers: one entry per attention layer, None where the layer has no prompt; a single entry serves whichever
-            layer asks; none at all is no prompt anywhere.
+            layer asks; none at all is no prompt anywhere. A lazy one is made when its layer asks.
         index: (B,) or packed (S,): the bank entry of each row; None where all rows share one
             prompt.
         cu_seqlens: (S + 1,) int32 row boundaries when the batch is packed: its (B, N) tokens,
@@ -41,16 +59,16 @@ class PromptBatch:
         backend: which backend of `prompt_attention` serves it.
         windowed: the layers' sliding windows apply; False where the rows are virtual tokens themselves, which every
             query sees.
-        asked: a list to which the index of every layer that asks for its prompt is appended; None keeps no account.
+        asked: where the index of every layer that asks for its prompt is noted; None keeps no account.
     """
 
-    layers: tuple[LayerPrompt | None, ...]
+    layers: tuple[LayerPrompt | LazyPrompt | None, ...]
     index: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
     backend: str = "auto"
     windowed: bool = True
-    asked: list[int] | None = None
+    asked: Account | None = None
 
     def at(self, layer: int) -> PromptBatch:
         """The batch for one layer alone: its attention need not know which layer it is."""
@@ -59,13 +77,15 @@ class PromptBatch:
 
     def of(self, module: nn.Module) -> LayerPrompt | None:
         """The prompt of an attention module, by its `prompt_layer` where it has one, else by its `layer_idx`."""
+        if not self.layers:
+            return None
+        index = 0
         if len(self.layers) > 1:
-            layer = getattr(module, "prompt_layer", None)
-            layer = module.layer_idx if layer is None else layer
-            self._note(layer)
-            return self.layers[layer]
-        self._note(0)
-        return self.layers[0] if self.layers else None
+            index = getattr(module, "prompt_layer", None)
+            index = module.layer_idx if index is None else index
+        self._note(index)
+        prompt = self.layers[index]
+        return prompt.make() if isinstance(prompt, LazyPrompt) else prompt
 
     def check_reached(self, base: str) -> bool:
         """Whether an account was kept, and every layer that has a prompt asked for it.
@@ -75,7 +95,7 @@ class PromptBatch:
         """
         if self.asked is None:
             return False
-        missing = {index for index, prompt in enumerate(self.layers) if prompt is not None} - set(self.asked)
+        missing = {index for index, prompt in enumerate(self.layers) if prompt is not None} - self.asked.layers
         if missing:
             raise RuntimeError(
                 f"base must hand the keyword argument ptv2_prompts on to every attention layer; {base} did not reach "
@@ -85,4 +105,4 @@ class PromptBatch:
 
     def _note(self, layer: int) -> None:
         if self.asked is not None:
-            self.asked.append(layer)
+            self.asked.layers.add(layer)

@@ -21,7 +21,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 DECODE_QUERIES = 16
 
 # Positions of the inputs that may need a gradient.
-_Q, _K, _V, _PROMPT_K, _PROMPT_V, _PROMPT_BIAS = range(6)
+_Q, _K, _V, _PROMPT_K, _PROMPT_V, _PROMPT_BIAS, _BIAS = range(7)
+_TRAINED = 7
 
 
 def unavailable_reason(device: torch.device | str) -> str | None:
@@ -55,8 +56,8 @@ def prompt_attention(
         # One draw from the device's generator a call: torch.manual_seed and CUDA-graph replay
         # govern it.
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
-    tensors = (q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, prompt_index,
-               prompt_lens, bias, seed)
+    tensors = (q, k, v, prompt_k, prompt_v, prompt_bias, bias, key_mask, cu_seqlens, prompt_index,
+               prompt_lens, seed)
     numbers = (max_seqlen, causal, window, softcap, float(scale), float(dropout_p))
     if torch.compiler.is_compiling():
         output, lse = forward_op(*tensors, *numbers)
@@ -65,7 +66,7 @@ def prompt_attention(
     return (output, lse) if return_lse else output
 
 
-def _kernel_arguments(key_mask, cu_seqlens, prompt_index, prompt_lens, bias, seed, max_seqlen,
+def _kernel_arguments(bias, key_mask, cu_seqlens, prompt_index, prompt_lens, seed, max_seqlen,
                       causal, window, softcap, scale, dropout_p) -> dict[str, object]:
     """The trailing arguments of both ops as keyword arguments of the kernels' host functions."""
     return {
@@ -92,7 +93,7 @@ def _backward(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse
 
     asked = Needs(
         query=needs[_Q], text=needs[_K] or needs[_V], prompt=needs[_PROMPT_K] or needs[_PROMPT_V],
-        prompt_bias=needs[_PROMPT_BIAS])
+        prompt_bias=needs[_PROMPT_BIAS], bias=needs[_BIAS])
     return prompt_attention_backward(
         grad_output, q, k, v, prompt_k, prompt_v, output, lse, needs=asked, prompt_bias=prompt_bias,
         **_kernel_arguments(*rest))
@@ -102,11 +103,11 @@ class _PromptAttention(torch.autograd.Function):
     """The eager path: saves the inputs, o and lse, and launches only the passes that are asked for."""
 
     @staticmethod
-    def forward(ctx, q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, prompt_index,
-                prompt_lens, bias, seed, *numbers):
-        frozen = (key_mask, cu_seqlens, prompt_index, prompt_lens, bias, seed)
-        output, lse = _forward(q, k, v, prompt_k, prompt_v, prompt_bias, *frozen, *numbers)
-        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, *frozen)
+    def forward(ctx, q, k, v, prompt_k, prompt_v, prompt_bias, bias, key_mask, cu_seqlens, prompt_index,
+                prompt_lens, seed, *numbers):
+        rest = (bias, key_mask, cu_seqlens, prompt_index, prompt_lens, seed)
+        output, lse = _forward(q, k, v, prompt_k, prompt_v, prompt_bias, *rest, *numbers)
+        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, *rest)
         ctx.numbers = numbers
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -115,31 +116,31 @@ class _PromptAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, _):
-        none = (None,) * (len(ctx.needs_input_grad) - 6)
+        none = (None,) * (len(ctx.needs_input_grad) - _TRAINED)
         if grad_output is None:
-            return (None,) * 6 + none
+            return (None,) * _TRAINED + none
         *inputs, output, lse = ctx.saved_tensors[:8]
-        frozen = ctx.saved_tensors[8:]
-        grads = _backward(grad_output, *inputs, output, lse, ctx.needs_input_grad[:6], *frozen,
-                          *ctx.numbers)
-        asked = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:6]))
+        rest = ctx.saved_tensors[8:]
+        needs = ctx.needs_input_grad[:_TRAINED]
+        grads = _backward(grad_output, *inputs, output, lse, needs, *rest, *ctx.numbers)
+        asked = (grad if need else None for grad, need in zip(grads, needs))
         return (*asked, *none)
 
 
 @torch.library.custom_op("ptv2_fast::prompt_attention_forward", mutates_args=())
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None,
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
-    prompt_lens: Tensor | None, bias: Tensor | None, seed: Tensor | None, max_seqlen: int | None,
+    bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
+    prompt_lens: Tensor | None, seed: Tensor | None, max_seqlen: int | None,
     causal: bool, window: int | None, softcap: float | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """`prompt_attention_forward` for the compiler: (o, lse)."""
-    return _forward(q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, prompt_index,
-                    prompt_lens, bias, seed, max_seqlen, causal, window, softcap, scale, dropout_p)
+    return _forward(q, k, v, prompt_k, prompt_v, prompt_bias, bias, key_mask, cu_seqlens, prompt_index,
+                    prompt_lens, seed, max_seqlen, causal, window, softcap, scale, dropout_p)
 
 
 @forward_op.register_fake
-def _(q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, *rest):
+def _(q, k, v, prompt_k, prompt_v, prompt_bias, bias, key_mask, cu_seqlens, *rest):
     packed = cu_seqlens is not None
     lse_shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
     return _empty_like_heads(q, packed), q.new_empty(lse_shape, dtype=torch.float32)
@@ -149,26 +150,26 @@ def _(q, k, v, prompt_k, prompt_v, prompt_bias, key_mask, cu_seqlens, *rest):
 def backward_op(
     grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor,
     prompt_bias: Tensor | None, output: Tensor, lse: Tensor, needs: list[bool],
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
-    prompt_lens: Tensor | None, bias: Tensor | None, seed: Tensor | None, max_seqlen: int | None,
+    bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
+    prompt_lens: Tensor | None, seed: Tensor | None, max_seqlen: int | None,
     causal: bool, window: int | None, softcap: float | None, scale: float, dropout_p: float,
 ) -> list[Tensor]:
-    """`prompt_attention_backward` for the compiler: six gradients, empty (size 0) where nobody asked."""
+    """`prompt_attention_backward` for the compiler: seven gradients, empty (size 0) where nobody asked."""
     grads = _backward(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs,
-                      key_mask, cu_seqlens, prompt_index, prompt_lens, bias, seed, max_seqlen,
+                      bias, key_mask, cu_seqlens, prompt_index, prompt_lens, seed, max_seqlen,
                       causal, window, softcap, scale, dropout_p)
     return [q.new_empty(0) if grad is None or not need else grad for grad, need in zip(grads, needs)]
 
 
 @backward_op.register_fake
-def _(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs, key_mask,
+def _(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs, bias, key_mask,
       cu_seqlens, *rest):
     packed = cu_seqlens is not None
     fresh = (
         lambda: _empty_like_heads(q, packed), lambda: _empty_like_heads(k, packed),
         lambda: _empty_like_heads(v, packed), lambda: prompt_k.new_empty(prompt_k.shape),
         lambda: prompt_v.new_empty(prompt_v.shape),
-        lambda: prompt_bias.new_empty(prompt_bias.shape))
+        lambda: prompt_bias.new_empty(prompt_bias.shape), lambda: bias.new_empty(bias.shape))
     return [make() if need else q.new_empty(0) for make, need in zip(fresh, needs)]
 
 
@@ -188,9 +189,9 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 def _compiled_backward(ctx, grad_output, _):
     saved = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:6])
+    needs = list(ctx.needs_input_grad[:_TRAINED])
     grads = backward_op(grad_output, *saved[:8], needs, *saved[8:], *ctx.numbers)
-    return (*(grad if need else None for grad, need in zip(grads, needs)), *((None,) * 12))
+    return (*(grad if need else None for grad, need in zip(grads, needs)), *((None,) * 11))
 
 
 forward_op.register_autograd(_compiled_backward, setup_context=_save_for_backward)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.inputs import text_size
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def check_features(family: Family, inputs: Mapping[str, Any], base: PreTrainedMo
     if features.numel() == 0:
         raise ValueError(f"{family.reads} must hold at least one row and no empty axis; got {tuple(features.shape)}")
     # accelerate moves the inputs of a base that it has spread over several devices.
-    if not getattr(base, "hf_device_map", None) and features.device != base.device:
-        raise ValueError(f"{family.reads} must be on the model's device {base.device}; got {features.device}")
+    if not getattr(base, "hf_device_map", None) and features.device != device_of(base):
+        raise ValueError(f"{family.reads} must be on the model's device {device_of(base)}; got {features.device}")
     if family.reads == "pixel_values" and inputs.get("attention_mask") is not None:
         raise ValueError("attention_mask must be None: every patch of an image is read")
     # Whisper's feature extractor returns a mask that its encoder ignores: silence is part of the sound.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ptv2_fast.models.projection import Projection
+from ptv2_fast.models.projection import Projection, linear_projection
 
 
 def layers(backbone: PreTrainedModel) -> nn.ModuleList:
@@ -20,21 +19,10 @@ def normed(backbone: PreTrainedModel, layer: int, states: Tensor) -> Tensor:
 
 
 def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Projection]:
-    """The key and the value part of one block's fused projection.
-
-    Raises:
-        ValueError: the projection is not transformers' Conv1D.
-    """
+    """The key and the value part of one block's fused projection, which maps to [q | k | v]."""
     attention = backbone.h[layer].attn
-    fused, width = attention.c_attn, attention.split_size
-    if type(fused) is not Conv1D:
-        raise ValueError(f"base must project keys and values by Conv1D; got {type(fused).__name__}")
-    # It maps to [q | k | v], and Conv1D stores its weight as (in, out).
-    keys, values = (slice(i * width, (i + 1) * width) for i in (1, 2))
-    return (
-        Projection(fused.weight[:, keys].T, fused.bias[keys]),
-        Projection(fused.weight[:, values].T, fused.bias[values]),
-    )
+    fused, width = linear_projection(attention.c_attn), attention.split_size
+    return fused.rows(width, 2 * width), fused.rows(2 * width, 3 * width)
 
 
 def finished(backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:

@@ -10,20 +10,11 @@ from ptv2_fast.models.projection import Projection, linear_projection
 
 
 def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Projection]:
-    """The key and the value part of one layer's fused projection, which maps to [q k v] of each head in turn.
-
-    Their rows do not lie one stride apart, so they are copies.
-    """
+    """The key and the value part of one layer's fused projection, which maps to [q k v] of each head in turn."""
     attention = backbone.layers[layer].attention
     fused = linear_projection(attention.query_key_value)
     by_head = (backbone.config.num_attention_heads, 3, attention.head_size)
-
-    def part(index: int) -> Projection:
-        weight = fused.weight.unflatten(0, by_head)[:, index].flatten(0, 1)
-        bias = None if fused.bias is None else fused.bias.unflatten(0, by_head)[:, index].flatten()
-        return Projection(weight, bias, in_place=False)
-
-    return part(1), part(2)
+    return fused.part(by_head, 1), fused.part(by_head, 2)
 
 
 def finished(backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:

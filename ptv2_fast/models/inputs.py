@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptv2_fast.models.gathered import device_of
+
 
 def check_inputs(
     input_ids: Tensor | None,
@@ -72,7 +74,7 @@ def check_beside(inputs: Mapping[str, Any], rows: int, tokens: int, base: PreTra
         ValueError: the message names the input.
     """
     # accelerate moves the inputs of a base that it has spread over several devices.
-    device = None if getattr(base, "hf_device_map", None) else base.device
+    device = None if getattr(base, "hf_device_map", None) else device_of(base)
     for name in ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"):
         value = inputs.get(name)
         if value is None or (name == "attention_mask" and isinstance(value, Mapping)):

@@ -53,9 +53,10 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
         virtual = original(inputs_embeds=prompts[None].to(text.dtype))
         return torch.cat([virtual.expand(text.shape[0], -1, -1), text], dim=1)
 
-    def turn(original, states, position_ids, *args, **kwargs):
+    def turn(_, states, position_ids, *args, **kwargs):
         virtual = torch.arange(length, device=position_ids.device).expand(position_ids.shape[0], -1)
-        return original(states, torch.cat([virtual, position_ids], dim=1), *args, **kwargs)
+        # The module itself: the compiler cannot call a copy's decorated forward.
+        return backbone.rotary_emb(states, torch.cat([virtual, position_ids], dim=1), *args, **kwargs)
 
     def finish(original, states):
         return original(states[:, length:])

@@ -9,11 +9,13 @@ from ptv2_fast.models.families import Family, families
 
 _HEADING = """# Model families
 
-Written by `python -m ptv2_fast.models.table docs/families.md`; a test fails where it is out of date. A model type
-that is not here is tried on a few tokens: where a base makes its keys and values, counts its positions and hides its
-text as a family of this table does, it is taken for one of that family (CamemBERT, Ernie, Granite, StarCoder2,
-Qwen2-MoE, Gemma, Phi in `tests/models/test_unlisted.py`); others are refused by name. Every row runs in these tests, on
-a tiny random model with the family's own features on:
+Written by `python -m ptv2_fast.models.table docs/families.md`; a test fails where it is out of date.
+
+A model type that is not here is tried on a few tokens: a base that makes its keys and values, counts its positions and
+hides its text as a family of this table does is taken for one of that family (CamemBERT, Ernie, Granite, StarCoder2,
+Qwen2-MoE, Gemma and Phi in `tests/models/test_unlisted.py`); others are refused by name.
+
+Every row runs in these tests, on a tiny random model with the family's own features on:
 
 - `tests/test_parity.py`: outputs and prompt gradients against the literal concat-and-slice form, in float64;
 - `tests/test_invariants.py`: padding on any side, packed rows, gradient checkpointing, a disabled prompt, a prompt per

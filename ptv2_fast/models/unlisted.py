@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -125,7 +124,7 @@ def _makes_its_keys(backbone: PreTrainedModel, family: Family, states, record) -
             return False
         # The front alone stands at the positions of a prompt.
         normed = family.normed(backbone, layer, states[layer][0, :_FRONT])
-        made_keys, made_values = (F.linear(normed, p.weight, p.bias) for p in family.projections(backbone, layer))
+        made_keys, made_values = (project(normed) for project in family.projections(backbone, layer))
         made_keys = made_keys.unflatten(-1, (-1, keys.shape[-1]))
         made_keys = family.finished(backbone, layer, made_keys).transpose(0, 1)
         made_values = made_values.unflatten(-1, (-1, values.shape[-1])).transpose(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,7 +95,20 @@ def _shallow_copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """An object of `cls` with the attributes of `module`; what copy.copy does, in steps that torch.compile traces."""
     copied = object.__new__(cls)
     copied.__dict__.update(module.__dict__)
+    if "forward" in module.__dict__:
+        for name in ("forward", "_old_forward"):
+            if name in module.__dict__:
+                copied.__dict__[name] = _rebound(module.__dict__[name], module, copied)
     return copied
+
+
+def _rebound(function: Callable, module: nn.Module, copied: nn.Module) -> Callable:
+    """A module's own forward (accelerate's hooks give it one) for its copy, which may have other children."""
+    if isinstance(function, functools.partial) and function.args and function.args[0] is module:
+        return functools.partial(function.func, copied, *function.args[1:], **function.keywords)
+    if isinstance(function, types.MethodType) and function.__self__ is module:
+        return types.MethodType(function.__func__, copied)
+    return function
 
 
 @functools.cache

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
+from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt, PromptBatch
 from ptv2_fast.models.families import Family
+from ptv2_fast.models.gathered import check_runs_alone, kept_together
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.projection import LayerProjections
 
@@ -19,7 +23,7 @@ def layer_prompts(
     family: Family,
     projections: LayerProjections,
     backend: str,
-) -> tuple[LayerPrompt | None, ...]:
+) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
     """The prompt of every layer of the backbone; None where a layer has none.
 
     deep: K_p, V_p = the layer's own projection of its prompt states. prefix: the parameters themselves. shallow on a
@@ -31,33 +35,51 @@ def layer_prompts(
         backend: which backend of `prompt_attention` the prompts are for.
 
     Returns:
-        One LayerPrompt of keys and values (Hkv, P, d) per layer, in the backbone's dtype.
+        One LayerPrompt of keys and values (Hkv, P, d) per layer, in the backbone's dtype; a lazy one where the layer's
+        weights are there only while it runs.
 
     Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its size.
     """
     prompts = encoder().to(backbone.dtype)
+    count = family.sizes(backbone).num_layers
+    gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
+    waits = projections.must_wait()
+
+    def finished(layer: int, keys: Tensor, values: Tensor) -> LayerPrompt:
+        bias = gates.get(layer)
+        if family.positioned is not None:
+            keys, distance = family.positioned(backbone, layer, keys)
+            bias = distance if bias is None else distance + bias
+        return LayerPrompt(keys, values, bias=bias)
+
+    # What a layer's weights make is made while the layer runs.
+    if waits and (encoder.injection == "deep" or (encoder.injection == "prefix" and family.positioned is not None)):
+        pair_of = projections.of_layer if encoder.injection == "deep" else _as_they_are
+        made = {
+            layer: LazyPrompt(lambda layer=layer, own=own: finished(layer, *pair_of(layer, own)))
+            for layer, own in zip(encoder.layers, prompts.unbind(0))
+        }
+        return tuple(made.get(layer) for layer in range(count))
     match encoder.injection:
         case "prefix":
             pairs = dict(zip(encoder.layers, (layer.unbind(0) for layer in prompts.unbind(0))))
         case "deep":
             pairs = dict(zip(encoder.layers, projections(prompts, backend)))
         case "shallow":
-            recorded = record_keys_values(backbone, prompts[None], family, virtual=True)
+            if waits:
+                check_runs_alone(backbone)
+            recorded = record_keys_values(backbone, prompts[None], family, virtual=True, together=waits)
             pairs = {layer: recorded[layer] for layer in encoder.layers}
-    gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
-    if family.positioned is not None:
-        for layer, (keys, values) in pairs.items():
-            keys, bias = family.positioned(backbone, layer, keys)
-            pairs[layer] = keys, values
-            gates[layer] = bias + gates[layer] if layer in gates else bias
-    return tuple(
-        LayerPrompt(*pairs[layer], bias=gates.get(layer)) if layer in pairs else None
-        for layer in range(family.sizes(backbone).num_layers)
-    )
+    return tuple(finished(layer, *pairs[layer]) if layer in pairs else None for layer in range(count))
+
+
+def _as_they_are(layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = pair.unbind(0)
+    return keys, values
 
 
 def record_keys_values(
-    backbone: PreTrainedModel, embeddings: Tensor, family: Family, *, virtual: bool = False
+    backbone: PreTrainedModel, embeddings: Tensor, family: Family, *, virtual: bool = False, together: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
     """Run embeddings (1, P, E) through the backbone and keep each layer's keys and values (Hkv, P, d).
 
@@ -65,26 +87,30 @@ def record_keys_values(
 
     Args:
         virtual: they are virtual tokens, which sliding windows never hide; else they are a text like any other.
+        together: weights come and go with the layers: backward reaches every layer by its output.
     """
     length = embeddings.shape[1]
     start = -length if family.rotary else family.first_position(backbone)
     positions = torch.arange(start, start + length, device=embeddings.device)[None]
     # With a mask at hand transformers does not look for packed rows in the positions.
     mask = torch.ones(1, length, dtype=torch.bool, device=embeddings.device)
-    record: list[tuple[Tensor, Tensor]] = []
+    # Wrappers of modules rebuild the lists among a call's arguments, not this.
+    record: deque[tuple[Tensor, Tensor]] = deque()
     run = backbone if family.indexed is None else family.indexed(backbone)
-    run(
+    output = run(
         inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False,
         ptv2_record=record, ptv2_prompts=PromptBatch(layers=(), windowed=not virtual),
     )  # fmt: skip
     # A recomputation in backward (gradient checkpointing) appends again: only the first pass
     # counts.
-    return [(keys[0], values[0]) for keys, values in record[: family.sizes(backbone).num_layers]]
+    first = islice(record, family.sizes(backbone).num_layers)
+    pairs = [(keys[0], values[0]) for keys, values in first]
+    return kept_together(pairs, output.last_hidden_state) if together else pairs
 
 
 def stack_bank(
-    members: list[tuple[LayerPrompt | None, ...]],
-) -> tuple[LayerPrompt | None, ...]:
+    members: list[tuple[LayerPrompt | LazyPrompt | None, ...]],
+) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
     """One bank per layer out of the prompts of R adapters, padded to the longest.
 
     Args:
@@ -96,7 +122,9 @@ def stack_bank(
     return tuple(_stack_layer(layer) for layer in zip(*members))
 
 
-def _stack_layer(prompts: tuple[LayerPrompt | None, ...]) -> LayerPrompt | None:
+def _stack_layer(prompts: tuple[LayerPrompt | LazyPrompt | None, ...]) -> LayerPrompt | LazyPrompt | None:
+    if any(isinstance(p, LazyPrompt) for p in prompts):
+        return LazyPrompt(lambda: _stack_layer(tuple(p.make() if isinstance(p, LazyPrompt) else p for p in prompts)))
     present = [prompt for prompt in prompts if prompt is not None]
     if not present:
         return None

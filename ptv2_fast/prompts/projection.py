@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.models.families import Family
+from ptv2_fast.models.gathered import gathered_by
 from ptv2_fast.models.projection import Projection
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,19 +42,31 @@ class LayerProjections:
             for layer, state in zip(self._layers, states.unbind(0))
         ]
         per_layer = [self._family.projections(self._backbone, layer) for layer in self._layers]
-        if _kernel_serves(normed[0], per_layer[0], backend):
+        if _kernel_serves(normed[0], per_layer, backend):
             keys, values = self._by_kernel(torch.stack(normed), per_layer)
         else:
-            keys, values = (
-                [F.linear(x, p.weight, p.bias) for x, p in zip(normed, side)] for side in zip(*per_layer)
-            )
-        pairs = []
-        for layer, flat_keys, flat_values in zip(self._layers, keys, values):
-            layer_keys = flat_keys.unflatten(-1, (-1, self._head_dim))  # (P, Hkv, d)
-            layer_keys = self._family.finished(self._backbone, layer, layer_keys)
-            layer_values = flat_values.unflatten(-1, (-1, self._head_dim))
-            pairs.append((layer_keys.transpose(0, 1), layer_values.transpose(0, 1)))
-        return pairs
+            keys, values = ([project(x) for x, project in zip(normed, side)] for side in zip(*per_layer))
+        return [self._finished(*flat) for flat in zip(self._layers, keys, values)]
+
+    def must_wait(self) -> bool:
+        """Whether each layer's weights are there only while that layer runs: prompts are then made `of_layer`."""
+        return gathered_by((self._backbone,), self._family.layers(self._backbone)) is not None
+
+    def of_layer(self, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, (Hkv, P, d) each, that one layer makes of its prompt states (P, D), called while it runs."""
+        pair = self._family.projections(self._backbone, layer)
+        # Who brings the weights may bring them in another dtype than the one they are kept in.
+        dtypes = (p.dtype for p in pair[0].module.parameters() if p.is_floating_point())
+        normed = self._family.normed(self._backbone, layer, states.to(next(dtypes, states.dtype)))
+        keys, values = (project(normed) for project in pair)
+        return self._finished(layer, keys, values)
+
+    def _finished(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected keys and values (P, Hkv * d) as attention reads them, (Hkv, P, d)."""
+        keys = keys.unflatten(-1, (-1, self._head_dim))  # (P, Hkv, d)
+        keys = self._family.finished(self._backbone, layer, keys)
+        values = values.unflatten(-1, (-1, self._head_dim))
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
     def _by_kernel(self, normed: Tensor, per_layer: list[tuple[Projection, Projection]]):
         """(L', P, Hkv * d) keys and values from normed states (L', P, D)."""
@@ -70,10 +82,12 @@ class LayerProjections:
         return tuple(prompt_projection(normed, table) for table in self._tables[1])
 
 
-def _kernel_serves(normed: Tensor, layer: tuple[Projection, Projection], backend: str) -> bool:
+def _kernel_serves(normed: Tensor, per_layer: list[tuple[Projection, Projection]], backend: str) -> bool:
     """Whether the kernel takes the states and the weights; under autocast and the compiler torch's own product runs."""
     wanted = backend == "triton" or (backend == "auto" and normed.is_cuda)
-    # The kernel's table keeps the addresses of weights, so they must be the base's own.
-    plain = normed.dtype == layer[0].weight.dtype and all(projection.in_place for projection in layer)
-    plain = plain and not torch.is_autocast_enabled(normed.device.type)
-    return wanted and plain and normed.dtype in _KERNEL_DTYPES and not torch.compiler.is_compiling()
+    if not wanted or torch.compiler.is_compiling() or torch.is_autocast_enabled(normed.device.type):
+        return False
+    # The kernel's table keeps the addresses of weights, so they must be the base's own, of one dtype.
+    projections = [projection for pair in per_layer for projection in pair]
+    plain = all(p.weight is not None and p.in_place and p.weight.dtype == normed.dtype for p in projections)
+    return plain and normed.dtype in _KERNEL_DTYPES

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
-from ptv2_fast.attention.prompt_batch import LayerPrompt
+from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.models.families import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.keys_values import layer_prompts
@@ -34,9 +34,9 @@ class PromptSource:
         self._backbone = backbone
         self._family = family
         self._projections = LayerProjections(backbone, family, encoder.layers)
-        self._kept: tuple[tuple, tuple[LayerPrompt | None, ...]] | None = None
+        self._kept: tuple[tuple, tuple[LayerPrompt | LazyPrompt | None, ...]] | None = None
 
-    def __call__(self, backend: str) -> tuple[LayerPrompt | None, ...]:
+    def __call__(self, backend: str) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
         """Every layer's prompt for a backend of `prompt_attention`; the same tensors again in eval mode."""
         if torch.is_grad_enabled() or self._encoder.training or torch.compiler.is_compiling():
             self._kept = None  # whoever trains is about to change the prompts
@@ -48,7 +48,7 @@ class PromptSource:
             self._kept = ((made_from, backend), self._make(backend))
         return self._kept[1]
 
-    def _make(self, backend: str) -> tuple[LayerPrompt | None, ...]:
+    def _make(self, backend: str) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
         return layer_prompts(self._encoder, self._backbone, self._family, self._projections, backend)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ptv2_fast.models.gathered import device_of, is_sharded
 from ptv2_fast.prompts.source import count_step
 from ptv2_fast.step.options import logger
 from ptv2_fast.step.packed import INPUTS, Buckets, PackedBatch, pack
@@ -72,7 +73,7 @@ class GraphRunner:
         self._max_grad_norm = max_grad_norm
         self._autocast = autocast
         self._max_graphs = max_graphs
-        self._device = model.backbone.device
+        self._device = device_of(model.backbone)
         self._logged: set[str] = set()
         self._failure: str | None = None
         self._capture: _CudaCapture | None = None
@@ -200,7 +201,8 @@ class GraphRunner:
             return
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                # Sharded gradients have been averaged by who shards them.
+                if parameter.grad is not None and not is_sharded(parameter.grad):
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= dist.get_world_size()
 
@@ -259,6 +261,8 @@ class GraphRunner:
         reason = self._model.why_not_packed()
         if reason is not None:
             return reason
+        if gathered_by := self._model.step_plan().gathered_by:
+            return f"only the model's own forward brings the weights: {gathered_by}"
         others = {name for batch in batches for name, value in batch.items() if value is not None} - set(INPUTS)
         if others:
             return f"the batch has {', '.join(sorted(others))}"

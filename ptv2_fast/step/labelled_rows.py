@@ -28,6 +28,8 @@ def why_not_labelled_rows(base: PreTrainedModel, inputs: Mapping[str, Any]) -> s
     config, head = base.config.get_text_config(), base.get_output_embeddings()
     if type(head) is not nn.Linear or any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_CHANGES):
         return "the model changes its logits after the head"
+    if type(head.weight) is not nn.Parameter:
+        return f"the head's weight is a {type(head.weight).__name__}"
     if not is_listed(backbone_of(base)):
         return "the family is not listed, and its head may do more than a linear map"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 from ptv2_fast.models.families import Family
+from ptv2_fast.models.gathered import gathered_by
 from ptv2_fast.models.view import view_of, with_modules
 from ptv2_fast.step.fused_projections import FusedProjections
 from ptv2_fast.step.options import StepPlan
@@ -29,6 +30,10 @@ class StepLayers:
         self._family = family
         self._fused: FusedProjections | None = None
         self._compiled: Callable | None = None
+
+    def gathered_by(self, *above: nn.Module) -> str | None:
+        """Who brings the weights of the backbone, or of modules above it, while they run; None where they stay."""
+        return gathered_by((*above, self._backbone), self._family.layers(self._backbone))
 
     def fused(self, plan: StepPlan) -> Mapping[str, nn.Module]:
         """Path -> what stands in for a linear map there; weights move here, before anything takes their address."""

@@ -12,6 +12,9 @@ _TRAINING_ALONE = ("labelled_rows_loss", "last_rows", "compile_layers")
 
 _NOT_TRACED = ("unpad", "labelled_rows_loss", "fused_projections", "compile_layers")
 
+# What reads, moves or traces weights outside the forward of the module that has them.
+_NEEDS_WEIGHTS = ("labelled_rows_loss", "fused_projections", "compile_layers", "cuda_graphs")
+
 logger = logging.getLogger("ptv2_fast")
 
 
@@ -53,7 +56,11 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step does, and for each switch why."""
+    """What a step does, and for each switch why.
+
+    Attributes:
+        gathered_by: who brings the weights only while their modules run (`models.gathered`); None where they stay.
+    """
 
     unpad: bool
     labelled_rows_loss: bool
@@ -62,13 +69,20 @@ class StepPlan:
     compile_layers: bool
     cuda_graphs: bool
     reasons: tuple[str, ...]
+    gathered_by: str | None = None
 
     def __str__(self) -> str:
         return "; ".join(self.reasons)
 
 
-def plan_step(options: StepOptions, *, training: bool, device: torch.device, backend: str) -> StepPlan:
-    """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA)."""
+def plan_step(
+    options: StepOptions, *, training: bool, device: torch.device, backend: str, gathered_by: str | None = None
+) -> StepPlan:
+    """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA).
+
+    Args:
+        gathered_by: who brings the weights only while their modules run, as `models.gathered` says.
+    """
     on_cuda = device.type == "cuda"
     triton = on_cuda and backend in ("auto", "triton")
     # Inside torch.compile the whole model is one graph: sizes that depend on data would break it, and views that hold
@@ -89,7 +103,9 @@ def plan_step(options: StepOptions, *, training: bool, device: torch.device, bac
         why = "asked for" if asked is not None else where if pays or where.startswith("unless") else f"not {where}"
         if traced and name in _NOT_TRACED and decided[name]:
             decided[name], why = False, "inside torch.compile"
+        if gathered_by is not None and name in _NEEDS_WEIGHTS and decided[name]:
+            decided[name], why = False, f"weights come and go: {gathered_by}"
         if not training and name in _TRAINING_ALONE and decided[name]:
             decided[name], why = False, "not training"
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
-    return StepPlan(**decided, reasons=tuple(reasons))
+    return StepPlan(**decided, reasons=tuple(reasons), gathered_by=gathered_by)

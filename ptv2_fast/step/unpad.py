@@ -82,7 +82,8 @@ def unpadded(backbone: nn.Module, packing: Packing) -> nn.Module:
 
     def forward(original, input_ids=None, **call):
         call = {"input_ids": input_ids, **call}
-        output = inner(**_packed_call(call, packing))
+        # The view's own call has run the backbone's hooks.
+        output = original(**_packed_call(call, packing))
         output.last_hidden_state = packing.unpack(output.last_hidden_state)
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(packing.unpack(state) for state in output.hidden_states)
@@ -90,7 +91,7 @@ def unpadded(backbone: nn.Module, packing: Packing) -> nn.Module:
             output.pooler_output = pooler(output.last_hidden_state)
         return output
 
-    return view_of(backbone, forward=forward)
+    return view_of(inner, forward=forward)
 
 
 def _packed_call(call: dict[str, Any], packing: Packing) -> dict[str, Any]:

@@ -141,10 +141,6 @@ CASES = {
     ),
     "bias-rank": (_arguments(bias=torch.zeros(N, N)), "bias must be floating point of shape"),
     "bias-packed": (_packed(bias=torch.zeros(1, 1, N, N)), "bias must be None with cu_seqlens"),
-    "bias-trained": (
-        _arguments(bias=torch.zeros(1, 1, N, N, requires_grad=True)),
-        "bias must not require a gradient",
-    ),
     "dropout-one": (_arguments(dropout_p=1.0), r"dropout_p must be in \[0, 1\); got 1.0"),
     "dropout-negative": (_arguments(dropout_p=-0.1), r"dropout_p must be in \[0, 1\)"),
     "window-zero": (_arguments(window=0), "window must be at least 1 or None; got 0"),

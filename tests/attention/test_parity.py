@@ -42,16 +42,15 @@ def _mask(kind, batch, keys):
 
 
 def _run(backend, tensors, upstream, options):
-    """Output, log-sum-exp and the gradient of every tensor, prompt_bias included."""
+    """Output, log-sum-exp and the gradient of every tensor, both biases included."""
     trained = dict(tensors)
-    if options.get("prompt_bias") is not None:
-        trained["prompt_bias"] = options["prompt_bias"]
+    trained |= {name: options[name] for name in ("prompt_bias", "bias") if options.get(name) is not None}
     trained = {name: tensor.clone().requires_grad_() for name, tensor in trained.items()}
     out, lse = prompt_attention(**{**options, **trained}, backend=backend, return_lse=True)
     plain = prompt_attention(**{**options, **trained}, backend=backend)
     assert_equal(plain, out, "without log-sum-exp")
     # An empty prompt or text takes no part in the graph; its gradient is a zero all the same.
-    unused = sum(0.0 * tensor.sum() for tensor in trained.values())
+    unused = sum(0.0 * tensor.nan_to_num(neginf=0.0).sum() for tensor in trained.values())
     grads = torch.autograd.grad((plain * upstream).sum() + unused, list(trained.values()))
     return {"out": out, "lse": lse, **dict(zip(trained, grads))}
 

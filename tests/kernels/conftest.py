@@ -219,6 +219,17 @@ class Call:
             return output, lse
         return torch.autograd.grad(output, inputs, grad_output.to(dtype), allow_unused=True)
 
+    def bias_truth(self, grad_output: torch.Tensor) -> torch.Tensor:
+        """The gradient of `bias` by the reference in float64."""
+        bias = self.arguments["bias"].double().requires_grad_()
+        function = replayed_dropout(self) if self.arguments.get("dropout_p") else reference
+        inputs = [tensor.double() for tensor in self.tensors]
+        arguments = {name: value for name, value in self.arguments.items() if name != "seed"} | {"bias": bias}
+        if len(inputs) > 5:
+            arguments["prompt_bias"] = inputs[5]
+        output, _ = function(*inputs[:5], **arguments, return_lse=True)
+        return torch.autograd.grad(output, bias, grad_output.double())[0]
+
 
 def sdpa(*tensors, **arguments):
     """The torch backend, which wants every argument named."""

@@ -71,10 +71,11 @@ def test_compiled_dropout_follows_the_global_seed(tensors):
     assert not torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("form", ["dense", "packed", "decode"])
+@pytest.mark.parametrize("form", ["dense", "bias", "packed", "decode"])
 def test_opcheck(make_call, form):
     options = {
         "dense": {"queries": QUERIES, "mask": "right", "prompt_bias": True},
+        "bias": {"queries": QUERIES, "bias": (2, 2)},
         "packed": {"packed": (5, 14), "options": {"dropout_p": 0.2, "window": 4}},
         "decode": {"queries": 1, "keys": 9, "options": {"causal": True, "softcap": 3.0}},
     }[form]
@@ -82,11 +83,13 @@ def test_opcheck(make_call, form):
     tensors = [tensor.requires_grad_() for tensor in call.tensors] + [None] * (6 - len(call.tensors))
     arguments = {"max_seqlen": None, "window": None, "softcap": None, "dropout_p": 0.0,
                  **call.arguments}
-    frozen = [arguments.get(name) for name in ("key_mask", "cu_seqlens", "prompt_index",
-                                               "prompt_lens", "bias", "seed")]
+    if arguments.get("bias") is not None:
+        arguments["bias"].requires_grad_()
+    rest = [arguments.get(name) for name in ("bias", "key_mask", "cu_seqlens", "prompt_index",
+                                             "prompt_lens", "seed")]
     numbers = [arguments[name] for name in ("max_seqlen", "causal", "window", "softcap", "scale",
                                             "dropout_p")]
-    torch.library.opcheck(triton_backend.forward_op, (*tensors, *frozen, *numbers))
+    torch.library.opcheck(triton_backend.forward_op, (*tensors, *rest, *numbers))
 
 
 def test_dropout_is_replayed_in_backward(make_call, budget, monkeypatch):

@@ -6,7 +6,18 @@ import pytest
 import tiny_features
 import torch
 from batches import padded, text_rows
-from tiny_models import ENCODERS, FAMILIES, GROUPED, NARROW_WORDS, WIDE_HEADS, WITHOUT_INDEX, tiny_base, tiny_model
+from tiny_models import (
+    ENCODERS,
+    FAMILIES,
+    GROUPED,
+    NARROW_WORDS,
+    WIDE_HEADS,
+    WITHOUT_INDEX,
+    literal_states,
+    tiny_base,
+    tiny_model,
+)
+from tolerances import assert_differs, assert_equal
 
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import family_of, supported_families
@@ -67,19 +78,37 @@ def test_first_position_and_kind_of_positions(family):
     assert torch.allclose(moved, own, atol=1e-4) == known.rotary
 
 
+def _odd(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """A subclass whose features are not what weight and bias say."""
+
+    class Odd(kind):
+        def forward(self, states):
+            made = super().forward(states)
+            return made * torch.linspace(0.5, 1.5, made.shape[-1], dtype=made.dtype)
+
+    return Odd
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_projections_that_are_not_plain_are_refused(family):
+def test_projections_that_are_not_plain_are_called_as_they_are(family):
     """A quantised or adapted layer's weight alone does not say what it computes."""
-    model = tiny_model(family, "deep")
-    names = ("c_attn", "key", "k_proj", "k_lin", "qkv_proj", "Wqkv", "query_key_value")
-    owner, name = next((m, n) for m in model.backbone.modules() for n in names if hasattr(m, n))
-
-    class Odd(type(getattr(owner, name))):
-        pass
-
-    getattr(owner, name).__class__ = Odd
-    with pytest.raises(ValueError, match="base must project keys and values by .*got Odd"):
-        model(input_ids=torch.randint(2, 40, (1, 4)))
+    names = ("c_attn", "key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "qkv_proj", "Wqkv", "query_key_value")
+    model = tiny_model(family, "deep", exact=True)
+    batch = padded(text_rows(), "right")
+    plain = model(**batch.inputs).last_hidden_state
+    for owner in model.backbone.modules():
+        for name in names:
+            if isinstance(getattr(owner, name, None), torch.nn.Module):
+                module = getattr(owner, name)
+                module.__class__ = _odd(type(module))
+    found, expected = model(**batch.inputs).last_hidden_state, literal_states(model, model.backbone, **batch.inputs)
+    real = batch.attention_mask.bool()
+    assert_equal(found[real], expected[real], "states")
+    assert_differs(found[real], plain[real], "states")
+    weights = torch.randn_like(found[real])
+    prompts = model.adapters["default"].encoder.prompts
+    grads = [torch.autograd.grad((states[real] * weights).sum(), prompts)[0] for states in (found, expected)]
+    assert_equal(*grads, "gradient")
 
 
 @pytest.mark.parametrize("family", tiny_features.FAMILIES)

@@ -1,0 +1,59 @@
+"""Two processes on this machine that talk through gloo."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def in_two_processes(checks: Mapping[str, Callable[[int], Any]]) -> list[dict[str, Any]]:
+    """What every check gives in every process: (rank) -> a value, or the text of what it raised.
+
+    One start of the processes, which takes seconds, serves all checks; they are functions of a module.
+    """
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    mp.spawn(_run, args=(free_port(), dict(checks), results), nprocs=WORLD, join=True)
+    found = dict(results.get() for _ in range(WORLD))
+    return [found[rank] for rank in range(WORLD)]
+
+
+def _run(rank: int, port: int, checks: dict[str, Callable[[int], Any]], results: mp.SimpleQueue) -> None:
+    torch.set_num_threads(1)
+    # What torchrun tells its processes.
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    found = {}
+    for name, check in checks.items():
+        torch.manual_seed(0)
+        try:
+            found[name] = check(rank)
+        except Exception:
+            found[name] = traceback.format_exc()
+        dist.barrier()
+    results.put((rank, found))
+    dist.destroy_process_group()
