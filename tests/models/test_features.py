@@ -35,12 +35,30 @@ def test_inputs_that_do_not_fit_are_refused(family, injection):
         model(**inputs, output_attentions=True)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\]"):
         model(**inputs, labels=torch.tensor([0, 1, LABELS]))
-    mask = torch.ones(3, TOKENS[family])
     if family in IMAGES:
+        mask = torch.ones(3, TOKENS[family])
         with pytest.raises(ValueError, match="attention_mask must be None: every patch of an image is read"):
             model(**inputs, attention_mask=mask)
-    else:
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_a_mask_over_mel_frames_is_ignored_as_the_encoder_ignores_it(injection):
+    """Whisper's feature extractor returns one; padding is silence that the encoder hears."""
+    mask = torch.ones(3, 14, dtype=torch.long)
+    mask[:, 9:] = 0
+    for heads in (None, {"label": HeadConfig("AUDIO_CLS", 3, pooling="mean")}):
+        model = tiny_model("whisper", injection, "AUDIO_CLS", **({"heads": heads} if heads else {})).train()
+        inputs = features("whisper")
         assert torch.equal(model(**inputs, attention_mask=mask).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", FEATURES)
+def test_images_and_sounds_have_no_limit_of_positions(family):
+    """Prompts have no position: the model's own table is full without them, and no longer with them."""
+    for injection in INJECTIONS:
+        model = tiny_model(family, injection, TASK[family], length=100)
+        assert model.text_limit() is None
+        assert model(**features(family)).logits.shape == (3, LABELS)
 
 
 @pytest.mark.parametrize(
