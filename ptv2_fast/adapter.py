@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.config import HEAD_TASKS, PTuningV2Config
+from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, PTuningV2Config
 from ptv2_fast.heads import Head, copied_heads
 from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.families import family_of
+from ptv2_fast.models.families import Family, family_of
+from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.gathered import device_of
 from ptv2_fast.prompts.encoder import PromptEncoder
 
@@ -16,6 +17,8 @@ _BASE_SUFFIX = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
+    "IMAGE_CLS": "ForImageClassification",
+    "AUDIO_CLS": "ForAudioClassification",
 }
 
 
@@ -74,6 +77,7 @@ class Adapter(nn.Module):
 def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
     """Refuse a base that cannot serve the task."""
     name = type(base).__name__
+    _check_input(name, family_of(backbone_of(base)), config)
     if config.task_type == "CAUSAL_LM":
         causal = family_of(backbone_of(base)).causal
         if not causal or base.get_output_embeddings() is None or not base.can_generate():
@@ -91,3 +95,31 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
             raise ValueError(
                 f"base must be of type ...{suffix} for task_type={config.task_type!r} without heads; got {name}"
             )
+
+
+def _check_input(name: str, family: Family, config: PTuningV2Config) -> None:
+    """Refuse tasks whose rows are not what the base reads, and what only a text has."""
+    heads = [head.task_type for head in (config.heads or {}).values()]
+    if reads_text(family):
+        wrong = [task for task in (config.task_type, *heads) if task in FEATURE_TASKS]
+        if wrong:
+            raise ValueError(f"task_type must be one for texts on {name}, which reads {family.reads}; got {wrong[0]!r}")
+        return
+    own = next(task for task, reads in FEATURE_TASKS.items() if reads == family.reads)
+    if config.task_type not in (own, "FEATURE_EXTRACTION"):
+        raise ValueError(
+            f"task_type must be {own} or FEATURE_EXTRACTION on {name}, which reads {family.reads}; "
+            f"got {config.task_type!r}"
+        )
+    # A head for every patch or frame suits any backbone.
+    wrong = [task for task in heads if task not in (own, "TOKEN_CLS")]
+    if wrong:
+        raise ValueError(f"heads must be {own} or TOKEN_CLS on {name}, which reads {family.reads}; got {wrong[0]!r}")
+    if config.prompt_init == "text":
+        raise ValueError(
+            f"prompt_init must be 'normal' or 'gated' on {name}, which reads {family.reads} and no text; got 'text'"
+        )
+    if config.position_offset is not None:
+        raise ValueError(
+            f"position_offset must be None on {name}, whose positions no call gives; got {config.position_offset}"
+        )

@@ -12,6 +12,8 @@ from ptv2_fast.attention import hook
 from ptv2_fast.checkpoint import check_name
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.backbone import backbone_of
+from ptv2_fast.models.families import family_of
+from ptv2_fast.models.features import reads_text
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 
@@ -90,10 +92,10 @@ class AdapterSet:
         if self._family.own_attention:
             return
         hook.register()
-        current = base.config._attn_implementation
+        current = self.backbone.config._attn_implementation
         if current != hook.IMPLEMENTATION:
             base._ptv2_original_attention = current
-            base.set_attn_implementation(hook.IMPLEMENTATION)
+            self.backbone.set_attn_implementation(hook.IMPLEMENTATION)
         if self.backbone.config._attn_implementation != hook.IMPLEMENTATION:
             raise ValueError(
                 f"base must use transformers' attention interface; {type(base).__name__} does not let its attention "
@@ -103,7 +105,7 @@ class AdapterSet:
     def _detach(self) -> None:
         """Give the base its own attention back; its parameters stay frozen."""
         if not self._family.own_attention:
-            self.base_model.set_attn_implementation(self.base_model._ptv2_original_attention)
+            self.backbone.set_attn_implementation(self.base_model._ptv2_original_attention)
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -128,7 +130,10 @@ class AdapterSet:
     @staticmethod
     def _build(base: PreTrainedModel, config: PTuningV2Config, tokenizer, init_text) -> Adapter:
         """An adapter for the base, which stays as it is; everything that can be refused is refused here."""
-        if config.prompt_init == "text" and (tokenizer is None or init_text is None):
+        family = family_of(backbone_of(base))
+        if init_text is not None and not reads_text(family):
+            raise ValueError(f"init_text must be None on {type(base).__name__}, which reads {family.reads} and no text")
+        if config.prompt_init == "text" and reads_text(family) and (tokenizer is None or init_text is None):
             raise ValueError("tokenizer and init_text must be given with prompt_init='text'")
         if init_text is not None and tokenizer is None:
             raise ValueError("tokenizer must be given with init_text")

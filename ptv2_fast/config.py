@@ -11,11 +11,14 @@ from torch import nn
 
 from ptv2_fast.attention.checks import BACKENDS
 
-TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "FEATURE_EXTRACTION")
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "FEATURE_EXTRACTION", "IMAGE_CLS", "AUDIO_CLS")
 INJECTIONS = ("deep", "shallow", "prefix")
 INITS = ("text", "normal", "gated")
 POOLINGS = ("first", "last", "mean")
-HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+# Tasks with one vector per row, and those among them whose rows are images or sounds.
+ROW_TASKS = ("SEQ_CLS", "IMAGE_CLS", "AUDIO_CLS")
+FEATURE_TASKS = {"IMAGE_CLS": "pixel_values", "AUDIO_CLS": "input_features"}
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", *FEATURE_TASKS)
 
 # A prompt longer than this is a mistake far more often than a wish: cartridges use a few thousand
 # tokens.
@@ -27,11 +30,11 @@ class HeadConfig:
     """One trained head on the backbone's output.
 
     Attributes:
-        task_type: SEQ_CLS (one vector per row), TOKEN_CLS (one per token) or QUESTION_ANS (start
-            and end logits).
+        task_type: SEQ_CLS (one vector per row; IMAGE_CLS and AUDIO_CLS where rows are images or sounds), TOKEN_CLS
+            (one per token, patch or frame) or QUESTION_ANS (start and end logits).
         num_labels: number of classes; 2 for QUESTION_ANS (start, end).
-        pooling: what a SEQ_CLS head reads: the row's "first" or "last" real token, or the "mean" of
-            its real tokens.
+        pooling: what a head with one vector per row reads: the row's "first" or "last" real token, or the "mean" of
+            its real tokens. An image's first is its class token; IMAGE_CLS and AUDIO_CLS have no "last".
         dropout: dropout before the linear layer, in [0, 1).
         labels: names of the classes in the order of their ids, or None.
     """
@@ -53,6 +56,8 @@ class HeadConfig:
             named = not is_text and all(isinstance(label, str) for label in self.labels)
             if not named or len(self.labels) != self.num_labels or len(set(self.labels)) != self.num_labels:
                 raise ValueError(f"labels must be {self.num_labels} distinct names; got {self.labels!r}")
+        if self.task_type in FEATURE_TASKS and self.pooling == "last":
+            raise ValueError(f"pooling must be 'first' or 'mean' for {self.task_type}; got 'last'")
         if self.task_type == "QUESTION_ANS" and self.num_labels != 2:
             raise ValueError(f"num_labels must be 2 for QUESTION_ANS (start, end); got {self.num_labels}")
 
@@ -62,7 +67,7 @@ class PTuningV2Config:
     """How prompts are injected into a frozen model, and what is trained on top.
 
     Attributes:
-        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM or FEATURE_EXTRACTION.
+        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, FEATURE_EXTRACTION, IMAGE_CLS or AUDIO_CLS.
         num_virtual_tokens: P, the length of the prompt.
         injection: "deep" (a trained hidden state per layer and token), "shallow" (one at the
             embeddings, evolving through the layers) or "prefix" (trained keys and values per

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.config import HeadConfig
+from ptv2_fast.config import ROW_TASKS, HeadConfig
+from ptv2_fast.models.backbone import backbone_name
 from ptv2_fast.models.pooling import pool
 
 IGNORED_LABEL = -100
@@ -19,7 +20,7 @@ IGNORED_LABEL = -100
 class Head(nn.Module):
     """A linear classifier over rows or tokens.
 
-    SEQ_CLS gives (B, C) from one vector per row, TOKEN_CLS (B, N, C), QUESTION_ANS (B, N, 2).
+    SEQ_CLS, IMAGE_CLS and AUDIO_CLS give (B, C) from one vector per row, TOKEN_CLS (B, N, C), QUESTION_ANS (B, N, 2).
     """
 
     def __init__(self, hidden_size: int, config: HeadConfig):
@@ -32,14 +33,14 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Logits of hidden states (B, N, D); attention_mask (B, N) marks the real tokens, None all."""
-        if self.config.task_type == "SEQ_CLS":
+        if self.config.task_type in ROW_TASKS:
             hidden = pool(hidden, attention_mask, self.config.pooling)
         return self.linear(self.dropout(hidden).to(self.linear.weight.dtype))
 
 
 def own_heads(base: PreTrainedModel) -> dict[str, nn.Module]:
     """The children of a task model that are its head: everything with parameters beside the backbone."""
-    prefix = base.base_model_prefix
+    prefix = backbone_name(base)
     if not hasattr(base, prefix):
         return {}
     return {
@@ -118,9 +119,9 @@ def base_targets(
             check_labels(name, labels, tokens, (rows,))
             # The base ignores positions past the text; it takes negative ones for the first token.
             checked[name] = labels.masked_fill(labels == IGNORED_LABEL, tokens)
-        elif base.num_labels > 1 and not (isinstance(labels, Tensor) and labels.is_floating_point()):
+        elif base.config.num_labels > 1 and not (isinstance(labels, Tensor) and labels.is_floating_point()):
             # Labels that are no integers are those of a base for several labels at once.
-            check_labels(name, labels, base.num_labels, (rows, tokens) if task_type == "TOKEN_CLS" else (rows,))
+            check_labels(name, labels, base.config.num_labels, (rows, tokens) if task_type == "TOKEN_CLS" else (rows,))
     return checked
 
 

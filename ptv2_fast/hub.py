@@ -22,6 +22,8 @@ _TASK_NAMES = {
     "QUESTION_ANS": "question-answering",
     "CAUSAL_LM": "text-generation",
     "FEATURE_EXTRACTION": "feature-extraction",
+    "IMAGE_CLS": "image-classification",
+    "AUDIO_CLS": "audio-classification",
 }
 
 

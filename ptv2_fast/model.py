@@ -17,6 +17,7 @@ from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
 from ptv2_fast.models.families import family_of
+from ptv2_fast.models.features import check_features, input_size, reads_text
 from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.inputs import (
     check_beside,
@@ -25,7 +26,6 @@ from ptv2_fast.models.inputs import (
     packed_rows,
     stated_rows,
     text_positions,
-    text_size,
     whole_mask,
 )
 from ptv2_fast.models.limits import check_length, text_limit
@@ -180,7 +180,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         self, target: nn.Module, call: dict[str, Any], read: Tensor | None, plan: StepPlan, fused: Mapping
     ):
         """Call `target` with its backbone run as the step's plan says."""
-        if self.training and call.get(CACHE) is None:
+        if self.training and call.get(CACHE) is None and reads_text(self._family):
             call.setdefault("use_cache", False)
         backbone = original = backbone_of(target)
         if self._family.indexed is not None:
@@ -203,6 +203,8 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             backbone = unpadded(backbone, packing)
         if self._family.own_attention:
             backbone = given_prompts(backbone, call["ptv2_prompts"])
+        if self._family.pooled is not None:
+            backbone = self._family.pooled(backbone)
         return (target if backbone is original else with_backbone(target, backbone))(**call)
 
     def packed_states(self, packed: PackedBatch) -> Tensor:
@@ -241,8 +243,10 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             inputs: keyword arguments of the base's forward, none of them None.
             names: the adapter of every row, or of all rows if it is only one.
         """
-        if getattr(self.backbone, "gradient_checkpointing", False) and self.training:
-            self._check_checkpointing()
+        self._check_checkpointing()
+        if not reads_text(self._family):
+            call = check_features(self._family, inputs, self.base_model)
+            return {**call, "ptv2_prompts": self._prompt_batch(names)}
         inputs = dict(inputs)
         past_length = cached_tokens(inputs)
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
@@ -269,24 +273,35 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         )  # fmt: skip
         if isinstance(mask, Tensor) and mask.dim() == 2 and not is_first and tokens > 1:
             check_cached_padding(self.backbone, mask)
-        prompts, bank = self._prompts(names)
-        index = None if bank is None else torch.tensor(bank, device=device)
+        if mask is None and positions is not None and is_first:
+            # With a mask at hand transformers does not look for packed rows itself.
+            mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        batch = self._prompt_batch(names, packing)
+        injected = {**inputs, "attention_mask": mask, "position_ids": positions, "ptv2_prompts": batch}
+        return {name: value for name, value in injected.items() if value is not None}
+
+    def _prompt_batch(self, names: Sequence[str], packing: tuple[Tensor, Tensor, int] | None = None) -> PromptBatch:
+        """The prompts of a forward pass of `names`, and the boundaries of its rows where it is packed."""
+        backend = self.adapters[self.active_adapter].config.backend
+        prompts, bank = self._prompts(names, backend)
+        index = None if bank is None else torch.tensor(bank, device=device_of(self.backbone))
         bounds = longest = None
         if packing is not None:
             bounds, row_of, longest = packing
             index = index[row_of] if index is not None else None
-        if mask is None and positions is not None and is_first:
-            # With a mask at hand transformers does not look for packed rows itself.
-            mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
-        backend = self.adapters[self.active_adapter].config.backend
         # The first forward shows that the base hands its layers their prompts.
         asked = None if self._reached or torch.compiler.is_compiling() else Account()
-        batch = PromptBatch(prompts, index, bounds, longest, backend, asked=asked)
-        injected = {**inputs, "attention_mask": mask, "position_ids": positions, "ptv2_prompts": batch}
-        return {name: value for name, value in injected.items() if value is not None}
+        return PromptBatch(prompts, index, bounds, longest, backend, asked=asked)
 
     def _run_evolving(self, target: nn.Module, inputs: dict[str, Any], adapter: Adapter):
         """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
+        prompts = adapter.encoder().to(self.backbone.dtype)
+        empty = PromptBatch(layers=(), backend=adapter.config.backend)
+        if not reads_text(self._family):
+            self._check_checkpointing()
+            call = check_features(self._family, inputs, self.base_model)
+            backbone = self._family.shallow_view(backbone_of(target), prompts)
+            return with_backbone(target, backbone)(**call, ptv2_prompts=empty)
         mask = inputs.get("attention_mask")
         rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
         check_beside(inputs, rows, tokens, self.base_model)
@@ -303,14 +318,12 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             rows=rows, tokens=tokens, past_length=0, device=device, offset=length,
             first=self._family.first_position(self.backbone),
         )  # fmt: skip
-        prompts = adapter.encoder().to(self.backbone.dtype)
         backbone = backbone_of(target)
         if self._family.own_attention:
             backbone = self._family.indexed(backbone)
         backbone = self._family.shallow_view(backbone, prompts)
         if self._family.by_slot:
             backbone = by_slots(backbone)
-        empty = PromptBatch(layers=(), backend=adapter.config.backend)
         if self._family.own_attention:
             backbone = given_prompts(backbone, empty)
         view = with_backbone(target, backbone)
@@ -320,9 +333,10 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             output.hidden_states = tuple(state[:, -tokens:] for state in output.hidden_states)
         return output
 
-    def _prompts(self, names: Sequence[str]) -> tuple[tuple[LayerPrompt | LazyPrompt | None, ...], list[int] | None]:
+    def _prompts(
+        self, names: Sequence[str], backend: str
+    ) -> tuple[tuple[LayerPrompt | LazyPrompt | None, ...], list[int] | None]:
         """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""
-        backend = self.adapters[self.active_adapter].config.backend
         if len(names) == 1 and names[0] != BASE_ROW:
             return self._sources[names[0]](backend), None
         members = sorted(set(names))
@@ -336,7 +350,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
             return (self.active_adapter,)
         if isinstance(adapter_names, str):
             raise ValueError(f"adapter_names must be one name per row; got the string {adapter_names!r}")
-        rows, _ = text_size(inputs)
+        rows, _ = input_size(self._family, inputs)
         # Beam search and several returned sequences repeat each row in place.
         if not adapter_names or rows % len(adapter_names):
             raise ValueError(f"adapter_names must name {rows} rows; got {len(adapter_names)} names")
@@ -356,8 +370,9 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         return 0 if is_shallow and self._family.rotary else adapter.config.text_offset
 
     def _check_checkpointing(self) -> None:
-        function = getattr(self.backbone, "_gradient_checkpointing_func", None)
-        if getattr(function, "keywords", {}).get("use_reentrant"):
+        holders = (self.backbone, *self._family.layers(self.backbone)) if self.training else ()
+        functions = [m._gradient_checkpointing_func for m in holders if getattr(m, "gradient_checkpointing", False)]
+        if any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
             raise ValueError(
                 "gradient checkpointing must be non-reentrant: prompts reach the layers beside the inputs that the "
                 "reentrant kind tracks; pass use_reentrant=False"

@@ -6,168 +6,28 @@ its own.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import (
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ptv2_fast.adapter import Adapter
-from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.config import PTuningV2Config
-from ptv2_fast.heads import IGNORED_LABEL, base_targets, check_labels, classification_loss, span_loss
+from ptv2_fast.head_model import PTuningV2ModelWithHeads
+from ptv2_fast.heads import IGNORED_LABEL, check_labels
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.cache import with_cache_name
 from ptv2_fast.models.inputs import text_size
-from ptv2_fast.models.pooling import tokens_read
-from ptv2_fast.models.slots import tokens_first, turn_rows
 from ptv2_fast.models.view import view_of
 from ptv2_fast.step.labelled_rows import labelled_rows_loss, labelled_tokens, predictable_labels, why_not_labelled_rows
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 from ptv2_fast.step.options import StepOptions
-from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
+from ptv2_fast.step.packed import PackedBatch
 
 
-class _PTuningV2ModelWithHeads(PTuningV2Model):
-    """What the tasks with trained heads share: running the head that an adapter has."""
-
-    @property
-    def config(self):
-        """The base's configuration; with the active adapter's label names where it has a single head of its own.
-
-        A pipeline reads label names from here.
-        """
-        config = self.base_model.config
-        heads = list(self.adapters[self.active_adapter].heads.values())
-        if len(heads) != 1:
-            return config
-        config = copy.copy(config)
-        labels = heads[0].config.labels or [f"LABEL_{i}" for i in range(heads[0].config.num_labels)]
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-        return config
-
-    def _run_task(
-        self,
-        inputs: dict[str, Any],
-        adapter_names: Sequence[str] | None,
-        task: str | None,
-        targets: dict[str, Tensor | None],
-    ):
-        """The task's output with logits, and a loss where `targets` (labels, or start and end) are given."""
-        return_dict = inputs.pop("return_dict", None)
-        names = list(dict.fromkeys(adapter_names)) if adapter_names else [self.active_adapter]
-        targets = {name: target for name, target in targets.items() if target is not None}
-        adapters = [self.adapters[n] for n in names if n in self.adapters]
-        if task is not None and not any(len(a.heads) for a in adapters):
-            raise ValueError(f"task must be None where no adapter has heads of its own; got {task!r}")
-        if self._disabled or not adapters or not any(len(a.heads) for a in adapters):
-            output = self._run_base_head(inputs, adapter_names, adapters, targets)
-        else:
-            output = self._run_own_heads(inputs, adapter_names, names, task, targets)
-        return self._as_asked(output, return_dict)
-
-    def _run_base_head(self, inputs, adapter_names, adapters: list[Adapter], targets):
-        """The base's own forward, with the adapter's copy of the base's head in its place."""
-        task_type = self.adapters[self.active_adapter].config.task_type
-        targets = base_targets(self.base_model, task_type, text_size(inputs), targets)
-        target = self.base_model
-        if adapters and not self._disabled:
-            if len(adapters) > 1:
-                raise ValueError(
-                    "adapter_names must name one adapter where each has its own copy of the base's head; configure "
-                    f"heads={{...}} on the backbone to mix them in one batch; got {len(adapters)} adapters"
-                )
-            target = view_of(target, children=dict(adapters[0].base_heads.items()))
-        read = back = None
-        if adapters and adapters[0].config.task_type == "SEQ_CLS" and self._family.reads_first:
-            if not self._disabled:
-                inputs, back = tokens_first(inputs)
-            read = tokens_read(inputs, "first")
-        output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
-        if back is not None and output.hidden_states is not None:
-            output.hidden_states = tuple(turn_rows(states, back) for states in output.hidden_states)
-        return output
-
-    def _run_own_heads(self, inputs, adapter_names, names, task, targets):
-        """The backbone with prompts, then our head of each row's adapter."""
-        read = None
-        if len(names) == 1:
-            head = self.adapters[names[0]].head(task).config
-            read = tokens_read(inputs, head.pooling) if head.task_type == "SEQ_CLS" else None
-        output = self.run(self.backbone, inputs, adapter_names, read=read)
-        hidden = output.last_hidden_state
-        mask = inputs.get("attention_mask")
-        mask = mask if mask is not None and mask.dim() == 2 else None
-        if len(names) == 1:
-            head = self.adapters[names[0]].head(task)
-            return _task_output(head.config.task_type, head(hidden, mask), targets, output)
-        if BASE_ROW in names:
-            raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
-        if targets:
-            raise ValueError(
-                f"{', '.join(targets)} must be None with several adapters in one batch: train one at a time"
-            )
-        rows = [
-            self.adapters[name].head(task)(hidden[i : i + 1], None if mask is None else mask[i : i + 1])
-            for i, name in enumerate(self._row_names(adapter_names, inputs))
-        ]
-        kinds = {self.adapters[name].head(task).config.task_type for name in names}
-        same = len(kinds) == 1 and len({row.shape for row in rows}) == 1
-        # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
-        logits = torch.cat(rows) if same else tuple(row[0] for row in rows)
-        return _task_output(next(iter(kinds)) if same else "SEQ_CLS", logits, targets, output)
-
-    def packed_task(self) -> tuple[str, str]:
-        """The task type and pooling by which a batch is packed for the active adapter."""
-        adapter = self.adapters[self.active_adapter]
-        if not adapter.heads:
-            return adapter.config.task_type, "first"
-        head = next(iter(adapter.heads.values())).config
-        return head.task_type, head.pooling
-
-    def why_not_packed(self) -> str | None:
-        """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
-        adapter = self.adapters[self.active_adapter]
-        if len(adapter.heads) > 1:
-            return "the adapter has several heads"
-        task_type, pooling = self.packed_task()
-        if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
-            return f"a {task_type} loss is over whole rows"
-        if task_type == "SEQ_CLS" and not adapter.heads:
-            return "the base's own classifier reads padded rows"
-        if task_type == "SEQ_CLS" and pooling == "mean":
-            return "a mean is over whole rows"
-        return super().why_not_packed()
-
-    def packed_loss(self, packed: PackedBatch) -> Tensor:
-        """The mean loss of a packed batch, as that of the padded one; nothing in it waits for the device.
-
-        Raises:
-            ValueError: `why_not_packed` says why.
-        """
-        if reason := self.why_not_packed():
-            raise ValueError(f"packed must suit the active adapter: {reason}")
-        adapter = self.adapters[self.active_adapter]
-        if not adapter.heads:
-            labels = packed_labels(packed)
-            return self._run_base_head(packed_inputs(packed), None, [adapter], {"labels": labels}).loss
-        head = adapter.head(None)
-        states = self.packed_states(packed)
-        # A pooled row is a text of one token.
-        states = states[:, None] if head.config.task_type == "SEQ_CLS" else states[None]
-        return classification_loss(head(states, None).reshape(-1, head.config.num_labels), packed.targets)
-
-
-class PTuningV2ModelForSequenceClassification(_PTuningV2ModelWithHeads):
+class PTuningV2ModelForSequenceClassification(PTuningV2ModelWithHeads):
     """Prompts for classifying whole rows (task_type SEQ_CLS)."""
 
     def forward(
@@ -192,7 +52,7 @@ class PTuningV2ModelForTokenClassification(PTuningV2ModelForSequenceClassificati
     """Prompts for tagging tokens (task_type TOKEN_CLS): logits (B, N, C), labels (B, N), -100 ignored."""
 
 
-class PTuningV2ModelForQuestionAnswering(_PTuningV2ModelWithHeads):
+class PTuningV2ModelForQuestionAnswering(PTuningV2ModelWithHeads):
     """Prompts for extractive question answering (task_type QUESTION_ANS)."""
 
     def forward(
@@ -302,7 +162,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
             return view_of(self.base_model, forward=forward).generate(*args, **with_cache_name(kwargs))
 
 
-class PTuningV2ModelForFeatureExtraction(_PTuningV2ModelWithHeads):
+class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
     """Prompts for the backbone's hidden states themselves (task_type FEATURE_EXTRACTION), and for heads of any kind."""
 
     def forward(
@@ -319,7 +179,10 @@ class PTuningV2ModelForFeatureExtraction(_PTuningV2ModelWithHeads):
         adapter_names: Sequence[str] | None = None,
         **kwargs,
     ):
-        """The backbone's output, last_hidden_state (B, N, D); with `task` the output of that head instead."""
+        """The backbone's output, last_hidden_state (B, N, D); with `task` the output of that head instead.
+
+        Images and sounds are given by name, as pixel_values and input_features.
+        """
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         if task is not None:
@@ -330,12 +193,44 @@ class PTuningV2ModelForFeatureExtraction(_PTuningV2ModelWithHeads):
         return self._as_asked(self.run(self.backbone, inputs, adapter_names), kwargs.get("return_dict"))
 
 
+class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):
+    """Prompts for classifying images (task_type IMAGE_CLS)."""
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        task: str | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs,
+    ):
+        """Logits (B, C) of images (B, C, H, W) and, with labels (B,), the mean cross-entropy."""
+        return self._run_task({"pixel_values": pixel_values, **kwargs}, adapter_names, task, {"labels": labels})
+
+
+class PTuningV2ModelForAudioClassification(PTuningV2ModelWithHeads):
+    """Prompts for classifying sounds (task_type AUDIO_CLS)."""
+
+    def forward(
+        self,
+        input_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        task: str | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs,
+    ):
+        """Logits (B, C) of spectrograms (B, M, F) and, with labels (B,), the mean cross-entropy."""
+        return self._run_task({"input_features": input_features, **kwargs}, adapter_names, task, {"labels": labels})
+
+
 MODEL_CLASSES: dict[str, type[PTuningV2Model]] = {
     "SEQ_CLS": PTuningV2ModelForSequenceClassification,
     "TOKEN_CLS": PTuningV2ModelForTokenClassification,
     "QUESTION_ANS": PTuningV2ModelForQuestionAnswering,
     "CAUSAL_LM": PTuningV2ModelForCausalLM,
     "FEATURE_EXTRACTION": PTuningV2ModelForFeatureExtraction,
+    "IMAGE_CLS": PTuningV2ModelForImageClassification,
+    "AUDIO_CLS": PTuningV2ModelForAudioClassification,
 }
 
 
@@ -379,20 +274,3 @@ def _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embe
         "inputs_embeds": inputs_embeds,
         **others,
     }
-
-
-def _task_output(task_type: str, logits, targets: dict[str, Tensor], output):
-    """The output class of a task, with its loss where there are targets."""
-    expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
-    if targets and set(targets) != expected:
-        raise ValueError(
-            f"{' and '.join(sorted(expected))} must be given for a {task_type} head; got {', '.join(targets)}"
-        )
-    states = {"hidden_states": output.hidden_states}
-    if task_type == "QUESTION_ANS":
-        start, end = logits.unbind(-1)
-        loss = span_loss(logits, **targets) if targets else None
-        return QuestionAnsweringModelOutput(loss, start_logits=start, end_logits=end, **states)
-    loss = classification_loss(logits, targets["labels"]) if targets else None
-    cls = TokenClassifierOutput if task_type == "TOKEN_CLS" else SequenceClassifierOutput
-    return cls(loss, logits=logits, **states)

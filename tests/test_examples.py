@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tiny_folders import bert_folder, llama_folder, tiny_bert, tiny_tokenizer, toy_examples, toy_file
 
@@ -183,6 +184,27 @@ def test_packed_training_falls_back_to_eager_steps(tmp_path):
     captured = int(re.search(r"captured in CUDA graphs: (\d+)", output)[1])
     assert (captured > 0) == torch.cuda.is_available()
     assert _files(tmp_path / "packed-prompt") == KEPT
+
+
+def test_vit_prompts_learn_the_digits_that_the_model_has_not_seen(tmp_path):
+    fast = ("--epochs", 6, "--lr", 0.05, "--num-virtual-tokens", 4)
+    output = _run(tmp_path, "vit_prompts", "--first-epochs", 1, "--batch-size", 64, *fast)
+    assert _number("prompts: dev accuracy", output) > 0.4  # of five digits
+    assert _number("head: dev accuracy", output) > 0.4
+    saved = load_file(tmp_path / "digits-prompt" / "ptv2_model.safetensors")
+    assert saved["encoder.prompts"].shape == (4, 4, 64) and saved["base_heads.classifier.weight"].shape == (5, 64)
+    assert _files(tmp_path / "digits-prompt") == KEPT
+
+
+def test_vit_prompts_take_a_model_of_ones_own(tmp_path):
+    config = transformers.ViTConfig(
+        image_size=12, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    output = _run(tmp_path, "vit_prompts", "--model", tmp_path / "vit", "--epochs", 1, "--lr", 0.05, "--batch-size", 64)
+    assert _number("prompts: dev accuracy", output) >= 0
+    saved = load_file(tmp_path / "digits-prompt" / "ptv2_model.safetensors")
+    assert saved["encoder.prompts"].shape == (2, 8, 32)
 
 
 def test_the_readme_lists_every_script_with_a_command_that_it_takes(monkeypatch):

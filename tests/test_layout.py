@@ -29,6 +29,7 @@ LAYERS = (
     ("hub",),
     ("adapter_set", "persistence"),
     ("model",),
+    ("head_model",),
     ("tasks",),
     ("public",),
     ("training", "interop", "export"),
@@ -45,7 +46,7 @@ LAZY_UPWARDS = {
 # Everything of ours that transformers may be imported from.
 USES_TRANSFORMERS = {
     "attention", "models", "prompts", "heads", "step", "adapter", "checkpoint", "adapter_set", "persistence",
-    "model", "tasks", "training", "interop", "cli", "demo", "reference",
+    "model", "head_model", "tasks", "training", "interop", "cli", "demo", "reference",
 }  # fmt: skip
 ATTENTION_WITHOUT_TRANSFORMERS = {"api", "checks", "prompt_batch", "torch_backend", "triton_backend", "__init__"}
 

@@ -19,6 +19,7 @@ from ptv2_fast.interop.peft_import import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.interop.rotation import turned
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.families import family_of, sizes_of
+from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.windows import smallest_window
 from ptv2_fast.prompts.projection import LayerProjections
 
@@ -132,6 +133,8 @@ def _check(model: PTuningV2Model, name: str, adapter: Adapter) -> None:
     reason = None
     if adapter.heads:
         reason = f"the heads {', '.join(adapter.heads)} are ours, and PEFT trains heads of the base's own class only"
+    elif not reads_text(family) or family.pooled is not None:
+        reason = f"PEFT puts prompts before embeddings or in a cache, and a {kind} takes no embeddings and has no cache"
     elif adapter.encoder.gate is not None:
         reason = "prompt_init='gated' trains a bias on the prompt's scores, which PEFT does not have"
     elif len(adapter.encoder.layers) != sizes_of(model.backbone).num_layers:

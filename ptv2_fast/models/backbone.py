@@ -26,7 +26,12 @@ def with_backbone(target: nn.Module, backbone: nn.Module) -> nn.Module:
     """`target` (a model, or a view of one) around another backbone; the backbone itself where target is one."""
     if backbone_of(target) is target:
         return backbone
-    return view_of(target, children={_attribute(target) or target.base_model_prefix: backbone})
+    return view_of(target, children={backbone_name(target): backbone})
+
+
+def backbone_name(base: PreTrainedModel) -> str:
+    """The attribute under which a model that has a head holds its backbone."""
+    return _attribute(base) or base.base_model_prefix
 
 
 def _attribute(base: PreTrainedModel) -> str | None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ptv2_fast.models import (
     albert,
     bert,
+    clip,
     deberta,
     distilbert,
     gemma3,
@@ -26,6 +27,8 @@ from ptv2_fast.models import (
     opt,
     phi3,
     rows,
+    vit,
+    whisper,
 )
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.projection import Projection
@@ -67,6 +70,12 @@ class Family:
             through the hook.
         read_rows: (layer, index (R,)) -> a view of the layer that works on the tokens `index` of the flattened (B, N)
             from its attention on, and leaves the others undefined; None where nobody wrote one.
+        reads: the main input of its forward: "input_ids", a text; or "pixel_values" or "input_features", which have no
+            padding and no positions that a call could give.
+        feature_tokens: (backbone, main input) -> how many rows N it becomes, the first of which pools the others; for
+            families that read no text. None where no row does.
+        pooled: a view of a backbone, called with the rows as the caller gave them, whose pooler reads each row's own
+            token; for families whose own pooler may read another's, or padding.
         refuse: raises ValueError for a backbone of the family whose configuration nobody made right; None where there
             is none.
     """
@@ -87,6 +96,9 @@ class Family:
     indexed: Callable[[nn.Module], nn.Module] | None = None
     own_attention: bool = False
     read_rows: Callable[[nn.Module, Tensor], nn.Module] | None = None
+    reads: str = "input_ids"
+    feature_tokens: Callable[[PreTrainedModel, Tensor], int] | None = None
+    pooled: Callable[[nn.Module], nn.Module] | None = None
     refuse: Callable[[PreTrainedModel], None] | None = None
 
 
@@ -183,6 +195,53 @@ _OPT = Family(
     first_position=_from_zero,
     refuse=opt.refuse,
 )
+_VIT = Family(
+    causal=False,
+    layers=vit.layers,
+    normed=vit.normed,
+    projections=vit.projections,
+    finished=bert.finished,
+    first_position=_from_zero,
+    shallow_view=vit.shallow_view,
+    reads_first=True,
+    indexed=vit.indexed,
+    read_rows=rows.mlp_of_rows,
+    reads="pixel_values",
+    feature_tokens=vit.tokens,
+)
+_CLIP_VISION = replace(
+    _VIT,
+    layers=clip.layers,
+    normed=clip.normed,
+    projections=clip.projections,
+    shallow_view=clip.shallow_view,
+    reads_first=False,
+    indexed=clip.indexed,
+)
+_CLIP_TEXT = Family(
+    causal=True,
+    layers=clip.layers,
+    normed=clip.normed,
+    projections=clip.projections,
+    finished=bert.finished,
+    first_position=_from_zero,
+    indexed=clip.indexed_text,
+    read_rows=rows.mlp_of_rows,
+    pooled=clip.pooled_text,
+)
+_WHISPER = Family(
+    causal=False,
+    layers=whisper.layers,
+    normed=whisper.normed,
+    projections=whisper.projections,
+    finished=bert.finished,
+    first_position=_from_zero,
+    sizes=whisper.sizes,
+    shallow_view=whisper.shallow_view,
+    indexed=whisper.indexed,
+    reads="input_features",
+    refuse=whisper.refuse,
+)
 
 _FAMILIES = {
     "bert": _BERT,
@@ -207,6 +266,10 @@ _FAMILIES = {
     "phi3": _PHI3,
     "gemma2": replace(_LLAMA, refuse=gemma3.refuse),
     "gemma3_text": _GEMMA3,
+    "vit": _VIT,
+    "clip_vision_model": _CLIP_VISION,
+    "clip_text_model": _CLIP_TEXT,
+    "whisper": _WHISPER,
 }
 
 
@@ -218,6 +281,9 @@ def family_of(backbone: PreTrainedModel) -> Family:
             lists the known ones.
     """
     model_type = getattr(backbone.config, "model_type", None)
+    if model_type == "clip":
+        whole = type(backbone).__name__
+        raise ValueError(f"base must be one tower: wrap the vision_model or the text_model of {whole}")
     family = _FAMILIES.get(model_type) or recognise(backbone, _FAMILIES)
     if family is None:
         raise ValueError(

@@ -5,14 +5,18 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from ptv2_fast.models.families import Family
+from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.rotary import longest_text
 
 
 def text_limit(backbone: PreTrainedModel, family: Family) -> int | None:
     """The most tokens and position offset together: the table of learned positions, or where rotary frequencies change.
 
-    None where there is no limit.
+    None where there is no limit: images and sounds become as many rows as their model has positions for, or it refuses
+    them itself.
     """
+    if not reads_text(family):
+        return None
     if family.rotary:
         return longest_text(backbone)
     size = family.table_size(backbone)

@@ -22,13 +22,23 @@ Every row runs in these tests, on a tiny random model with the family's own feat
   row, shapes, pooling; `tests/test_saving.py`: save and load;
 - `tests/test_generation.py`: decoders generate with left padding, dynamic and static caches, none, and in turns;
 - `tests/test_shape_audit.py`: no tensor of P + N rows; `tests/step/`: the savings of a training step;
-- `tests/models/test_special.py`: what single families have of their own.
+- `tests/models/test_special.py`: what single families have of their own;
+- `tests/test_images_and_audio.py`, `tests/models/test_features.py`, `tests/step/test_feature_steps.py`: all of this for
+  families that read images or sounds; `tests/models/test_clip_text.py` for CLIP's texts.
 
 """
 _COLUMNS = ("model_type", "kind", "positions", "deep", "shallow", "prefix", "generation", "remarks")
+_KINDS = {
+    "clip_text_model": "causal encoder",
+    "clip_vision_model": "encoder of images",
+    "vit": "encoder of images",
+    "whisper": "encoder of sounds",
+}
 _REMARKS = {
     "albert": "a prompt per repetition of the shared layer; transformers has no gradient checkpointing for it",
-    "deberta-v2": "v2 and v3; a prompt stands beyond all distances; rows stay padded; PyTorch's attention, in training",
+    "clip_text_model": "also with its projection; pools at each row's own end of text; `CLIPModel`: wrap one tower",
+    "clip_vision_model": "also with its projection or classifier; VPT-deep, VPT-shallow (in front of the first norm)",
+    "deberta-v2": "v2 and v3; a prompt stands beyond all distances; rows stay padded",
     "distilbert": "no token types",
     "electra": "shallow prompts have the size of word embeddings",
     "gemma2": "softcaps, windows; logits of all tokens, since they are capped",
@@ -40,6 +50,8 @@ _REMARKS = {
     "opt": "also the post-norm 350m; no layerdrop",
     "phi3": "windows; with longrope, texts up to where its frequencies change",
     "smollm3": "some layers without positions",
+    "vit": "also with its classifier; VPT-deep, VPT-shallow",
+    "whisper": "the encoder, also with its classifier; no layerdrop; layer weights of a classifier stay frozen",
 }
 
 
@@ -51,10 +63,10 @@ def table() -> str:
 
 
 def _row(name: str, family: Family) -> tuple[str, ...]:
-    kind = "decoder" if family.causal else "encoder"
+    kind = _KINDS.get(name, "decoder" if family.causal else "encoder")
     positions = "rotary" if family.rotary else "learned" if family.positioned is None else "relative"
     shallow = "yes" if family.causal else "yes, as rows of the batch"
-    generation = "yes" if family.causal else "no"
+    generation = "yes" if kind == "decoder" else "no"
     return (f"`{name}`", kind, positions, "yes", shallow, "yes", generation, _REMARKS.get(name, ""))
 
 

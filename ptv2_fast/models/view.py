@@ -75,6 +75,13 @@ def with_modules(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn
     return view_of(module, children=children) if children else module
 
 
+def numbered(module: nn.Module, path: str, count: int) -> nn.Module:
+    """A view of `module` whose attention modules have a `layer_idx`: those at path.format(0), ... of `count` layers."""
+    paths = [path.format(index) for index in range(count)]
+    views = {p: view_of(module.get_submodule(p), attributes={"layer_idx": i}) for i, p in enumerate(paths)}
+    return with_modules(module, views)
+
+
 def _install_hooks_once(model: PreTrainedModel) -> None:
     """Let transformers hook the layers for their outputs here and not when a view is run.
 

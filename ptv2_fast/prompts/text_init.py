@@ -57,7 +57,8 @@ def _piece(encoder: PromptEncoder, backbone, family: Family, embeddings: Tensor)
     if encoder.injection == "prefix":
         pairs = record_keys_values(backbone, embeddings, family)
         return torch.stack([torch.stack(pairs[layer]) for layer in encoder.layers])
-    output = backbone(inputs_embeds=embeddings, output_hidden_states=True)
+    run = backbone if family.indexed is None else family.indexed(backbone)
+    output = run(inputs_embeds=embeddings, output_hidden_states=True)
     return torch.stack([output.hidden_states[layer][0] for layer in encoder.layers])
 
 

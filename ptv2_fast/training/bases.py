@@ -9,6 +9,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from ptv2_fast.models.families import families
+from ptv2_fast.models.features import reads_text
+
 _AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -40,6 +43,9 @@ def load_base(
     kind = _AUTO[task_type] if own_head or task_type == "CAUSAL_LM" else "AutoModel"
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        family = families().get(config.model_type)
+        if family is not None and not reads_text(family):
+            raise ValueError(f"it reads {family.reads}; the command line and ptv2_fast.training serve texts")
         for key in _DROPOUTS if dropout is not None else ():
             if hasattr(config, key):
                 setattr(config, key, dropout)

@@ -77,6 +77,7 @@ def _model_facts(name: str) -> dict[str, Any]:
     return {
         "model": name,
         "model_type": config.model_type,
+        "reads": family.reads,
         "causal": family.causal,
         "num_layers": sizes.num_layers,
         "hidden_size": sizes.hidden_size,

@@ -21,7 +21,7 @@ import torch
 
 from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_whole
-from ptv2_fast.config import HEAD_TASKS, HeadConfig
+from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
 from ptv2_fast.training.bases import load_base
@@ -291,6 +291,8 @@ def load_trained(
         raise ValueError(f"{folder} does not say which base it was trained on; name it")
     chosen = _chosen_head(config, head)
     task_type = chosen.task_type if chosen is not None else config.task_type
+    if task_type in FEATURE_TASKS:
+        raise ValueError(f"{folder} is an adapter for {task_type}; the command line and ptv2_fast.training serve texts")
     if task_type not in DEFAULT_MAX_LENGTH:
         raise ValueError(f"{folder} is an adapter for {task_type}, which predicts nothing by itself")
     own_head = config.heads is None and task_type in HEAD_TASKS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_features
 import torch
 from batches import padded, text_rows
 from tiny_models import (
@@ -24,7 +25,7 @@ from ptv2_fast.models.families import family_of, supported_families
 
 
 def test_every_family_is_tested():
-    assert set(supported_families()) == set(FAMILIES)
+    assert set(supported_families()) == {*FAMILIES, *tiny_features.FAMILIES}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,3 +117,19 @@ def test_projections_that_are_not_plain_are_called_as_they_are(family):
     prompts = model.adapters["default"].encoder.prompts
     grads = [torch.autograd.grad((states[real] * weights).sum(), prompts)[0] for states in (found, expected)]
     assert_equal(*grads, "gradient")
+
+
+@pytest.mark.parametrize("family", tiny_features.FAMILIES)
+def test_families_of_other_inputs_know_their_layers(family):
+    base = tiny_features.tiny_base(family)
+    known = family_of(base)
+    sizes = known.sizes(base)
+    assert (sizes.hidden_size, sizes.output_size, sizes.num_layers) == (32, 32, 2)
+    assert (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim) == (4, 4, 8)
+    layers = known.layers(known.indexed(base))
+    indices = [{m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} for layer in layers]
+    assert indices == [{0}, {1}]
+    attention = next(m for m in known.layers(base)[0].modules() if hasattr(m, "k_proj"))
+    assert getattr(attention, "layer_idx", None) is None, "the base was written to"
+    if family in tiny_features.FEATURES:
+        assert known.reads == base.main_input_name == tiny_features.MAIN_INPUT[family]

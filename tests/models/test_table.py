@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tiny_features
 from tiny_models import DECODERS, FAMILIES
 
 from ptv2_fast.models.table import table
@@ -17,6 +18,8 @@ def test_the_table_is_current():
 
 def test_the_table_has_the_families_that_are_tested():
     rows = [line.split(" | ") for line in table().splitlines() if line.startswith("| `")]
-    assert {row[0].strip("| `") for row in rows} == set(FAMILIES)
+    assert {row[0].strip("| `") for row in rows} == {*FAMILIES, *tiny_features.FAMILIES}
     assert {row[0].strip("| `") for row in rows if row[1] == "decoder"} == set(DECODERS)
+    images = {row[0].strip("| `") for row in rows if row[1] == "encoder of images"}
+    assert images == set(tiny_features.IMAGES)
     assert all((row[1] == "decoder") == (row[6] == "yes") for row in rows)

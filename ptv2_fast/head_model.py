@@ -1,0 +1,182 @@
+"""What the tasks with trained heads share: running the head that an adapter has, and the outputs they give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import (
+    ImageClassifierOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from ptv2_fast.adapter import Adapter
+from ptv2_fast.adapter_set import BASE_ROW
+from ptv2_fast.config import ROW_TASKS
+from ptv2_fast.heads import base_targets, classification_loss, span_loss
+from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.models.features import features_read, input_size, reads_text
+from ptv2_fast.models.pooling import tokens_read
+from ptv2_fast.models.slots import tokens_first, turn_rows
+from ptv2_fast.models.view import view_of
+from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
+
+
+class PTuningV2ModelWithHeads(PTuningV2Model):
+    """What the tasks with trained heads share: running the head that an adapter has."""
+
+    @property
+    def config(self):
+        """The base's configuration; with the active adapter's label names where it has a single head of its own.
+
+        A pipeline reads label names from here.
+        """
+        config = self.base_model.config
+        heads = list(self.adapters[self.active_adapter].heads.values())
+        if len(heads) != 1:
+            return config
+        config = copy.copy(config)
+        labels = heads[0].config.labels or [f"LABEL_{i}" for i in range(heads[0].config.num_labels)]
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+        return config
+
+    def _run_task(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        task: str | None,
+        targets: dict[str, Tensor | None],
+    ):
+        """The task's output with logits, and a loss where `targets` (labels, or start and end) are given."""
+        return_dict = inputs.pop("return_dict", None)
+        names = list(dict.fromkeys(adapter_names)) if adapter_names else [self.active_adapter]
+        targets = {name: target for name, target in targets.items() if target is not None}
+        adapters = [self.adapters[n] for n in names if n in self.adapters]
+        if task is not None and not any(len(a.heads) for a in adapters):
+            raise ValueError(f"task must be None where no adapter has heads of its own; got {task!r}")
+        if self._disabled or not adapters or not any(len(a.heads) for a in adapters):
+            output = self._run_base_head(inputs, adapter_names, adapters, targets)
+        else:
+            output = self._run_own_heads(inputs, adapter_names, names, task, targets)
+        return self._as_asked(output, return_dict)
+
+    def _run_base_head(self, inputs, adapter_names, adapters: list[Adapter], targets):
+        """The base's own forward, with the adapter's copy of the base's head in its place."""
+        task_type = self.adapters[self.active_adapter].config.task_type
+        targets = base_targets(self.base_model, task_type, input_size(self._family, inputs), targets)
+        target = self.base_model
+        if adapters and not self._disabled:
+            if len(adapters) > 1:
+                raise ValueError(
+                    "adapter_names must name one adapter where each has its own copy of the base's head; configure "
+                    f"heads={{...}} on the backbone to mix them in one batch; got {len(adapters)} adapters"
+                )
+            target = view_of(target, children=dict(adapters[0].base_heads.items()))
+        read = back = None
+        if adapters and adapters[0].config.task_type in ROW_TASKS and self._family.reads_first:
+            if not self._disabled and reads_text(self._family):
+                inputs, back = tokens_first(inputs)
+            read = self._read(inputs, "first")
+        output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
+        if back is not None and output.hidden_states is not None:
+            output.hidden_states = tuple(turn_rows(states, back) for states in output.hidden_states)
+        return output
+
+    def _run_own_heads(self, inputs, adapter_names, names, task, targets):
+        """The backbone with prompts, then our head of each row's adapter."""
+        read = None
+        if len(names) == 1:
+            head = self.adapters[names[0]].head(task).config
+            read = self._read(inputs, head.pooling) if head.task_type in ROW_TASKS else None
+        output = self.run(self.backbone, inputs, adapter_names, read=read)
+        hidden = output.last_hidden_state
+        mask = inputs.get("attention_mask")
+        mask = mask if mask is not None and mask.dim() == 2 and reads_text(self._family) else None
+        if len(names) == 1:
+            head = self.adapters[names[0]].head(task)
+            return _task_output(head.config.task_type, head(hidden, mask), targets, output)
+        if BASE_ROW in names:
+            raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
+        if targets:
+            raise ValueError(
+                f"{', '.join(targets)} must be None with several adapters in one batch: train one at a time"
+            )
+        rows = [
+            self.adapters[name].head(task)(hidden[i : i + 1], None if mask is None else mask[i : i + 1])
+            for i, name in enumerate(self._row_names(adapter_names, inputs))
+        ]
+        kinds = {self.adapters[name].head(task).config.task_type for name in names}
+        same = len(kinds) == 1 and len({row.shape for row in rows}) == 1
+        # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
+        logits = torch.cat(rows) if same else tuple(row[0] for row in rows)
+        return _task_output(next(iter(kinds)) if same else "SEQ_CLS", logits, targets, output)
+
+    def _read(self, inputs: dict[str, Any], pooling: str) -> Tensor | None:
+        """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""
+        if reads_text(self._family):
+            return tokens_read(inputs, pooling)
+        return features_read(self._family, inputs, self.backbone, pooling)
+
+    def packed_task(self) -> tuple[str, str]:
+        """The task type and pooling by which a batch is packed for the active adapter."""
+        adapter = self.adapters[self.active_adapter]
+        if not adapter.heads:
+            return adapter.config.task_type, "first"
+        head = next(iter(adapter.heads.values())).config
+        return head.task_type, head.pooling
+
+    def why_not_packed(self) -> str | None:
+        """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
+        adapter = self.adapters[self.active_adapter]
+        if len(adapter.heads) > 1:
+            return "the adapter has several heads"
+        task_type, pooling = self.packed_task()
+        if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+            return f"a {task_type} loss is over whole rows"
+        if task_type == "SEQ_CLS" and not adapter.heads:
+            return "the base's own classifier reads padded rows"
+        if task_type == "SEQ_CLS" and pooling == "mean":
+            return "a mean is over whole rows"
+        return super().why_not_packed()
+
+    def packed_loss(self, packed: PackedBatch) -> Tensor:
+        """The mean loss of a packed batch, as that of the padded one; nothing in it waits for the device.
+
+        Raises:
+            ValueError: `why_not_packed` says why.
+        """
+        if reason := self.why_not_packed():
+            raise ValueError(f"packed must suit the active adapter: {reason}")
+        adapter = self.adapters[self.active_adapter]
+        if not adapter.heads:
+            labels = packed_labels(packed)
+            return self._run_base_head(packed_inputs(packed), None, [adapter], {"labels": labels}).loss
+        head = adapter.head(None)
+        states = self.packed_states(packed)
+        # A pooled row is a text of one token.
+        states = states[:, None] if head.config.task_type == "SEQ_CLS" else states[None]
+        return classification_loss(head(states, None).reshape(-1, head.config.num_labels), packed.targets)
+
+
+def _task_output(task_type: str, logits, targets: dict[str, Tensor], output):
+    """The output class of a task, with its loss where there are targets."""
+    expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
+    if targets and set(targets) != expected:
+        raise ValueError(
+            f"{' and '.join(sorted(expected))} must be given for a {task_type} head; got {', '.join(targets)}"
+        )
+    states = {"hidden_states": output.hidden_states}
+    if task_type == "QUESTION_ANS":
+        start, end = logits.unbind(-1)
+        loss = span_loss(logits, **targets) if targets else None
+        return QuestionAnsweringModelOutput(loss, start_logits=start, end_logits=end, **states)
+    loss = classification_loss(logits, targets["labels"]) if targets else None
+    classes = {"TOKEN_CLS": TokenClassifierOutput, "IMAGE_CLS": ImageClassifierOutput}
+    cls = classes.get(task_type, SequenceClassifierOutput)
+    return cls(loss, logits=logits, **states)

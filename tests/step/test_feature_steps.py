@@ -1,0 +1,74 @@
+"""Images and sounds: savings of a step, the compiler and the kernels give the plain step's numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_features import EVERY, HIDDEN, IMAGES, TASK, TOKENS, features, gradients, tiny_model
+from tolerances import assert_equal
+
+from ptv2_fast import HeadConfig, StepOptions
+from ptv2_fast.models.families import family_of
+from ptv2_fast.step import layers as step_layers
+
+TARGETS = torch.tensor([2, 0, 1])
+
+
+@pytest.mark.parametrize("injection", ["deep", "prefix"])
+@pytest.mark.parametrize("family", IMAGES)
+def test_the_last_layer_computes_the_class_tokens_alone(family, injection):
+    heads = {"label": HeadConfig("IMAGE_CLS", 3)}
+    model = tiny_model(family, injection, "IMAGE_CLS", heads=heads).train()
+    layer = family_of(model.backbone).layers(model.backbone)[-1]
+    seen = []
+    layer.mlp.fc1.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    found = {}
+    for last_rows in (False, True):
+        model.step_options = StepOptions(last_rows=last_rows)
+        loss = model(**features(family), labels=TARGETS).loss
+        found[last_rows] = {"loss": loss, **gradients(loss, model)}
+    assert seen == [(3, TOKENS[family], HIDDEN), (1, 3, HIDDEN)]
+    for name, value in found[True].items():
+        assert_equal(value, found[False][name], name)
+
+
+@pytest.mark.parametrize(("family", "injection"), EVERY)
+def test_compiled_layers_and_fused_projections(family, injection, monkeypatch):
+    monkeypatch.setattr(step_layers, "COMPILER", "aot_eager")
+    torch.compiler.reset()
+    model = tiny_model(family, injection, TASK[family]).train()
+    found = {}
+    for on in (False, True):
+        model.step_options = StepOptions(compile_layers=on, fused_projections=on)
+        loss = model(**features(family), labels=TARGETS).loss
+        found[on] = {"loss": loss, **gradients(loss, model)}
+    for name, value in found[True].items():
+        assert_equal(value, found[False][name], name)
+
+
+@pytest.mark.parametrize(("family", "injection"), EVERY)
+def test_a_compiled_model_is_the_model(family, injection):
+    torch.compiler.reset()
+    # While training, Whisper's encoder looks at a random number for its layerdrop in transformers up to 5.17.
+    model = tiny_model(family, injection, TASK[family]).train(family != "whisper")
+    model(**features(family))  # transformers hooks the layers in its first run
+    loss = model(**features(family), labels=TARGETS).loss
+    expected = {"loss": loss, **gradients(loss, model)}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(**features(family), labels=TARGETS).loss
+    for name, value in {"loss": loss, **gradients(loss, model)}.items():
+        assert_equal(value, expected[name], name)
+
+
+@pytest.mark.parametrize(("family", "injection"), [("vit", "deep"), ("vit", "shallow"), ("whisper", "prefix")])
+def test_the_kernels_give_the_references_numbers(family, injection):
+    # Kernels serve head sizes from 16 on; the interpreter takes its time.
+    heads = {"encoder_attention_heads": 2} if family == "whisper" else {"num_attention_heads": 2}
+    model = tiny_model(family, injection, TASK[family], base_changes=heads)
+    found = {}
+    for backend in ("reference", "triton"):
+        model.adapters["default"].config.backend = backend
+        loss = model(**features(family), labels=TARGETS).loss
+        found[backend] = {"loss": loss, **gradients(loss, model)}
+    for name, value in found["triton"].items():
+        assert_equal(value, found["reference"][name], name)
