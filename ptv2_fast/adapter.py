@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ptv2_fast.config import HEAD_TASKS, PTuningV2Config
 from ptv2_fast.heads import Head, copied_heads
 from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.families import family_of
+from ptv2_fast.models.families import family_of, sizes_of
 from ptv2_fast.prompts.encoder import PromptEncoder
 
 _BASE_SUFFIX = {
@@ -42,7 +42,7 @@ class Adapter(nn.Module):
         self.config = config
         self.encoder = PromptEncoder(
             config,
-            config.resolve_layers(sizes.num_layers),
+            config.resolve_layers(sizes.num_layers, sizes.decoder_layers),
             hidden_size=sizes.hidden_size,
             embedding_size=sizes.embedding_size,
             num_heads=sizes.num_heads,
@@ -73,7 +73,21 @@ class Adapter(nn.Module):
 def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
     """Refuse a base that cannot serve the task."""
     name = type(base).__name__
-    if config.task_type == "CAUSAL_LM":
+    decodes = sizes_of(backbone_of(base)).decoder_layers > 0
+    if config.task_type == "SEQ_2_SEQ_LM":
+        if not decodes or not base.can_generate():
+            raise ValueError(
+                "base must be an encoder-decoder of type ...ForConditionalGeneration for task_type='SEQ_2_SEQ_LM'; "
+                f"got {name}"
+            )
+    elif decodes and config.heads is not None:
+        raise ValueError(
+            f"heads must be None on {name}, whose output is its decoder's; take the encoder alone (T5EncoderModel), or "
+            "a model with a head of its own"
+        )
+    elif decodes and backbone_of(base) is base and base.can_generate():
+        raise ValueError(f"task_type must be 'SEQ_2_SEQ_LM' for {name}; got {config.task_type!r}")
+    elif config.task_type == "CAUSAL_LM":
         causal = family_of(backbone_of(base)).causal
         if not causal or base.get_output_embeddings() is None or not base.can_generate():
             raise ValueError(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.models import (
     albert,
+    bart,
     bert,
     distilbert,
     gemma3,
@@ -24,6 +25,7 @@ from ptv2_fast.models import (
     opt,
     phi3,
     rows,
+    t5,
 )
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.projection import Projection
@@ -154,6 +156,35 @@ _OPT = Family(
     first_position=_from_zero,
     refuse=opt.refuse,
 )
+# Encoders with decoders: `indexed` gives every attention its layer, and their two stacks get their prompts one by one.
+_T5 = Family(
+    causal=False,
+    layers=t5.layers,
+    normed=t5.normed,
+    projections=t5.projections,
+    finished=bert.finished,
+    first_position=_from_zero,
+    sizes=t5.sizes,
+    positioned=t5.positioned,
+    by_slot=True,
+    shallow_view=t5.shallow_view,
+    reads_first=True,
+    indexed=t5.indexed,
+    refuse=t5.refuse,
+)
+_BART = Family(
+    causal=False,
+    layers=bart.layers,
+    normed=bert.normed,
+    projections=bart.projections,
+    finished=bert.finished,
+    first_position=_from_zero,
+    sizes=bart.sizes,
+    by_slot=True,
+    reads_first=True,
+    indexed=bart.indexed,
+    refuse=bart.refuse,
+)
 
 _FAMILIES = {
     "bert": _BERT,
@@ -176,6 +207,8 @@ _FAMILIES = {
     "phi3": _PHI3,
     "gemma2": replace(_LLAMA, refuse=gemma3.refuse),
     "gemma3_text": _GEMMA3,
+    "t5": _T5,
+    "bart": _BART,
 }
 
 

@@ -15,14 +15,16 @@ def text_limit(backbone: PreTrainedModel, family: Family) -> int | None:
     """
     if family.rotary:
         return longest_text(backbone)
-    return backbone.config.max_position_embeddings - family.first_position(backbone)
+    table = getattr(backbone.config, "max_position_embeddings", None)
+    return None if table is None else table - family.first_position(backbone)
 
 
-def check_length(backbone: PreTrainedModel, family: Family, length: int) -> None:
+def check_length(backbone: PreTrainedModel, family: Family, length: int, name: str = "input_ids") -> None:
     """Refuse texts that run past the model's limit.
 
     Args:
         length: tokens and position offset together.
+        name: what the text is called in messages.
 
     Raises:
         ValueError: the text is too long.
@@ -32,10 +34,10 @@ def check_length(backbone: PreTrainedModel, family: Family, length: int) -> None
         return
     if family.rotary:
         raise ValueError(
-            f"input_ids must leave the text within {limit} tokens, where the model's rotary frequencies change "
+            f"{name} must leave the text within {limit} tokens, where the model's rotary frequencies change "
             f"and the prompt's keys do not; got {length}"
         )
     raise ValueError(
-        f"input_ids must leave the text's last position within the model's {limit} learned positions; "
+        f"{name} must leave the text's last position within the model's {limit} learned positions; "
         f"tokens and position offset come to {length}"
     )

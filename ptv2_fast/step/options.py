@@ -67,8 +67,14 @@ class StepPlan:
         return "; ".join(self.reasons)
 
 
-def plan_step(options: StepOptions, *, training: bool, device: torch.device, backend: str) -> StepPlan:
-    """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA)."""
+def plan_step(
+    options: StepOptions, *, training: bool, device: torch.device, backend: str, without: str | None = None
+) -> StepPlan:
+    """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA).
+
+    Args:
+        without: why the model's steps have none of the savings; None where they do.
+    """
     on_cuda = device.type == "cuda"
     triton = on_cuda and backend in ("auto", "triton")
     # Inside torch.compile the whole model is one graph: sizes that depend on data would break it, and views that hold
@@ -91,5 +97,7 @@ def plan_step(options: StepOptions, *, training: bool, device: torch.device, bac
             decided[name], why = False, "inside torch.compile"
         if not training and name in _TRAINING_ALONE and decided[name]:
             decided[name], why = False, "not training"
+        if without is not None:
+            decided[name], why = False, without
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
     return StepPlan(**decided, reasons=tuple(reasons))
