@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.attention.prompt_batch import PromptBatch
-from ptv2_fast.config import PTuningV2Config
-from ptv2_fast.models.backbone import backbone_of, with_backbone
+from ptv2_fast.config import HEAD_TASKS, PTuningV2Config
 from ptv2_fast.models.cache import CACHE
 from ptv2_fast.models.encoder_decoder import BoundPrompts
 
@@ -28,15 +27,19 @@ class EncoderDecoder:
 
     def _run_stacks(self, target: nn.Module, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None):
         """Call `target`, an encoder-decoder, its backbone or a view of either, with prompts in both stacks."""
+        own = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "encoder_outputs")
+        given = [name for name in own if name in inputs]
+        if given and self.adapters[self.active_adapter].config.task_type in HEAD_TASKS:
+            raise ValueError(f"{given[0]} must be None: the head reads the decoder at the tokens of the encoder's text")
         if self.training:
             self._check_checkpointing()
             if inputs.get(CACHE) is None:
                 inputs = {"use_cache": False, **inputs}
         self.step_plan()
-        return self._with_bound_prompts(target, adapter_names)(**inputs)
+        return self._bound_prompts(adapter_names).around(target)(**inputs)
 
-    def _with_bound_prompts(self, target: nn.Module, adapter_names: Sequence[str] | None) -> nn.Module:
-        """A view of `target` whose encoder and decoder carry prompts, for any number of calls.
+    def _bound_prompts(self, adapter_names: Sequence[str] | None) -> BoundPrompts:
+        """The prompts of the rows that are named, for any number of calls.
 
         Raises:
             ValueError: a name is unknown, or adapters that no batch can have together.
@@ -57,7 +60,7 @@ class EncoderDecoder:
         else:
             layers, bank = self._prompts(names)
             index = None if bank is None else torch.tensor(bank, device=self.backbone.device)
-        bound = BoundPrompts(
+        return BoundPrompts(
             self.backbone,
             self._family,
             PromptBatch(layers, index, backend=backend),
@@ -65,7 +68,6 @@ class EncoderDecoder:
             virtual,
             len(adapter_names) if adapter_names else 1,
         )
-        return with_backbone(target, bound.view(self._family.indexed(backbone_of(target))))
 
     def _named(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         """The adapters that were named, row by row; a single one where all rows have the same."""

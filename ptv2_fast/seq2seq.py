@@ -10,6 +10,7 @@ from torch import Tensor
 from ptv2_fast.heads import check_labels
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.cache import with_cache_name
+from ptv2_fast.models.slots import ENCODER_STATES, change_states
 
 
 class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
@@ -60,5 +61,9 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
         """`generate` of the base with the prompts in its encoder and in every step of its decoder."""
         if self._disabled:
             return self.base_model.generate(*args, **with_cache_name(kwargs))
+        bound, base = self._bound_prompts(adapter_names), self.base_model
         with torch.no_grad():
-            return self._with_bound_prompts(self.base_model, adapter_names).generate(*args, **with_cache_name(kwargs))
+            output = bound.around(base).generate(*args, **with_cache_name(kwargs))
+        if bound.length and not isinstance(output, Tensor):
+            change_states(output, ENCODER_STATES, lambda states: states[:, bound.length :])
+        return output

@@ -28,7 +28,7 @@ from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.cache import with_cache_name
 from ptv2_fast.models.inputs import text_size
 from ptv2_fast.models.pooling import tokens_read
-from ptv2_fast.models.slots import tokens_first, turn_rows
+from ptv2_fast.models.slots import HIDDEN_STATES, change_states, tokens_first, turn_rows
 from ptv2_fast.models.view import view_of
 from ptv2_fast.seq2seq import PTuningV2ModelForSeq2SeqLM
 from ptv2_fast.step.labelled_rows import labelled_rows_loss, labelled_tokens, predictable_labels, why_not_labelled_rows
@@ -94,8 +94,8 @@ class _PTuningV2ModelWithHeads(PTuningV2Model):
                 inputs, back = tokens_first(inputs)
             read = tokens_read(inputs, "first")
         output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
-        if back is not None and output.hidden_states is not None:
-            output.hidden_states = tuple(turn_rows(states, back) for states in output.hidden_states)
+        if back is not None:
+            change_states(output, HIDDEN_STATES, lambda states: turn_rows(states, back))
         return output
 
     def _run_own_heads(self, inputs, adapter_names, names, task, targets):

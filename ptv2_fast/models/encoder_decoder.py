@@ -17,17 +17,25 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import PromptBatch
+from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.bert import visible_prompts
 from ptv2_fast.models.cache import CACHE, cached_tokens
 from ptv2_fast.models.families import Family
 from ptv2_fast.models.inputs import check_beside, check_inputs
 from ptv2_fast.models.limits import check_length
 from ptv2_fast.models.rows import joined_rows
-from ptv2_fast.models.slots import tokens_first, turn_rows
+from ptv2_fast.models.slots import (
+    ENCODER_STATES,
+    HIDDEN_STATES,
+    OUTPUT_STATES,
+    change_states,
+    tokens_first,
+    turn_rows,
+)
 from ptv2_fast.models.view import view_of
 
 # What these models count or know themselves; transformers would hand it on to every layer, unread.
-_UNREAD = ("position_ids", "token_type_ids", "cu_seq_lens_q", "cu_seq_lens_k", "head_mask")
+_UNREAD = ("position_ids", "token_type_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,13 @@ class BoundPrompts:
         """P virtual tokens that stand in the encoder's rows."""
         return 0 if self.virtual is None else self.virtual.shape[0]
 
-    def view(self, backbone: nn.Module) -> nn.Module:
-        """`backbone`, or a view of it, with the prompts; called like it, and what it returns stands where the call has
-        its tokens."""
+    def around(self, target: nn.Module) -> nn.Module:
+        """A view of a model, or of its backbone, with the prompts in both stacks; what it returns stands where a call
+        has its tokens."""
+        backbone = self.family.indexed(backbone_of(target))
         children = {"encoder": view_of(backbone.encoder, forward=self._encode)}
         children["decoder"] = view_of(backbone.decoder, forward=self._decode)
-        return view_of(view_of(backbone, children=children), forward=self._run)
+        return with_backbone(target, view_of(view_of(backbone, children=children), forward=self._run))
 
     def _run(self, original, input_ids=None, **call):
         """The whole backbone: what it derives the decoder's inputs from are rows with their tokens first."""
@@ -74,12 +83,13 @@ class BoundPrompts:
         if not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & set(call):
             if "encoder_outputs" in call:
                 raise ValueError("decoder_input_ids must be given with encoder_outputs")
+            check_inputs(*(call.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")), 0)
             call, back = tokens_first(call)
         output = original(**call)
         if self.length:
-            _on_states(output, ENCODER_STATES, lambda states: states[:, self.length :])
+            change_states(output, ENCODER_STATES, lambda states: states[:, self.length :])
         if back is not None:
-            _on_states(output, (*ENCODER_STATES, *DECODER_STATES), lambda states: turn_rows(states, back))
+            change_states(output, (*OUTPUT_STATES, *HIDDEN_STATES), lambda states: turn_rows(states, back))
         return output
 
     def _encode(self, original, input_ids=None, attention_mask=None, inputs_embeds=None, **others):
@@ -97,7 +107,7 @@ class BoundPrompts:
                 back = torch.cat([front, back + self.length], dim=1)
         output = self._through(original, call, others, rows, "encoder")
         if back is not None:
-            _on_states(output, DECODER_STATES, lambda states: turn_rows(states, back))
+            change_states(output, (*OUTPUT_STATES, *HIDDEN_STATES), lambda states: turn_rows(states, back))
         return output
 
     def _decode(
@@ -125,7 +135,7 @@ class BoundPrompts:
         call["encoder_attention_mask"] = visible_prompts(encoder_attention_mask, self.length)
         output = self._through(original, call, others, rows, "decoder")
         if back is not None:
-            _on_states(output, DECODER_STATES, lambda states: turn_rows(states, back))
+            change_states(output, (*OUTPUT_STATES, *HIDDEN_STATES), lambda states: turn_rows(states, back))
         return output
 
     def _through(self, original, call: dict[str, Any], others: dict[str, Any], rows: int, stack: str):
@@ -169,6 +179,8 @@ class BoundPrompts:
         hook.check_served(others, module.config)
         prefix = "decoder_" if stack == "decoder" else ""
         mask = given["attention_mask"]
+        if getattr(others.get(CACHE), "is_compileable", False):
+            mask = None  # `generate` makes one over all slots of a static cache
         if isinstance(mask, Tensor) and mask.dim() != 2:
             raise ValueError(f"{prefix}attention_mask must have shape (B, N); got {tuple(mask.shape)}")
         rows, tokens = check_inputs(given["input_ids"], given["inputs_embeds"], mask, past, prefix)
@@ -196,6 +208,8 @@ class BoundPrompts:
 
     def _check_kept_padding(self, mask: Tensor) -> None:
         """Refuse padding that would count where the decoder's keys are kept in the order of their slots."""
+        if mask.dim() != 2:
+            return
         steps = mask.bool().int().diff(dim=1)
         wrong = (steps > 0).any(1)
         if self.family.positioned is not None:
@@ -206,16 +220,3 @@ class BoundPrompts:
                 "it anywhere); got padding in front of a row's tokens"
             )
 
-
-ENCODER_STATES = ("encoder_last_hidden_state", "encoder_hidden_states")
-DECODER_STATES = ("last_hidden_state", "logits", "hidden_states", "decoder_hidden_states")
-
-
-def _on_states(output: Any, names: tuple[str, ...], change) -> None:
-    """Replace states (B, N, D), or all of a tuple of them, in an output."""
-    for name in names:
-        states = getattr(output, name, None)
-        if isinstance(states, tuple):
-            setattr(output, name, tuple(change(one) for one in states))
-        elif states is not None:
-            setattr(output, name, change(states))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -95,12 +98,17 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
 
 
 def refuse(backbone: PreTrainedModel) -> None:
-    """Refuse a stack alone, and the one class that has its own head beside its stacks.
+    """Refuse a stack alone, the one class that has its own head beside its stacks, and an attention of T5's own.
 
     Raises:
-        ValueError: the message names the class.
+        ValueError: the message names the class, and the version where that is the reason.
     """
     name = type(backbone).__name__
+    if not hasattr(sys.modules[type(backbone).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise ValueError(
+            f"base must use transformers' attention interface, which T5 does in later versions; got {name} of "
+            f"transformers {transformers.__version__}"
+        )
     if not hasattr(backbone, "encoder") or hasattr(backbone, "qa_outputs"):
         raise ValueError(
             "base must be T5Model, T5EncoderModel, T5ForConditionalGeneration, T5ForSequenceClassification or "

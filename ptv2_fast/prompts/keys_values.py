@@ -63,9 +63,12 @@ def record_keys_values(
 
     They stand right before the text: at rotary positions -P..-1, or at the first P learned ones.
 
+    An encoder-decoder reads them in its decoder too, behind the same text in its encoder.
+
     Args:
         virtual: they are virtual tokens, which sliding windows never hide; else they are a text like any other.
     """
+    sizes = family.sizes(backbone)
     length = embeddings.shape[1]
     start = -length if family.rotary else family.first_position(backbone)
     positions = torch.arange(start, start + length, device=embeddings.device)[None]
@@ -73,13 +76,17 @@ def record_keys_values(
     mask = torch.ones(1, length, dtype=torch.bool, device=embeddings.device)
     record: list[tuple[Tensor, Tensor]] = []
     run = backbone if family.indexed is None else family.indexed(backbone)
+    decoder = {"decoder_inputs_embeds": embeddings} if sizes.decoder_layers else {}
     run(
-        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False,
+        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False, **decoder,
         ptv2_record=record, ptv2_prompts=PromptBatch(layers=(), windowed=not virtual),
     )  # fmt: skip
     # A recomputation in backward (gradient checkpointing) appends again: only the first pass
     # counts.
-    return [(keys[0], values[0]) for keys, values in record[: family.sizes(backbone).num_layers]]
+    pairs = [(keys[0], values[0]) for keys, values in record[: sizes.num_layers]]
+    # A decoder's layer runs its self-attention, then its cross-attention; all of the former are numbered first.
+    first = sizes.encoder_layers
+    return pairs[:first] + pairs[first::2] + pairs[first + 1 :: 2] if sizes.decoder_layers else pairs
 
 
 def stack_bank(
