@@ -104,9 +104,9 @@ def base_targets(
             check_labels(name, labels, tokens, (rows,))
             # The base ignores positions past the text; it takes negative ones for the first token.
             checked[name] = labels.masked_fill(labels == IGNORED_LABEL, tokens)
-        elif base.num_labels > 1 and not (isinstance(labels, Tensor) and labels.is_floating_point()):
+        elif base.config.num_labels > 1 and not (isinstance(labels, Tensor) and labels.is_floating_point()):
             # Labels that are no integers are those of a base for several labels at once.
-            check_labels(name, labels, base.num_labels, (rows, tokens) if task_type == "TOKEN_CLS" else (rows,))
+            check_labels(name, labels, base.config.num_labels, (rows, tokens) if task_type == "TOKEN_CLS" else (rows,))
     return checked
 
 

@@ -63,7 +63,8 @@ def attention_forward(
         ptv2_record.append((key, value))
 
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    bias = None if position_bias is None else position_bias.to(dtype)
+    # Under gradient checkpointing T5 marks the zeros that stand for no bias as trainable; the base is frozen.
+    bias = None if position_bias is None else position_bias.detach().to(dtype)
     key_mask = attention_mask
     if attention_mask is not None and attention_mask.dim() == 4:
         # Such a mask already holds causality, windows and whatever else the model asked for.
