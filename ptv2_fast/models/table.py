@@ -18,11 +18,17 @@ features on:
   row, shapes, pooling; `tests/test_saving.py`: save and load;
 - `tests/test_generation.py`: decoders generate with left padding, dynamic and static caches, none, and in turns;
 - `tests/test_shape_audit.py`: no tensor of P + N rows; `tests/step/`: the savings of a training step;
-- `tests/models/test_special.py`: what single families have of their own.
+- `tests/models/test_special.py`: what single families have of their own;
+- `tests/test_encoder_decoder*.py`: all of these for encoder-decoders, which have prompts in the encoder, the decoder's
+  self-attention and, where asked for (`stacks`), its cross-attention.
 
 """
+_ENCODER_DECODERS = ("bart", "t5")
 _COLUMNS = ("model_type", "kind", "positions", "deep", "shallow", "prefix", "generation", "remarks")
 _REMARKS = {
+    "bart": "positions are slots, so rows run with their tokens first; no layerdrop; encoder and decoder of equal heads",
+    "t5": "also T5EncoderModel; deep prompts and prefixes at the farthest distance; not on transformers before its T5 "
+    "ran through the attention interface; T5ForQuestionAnswering is refused",
     "albert": "a prompt per repetition of the shared layer; transformers has no gradient checkpointing for it",
     "distilbert": "no token types",
     "electra": "shallow prompts have the size of word embeddings",
@@ -45,10 +51,11 @@ def table() -> str:
 
 
 def _row(name: str, family: Family) -> tuple[str, ...]:
-    kind = "decoder" if family.causal else "encoder"
-    positions = "rotary" if family.rotary else "learned"
-    shallow = "yes" if family.causal else "yes, as rows of the batch"
-    generation = "yes" if family.causal else "no"
+    decodes = name in _ENCODER_DECODERS
+    kind = "encoder-decoder" if decodes else "decoder" if family.causal else "encoder"
+    positions = "relative" if family.positioned is not None else "rotary" if family.rotary else "learned"
+    shallow = "yes" if family.causal else "yes, as rows of the encoder" if decodes else "yes, as rows of the batch"
+    generation = "yes" if family.causal or decodes else "no"
     return (f"`{name}`", kind, positions, "yes", shallow, "yes", generation, _REMARKS.get(name, ""))
 
 

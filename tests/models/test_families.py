@@ -6,13 +6,15 @@ import pytest
 import torch
 from batches import padded, text_rows
 from tiny_models import ENCODERS, FAMILIES, GROUPED, NARROW_WORDS, WIDE_HEADS, WITHOUT_INDEX, tiny_base, tiny_model
+from tiny_seq2seq import KINDS
 
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import family_of, supported_families
 
 
 def test_every_family_is_tested():
-    assert set(supported_families()) == set(FAMILIES)
+    encoder_decoders = {kind.split("-")[0] for kind in KINDS}
+    assert set(supported_families()) == {*FAMILIES, *encoder_decoders}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
