@@ -287,7 +287,7 @@ def _decoder_prefix(source: _Source, base: PreTrainedModel) -> Parts:
     if family_of(backbone).positioned is not None:
         raise ValueError(
             f"{source.where} cannot run on {type(base).__name__} as it does in PEFT: a prefix there stands right "
-            "before the decoder's text, whose scores have a bias for the distance; a prompt here stands far in front of it"
+            "before the decoder's text, whose scores have a bias for the distance; here it would stand far in front"
         )
     width = 2 * sizes.num_kv_heads * sizes.head_dim
     pairs = flat.shape[-1] // width
