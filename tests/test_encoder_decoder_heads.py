@@ -19,10 +19,11 @@ def _ended(side):
     return texts, padded(texts, side)
 
 
-HEADS = [
-    pytest.param(kind, task, id=f"{kind}-{task}")
-    for kind, task in [("t5", "SEQ_CLS"), ("t5", "TOKEN_CLS"), ("bart", "SEQ_CLS"), ("bart", "QUESTION_ANS")]
+BASES = [
+    *[(kind, task) for kind in ("t5", "mt5") for task in ("SEQ_CLS", "TOKEN_CLS")],
+    *[("bart", task) for task in ("SEQ_CLS", "QUESTION_ANS")],
 ]
+HEADS = [pytest.param(kind, task, id=f"{kind}-{task}") for kind, task in BASES]
 
 
 def _logits(output):
@@ -130,5 +131,5 @@ def test_a_stack_alone_is_refused(kind):
 @pytest.mark.skipif(hasattr(transformers.models.t5.modeling_t5, "ALL_ATTENTION_FUNCTIONS"), reason="it is served")
 def test_a_t5_with_an_attention_of_its_own_is_refused():
     config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=2, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="attention interface, which T5 does in later versions"):
+    with pytest.raises(ValueError, match="attention interface, which T5 uses in later versions"):
         get_ptv2_model(transformers.T5ForConditionalGeneration(config), PTuningV2Config("SEQ_2_SEQ_LM"))

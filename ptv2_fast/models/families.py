@@ -208,6 +208,7 @@ _FAMILIES = {
     "gemma2": replace(_LLAMA, refuse=gemma3.refuse),
     "gemma3_text": _GEMMA3,
     "t5": _T5,
+    "mt5": _T5,
     "bart": _BART,
 }
 

@@ -1,4 +1,4 @@
-"""T5: pre-norm stacks without biases, whose scores get a learned bias for the distance of two tokens."""
+"""T5 and mT5: pre-norm stacks without biases, whose scores get a learned bias for the distance of two tokens."""
 
 from __future__ import annotations
 
@@ -106,13 +106,13 @@ def refuse(backbone: PreTrainedModel) -> None:
     name = type(backbone).__name__
     if not hasattr(sys.modules[type(backbone).__module__], "ALL_ATTENTION_FUNCTIONS"):
         raise ValueError(
-            f"base must use transformers' attention interface, which T5 does in later versions; got {name} of "
+            f"base must use transformers' attention interface, which T5 uses in later versions; got {name} of "
             f"transformers {transformers.__version__}"
         )
     if not hasattr(backbone, "encoder") or hasattr(backbone, "qa_outputs"):
         raise ValueError(
             "base must be T5Model, T5EncoderModel, T5ForConditionalGeneration, T5ForSequenceClassification or "
-            f"T5ForTokenClassification; got {name}"
+            f"T5ForTokenClassification, or that of mT5; got {name}"
         )
 
 

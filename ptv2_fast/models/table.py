@@ -23,10 +23,11 @@ features on:
   self-attention and, where asked for (`stacks`), its cross-attention.
 
 """
-_ENCODER_DECODERS = ("bart", "t5")
+_ENCODER_DECODERS = ("bart", "mt5", "t5")
 _COLUMNS = ("model_type", "kind", "positions", "deep", "shallow", "prefix", "generation", "remarks")
 _REMARKS = {
     "bart": "rows run with their tokens first, since positions are slots; no layerdrop; as many heads in either stack",
+    "mt5": "as t5",
     "t5": "also T5EncoderModel; deep prompts and prefixes at the farthest distance; not on transformers before its T5 "
     "ran through the attention interface; T5ForQuestionAnswering is refused",
     "albert": "a prompt per repetition of the shared layer; transformers has no gradient checkpointing for it",

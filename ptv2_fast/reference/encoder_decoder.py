@@ -55,10 +55,10 @@ def literal_encoder_decoder(
         The decoder's states (B, M, D), or None, and the encoder's (B, N, D), after their last norms.
 
     Raises:
-        ValueError: the backbone is no T5 or BART.
+        ValueError: the backbone is no T5, mT5 or BART.
     """
-    if getattr(backbone.config, "model_type", None) not in ("t5", "bart"):
-        raise ValueError(f"backbone must be t5 or bart; got {type(backbone).__name__}")
+    if getattr(backbone.config, "model_type", None) not in ("t5", "mt5", "bart"):
+        raise ValueError(f"backbone must be t5, mt5 or bart; got {type(backbone).__name__}")
     prompts = (states or {}, keys_values or {}, prompt_bias or {})
     offsets = position_offset or {}
     encoder, length = backbone.encoder, 0 if virtual is None else len(virtual)

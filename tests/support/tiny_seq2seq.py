@@ -16,7 +16,7 @@ from ptv2_fast.reference.encoder_decoder import literal_encoder_decoder
 from ptv2_fast.reference.float64 import to_exact_float64
 
 # What each kind of base has of its own; d_kv * heads is not d_model in T5.
-KINDS = ("t5", "t5-gated", "bart", "bart-scaled")
+KINDS = ("t5", "t5-gated", "mt5", "bart", "bart-scaled")
 STACKS = ("encoder", "decoder", "cross")
 # Layers of either stack; transformers' caches have as many layers as the encoder, so the decoder has fewer.
 ENCODER, DECODER = 3, 2
@@ -31,6 +31,11 @@ _CLASSES = {
     ("t5", "SEQ_CLS"): transformers.T5ForSequenceClassification,
     ("t5", "TOKEN_CLS"): transformers.T5ForTokenClassification,
     ("t5", "QUESTION_ANS"): transformers.T5ForQuestionAnswering,
+    ("mt5", "SEQ_2_SEQ_LM"): transformers.MT5ForConditionalGeneration,
+    ("mt5", "FEATURE_EXTRACTION"): transformers.MT5Model,
+    ("mt5", "ENCODER"): transformers.MT5EncoderModel,
+    ("mt5", "SEQ_CLS"): transformers.MT5ForSequenceClassification,
+    ("mt5", "TOKEN_CLS"): transformers.MT5ForTokenClassification,
     ("bart", "SEQ_2_SEQ_LM"): transformers.BartForConditionalGeneration,
     ("bart", "FEATURE_EXTRACTION"): transformers.BartModel,
     ("bart", "SEQ_CLS"): transformers.BartForSequenceClassification,
@@ -44,14 +49,15 @@ def tiny_config(kind: str, **changes) -> transformers.PretrainedConfig:
         "vocab_size": VOCABULARY, "d_model": HIDDEN, "pad_token_id": PADDING_ID, "bos_token_id": None,
         "eos_token_id": None, "decoder_start_token_id": START, "num_labels": LABELS, "attn_implementation": "sdpa",
     }  # fmt: skip
-    if kind.startswith("t5"):
+    if "t5" in kind:
         own = {
             "d_kv": 6, "d_ff": 48, "num_heads": 4, "num_layers": ENCODER, "num_decoder_layers": DECODER,
             "dropout_rate": 0.0, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
-            "feed_forward_proj": "gated-gelu" if kind == "t5-gated" else "relu",
-            "tie_word_embeddings": kind != "t5-gated",
+            "feed_forward_proj": "relu" if kind == "t5" else "gated-gelu",
+            "tie_word_embeddings": kind == "t5",
         }  # fmt: skip
-        return transformers.T5Config(**{**common, **own, **changes})
+        config = transformers.MT5Config if kind == "mt5" else transformers.T5Config
+        return config(**{**common, **own, **changes})
     own = {
         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40,
         "encoder_layers": ENCODER, "decoder_layers": DECODER, "max_position_embeddings": 64, "dropout": 0.0,
@@ -62,7 +68,7 @@ def tiny_config(kind: str, **changes) -> transformers.PretrainedConfig:
 
 def tiny_base(kind: str, task: str = "SEQ_2_SEQ_LM", *, exact: bool = False, **changes) -> transformers.PreTrainedModel:
     """A tiny model in eval mode; the same weights every time. `exact` makes it true float64."""
-    if kind.startswith("t5") and not T5_SERVED:
+    if "t5" in kind and not T5_SERVED:
         pytest.skip("this transformers' T5 has an attention of its own")
     state = torch.get_rng_state()
     torch.manual_seed(0)
@@ -70,7 +76,7 @@ def tiny_base(kind: str, task: str = "SEQ_2_SEQ_LM", *, exact: bool = False, **c
     with torch.no_grad():
         for parameter in model.parameters():
             # T5 does not scale its scores.
-            parameter += (0.1 if kind.startswith("t5") else 0.25) * torch.randn_like(parameter)
+            parameter += (0.1 if "t5" in kind else 0.25) * torch.randn_like(parameter)
         for name, table in model.named_parameters():
             if "relative_attention_bias" in name:
                 table.mul_(3.0)
@@ -145,4 +151,4 @@ def literal_logits(base: transformers.PreTrainedModel, states: Tensor) -> Tensor
     """What a base's language head says of decoder states."""
     if base.config.model_type == "bart":
         return base.lm_head(states) + base.final_logits_bias
-    return base.lm_head(states * (HIDDEN**-0.5 if base.config.scale_decoder_outputs else 1.0))
+    return base.lm_head(states * (HIDDEN**-0.5 if getattr(base.config, "scale_decoder_outputs", False) else 1.0))
