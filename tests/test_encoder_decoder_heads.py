@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from batches import padded, text_rows
-from tiny_models import INJECTIONS, LABELS
+from tiny_models import INJECTIONS, LABELS, tiny_prompts
 from tiny_seq2seq import tiny_base, tiny_model
 from tolerances import assert_equal
 
@@ -84,6 +84,34 @@ def test_own_heads_on_the_encoder_of_t5(injection, pooling):
             states = model.run(model.backbone, {"input_ids": row[None]}).last_hidden_state[0]
             pooled = {"first": states[0], "last": states[-1], "mean": states.mean(0)}[pooling]
             assert_equal(logits[index], head(pooled))
+
+
+def test_one_adapter_per_row_on_the_encoder_of_t5():
+    model = tiny_model("t5", "deep", "ENCODER", task_type="TOKEN_CLS", heads={"tags": 3})
+    model.add_adapter("prefix", tiny_prompts("prefix", "TOKEN_CLS", length=9, heads={"tags": 3}))
+    model.eval()
+    names, texts = ["prefix", "default", "prefix"], text_rows()
+    for side in ("left", "right"):
+        batch = padded(texts, side)
+        mixed = model(**batch.inputs, adapter_names=names).logits
+        for index, (row, name) in enumerate(zip(texts, names)):
+            assert_equal(batch.real(mixed, index), model(input_ids=row[None], adapter_names=[name]).logits[0], name)
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_checkpointed_gradients_of_the_encoder_of_t5(injection):
+    model = tiny_model("t5", injection, "ENCODER").train()
+    batch = padded(text_rows(), "left")
+    real, grads, calls = batch.attention_mask.bool(), [], []
+    projection = model.backbone.encoder.block[0].layer[0].SelfAttention.q
+    projection.register_forward_pre_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        model.zero_grad()
+        model(**batch.inputs).last_hidden_state[real].pow(2).sum().backward()
+        grads.append(model.adapters["default"].encoder.prompts.grad.clone())
+        model.gradient_checkpointing_enable()
+    assert len(calls) == 3 and grads[0].abs().max() > 0
+    assert_equal(grads[1], grads[0])
 
 
 def _refused():
