@@ -125,6 +125,8 @@ def _refused():
     yield "t5", "SEQ_2_SEQ_LM", config("CAUSAL_LM"), "task_type must be 'SEQ_2_SEQ_LM'"
     yield "bart", "SEQ_2_SEQ_LM", config("CAUSAL_LM"), "must be a causal language model"
     yield "bart", "SEQ_2_SEQ_LM", config("SEQ_CLS"), "must be of type ...ForSequenceClassification"
+    yield "t5", "SEQ_2_SEQ_LM", config("SEQ_2_SEQ_LM", position_offset=3), "position_offset must be None on T5ForCond"
+    yield "t5", "ENCODER", config("FEATURE_EXTRACTION", position_offset=3), "position_offset must be None on T5Encoder"
     yield "t5", "SEQ_2_SEQ_LM", config("SEQ_2_SEQ_LM", layers=(2,)), r"layers must lie in \[-2, 1\]"
 
 
