@@ -11,6 +11,7 @@ from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import Family, family_of
 from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.gathered import device_of
+from ptv2_fast.models.limits import text_limit
 from ptv2_fast.prompts.encoder import PromptEncoder
 
 _BASE_SUFFIX = {
@@ -46,7 +47,7 @@ class Adapter(nn.Module):
         self.config = config
         self.encoder = PromptEncoder(
             config,
-            config.resolve_layers(sizes.num_layers),
+            config.resolve_layers(sizes.num_layers, sizes.decoder_layers),
             hidden_size=sizes.hidden_size,
             embedding_size=sizes.embedding_size,
             num_heads=sizes.num_heads,
@@ -77,16 +78,35 @@ class Adapter(nn.Module):
 def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
     """Refuse a base that cannot serve the task."""
     name = type(base).__name__
-    _check_input(name, family_of(backbone_of(base)), config)
-    if config.task_type == "CAUSAL_LM":
-        causal = family_of(backbone_of(base)).causal
-        if not causal or base.get_output_embeddings() is None or not base.can_generate():
+    backbone = backbone_of(base)
+    family = family_of(backbone)
+    _check_input(name, family, config)
+    has_positions = family.rotary or text_limit(backbone, family) is not None
+    offset = None if config.injection == "shallow" else config.position_offset
+    if offset and not has_positions:
+        raise ValueError(f"position_offset must be None on {name}, which has no positions; got {offset}")
+    decodes = family.sizes(backbone).decoder_layers > 0
+    if config.task_type == "SEQ_2_SEQ_LM":
+        if not decodes or not base.can_generate():
+            raise ValueError(
+                "base must be an encoder-decoder of type ...ForConditionalGeneration for task_type='SEQ_2_SEQ_LM'; "
+                f"got {name}"
+            )
+    elif decodes and config.heads is not None:
+        raise ValueError(
+            f"heads must be None on {name}, whose output is its decoder's; take the encoder alone (T5EncoderModel), or "
+            "a model with a head of its own"
+        )
+    elif decodes and backbone is base and base.can_generate():
+        raise ValueError(f"task_type must be 'SEQ_2_SEQ_LM' for {name}; got {config.task_type!r}")
+    elif config.task_type == "CAUSAL_LM":
+        if not family.causal or base.get_output_embeddings() is None or not base.can_generate():
             raise ValueError(
                 f"base must be a causal language model for task_type='CAUSAL_LM'; got {name}"
             )
     elif config.task_type in HEAD_TASKS and config.heads is None:
         suffix = _BASE_SUFFIX[config.task_type]
-        if backbone_of(base) is base:
+        if backbone is base:
             raise ValueError(
                 f"heads must be given for task_type={config.task_type!r} on the backbone {name}, which has no head "
                 f"of its own; or pass a model of type ...{suffix}"

@@ -95,7 +95,7 @@ class AdapterSet:
         current = self.backbone.config._attn_implementation
         if current != hook.IMPLEMENTATION:
             base._ptv2_original_attention = current
-            self.backbone.set_attn_implementation(hook.IMPLEMENTATION)
+            _set_attention(base, hook.IMPLEMENTATION)
         if self.backbone.config._attn_implementation != hook.IMPLEMENTATION:
             raise ValueError(
                 f"base must use transformers' attention interface; {type(base).__name__} does not let its attention "
@@ -105,7 +105,7 @@ class AdapterSet:
     def _detach(self) -> None:
         """Give the base its own attention back; its parameters stay frozen."""
         if not self._family.own_attention:
-            self.backbone.set_attn_implementation(self.base_model._ptv2_original_attention)
+            _set_attention(self.base_model, self.base_model._ptv2_original_attention)
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -176,3 +176,13 @@ class AdapterSet:
     def _check_name(self, name: str) -> None:
         if name not in self.adapters:
             raise ValueError(f"adapter must be one of {', '.join(self.adapters)}; got {name!r}")
+
+
+def _set_attention(base: PreTrainedModel, name: str) -> None:
+    """Set the attention implementation of a model, and of models inside it that have a configuration of their own."""
+    base.set_attn_implementation(name)
+    for inner in base.modules():
+        # Up to transformers 5.17 a copy of the model's own configuration (T5's stacks have one each) is passed over.
+        if isinstance(inner, PreTrainedModel) and type(inner.config) is type(base.config):
+            if inner.config._attn_implementation != name:
+                inner.set_attn_implementation(name)

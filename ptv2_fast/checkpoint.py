@@ -219,6 +219,8 @@ def _check(path: Path, description: Any, base: PreTrainedModel) -> tuple[str, PT
 def _base_facts(base: PreTrainedModel) -> dict[str, Any]:
     """What a base must have in common with the one an adapter was trained on."""
     sizes = sizes_of(backbone_of(base))
+    # Two bases may have as many layers in all, and not the same ones.
+    stacks = {"decoder_layers": sizes.decoder_layers} if sizes.decoder_layers else {}
     return {
         "name_or_path": base.config.name_or_path,
         "model_type": backbone_of(base).config.model_type,
@@ -227,4 +229,5 @@ def _base_facts(base: PreTrainedModel) -> dict[str, Any]:
         "num_heads": sizes.num_heads,
         "num_kv_heads": sizes.num_kv_heads,
         "head_dim": sizes.head_dim,
+        **stacks,
     }

@@ -11,7 +11,10 @@ from torch import nn
 
 from ptv2_fast.attention.checks import BACKENDS
 
-TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "FEATURE_EXTRACTION", "IMAGE_CLS", "AUDIO_CLS")
+TASK_TYPES = (
+    "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "IMAGE_CLS", "AUDIO_CLS",
+)  # fmt: skip
+STACKS = ("encoder", "decoder", "cross")
 INJECTIONS = ("deep", "shallow", "prefix")
 INITS = ("text", "normal", "gated")
 POOLINGS = ("first", "last", "mean")
@@ -67,13 +70,14 @@ class PTuningV2Config:
     """How prompts are injected into a frozen model, and what is trained on top.
 
     Attributes:
-        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, FEATURE_EXTRACTION, IMAGE_CLS or AUDIO_CLS.
+        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, IMAGE_CLS or
+            AUDIO_CLS.
         num_virtual_tokens: P, the length of the prompt.
         injection: "deep" (a trained hidden state per layer and token), "shallow" (one at the
             embeddings, evolving through the layers) or "prefix" (trained keys and values per
             layer).
         layers: which layers get prompts, as indices (negative ones count from the end); None means
-            all. Not for "shallow".
+            all. Not for "shallow". They count inside each of the `stacks`.
         prompt_init: "text" (what the frozen model itself computes for a given text), "normal", or
             "gated" ("normal" plus a trained bias on the prompt's scores that starts so low that the
             prompt starts as a no-op). None means "text" where a text and a tokenizer are given,
@@ -85,10 +89,13 @@ class PTuningV2Config:
             None where the base brings its own head or needs none.
         position_offset: added to the position of every text token. None means the injection's own:
             0 for "deep" and "prefix", P for "shallow". P with "prefix" is what PEFT and the paper's
-            code do on BERT-like models.
+            code do on BERT-like models. In an encoder-decoder it shifts the texts of the `stacks`.
         backend: which backend of `prompt_attention` serves the model.
         init_std: standard deviation of "normal" initialisation; None means the model's own
             initializer_range.
+        stacks: which attention of an encoder-decoder gets prompts, out of "encoder" and "decoder" (their
+            self-attention) and "cross" (the decoder's look at the encoder's states); None means encoder and
+            decoder. Not for "shallow", whose virtual tokens stand in front of the encoder's text.
 
     Raises:
         ValueError: a value is unknown or two values contradict each other; the message names the
@@ -106,6 +113,7 @@ class PTuningV2Config:
     position_offset: int | None = None
     backend: str = "auto"
     init_std: float | None = field(default=None)
+    stacks: Sequence[str] | None = None
 
     def __post_init__(self):
         _one_of("task_type", self.task_type, TASK_TYPES)
@@ -123,11 +131,12 @@ class PTuningV2Config:
             raise ValueError(f"init_std must be a positive number or None; got {self.init_std!r}")
         self._check_injection()
         self._check_layers()
+        self._check_stacks()
         self._check_heads()
 
     def _check_injection(self) -> None:
         if self.injection == "shallow":
-            for name in ("layers", "reparameterization"):
+            for name in ("layers", "stacks", "reparameterization"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{name} must be None with injection='shallow'; got {getattr(self, name)!r}"
@@ -156,13 +165,23 @@ class PTuningV2Config:
             raise ValueError(f"layers must name at least one layer, none of them twice; got {self.layers!r}")
         self.layers = tuple(self.layers)
 
+    def _check_stacks(self) -> None:
+        if self.stacks is None:
+            return
+        is_sequence = isinstance(self.stacks, Sequence) and not isinstance(self.stacks, (str, bytes))
+        if not is_sequence or not self.stacks or len(set(self.stacks)) != len(self.stacks):
+            raise ValueError(f"stacks must be a sequence of distinct names or None; got {self.stacks!r}")
+        for stack in self.stacks:
+            _one_of("stacks", stack, STACKS)
+        self.stacks = tuple(stack for stack in STACKS if stack in self.stacks)
+
     def _check_heads(self) -> None:
         if self.heads is None:
             return
         if not isinstance(self.heads, Mapping) or not self.heads:
             raise ValueError(f"heads must be a non-empty mapping of names or None; got {self.heads!r}")
-        if self.task_type == "CAUSAL_LM":
-            raise ValueError("heads must be None with task_type='CAUSAL_LM': the model's own head is used")
+        if self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            raise ValueError(f"heads must be None with task_type={self.task_type!r}: the model's own head is used")
         heads = {}
         for name, head in self.heads.items():
             if not isinstance(name, str) or not name.isidentifier():
@@ -186,12 +205,31 @@ class PTuningV2Config:
             heads[name] = head
         self.heads = heads
 
-    def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
+    def resolve_layers(self, num_layers: int, decoder_layers: int = 0) -> tuple[int, ...]:
         """The prompted layers of a model with `num_layers` layers, sorted, all non-negative.
 
+        Args:
+            decoder_layers: in an encoder-decoder, whose layers are the encoder's, then the decoder's self-attention,
+                then its cross-attention: the number of the last two. 0 elsewhere.
+
         Raises:
-            ValueError: a layer does not exist.
+            ValueError: a layer does not exist, or there are no stacks to choose from.
         """
+        if not decoder_layers:
+            if self.stacks is not None:
+                raise ValueError(f"stacks must be None on a base that is no encoder-decoder; got {self.stacks}")
+            return self._counted(num_layers)
+        sizes = dict(zip(STACKS, (num_layers - 2 * decoder_layers, decoder_layers, decoder_layers)))
+        chosen = ("encoder",) if self.injection == "shallow" else self.stacks or ("encoder", "decoder")
+        found, start = [], 0
+        for stack, size in sizes.items():
+            if stack in chosen:
+                found += [start + layer for layer in self._counted(size)]
+            start += size
+        return tuple(found)
+
+    def _counted(self, num_layers: int) -> tuple[int, ...]:
+        """The prompted ones of `num_layers` layers."""
         if self.layers is None:
             return tuple(range(num_layers))
         for layer in self.layers:
@@ -214,7 +252,9 @@ class PTuningV2Config:
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of plain JSON values, which `from_dict` reads."""
         values = asdict(self)
-        values["layers"] = list(self.layers) if self.layers is not None else None
+        for name in ("layers", "stacks"):
+            value = getattr(self, name)
+            values[name] = list(value) if value is not None else None
         return values
 
     @classmethod

@@ -22,7 +22,7 @@ from ptv2_fast.heads import base_targets, classification_loss, span_loss
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.features import features_read, input_size, reads_text
 from ptv2_fast.models.pooling import tokens_read
-from ptv2_fast.models.slots import tokens_first, turn_rows
+from ptv2_fast.models.slots import HIDDEN_STATES, change_states, tokens_first, turn_rows
 from ptv2_fast.models.view import view_of
 from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
 
@@ -84,8 +84,8 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
                 inputs, back = tokens_first(inputs)
             read = self._read(inputs, "first")
         output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
-        if back is not None and output.hidden_states is not None:
-            output.hidden_states = tuple(turn_rows(states, back) for states in output.hidden_states)
+        if back is not None:
+            change_states(output, HIDDEN_STATES, lambda states: turn_rows(states, back))
         return output
 
     def _run_own_heads(self, inputs, adapter_names, names, task, targets):

@@ -21,6 +21,7 @@ _TASK_NAMES = {
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
     "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
     "FEATURE_EXTRACTION": "feature-extraction",
     "IMAGE_CLS": "image-classification",
     "AUDIO_CLS": "audio-classification",

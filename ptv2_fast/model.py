@@ -14,6 +14,7 @@ from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import Account, LayerPrompt, LazyPrompt, PromptBatch
 from ptv2_fast.config import PTuningV2Config
+from ptv2_fast.encoder_decoder import WITHOUT_SAVINGS, EncoderDecoder
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
 from ptv2_fast.models.families import family_of
@@ -43,7 +44,7 @@ from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.step.unpad import Packing, can_unpad, unpadded
 
 
-class PTuningV2Model(AdapterSet, Persistence, nn.Module):
+class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, nn.Module):
     """A frozen transformers model whose attention layers also see trained prompts.
 
     The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values
@@ -160,6 +161,8 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         if self._disabled:
             return target(**inputs)
         hook.check_served(inputs, self.backbone.config)
+        if self._has_decoder:
+            return self._run_stacks(target, inputs, adapter_names)
         names = self._row_names(adapter_names, inputs)
         evolving = [n for n in names if n != BASE_ROW and self._evolves_with_text(self.adapters[n])]
         if evolving:
@@ -220,6 +223,8 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
 
     def why_not_packed(self) -> str | None:
         """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
+        if self._has_decoder:
+            return WITHOUT_SAVINGS
         if self._evolves_with_text(self.adapters[self.active_adapter]):
             return "a shallow prompt on a bidirectional model is rows of the padded batch"
         return None
@@ -230,6 +235,7 @@ class PTuningV2Model(AdapterSet, Persistence, nn.Module):
         plan = plan_step(
             self.step_options, training=self.training, device=device_of(self.backbone), backend=backend,
             gathered_by=self._step_layers.gathered_by(self, self.base_model),
+            without=WITHOUT_SAVINGS if self._has_decoder else None,
         )  # fmt: skip
         if plan != self._logged_plan and not torch.compiler.is_compiling():
             self._logged_plan = plan

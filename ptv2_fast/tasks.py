@@ -21,6 +21,7 @@ from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.cache import with_cache_name
 from ptv2_fast.models.inputs import text_size
 from ptv2_fast.models.view import view_of
+from ptv2_fast.seq2seq import PTuningV2ModelForSeq2SeqLM
 from ptv2_fast.step.labelled_rows import labelled_rows_loss, labelled_tokens, predictable_labels, why_not_labelled_rows
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 from ptv2_fast.step.options import StepOptions
@@ -228,6 +229,7 @@ MODEL_CLASSES: dict[str, type[PTuningV2Model]] = {
     "TOKEN_CLS": PTuningV2ModelForTokenClassification,
     "QUESTION_ANS": PTuningV2ModelForQuestionAnswering,
     "CAUSAL_LM": PTuningV2ModelForCausalLM,
+    "SEQ_2_SEQ_LM": PTuningV2ModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": PTuningV2ModelForFeatureExtraction,
     "IMAGE_CLS": PTuningV2ModelForImageClassification,
     "AUDIO_CLS": PTuningV2ModelForAudioClassification,

@@ -42,6 +42,12 @@ REFUSED = {
     "layers-text": ({"layers": "12"}, "layers must be a sequence of integers or None; got '12'"),
     "layers-number": ({"layers": 3}, "layers must be a sequence of integers or None; got 3"),
     "layers-float": ({"layers": (1.5,)}, "layers must be an integer; got 1.5"),
+    "stacks-empty": ({"stacks": ()}, "stacks must be a sequence of distinct names or None"),
+    "stacks-twice": ({"stacks": ("cross", "cross")}, "stacks must be a sequence of distinct names"),
+    "stacks-text": ({"stacks": "cross"}, "stacks must be a sequence of distinct names or None; got 'cross'"),
+    "stacks-unknown": ({"stacks": ("both",)}, "stacks must be one of encoder, decoder, cross; got 'both'"),
+    "shallow-stacks": ({"injection": "shallow", "stacks": ("encoder",)}, "stacks must be None with injection"),
+    "heads-seq2seq": ({"task_type": "SEQ_2_SEQ_LM", "heads": {"a": 2}}, "heads must be None with task_type='SEQ_2"),
     "shallow-layers": (
         {"injection": "shallow", "layers": (0,)},
         "layers must be None with injection='shallow'",
@@ -164,3 +170,18 @@ def test_unknown_and_missing_keys_are_refused():
         PTuningV2Config.from_dict({"task_type": "SEQ_CLS", "colour": 1})
     with pytest.raises(ValueError, match="the configuration lacks task_type"):
         PTuningV2Config.from_dict({"num_virtual_tokens": 3})
+
+
+def test_stacks_choose_layers_of_an_encoder_decoder():
+    """The encoder's layers first, then the decoder's, then its cross-attention; indices count inside each."""
+    config = _config(stacks=["cross", "encoder"], layers=(-1,))
+    assert config.stacks == ("encoder", "cross")
+    assert config.resolve_layers(3 + 2 * 2, 2) == (2, 6)
+    assert _config().resolve_layers(7, 2) == (0, 1, 2, 3, 4)
+    assert _config(injection="shallow").resolve_layers(7, 2) == (0, 1, 2)
+    assert _config(stacks=("cross",)).resolve_layers(7, 2) == (5, 6)
+    assert PTuningV2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match=r"layers must lie in \[-2, 1\]"):
+        _config(layers=(2,)).resolve_layers(7, 2)
+    with pytest.raises(ValueError, match="stacks must be None on a base that is no encoder-decoder"):
+        config.resolve_layers(7)

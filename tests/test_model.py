@@ -34,20 +34,19 @@ class _Odd(torch.nn.Module):
     """A module that is no transformers model."""
 
 
-def _t5():
-    return transformers.T5Model(
-        transformers.T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    )
+def _fnet():
+    config = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    return transformers.FNetModel(transformers.FNetConfig(**config))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (_Odd, "base must be a transformers PreTrainedModel; got _Odd"),
-        (_t5, "base must be of a supported family .*bert.*got T5Model with model_type 't5'"),
+        (_fnet, "base must be of a supported family .*bert.*got FNetModel with model_type 'fnet'"),
         (lambda: tiny_base("bert", is_decoder=True), "base must be an encoder; got BertModel"),
     ],
-    ids=["module", "t5", "decoder-bert"],
+    ids=["module", "fnet", "decoder-bert"],
 )
 def test_unusable_bases_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -67,7 +67,8 @@ def attention_forward(
     if not batch.windowed and attention_mask is not None and attention_mask.dim() == 4:
         attention_mask = None  # virtual tokens have no padding: the mask could only hold a window
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    bias = None if position_bias is None else position_bias.to(dtype)
+    # Under gradient checkpointing T5 marks the zeros that stand for no bias as trainable; the base is frozen.
+    bias = None if position_bias is None else position_bias.detach().to(dtype)
     key_mask = attention_mask
     if attention_mask is not None and attention_mask.dim() == 4:
         # Such a mask already holds causality, windows and whatever else the model asked for.
@@ -137,7 +138,9 @@ def padding_mask(
     # A single query sees every key written so far; in a static cache those are the ones up to its
     # own position.
     single = q_length == 1 and mask_function is causal_mask_function
-    if use_vmap or not _is_plain(mask_function) or not (at_end or single):
+    # Without a direction it does not matter where the queries stand: a decoder's look at its encoder's states.
+    anywhere = mask_function is bidirectional_mask_function
+    if use_vmap or not _is_plain(mask_function) or not (at_end or single or anywhere):
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
@@ -150,7 +153,7 @@ def padding_mask(
         if missing > 0:
             attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
         mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if not at_end:
+    if single and not at_end:
         device = kwargs.get("device") or getattr(q_offset, "device", None)
         written = torch.arange(kv_length, device=device)[None, :] + kv_offset <= q_offset
         mask = written.expand(batch_size, -1) if mask is None else mask & written

@@ -14,6 +14,7 @@ from ptv2_fast.config import HEAD_TASKS
 from ptv2_fast.heads import own_heads
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.dimensions import Dimensions
+from ptv2_fast.models.families import sizes_of
 
 # The suffixes of transformers' class names, and the task that each of them is for.
 _TASK_OF_CLASS = {
@@ -61,6 +62,8 @@ def task_of(base: PreTrainedModel, stated: str | None) -> str:
     for suffix, task in _TASK_OF_CLASS.items():
         if name.endswith(suffix):
             return task
+    if sizes_of(backbone_of(base)).decoder_layers and base.can_generate():
+        return "SEQ_2_SEQ_LM"
     if backbone_of(base) is base:
         return "FEATURE_EXTRACTION"
     if base.get_output_embeddings() is not None:

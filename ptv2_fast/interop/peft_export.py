@@ -65,7 +65,7 @@ def _contents(model: PTuningV2Model, name: str) -> tuple[dict[str, Any], dict[st
         "base_model_name_or_path": model.base_model.config.name_or_path or None,
         "inference_mode": True,
         "modules_to_save": list(adapter.base_heads) or None,
-        "num_layers": sizes.num_layers,
+        "num_layers": sizes.encoder_layers,
         "num_transformer_submodules": 1,
         "num_virtual_tokens": config.num_virtual_tokens,
         "revision": None,
@@ -129,6 +129,7 @@ def _check(model: PTuningV2Model, name: str, adapter: Adapter) -> None:
         ValueError: the message says what it is.
     """
     config, family, kind = adapter.config, family_of(model.backbone), model.backbone.config.model_type
+    sizes = sizes_of(model.backbone)
     length, is_shallow = config.num_virtual_tokens, config.injection == "shallow"
     reason = None
     if adapter.heads:
@@ -137,7 +138,11 @@ def _check(model: PTuningV2Model, name: str, adapter: Adapter) -> None:
         reason = f"PEFT puts prompts before embeddings or in a cache, and a {kind} takes no embeddings and has no cache"
     elif adapter.encoder.gate is not None:
         reason = "prompt_init='gated' trains a bias on the prompt's scores, which PEFT does not have"
-    elif len(adapter.encoder.layers) != sizes_of(model.backbone).num_layers:
+    elif sizes.decoder_layers and not is_shallow:
+        reason = "PEFT lets layers of an encoder-decoder share a prefix, in the decoder's self-attention alone"
+    elif sizes.decoder_layers and config.task_type != "SEQ_2_SEQ_LM":
+        reason = f"PEFT runs no {type(model.base_model).__name__} with prompts"
+    elif len(adapter.encoder.layers) != sizes.encoder_layers:
         reason = f"only layers {adapter.encoder.layers} have prompts, and PEFT gives every layer one"
     elif is_shallow and config.task_type == "SEQ_CLS" and not family.causal:
         reason = "PEFT's head reads the first virtual token of an encoder, ours the first token of the text"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def from_peft(
     prefix_projection, which is the `reparameterization` here, goes on training where it still is there: in a PeftModel
     that is not in inference mode, with `is_trainable=True` and heads that add up to the hidden size.
 
-    PEFT counts the text's positions from P behind a prefix too; `config.position_offset` is P to keep that.
+    PEFT counts the text's positions from P behind a prefix too; `config.position_offset` is P to keep that. On an
+    encoder-decoder a prefix is the decoder's, and prompt tuning the encoder's; the MLP of a prefix there is merged.
 
     The logits are those of PEFT wherever PEFT gives a row what it gives that row alone. Where it does not, they are the
     row's own: PEFT counts padding on the left as positions (except in OPT, and in RoBERTa's prefix tuning); a causal
@@ -233,10 +234,19 @@ def _adapters(name: str, source: _Source, base: PreTrainedModel, task_type, task
         raise ValueError(f"{source.where} holds unknown tensors {foreign}")
     named = {key.removeprefix(_OF_BASE): tensor for key, tensor in others.items()}
     heads = head_tensors(source.where, base, task, named)
+    decodes = sizes_of(backbone_of(base)).decoder_layers > 0
+    if decodes and (task != "SEQ_2_SEQ_LM" or source.peft_type == "MULTITASK_PROMPT_TUNING"):
+        raise ValueError(
+            f"{source.where} must be for SEQ_2_SEQ_LM and without virtual tokens in front of the decoder's text to run "
+            f"on {type(base).__name__}; got a {source.peft_type} adapter for {task}"
+        )
     if source.peft_type in _PREFIX:
-        return {name: _prefix(source, base, task, heads)}
+        return {name: _decoder_prefix(source, base) if decodes else _prefix(source, base, task, heads)}
     if source.peft_type != "MULTITASK_PROMPT_TUNING":
-        return {name: _shallow(source, base, task, heads, source.tensor("prompt_embeddings"))}
+        prompts = source.tensor("prompt_embeddings")
+        if decodes and prompts.shape[0] == 2 * source.length:
+            prompts = prompts[: source.length]  # PEFT keeps as many for a decoder, and reads them nowhere
+        return {name: _shallow(source, base, task, heads, prompts)}
     prompts = _prompts_of_tasks(source)
     if task_id is None and len(prompts) == 1:
         task_id = 0
@@ -264,6 +274,35 @@ def _prefix(source: _Source, base: PreTrainedModel, task: str, heads: dict[str, 
     )
     prompts = source.mlp or {"encoder.prompts": keys_values_of(flat, sizes)}
     return config, {**prompts, **heads}
+
+
+def _decoder_prefix(source: _Source, base: PreTrainedModel) -> Parts:
+    """A prefix adapter of ours on an encoder-decoder: PEFT's prefix is in the decoder's self-attention alone.
+
+    Of its L pairs of keys and values PEFT gives every second one, counted around, to the decoder's layers: it cuts two
+    copies of them into pieces of self- and cross-attention, and drops what is for the latter.
+    """
+    backbone, flat = backbone_of(base), source.tensor("prompt_embeddings")
+    sizes = sizes_of(backbone)
+    if family_of(backbone).positioned is not None:
+        raise ValueError(
+            f"{source.where} cannot run on {type(base).__name__} as it does in PEFT: a prefix there stands right "
+            "before the decoder's text, whose scores have a bias for the distance; here it would stand far in front"
+        )
+    width = 2 * sizes.num_kv_heads * sizes.head_dim
+    pairs = flat.shape[-1] // width
+    if flat.dim() != 2 or flat.shape[1] % width or pairs < sizes.decoder_layers:
+        raise ValueError(
+            f"{source.where} was trained on another base: prompt_embeddings has shape {tuple(flat.shape)}, where this "
+            f"base's {sizes.decoder_layers} decoder layers need (P, {width} for each of them, or more)"
+        )
+    _check_length(source, flat)
+    made = keys_values_of(flat, replace(sizes, num_layers=pairs, decoder_layers=0))
+    chosen = [2 * layer % pairs for layer in range(sizes.decoder_layers)]
+    config = PTuningV2Config(
+        "SEQ_2_SEQ_LM", source.length, injection="prefix", stacks=("decoder",), position_offset=source.length
+    )
+    return config, {"encoder.prompts": made[chosen]}
 
 
 def _shallow(source: _Source, base: PreTrainedModel, task: str, heads: dict[str, Tensor], prompts: Tensor) -> Parts:

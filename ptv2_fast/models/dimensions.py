@@ -13,6 +13,9 @@ class Dimensions:
 
     embedding_size E is the width of word embeddings, and of shallow prompts; output_size that of the backbone's output.
     Both are D nearly everywhere.
+
+    In an encoder with a decoder every attention that may have a prompt is a layer: the encoder's first, then the
+    decoder's self-attention, then its cross-attention. decoder_layers is the number of either; 0 elsewhere.
     """
 
     hidden_size: int
@@ -23,6 +26,19 @@ class Dimensions:
     num_kv_heads: int
     head_dim: int
     initializer_range: float
+    decoder_layers: int = 0
+
+    @property
+    def encoder_layers(self) -> int:
+        """How many layers are the encoder's; all of them where there is no decoder."""
+        return self.num_layers - 2 * self.decoder_layers
+
+    def place(self, layer: int) -> tuple[str, int]:
+        """The stack ("encoder", "decoder" or "cross") that a layer is of, and its index there."""
+        if layer < self.encoder_layers:
+            return "encoder", layer
+        cross, index = divmod(layer - self.encoder_layers, self.decoder_layers)
+        return ("decoder", "cross")[cross], index
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Dimensions:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.models import (
     albert,
+    bart,
     bert,
     clip,
     deberta,
@@ -27,6 +28,7 @@ from ptv2_fast.models import (
     opt,
     phi3,
     rows,
+    t5,
     vit,
     whisper,
 )
@@ -35,8 +37,8 @@ from ptv2_fast.models.projection import Projection
 from ptv2_fast.models.unlisted import recognise
 
 
-def _stated_size(backbone: PreTrainedModel) -> int:
-    return backbone.config.max_position_embeddings
+def _stated_size(backbone: PreTrainedModel) -> int | None:
+    return getattr(backbone.config, "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,35 @@ _WHISPER = Family(
     reads="input_features",
     refuse=whisper.refuse,
 )
+# Encoders with decoders: `indexed` gives every attention its layer, and their two stacks get their prompts one by one.
+_T5 = Family(
+    causal=False,
+    layers=t5.layers,
+    normed=t5.normed,
+    projections=t5.projections,
+    finished=bert.finished,
+    first_position=_from_zero,
+    sizes=t5.sizes,
+    positioned=t5.positioned,
+    by_slot=True,
+    shallow_view=t5.shallow_view,
+    reads_first=True,
+    indexed=t5.indexed,
+    refuse=t5.refuse,
+)
+_BART = Family(
+    causal=False,
+    layers=bart.layers,
+    normed=bert.normed,
+    projections=bart.projections,
+    finished=bert.finished,
+    first_position=_from_zero,
+    sizes=bart.sizes,
+    by_slot=True,
+    reads_first=True,
+    indexed=bart.indexed,
+    refuse=bart.refuse,
+)
 
 _FAMILIES = {
     "bert": _BERT,
@@ -270,6 +301,9 @@ _FAMILIES = {
     "clip_vision_model": _CLIP_VISION,
     "clip_text_model": _CLIP_TEXT,
     "whisper": _WHISPER,
+    "t5": _T5,
+    "mt5": _T5,
+    "bart": _BART,
 }
 
 

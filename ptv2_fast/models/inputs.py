@@ -17,39 +17,40 @@ def check_inputs(
     inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
     past_length: int | Tensor,
+    prefix: str = "",
 ) -> tuple[int, int]:
-    """Rows B and tokens N of the call.
+    """Rows B and tokens N of the call; `prefix` stands before the names of its inputs in messages.
 
     Raises:
         ValueError: not exactly one of input_ids and inputs_embeds, no text in it, or a mask of another length.
     """
-    named = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+    named = {f"{prefix}input_ids": input_ids, f"{prefix}inputs_embeds": inputs_embeds}
     for name, value in named.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a tensor; got {type(value).__name__}")
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        raise ValueError(f"exactly one of {' and '.join(named)} must be given")
     if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
         raise ValueError(
-            f"input_ids must be integers of shape (B, N); got {input_ids.dtype} {tuple(input_ids.shape)}"
+            f"{prefix}input_ids must be integers of shape (B, N); got {input_ids.dtype} {tuple(input_ids.shape)}"
         )
     if inputs_embeds is not None and inputs_embeds.dim() != 3:
-        raise ValueError(f"inputs_embeds must have shape (B, N, D); got {tuple(inputs_embeds.shape)}")
+        raise ValueError(f"{prefix}inputs_embeds must have shape (B, N, D); got {tuple(inputs_embeds.shape)}")
     rows, tokens = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
     if rows == 0 or tokens == 0:
         name = "input_ids" if input_ids is not None else "inputs_embeds"
-        raise ValueError(f"{name} must hold at least one row and one token; got {rows} rows of {tokens} tokens")
+        raise ValueError(f"{prefix}{name} must hold at least one row and one token; got {rows} rows of {tokens} tokens")
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         if isinstance(past_length, Tensor):
             return rows, tokens  # reading a static cache's length would wait for the device
         expected = (rows, past_length + tokens)
         if attention_mask.shape != expected:
             raise ValueError(
-                f"attention_mask must have shape {expected}: {rows} rows, {past_length} cached tokens and "
+                f"{prefix}attention_mask must have shape {expected}: {rows} rows, {past_length} cached tokens and "
                 f"{tokens} new ones (the prompt is not masked); got {tuple(attention_mask.shape)}"
             )
     elif isinstance(attention_mask, Tensor) and attention_mask.dim() != 4:
-        raise ValueError(f"attention_mask must have 2 or 4 dimensions; got {tuple(attention_mask.shape)}")
+        raise ValueError(f"{prefix}attention_mask must have 2 or 4 dimensions; got {tuple(attention_mask.shape)}")
     return rows, tokens
 
 
@@ -67,8 +68,13 @@ def text_size(inputs: Mapping[str, Any]) -> tuple[int, int]:
     return rows, tokens
 
 
-def check_beside(inputs: Mapping[str, Any], rows: int, tokens: int, base: PreTrainedModel) -> None:
+def check_beside(
+    inputs: Mapping[str, Any], rows: int, tokens: int, base: PreTrainedModel, prefix: str = ""
+) -> None:
     """Refuse what does not stand beside the text, token by token, on the base's device.
+
+    Args:
+        prefix: stands before the names of inputs in messages.
 
     Raises:
         ValueError: the message names the input.
@@ -80,9 +86,9 @@ def check_beside(inputs: Mapping[str, Any], rows: int, tokens: int, base: PreTra
         if value is None or (name == "attention_mask" and isinstance(value, Mapping)):
             continue
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a tensor; got {type(value).__name__}")
+            raise ValueError(f"{prefix}{name} must be a tensor; got {type(value).__name__}")
         if device is not None and value.device != device:
-            raise ValueError(f"{name} must be on the model's device {device}; got {value.device}")
+            raise ValueError(f"{prefix}{name} must be on the model's device {device}; got {value.device}")
         beside = name in ("token_type_ids", "position_ids") and value.dim() <= 2
         if beside and (value.dim() != 2 or value.shape[0] not in (1, rows) or value.shape[1] != tokens):
             raise ValueError(f"{name} must have shape {(rows, tokens)}, beside the text; got {tuple(value.shape)}")

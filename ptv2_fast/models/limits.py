@@ -23,11 +23,12 @@ def text_limit(backbone: PreTrainedModel, family: Family) -> int | None:
     return None if size is None else size - family.first_position(backbone)
 
 
-def check_length(backbone: PreTrainedModel, family: Family, length: int) -> None:
+def check_length(backbone: PreTrainedModel, family: Family, length: int, name: str = "input_ids") -> None:
     """Refuse texts that run past the model's limit.
 
     Args:
         length: tokens and position offset together.
+        name: what the text is called in messages.
 
     Raises:
         ValueError: the text is too long.
@@ -37,10 +38,10 @@ def check_length(backbone: PreTrainedModel, family: Family, length: int) -> None
         return
     if family.rotary:
         raise ValueError(
-            f"input_ids must leave the text within {limit} tokens, where the model's rotary frequencies change "
+            f"{name} must leave the text within {limit} tokens, where the model's rotary frequencies change "
             f"and the prompt's keys do not; got {length}"
         )
     raise ValueError(
-        f"input_ids must leave the text's last position within the model's {limit} learned positions; "
+        f"{name} must leave the text's last position within the model's {limit} learned positions; "
         f"tokens and position offset come to {length}"
     )

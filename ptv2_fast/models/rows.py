@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ptv2_fast.models.view import view_of
@@ -19,6 +20,11 @@ def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
     # One slot more, for the rows that stand for no token: they need no gradient either.
     states = rows.new_zeros(tokens + 1, rows.shape[-1]).index_copy(0, index, rows[0])
     return states[:tokens].unflatten(0, like.shape[:2])
+
+
+def joined_rows(prompts: Tensor, words: Tensor) -> Tensor:
+    """(B, P + N, D): virtual tokens (P, D) in front of every row's words (B, N, D), in one buffer."""
+    return torch.cat([prompts.to(words.dtype).expand(words.shape[0], -1, -1), words], dim=1)
 
 
 def mlp_of_rows(layer: nn.Module, index: Tensor) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from ptv2_fast.models.view import view_of
 
+# What outputs hold by token: of a model, and of a decoder and its encoder.
+OUTPUT_STATES = ("last_hidden_state", "logits")
+ENCODER_STATES = ("encoder_last_hidden_state", "encoder_hidden_states")
+HIDDEN_STATES = ("hidden_states", "decoder_hidden_states", *ENCODER_STATES)
 _BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -39,6 +43,14 @@ def turn_rows(values: Tensor, source: Tensor) -> Tensor:
     return values[torch.arange(values.shape[0], device=values.device)[:, None], source]
 
 
+def change_states(output: Any, names: Sequence[str], change: Callable[[Tensor], Tensor]) -> None:
+    """Replace tensors (B, N, ...), or every one of a tuple of them, that an output has under some of these names."""
+    for name in names:
+        states = getattr(output, name, None)
+        if states is not None:
+            setattr(output, name, tuple(map(change, states)) if isinstance(states, tuple) else change(states))
+
+
 def by_slots(backbone: nn.Module) -> nn.Module:
     """A view of a backbone that runs each row's tokens first, whatever the padding or packing of its call.
 
@@ -62,9 +74,7 @@ def by_slots(backbone: nn.Module) -> nn.Module:
                 return states.flatten(0, 1).index_select(0, place).unflatten(0, (rows, tokens))
 
         output = original(**call)
-        output.last_hidden_state = restored(output.last_hidden_state)
-        if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(restored(states) for states in output.hidden_states)
+        change_states(output, (*OUTPUT_STATES, *HIDDEN_STATES), restored)
         return output
 
     return view_of(backbone, forward=forward)

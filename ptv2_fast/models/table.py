@@ -24,9 +24,12 @@ Every row runs in these tests, on a tiny random model with the family's own feat
 - `tests/test_shape_audit.py`: no tensor of P + N rows; `tests/step/`: the savings of a training step;
 - `tests/models/test_special.py`: what single families have of their own;
 - `tests/test_images_and_audio.py`, `tests/models/test_features.py`, `tests/step/test_feature_steps.py`: all of this for
-  families that read images or sounds; `tests/models/test_clip_text.py` for CLIP's texts.
+  families that read images or sounds; `tests/models/test_clip_text.py` for CLIP's texts;
+- `tests/test_encoder_decoder*.py`: all of these for encoder-decoders, which have prompts in the encoder, the decoder's
+  self-attention and, where asked for (`stacks`), its cross-attention.
 
 """
+_ENCODER_DECODERS = ("bart", "mt5", "t5")
 _COLUMNS = ("model_type", "kind", "positions", "deep", "shallow", "prefix", "generation", "remarks")
 _KINDS = {
     "clip_text_model": "causal encoder",
@@ -35,6 +38,10 @@ _KINDS = {
     "whisper": "encoder of sounds",
 }
 _REMARKS = {
+    "bart": "rows run with their tokens first, since positions are slots; no layerdrop; as many heads in either stack",
+    "mt5": "as t5",
+    "t5": "also T5EncoderModel; deep prompts and prefixes at the farthest distance; not on transformers before its T5 "
+    "ran through the attention interface; T5ForQuestionAnswering is refused",
     "albert": "a prompt per repetition of the shared layer; transformers has no gradient checkpointing for it",
     "clip_text_model": "also with its projection; pools at each row's own end of text; `CLIPModel`: wrap one tower",
     "clip_vision_model": "also with its projection or classifier; VPT-deep, VPT-shallow (in front of the first norm)",
@@ -63,10 +70,11 @@ def table() -> str:
 
 
 def _row(name: str, family: Family) -> tuple[str, ...]:
-    kind = _KINDS.get(name, "decoder" if family.causal else "encoder")
-    positions = "rotary" if family.rotary else "learned" if family.positioned is None else "relative"
-    shallow = "yes" if family.causal else "yes, as rows of the batch"
-    generation = "yes" if kind == "decoder" else "no"
+    decodes = name in _ENCODER_DECODERS
+    kind = "encoder-decoder" if decodes else _KINDS.get(name, "decoder" if family.causal else "encoder")
+    positions = "relative" if family.positioned is not None else "rotary" if family.rotary else "learned"
+    shallow = "yes" if family.causal else "yes, as rows of the encoder" if decodes else "yes, as rows of the batch"
+    generation = "yes" if "decoder" in kind else "no"
     return (f"`{name}`", kind, positions, "yes", shallow, "yes", generation, _REMARKS.get(name, ""))
 
 

@@ -86,10 +86,13 @@ def record_keys_values(
 
     They stand right before the text: at rotary positions -P..-1, or at the first P learned ones.
 
+    An encoder-decoder reads them in its decoder too, behind the same text in its encoder.
+
     Args:
         virtual: they are virtual tokens, which sliding windows never hide; else they are a text like any other.
         together: weights come and go with the layers: backward reaches every layer by its output.
     """
+    sizes = family.sizes(backbone)
     length = embeddings.shape[1]
     start = -length if family.rotary else family.first_position(backbone)
     positions = torch.arange(start, start + length, device=embeddings.device)[None]
@@ -98,14 +101,18 @@ def record_keys_values(
     # Wrappers of modules rebuild the lists among a call's arguments, not this.
     record: deque[tuple[Tensor, Tensor]] = deque()
     run = backbone if family.indexed is None else family.indexed(backbone)
+    decoder = {"decoder_inputs_embeds": embeddings} if sizes.decoder_layers else {}
     output = run(
-        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False,
+        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False, **decoder,
         ptv2_record=record, ptv2_prompts=PromptBatch(layers=(), windowed=not virtual),
     )  # fmt: skip
     # A recomputation in backward (gradient checkpointing) appends again: only the first pass
     # counts.
-    first = islice(record, family.sizes(backbone).num_layers)
-    pairs = [(keys[0], values[0]) for keys, values in first]
+    pairs = [(keys[0], values[0]) for keys, values in islice(record, sizes.num_layers)]
+    if sizes.decoder_layers:
+        # A decoder's layer runs its self-attention, then its cross-attention; all of the former are numbered first.
+        first = sizes.encoder_layers
+        pairs = pairs[:first] + pairs[first::2] + pairs[first + 1 :: 2]
     return kept_together(pairs, output.last_hidden_state) if together else pairs
 
 

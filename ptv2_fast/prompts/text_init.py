@@ -33,6 +33,8 @@ def initialise_from_text(
 
     deep: the hidden states that enter each prompted layer; prefix: each layer's keys and values;
         shallow: the word embeddings. Texts longer than the position table run in pieces.
+    An encoder-decoder reads the text in its encoder and again in its decoder; what enters cross-attention is what the
+        encoder made of it.
 
     Source: the initialisation that PEFT's own benchmark shows to decide prefix quality (keys and
         values of real text).
@@ -57,9 +59,18 @@ def _piece(encoder: PromptEncoder, backbone, family: Family, embeddings: Tensor)
     if encoder.injection == "prefix":
         pairs = record_keys_values(backbone, embeddings, family)
         return torch.stack([torch.stack(pairs[layer]) for layer in encoder.layers])
-    run = backbone if family.indexed is None else family.indexed(backbone)
-    output = run(inputs_embeds=embeddings, output_hidden_states=True)
-    return torch.stack([output.hidden_states[layer][0] for layer in encoder.layers])
+    sizes = family.sizes(backbone)
+    if not sizes.decoder_layers:
+        run = backbone if family.indexed is None else family.indexed(backbone)
+        output = run(inputs_embeds=embeddings, output_hidden_states=True)
+        return torch.stack([output.hidden_states[layer][0] for layer in encoder.layers])
+    output = backbone(
+        inputs_embeds=embeddings, decoder_inputs_embeds=embeddings, output_hidden_states=True, use_cache=False
+    )
+    entering = {"encoder": output.encoder_hidden_states, "decoder": output.decoder_hidden_states}
+    entering["cross"] = (output.encoder_last_hidden_state,) * sizes.decoder_layers
+    places = [sizes.place(layer) for layer in encoder.layers]
+    return torch.stack([entering[stack][index][0] for stack, index in places])
 
 
 def _longest_run(backbone: PreTrainedModel, family: Family) -> int:

@@ -63,8 +63,8 @@ def to_exact_float64(model: nn.Module) -> nn.Module:
     Meant for tests: the modules concerned keep their weights and get another ``forward``.
 
     Args:
-        model: any module; only modules named ``*RMSNorm``, ``*RotaryEmbedding`` and ``*TopKRouter``, and
-            ModernBERT's attention, are changed.
+        model: any module; only modules named ``*RMSNorm``, ``*T5LayerNorm``, ``*RotaryEmbedding`` and
+            ``*TopKRouter``, and ModernBERT's attention, are changed.
 
     Returns:
         ``model`` itself.
@@ -75,7 +75,7 @@ def to_exact_float64(model: nn.Module) -> nn.Module:
     model.double()
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if kind.endswith("RMSNorm"):
+        if kind.endswith("RMSNorm") or kind.endswith("T5LayerNorm"):
             exact = _rms_norm if hasattr(module, "variance_epsilon") else _centred_rms_norm
             module.forward = types.MethodType(exact, module)
         elif kind.endswith("RotaryEmbedding"):

@@ -76,12 +76,14 @@ class StepPlan:
 
 
 def plan_step(
-    options: StepOptions, *, training: bool, device: torch.device, backend: str, gathered_by: str | None = None
+    options: StepOptions, *, training: bool, device: torch.device, backend: str, gathered_by: str | None = None,
+    without: str | None = None,
 ) -> StepPlan:
     """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA).
 
     Args:
         gathered_by: who brings the weights only while their modules run, as `models.gathered` says.
+        without: why the model's steps have none of the savings; None where they do.
     """
     on_cuda = device.type == "cuda"
     triton = on_cuda and backend in ("auto", "triton")
@@ -107,5 +109,7 @@ def plan_step(
             decided[name], why = False, f"weights come and go: {gathered_by}"
         if not training and name in _TRAINING_ALONE and decided[name]:
             decided[name], why = False, "not training"
+        if without is not None:
+            decided[name], why = False, without
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
     return StepPlan(**decided, reasons=tuple(reasons), gathered_by=gathered_by)

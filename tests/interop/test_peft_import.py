@@ -365,8 +365,8 @@ def test_modules_that_are_no_head():
 
 
 def test_configurations_that_do_not_fit(folder):
-    _changed(folder, task_type="SEQ_2_SEQ_LM")
-    _refused(folder, "task_type 'SEQ_2_SEQ_LM'")
+    _changed(folder, task_type="CLASSIFYING")
+    _refused(folder, "task_type 'CLASSIFYING'")
     _changed(folder, task_type="TOKEN_CLS", num_virtual_tokens=4)
     _refused(folder, "num_virtual_tokens 4; got 3 rows")
     _changed(folder, num_virtual_tokens=None)

@@ -18,6 +18,7 @@ from tiny_models import (
     tiny_base,
     tiny_model,
 )
+from tiny_seq2seq import KINDS
 from tolerances import assert_differs, assert_equal
 
 from ptv2_fast.models.dimensions import Dimensions
@@ -25,7 +26,8 @@ from ptv2_fast.models.families import family_of, supported_families
 
 
 def test_every_family_is_tested():
-    assert set(supported_families()) == {*FAMILIES, *tiny_features.FAMILIES}
+    encoder_decoders = {kind.split("-")[0] for kind in KINDS}
+    assert set(supported_families()) == {*FAMILIES, *tiny_features.FAMILIES, *encoder_decoders}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
