@@ -13,6 +13,7 @@ from ptv2_fast.attention.prompt_batch import PromptBatch
 from ptv2_fast.config import HEAD_TASKS, PTuningV2Config
 from ptv2_fast.models.cache import CACHE
 from ptv2_fast.models.encoder_decoder import BoundPrompts
+from ptv2_fast.models.gathered import device_of
 
 _BY_DEFAULT = ("encoder", "decoder")
 WITHOUT_SAVINGS = "an encoder-decoder runs its padded rows as they are"
@@ -58,8 +59,8 @@ class EncoderDecoder:
             layers: tuple = ()
             virtual = self.adapters[names[0]].encoder().to(self.backbone.dtype)
         else:
-            layers, bank = self._prompts(names)
-            index = None if bank is None else torch.tensor(bank, device=self.backbone.device)
+            layers, bank = self._prompts(names, backend)
+            index = None if bank is None else torch.tensor(bank, device=device_of(self.backbone))
         return BoundPrompts(
             self.backbone,
             self._family,
@@ -87,4 +88,4 @@ class EncoderDecoder:
             else 0
             for config in configs
         ]
-        return offsets[0] if len(set(offsets)) == 1 else torch.tensor(offsets, device=self.backbone.device)
+        return offsets[0] if len(set(offsets)) == 1 else torch.tensor(offsets, device=device_of(self.backbone))

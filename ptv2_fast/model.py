@@ -44,7 +44,7 @@ from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.step.unpad import Packing, can_unpad, unpadded
 
 
-class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, nn.Module):
+class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.Module):
     """A frozen transformers model whose attention layers also see trained prompts.
 
     The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values
@@ -374,29 +374,6 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, nn.Module):
         """How far the text's positions shift; rotary ones need no room for a shallow prompt."""
         is_shallow = adapter.config.injection == "shallow"
         return 0 if is_shallow and self._family.rotary else adapter.config.text_offset
-
-    def _check_checkpointing(self) -> None:
-        holders = (self.backbone, *self._family.layers(self.backbone)) if self.training else ()
-        functions = [m._gradient_checkpointing_func for m in holders if getattr(m, "gradient_checkpointing", False)]
-        if any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
-            raise ValueError(
-                "gradient checkpointing must be non-reentrant: prompts reach the layers beside the inputs that the "
-                "reentrant kind tracks; pass use_reentrant=False"
-            )
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
-        """Recompute the base's activations in backward; gradients stay the same."""
-        chosen = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if chosen["use_reentrant"]:
-            raise ValueError("use_reentrant must be False: the reentrant kind loses the prompts' gradients")
-        if hasattr(self.base_model, "activation_checkpointing_enable"):
-            self.base_model.activation_checkpointing_enable(chosen, **kwargs)
-        else:
-            self.base_model.gradient_checkpointing_enable(chosen, **kwargs)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
-        """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def __getattr__(self, name: str):
         """What this class does not define is the base's: config, device, dtype, generation_config, ..."""

@@ -27,7 +27,7 @@ LAYERS = (
     ("step",),
     ("adapter", "checkpoint"),
     ("hub",),
-    ("adapter_set", "persistence"),
+    ("adapter_set", "persistence", "recomputation"),
     ("encoder_decoder",),
     ("model",),
     ("head_model", "seq2seq"),

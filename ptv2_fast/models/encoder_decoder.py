@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention import hook
-from ptv2_fast.attention.prompt_batch import PromptBatch
+from ptv2_fast.attention.prompt_batch import Account, PromptBatch
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.bert import visible_prompts
 from ptv2_fast.models.cache import CACHE, cached_tokens
@@ -147,7 +147,7 @@ class BoundPrompts:
         if index is not None:
             # Beams and several returned sequences repeat each row in place.
             index = index.repeat_interleave(rows // self.named)
-        account = [] if self.account and not torch.compiler.is_compiling() else None
+        account = Account() if self.account and not torch.compiler.is_compiling() else None
         batch = replace(self.batch, layers=layers, index=index, asked=account)
         run = self._shifted(original, rows, stack)
         output = run(**call, **others, ptv2_prompts=batch)
