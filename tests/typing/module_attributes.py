@@ -1,8 +1,8 @@
 """A mypy plugin: an attribute that `torch.nn.Module` declares nowhere is Any, not `Tensor | Module`.
 
-torch types `Module.__getattr__` as `Tensor | Module`. The frozen models' attributes (`config`, `encoder.layer`, ...) are
-neither in most places, and their classes differ by family, so the union can only be cast away wherever it is touched.
-Attributes that a class does declare keep their types.
+torch types `Module.__getattr__` as `Tensor | Module`. The frozen models' attributes (`config`, `encoder.layer`, ...)
+are neither in most places, and their classes differ by family, so the union can only be cast away wherever it is
+touched. Attributes that a class does declare keep their types.
 """
 
 from __future__ import annotations
