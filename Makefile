@@ -12,7 +12,7 @@ TRANSFORMERS ?= transformers==5.23.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint types docs clean
 
 demo: $(READY)
 	$(BIN)/python -m ptv2_fast.demo $(SENTENCES)
@@ -22,6 +22,9 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
+
+types: $(READY)
+	$(BIN)/python -m mypy
 
 # API pages from the docstrings, in docs/api.
 docs: $(READY)

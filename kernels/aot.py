@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -35,7 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (64, 128, 256)
 OTHER_HEAD_DIMS = (16, 80, 192)
 # What models combine: encoders pad on the right and drop out, decoders are causal, share key/value heads, slide.
-FEATURES: dict[str, dict[str, object]] = {
+FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "packed": {"packed": True},
     "causal": {"causal": True, "group": 4},
@@ -111,7 +112,7 @@ def record_case(case: Case) -> list[launch.Launch]:
 
     q, k, v = tensor(heads), tensor(kv_heads), tensor(kv_heads)
     prompt_k, prompt_v = (torch.zeros(entries, kv_heads, prompt_length, case.head_dim, dtype=dtype) for _ in range(2))
-    arguments = {
+    arguments: dict[str, Any] = {
         "causal": bool(options.get("causal")), "window": options.get("window"), "softcap": options.get("softcap"),
         "dropout_p": options.get("dropout_p", 0.0), "seed": torch.zeros(1, dtype=torch.int64),
         "key_mask": torch.ones(rows, tokens, dtype=torch.int64) if options.get("key_mask") else None,
@@ -157,9 +158,10 @@ class Row:
 
     def report(self, measured: dict[str, int]) -> Report:
         """The row with the compiler's results."""
+        facts: dict[str, Any] = {**asdict(self.case), **measured}
         return Report(
-            kernel=self.kernel, **asdict(self.case), tile=self.tile, num_warps=self.num_warps,
-            num_stages=self.num_stages, source=self.source, **measured)
+            kernel=self.kernel, tile=self.tile, num_warps=self.num_warps, num_stages=self.num_stages,
+            source=self.source, **facts)
 
 
 def rows_of(cases: Iterable[Case]) -> list[Row]:

@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 import tokenize
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -77,11 +78,11 @@ def _kind(name: str, value: object) -> str:
 
 
 @functools.cache
-def _source(kernel) -> str:
+def _source(kernel: Any) -> str:
     """The tokens of a kernel and of every helper and constant that it names, however far away."""
     found: dict[str, str] = {}
 
-    def visit(function) -> None:
+    def visit(function: Any) -> None:
         tokens = tokenize.generate_tokens(io.StringIO(textwrap.dedent(inspect.getsource(function))).readline)
         kept = [token for token in tokens if token.type not in _SILENT and not token.string.startswith('"""')]
         key = f"{function.__module__}.{function.__name__}"
@@ -99,11 +100,13 @@ def _source(kernel) -> str:
     return repr(sorted(found.items()))
 
 
-def signature(kernel, arguments: dict[str, object]) -> tuple[dict, dict, dict]:
+def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]:
     """(signature, constants, attributes) of ASTSource for a recorded launch, specialised as a real launch would be."""
-    types, constants, attributes = {}, {}, {}
+    types: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
 
-    def describe(value, path: tuple[int, ...], specialize: bool):
+    def describe(value: Any, path: tuple[int, ...], specialize: bool) -> Any:
         if value is None:
             constants[path] = None
             return "constexpr"
@@ -143,7 +146,7 @@ def compile_launch(recorded: launch.Launch, arch: int) -> dict[str, int]:
     return {"shared_bytes": compiled.metadata.shared, **measure(compiled.asm)}
 
 
-def _measure_nvidia(asm: dict[str, object]) -> dict[str, int]:
+def _measure_nvidia(asm: dict[str, Any]) -> dict[str, int]:
     registers, stack = _resource_usage(asm["cubin"])
     return {
         "registers": registers, "spill_bytes": stack, "binary_bytes": len(asm["cubin"]),
@@ -153,9 +156,9 @@ def _measure_nvidia(asm: dict[str, object]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _measure_amd(asm: dict[str, object]) -> dict[str, int]:
+def _measure_amd(asm: dict[str, Any]) -> dict[str, int]:
     def metadata(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", asm["amdgcn"]).group(1))
+        return int(_found(rf"\.{name}:\s*(\d+)", asm["amdgcn"]).group(1))
 
     return {
         "registers": metadata("vgpr_count"), "spill_bytes": metadata("private_segment_fixed_size"),
@@ -171,5 +174,12 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    registers, stack = _found(r"REG:(\d+) STACK:(\d+)", text).groups()
     return int(registers), int(stack)
+
+
+def _found(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output holds no {pattern!r}")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import triton
 
@@ -30,9 +31,9 @@ def repair() -> None:
     if getattr(patch, "reads_scalars", False):
         return
 
-    def patch_and_read_scalars(tensor, scope) -> None:
+    def patch_and_read_scalars(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    patch_and_read_scalars.reads_scalars = True
+    patch_and_read_scalars.reads_scalars = True  # type: ignore[attr-defined]  # a mark for the next call
     interpreter._patch_lang_tensor = patch_and_read_scalars

@@ -219,7 +219,7 @@ def record(arch: int) -> Iterator[list[Launch]]:
         _recorder = before
 
 
-def run(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
+def run(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
     """Launch a kernel on `device`; an empty grid launches nothing."""
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,11 +56,13 @@ class Problem:
     dropout_p: float
 
     @classmethod
-    def of(cls, q, k, v, prompt_k, prompt_v, *, key_mask=None, cu_seqlens=None, max_seqlen=None, prompt_index=None,
-           prompt_lens=None, prompt_bias=None, bias=None, causal=False, window=None, softcap=None, scale=None,
-           dropout_p=0.0, seed=None) -> Problem:
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt_k: torch.Tensor, prompt_v: torch.Tensor, *,
+           key_mask: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None,
+           prompt_index: torch.Tensor | None = None, prompt_lens: torch.Tensor | None = None,
+           prompt_bias: torch.Tensor | None = None, bias: torch.Tensor | None = None, causal: bool = False,
+           window: int | None = None, softcap: float | None = None, scale: float | None = None,
+           dropout_p: float = 0.0, seed: torch.Tensor | None = None) -> Problem:
         """Normalise the arguments of `prompt_attention_forward`, whose docstring describes them."""
-        packed = cu_seqlens is not None
         if q.dtype == torch.bfloat16 and launch.architecture(q.device) == 0:
             raise ValueError(
                 "q must be float32 or float16 under Triton's interpreter, whose matrix product misreads bfloat16; "
@@ -73,7 +76,8 @@ class Problem:
             raise ValueError(f"seed must be given when dropout_p is positive; got dropout_p={dropout_p!r}")
         if prompt_index is None and prompt_k.shape[0] != 1:
             raise ValueError(f"prompt_index must be given for a bank of {prompt_k.shape[0]} prompts; got None")
-        if packed:
+        packed = cu_seqlens is not None
+        if cu_seqlens is not None:
             longest = q.shape[0] if max_seqlen is None else max_seqlen
             num_rows, num_queries, num_keys = cu_seqlens.shape[0] - 1, longest, longest
         else:
@@ -131,11 +135,11 @@ class Problem:
         """The number of prompt keys in a tile: `block`, or less when the whole prompt fits less."""
         return min(block, max(16, 1 << (max(1, self.prompt_length) - 1).bit_length()))
 
-    def row_stride(self, tensor: torch.Tensor) -> tuple[int, int, int]:
+    def row_stride(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """Strides of a per-(row, head, query) float tensor such as lse: (B, H, N), or (H, T) in packed form."""
         return (0, *tensor.stride()) if self.packed else tensor.stride()
 
-    def inputs(self) -> dict[str, object]:
+    def inputs(self) -> dict[str, Any]:
         """Keyword arguments that every attention kernel takes: tensors, strides and scalars."""
         return {
             "q_ptr": self.q, "k_ptr": self.k, "v_ptr": self.v,
@@ -152,7 +156,7 @@ class Problem:
             "window": self.window or 0, "dropout_p": self.dropout_p,
         }
 
-    def switches(self) -> dict[str, object]:
+    def switches(self) -> dict[str, Any]:
         """Compile-time keyword arguments that every attention kernel takes."""
         return {
             "GROUP": self.group, "HEAD_DIM": self.head_dim, "BLOCK_D": launch.padded_head_dim(self.head_dim),

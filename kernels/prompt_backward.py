@@ -13,7 +13,7 @@ of float32 partials, and one more launch adds the slots in a fixed order. Deriva
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -167,6 +167,9 @@ def _prompt_attention_backward_query_kernel(
                num_queries - start_m, dq * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
+_ThreeGradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
 class Needs(NamedTuple):
     """Which gradients a backward pass has to compute."""
 
@@ -189,8 +192,11 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-def prompt_attention_backward(grad_output, q, k, v, prompt_k, prompt_v, output, lse, *, needs: Needs,
-                              config: launch.LaunchConfig | None = None, **arguments) -> Gradients:
+def prompt_attention_backward(
+    grad_output: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt_k: torch.Tensor,
+    prompt_v: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, *, needs: Needs,
+    config: launch.LaunchConfig | None = None, **arguments: Any,
+) -> Gradients:
     """The gradients of `prompt_attention_forward` that `needs` asks for, from what the forward saved.
 
     Args:
@@ -215,10 +221,10 @@ def prompt_attention_backward(grad_output, q, k, v, prompt_k, prompt_v, output, 
     saved = {"do_ptr": grad_output, "lse_ptr": lse, "delta_ptr": delta, "do_strides": grad_output.stride(),
              "lse_strides": problem.row_stride(lse)}
     dq = _query_gradient(problem, saved, config) if needs.query else None
-    dk, dv, dbias = (None, None, None)
+    dk = dv = dbias = None
     if needs.text or needs.bias:
         dk, dv, dbias = _text_gradients(problem, saved, needs.bias, config)
-    prompt = (None, None, None)
+    prompt: _ThreeGradients = (None, None, None)
     if needs.prompt or needs.prompt_bias:
         prompt = _prompt_gradients(problem, saved, needs.prompt_bias, config)
     if problem.packed:
@@ -226,7 +232,8 @@ def prompt_attention_backward(grad_output, q, k, v, prompt_k, prompt_v, output, 
     return Gradients(dq, dk, dv, *prompt, dbias)
 
 
-def _delta(problem: Problem, grad_output, output, lse, config) -> torch.Tensor:
+def _delta(problem: Problem, grad_output: torch.Tensor, output: torch.Tensor, lse: torch.Tensor,
+           config: launch.LaunchConfig | None) -> torch.Tensor:
     """rowsum(grad_output * output), lse's shape."""
     delta = launch.allocate(lse.shape, torch.float32, lse.device)
     block_m = (config or problem.config("backward_query")).block_m
@@ -242,7 +249,7 @@ def _delta(problem: Problem, grad_output, output, lse, config) -> torch.Tensor:
     return delta
 
 
-def _query_gradient(problem: Problem, saved: dict, config) -> torch.Tensor:
+def _query_gradient(problem: Problem, saved: dict[str, Any], config: launch.LaunchConfig | None) -> torch.Tensor:
     """dq, laid out as the output is."""
     dq = launch.allocate_heads(problem.q)
     config = config or problem.config("backward_query")
@@ -255,33 +262,37 @@ def _query_gradient(problem: Problem, saved: dict, config) -> torch.Tensor:
     return dq
 
 
-def _text_gradients(problem: Problem, saved: dict, wants_bias: bool, config) -> tuple[torch.Tensor | None, ...]:
+def _text_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
+                    config: launch.LaunchConfig | None) -> _ThreeGradients:
     """dk and dv, laid out as the output is, and dbias or None, contiguous."""
     dk, dv = launch.allocate_heads(problem.k), launch.allocate_heads(problem.v)
+    bias = problem.bias if wants_bias else None
     dbias = None
-    if wants_bias:
+    if bias is not None:
         # Pairs that no query sees are not visited.
         shape = (problem.num_rows, problem.num_heads, problem.num_queries, problem.num_keys)
-        whole = problem.bias.shape == shape
-        dbias = torch.zeros(shape, dtype=problem.bias.dtype if whole else torch.float32, device=problem.q.device)
+        whole = bias.shape == shape
+        dbias = torch.zeros(shape, dtype=bias.dtype if whole else torch.float32, device=problem.q.device)
     config = config or problem.config("backward_text")
     num_tiles = triton.cdiv(problem.num_keys, config.block_n)
     num_programs = num_tiles * problem.num_kv_heads * problem.num_rows
     launch.run(
         _prompt_attention_backward_text_kernel, (num_programs,), dk.device, **problem.inputs(), **saved, dk_ptr=dk,
         dv_ptr=dv, dbias_ptr=dbias, dk_strides=dk.stride(), dv_strides=dv.stride(),
-        dbias_strides=dbias.stride() if wants_bias else (0, 0, 0, 0), num_tiles=num_tiles, **problem.switches(),
+        dbias_strides=(0, 0, 0, 0) if dbias is None else dbias.stride(), num_tiles=num_tiles, **problem.switches(),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, **config.options)
-    return dk, dv, dbias.sum_to_size(problem.bias.shape).to(problem.bias.dtype) if wants_bias else None
+    return dk, dv, None if bias is None or dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
-def _prompt_gradients(problem: Problem, saved: dict, wants_bias: bool, config) -> tuple[torch.Tensor | None, ...]:
+def _prompt_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
+                      config: launch.LaunchConfig | None) -> _ThreeGradients:
     """(d prompt_k, d prompt_v, d prompt_bias or None), contiguous."""
     device, dtype = problem.q.device, problem.prompt_k.dtype
     shape = tuple(problem.prompt_k.shape)  # (R, Hkv, P, d)
     bias_shape = (shape[0], problem.num_heads, shape[2])
     dk, dv = launch.allocate(shape, dtype, device), launch.allocate(shape, dtype, device)
-    dbias = launch.allocate(bias_shape, problem.prompt_bias.dtype, device) if wants_bias else None
+    bias = problem.prompt_bias if wants_bias else None
+    dbias = None if bias is None else launch.allocate(bias_shape, bias.dtype, device)
     if dk.numel() == 0:
         return dk, dv, dbias
     row_order, row_bounds = _rows_by_entry(problem)
@@ -292,7 +303,7 @@ def _prompt_gradients(problem: Problem, saved: dict, wants_bias: bool, config) -
     config = config or problem.config("backward_prompt")
     block_p = problem.prompt_block(config.block_n)
     # A bias gradient belongs to one query head; the others are sums over the heads of a group.
-    heads_in_loop = 1 if wants_bias else problem.group
+    heads_in_loop = problem.group if dbias is None else 1
     num_tiles = triton.cdiv(problem.prompt_length, block_p)
     num_programs = num_tiles * (problem.num_heads // heads_in_loop) * shape[0]
     most = max(1, problem.num_rows * triton.cdiv(problem.num_queries, config.block_m))
@@ -300,17 +311,18 @@ def _prompt_gradients(problem: Problem, saved: dict, wants_bias: bool, config) -
     num_slots = num_splits * (problem.group // heads_in_loop)
     dk_slots = launch.allocate((num_slots, *shape), torch.float32, device)
     dv_slots = launch.allocate((num_slots, *shape), torch.float32, device)
-    dbias_slots = launch.allocate((num_splits, *bias_shape), torch.float32, device) if wants_bias else None
+    dbias_slots = None if dbias is None else launch.allocate((num_splits, *bias_shape), torch.float32, device)
     launch.run(
         _prompt_attention_backward_prompt_kernel, (num_programs * num_splits,), device,
         **problem.inputs(), **saved, row_order_ptr=row_order, row_bounds_ptr=row_bounds,
         dk_slots_ptr=dk_slots, dv_slots_ptr=dv_slots, dbias_slots_ptr=dbias_slots,
-        slot_strides=dk_slots.stride()[1:], dbias_strides=dbias_slots.stride()[1:] if wants_bias else (0, 0, 0),
+        slot_strides=dk_slots.stride()[1:],
+        dbias_strides=(0, 0, 0) if dbias_slots is None else dbias_slots.stride()[1:],
         num_tiles=num_tiles, num_rows=problem.num_rows, num_entries=shape[0], num_splits=num_splits,
-        slot_size=dk.numel(), bias_slot_size=dbias.numel() if wants_bias else 0, **problem.switches(),
+        slot_size=dk.numel(), bias_slot_size=0 if dbias is None else dbias.numel(), **problem.switches(),
         HEADS_IN_LOOP=heads_in_loop, BLOCK_M=config.block_m, BLOCK_P=block_p, **config.options)
     _sum_slots(dk_slots, dv_slots, dk, dv)
-    if wants_bias:
+    if dbias_slots is not None and dbias is not None:
         _sum_slots(dbias_slots, None, dbias, None)
     return dk, dv, dbias
 
@@ -327,7 +339,8 @@ def _rows_by_entry(problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor 
     return order.to(torch.int32), torch.searchsorted(by_entry, entries).to(torch.int32)
 
 
-def _sum_slots(first_slots, second_slots, first, second) -> None:
+def _sum_slots(first_slots: torch.Tensor, second_slots: torch.Tensor | None, first: torch.Tensor,
+               second: torch.Tensor | None) -> None:
     """first = first_slots.sum(0) and, if given, second = second_slots.sum(0), in one launch and a fixed order."""
     pair = second is not None
     block = 1024

@@ -8,6 +8,8 @@ launch merges: o = sum_c exp(lse_c - lse) o_c with lse = log sum_c exp(lse_c). G
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -145,8 +147,10 @@ def _merge_chunks_kernel(partial_o_ptr, partial_lse_ptr, o_ptr, lse_ptr, o_strid
     tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), reference + tl.log(safe_total)))
 
 
-def prompt_attention_decode(q, k, v, prompt_k, prompt_v, *, config: launch.LaunchConfig | None = None,
-                            **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+def prompt_attention_decode(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt_k: torch.Tensor, prompt_v: torch.Tensor, *,
+    config: launch.LaunchConfig | None = None, **arguments: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`prompt_attention_forward` for few queries a row: the prompt is read once for the batch; gives (o, lse).
 
     Args:

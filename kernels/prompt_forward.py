@@ -8,6 +8,8 @@ running softmax; neither the concatenation nor the mask exists in memory. Deriva
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -136,8 +138,10 @@ def _prompt_attention_forward_kernel(
     tl.store(lse_ptr + offset_of(lse_strides, memory_row, head, first_token + rows), lse, mask=rows < num_queries)
 
 
-def prompt_attention_forward(q, k, v, prompt_k, prompt_v, *, config: launch.LaunchConfig | None = None,
-                             **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+def prompt_attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt_k: torch.Tensor, prompt_v: torch.Tensor, *,
+    config: launch.LaunchConfig | None = None, **arguments: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over a prompt shared by the batch, followed by each row's own keys; gives (o, lse).
 
     o = dropout(softmax(scores)) [prompt_v ; v] and lse = log sum exp(scores),

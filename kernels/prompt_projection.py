@@ -9,6 +9,7 @@ weights stay where the model keeps them: the kernel finds layer l's through a ta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -53,7 +54,8 @@ def _layered_matmul_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m < rows) & (n < columns))
 
 
-def _layered_matmul(x, weight_table, bias_table, aligned, columns, inner_stride, column_stride) -> torch.Tensor:
+def _layered_matmul(x: torch.Tensor, weight_table: torch.Tensor, bias_table: torch.Tensor | None, aligned: bool,
+                    columns: int, inner_stride: int, column_stride: int) -> torch.Tensor:
     """(L, rows, columns) from x (L, rows, inner) and tables of addresses of (inner, columns) weights.
 
     aligned: whether every weight begins at a multiple of 16 bytes.
@@ -79,10 +81,11 @@ class WeightTable:
     table.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None = None):
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None = None) -> None:
         first = weights[0]
-        for name, tensors, like in (("weights", weights, first), ("biases", biases or (), biases and biases[0])):
+        for name, tensors in (("weights", weights), ("biases", biases or ())):
             for place, tensor in enumerate(tensors):
+                like = tensors[0]
                 if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != (
                     like.shape, like.stride(), first.dtype, first.device,
                 ):  # fmt: skip
@@ -114,7 +117,7 @@ class WeightTable:
 
 class _PromptProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, table):
+    def forward(ctx: Any, x: torch.Tensor, table: WeightTable) -> torch.Tensor:
         ctx.table = table
         out_features, _ = table.shape
         return _layered_matmul(
@@ -122,7 +125,7 @@ class _PromptProjection(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         table = ctx.table
         _, in_features = table.shape
         return _layered_matmul(grad_output, table.weights, None, table.aligned, in_features, *table.strides), None

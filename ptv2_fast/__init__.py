@@ -1,6 +1,7 @@
 """P-Tuning v2: deep prompt tuning of frozen transformers at the price of the frozen model."""
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,7 +28,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -43,14 +43,20 @@ def check_name(name: object) -> None:
     Raises:
         ValueError: see above.
     """
-    fits = isinstance(name, str) and 0 < len(name.encode(errors="replace")) <= MAX_NAME_BYTES
-    if not fits or not name.isprintable() or name != name.strip() or set(name) & set('./\\:*?"<>|'):
+    fits = (
+        isinstance(name, str)
+        and 0 < len(name.encode(errors="replace")) <= MAX_NAME_BYTES
+        and name.isprintable()
+        and name == name.strip()
+        and not set(name) & set('./\\:*?"<>|')
+    )
+    if not fits:
         raise ValueError(
             "name must be a printable string that can name a folder, without dots, slashes, or blanks at its ends; "
             f"got {name!r}"
         )
     # A ModuleDict cannot hold a module under the name of an attribute of its own.
-    if hasattr(torch.nn.ModuleDict(), name):
+    if hasattr(torch.nn.ModuleDict(), str(name)):
         raise ValueError(f"name must not be an attribute of torch.nn.ModuleDict; got {name!r}")
 
 
@@ -152,7 +158,8 @@ def _read(path: Path, base: PreTrainedModel) -> tuple[str, tuple[PTuningV2Config
 
 
 def _read_all(paths: list[Path], base: PreTrainedModel) -> dict[str, tuple[PTuningV2Config, dict[str, Tensor]]]:
-    adapters, origin = {}, {}
+    adapters: dict[str, tuple[PTuningV2Config, dict[str, Tensor]]] = {}
+    origin: dict[str, Path] = {}
     for path in paths:
         name, parts = _read(path, base)
         if name in adapters:
@@ -161,7 +168,7 @@ def _read_all(paths: list[Path], base: PreTrainedModel) -> dict[str, tuple[PTuni
     return adapters
 
 
-def _read_trainer(path: Path, base: PreTrainedModel):
+def _read_trainer(path: Path, base: PreTrainedModel) -> dict[str, tuple[PTuningV2Config, dict[str, Tensor]]]:
     """A state dict written by Trainer: every adapter of the model, told apart by the prefix of its keys."""
     _, tensors = read_safetensors(path)
     if DESCRIPTION_KEY not in tensors:

@@ -197,7 +197,7 @@ def evaluate_adapter(
         source = DataSource(data, split, tuple(text_column or ()), label_column)
         examples = source.read(loaded.codec.task_type, loaded.codec.labels)
         features = loaded.codec.encode(examples)
-    options = {"features": features, "batch_size": batch_size, "head": head}
+    options: dict[str, Any] = {"features": features, "batch_size": batch_size, "head": head}
     typer.echo(json.dumps({**evaluate(loaded.model, loaded.codec, examples, **options), "examples": len(examples)}))
 
 
@@ -285,10 +285,13 @@ def _request(flags: dict[str, Any]) -> Any:
             return flags[flag].value if isinstance(flags[flag], Enum) else flags[flag]
         return default if recipe is None else getattr(recipe, attribute)
 
-    model, task_type = value("model", "base", None), value("task", "task_type", None)
-    for flag, found in (("--model", model), ("--task", task_type)):
+    def needed(flag: str, attribute: str) -> str:
+        found: str | None = value(flag, attribute, None)
         if found is None:
-            raise ValueError(f"{flag} is needed where no --recipe gives it")
+            raise ValueError(f"--{flag} is needed where no --recipe gives it")
+        return found
+
+    model, task_type = needed("model", "base"), needed("task", "task_type")
     columns = (tuple(flags["text_column"] or ()), flags["label_column"])
     dev = None
     if flags["dev"] is not None or flags["dev_split"] is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +15,7 @@ from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.checkpoint import describe, write_whole
 
 if TYPE_CHECKING:
+    from ptv2_fast.adapter import Adapter
     from ptv2_fast.model import PTuningV2Model
 
 FORMATS = ("kv", "embeddings")
@@ -35,7 +36,8 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     model._check_name(name)
-    config = model.adapters[name].config
+    adapter = cast("Adapter", model.adapters[name])
+    config = adapter.config
     if what not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {what!r}")
     if what == "embeddings" and config.injection != "shallow":
@@ -43,7 +45,7 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
             f"format 'embeddings' needs injection 'shallow'; adapter {name!r} has {config.injection!r}, whose prompts "
             "are not inputs of the model"
         )
-    if what == "kv" and model._evolves_with_text(model.adapters[name]):
+    if what == "kv" and model._evolves_with_text(adapter):
         raise ValueError(
             f"format 'kv' needs prompts that do not see the text; adapter {name!r} is shallow on a bidirectional model"
         )
@@ -52,7 +54,7 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
     try:
         with torch.no_grad():
             if what == "embeddings":
-                return {"prompt_embeddings": _plain(model.adapters[name].encoder())}
+                return {"prompt_embeddings": _plain(adapter.encoder())}
             return _keys_and_values(model._sources[name]("torch"))
     finally:
         model.train(was_training)

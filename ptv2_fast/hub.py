@@ -45,7 +45,7 @@ def adapter_folder(name: str | Path, *, revision: str | None = None, token: str 
         raise ValueError(f"adapter folder {name} does not exist")
     files = [WEIGHTS_NAME, CONFIG_NAME, f"*/{WEIGHTS_NAME}", f"*/{CONFIG_NAME}", TRAINER_WEIGHTS_NAME]
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
+        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} is neither a folder nor a repository that could be read: {reason}") from error

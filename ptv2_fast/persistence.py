@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast import checkpoint
 from ptv2_fast.adapter import Adapter
+from ptv2_fast.config import PTuningV2Config
+
+if TYPE_CHECKING:
+    from ptv2_fast.model import PTuningV2Model
 
 
-class Persistence:
+class Persistence(nn.Module):
     """What a PTuningV2Model knows of saving; mixed into it.
 
     The state dict holds the adapters alone, with a description of themselves: Trainer's checkpoints
@@ -26,7 +30,7 @@ class Persistence:
         *,
         adapter_names: list[str] | None = None,
         format: str = "ptv2",
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Write adapters: a single one into the folder itself, several into a sub-folder each.
 
@@ -53,7 +57,7 @@ class Persistence:
         if format == "peft":
             from ptv2_fast.interop.peft_export import save_peft
 
-            return save_peft(self, folders)
+            return save_peft(cast("PTuningV2Model", self), folders)
         for name, folder in folders.items():
             adapter = self.adapters[name]
             description = checkpoint.describe(name, adapter.config, self.base_model)
@@ -62,11 +66,11 @@ class Persistence:
             # An adapter saved here by itself before would be the one that is loaded.
             checkpoint.remove_adapter(save_directory)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload adapters with a model card; see `ptv2_fast.hub.push_to_hub` for what it takes."""
         from ptv2_fast.hub import push_to_hub
 
-        return push_to_hub(self, repo_id, **kwargs)
+        return push_to_hub(cast("PTuningV2Model", self), repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -78,7 +82,7 @@ class Persistence:
         adapter_name: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
-    ):
+    ) -> PTuningV2Model:
         """Rebuild the model that `save_pretrained` (or Trainer) wrote, over `base`.
 
         Args:
@@ -124,7 +128,9 @@ class Persistence:
         if is_trainable:
             self.set_adapter(adapter_name)
 
-    def state_dict(self, *, destination=None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]  # torch's overloads are of positional arguments that it deprecates
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """The adapters' tensors and their description; the frozen base is left out."""
         state = self.adapters.state_dict(
             destination=destination, prefix=f"{prefix}adapters.", keep_vars=keep_vars
@@ -136,7 +142,7 @@ class Persistence:
         state[prefix + checkpoint.DESCRIPTION_KEY] = checkpoint.pack_description(descriptions)
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` gave; the base keeps its weights."""
         own = {k: v for k, v in state_dict.items() if k != checkpoint.DESCRIPTION_KEY}
         result = super().load_state_dict(own, strict=False, assign=assign)
@@ -157,7 +163,9 @@ def _found(load_directory: str | Path, revision: str | None = None, token: str |
     return adapter_folder(load_directory, revision=revision, token=token)
 
 
-def assembled(base: PreTrainedModel, adapters: Mapping[str, tuple], first: str, *, is_trainable: bool):
+def assembled(
+    base: PreTrainedModel, adapters: Mapping[str, tuple], first: str, *, is_trainable: bool
+) -> PTuningV2Model:
     """A model of ready adapters over a base, the one named `first` active.
 
     Args:
@@ -184,7 +192,7 @@ def assembled(base: PreTrainedModel, adapters: Mapping[str, tuple], first: str, 
     return model
 
 
-def _rebuild(base: PreTrainedModel, name: str, config, tensors: dict[str, Tensor]) -> Adapter:
+def _rebuild(base: PreTrainedModel, name: str, config: PTuningV2Config, tensors: dict[str, Tensor]) -> Adapter:
     """An adapter with the given tensors.
 
     Raises:

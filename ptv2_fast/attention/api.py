@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ptv2_fast.attention.checks import BACKENDS, check_arguments
@@ -89,7 +91,7 @@ def prompt_attention(
     )  # fmt: skip
 
 
-def _backend(name: str, q: Tensor):
+def _backend(name: str, q: Tensor) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """The function that serves backend `name` for tensors like q; imported only when chosen."""
     if name == "auto":
         name = "triton" if _triton_serves(q) else "torch"

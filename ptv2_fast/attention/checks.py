@@ -74,7 +74,9 @@ def _check_prompt(q: Tensor, k: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> N
     _check_like("prompt_v", prompt_v, q)
 
 
-def _check_rows(q, prompt_k, cu_seqlens, prompt_index, prompt_lens) -> None:
+def _check_rows(
+    q: Tensor, prompt_k: Tensor, cu_seqlens: Tensor | None, prompt_index: Tensor | None, prompt_lens: Tensor | None
+) -> None:
     """Row boundaries, and which prompt each row uses."""
     rows = q.shape[0]
     if cu_seqlens is not None:
@@ -107,7 +109,10 @@ def _check_rows(q, prompt_k, cu_seqlens, prompt_index, prompt_lens) -> None:
         _check_range("prompt_lens", prompt_lens, 0, prompt_k.shape[-2])
 
 
-def _check_additions(q, k, prompt_k, key_mask, cu_seqlens, prompt_bias, bias) -> None:
+def _check_additions(
+    q: Tensor, k: Tensor, prompt_k: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    prompt_bias: Tensor | None, bias: Tensor | None,
+) -> None:
     """The mask and the two biases."""
     if key_mask is not None:
         if cu_seqlens is not None:

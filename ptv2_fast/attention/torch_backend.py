@@ -6,6 +6,8 @@ nowhere else.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,7 +35,7 @@ def prompt_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Serve the contract of `ptv2_fast.attention.prompt_attention`, its arguments checked and the prompt a bank."""
-    options = {
+    options: dict[str, Any] = {
         "prompt_lens": prompt_lens,
         "prompt_bias": prompt_bias,
         "causal": causal,
@@ -61,10 +63,11 @@ def prompt_attention(
 
 
 def _dense(
-    q, k, v, prompt_k, prompt_v, index, key_mask, bias,
-    *, prompt_lens, prompt_bias, causal, scale, dropout_p, window, softcap, return_lse,
-):  # fmt: skip
-    """One padded batch: (B, H, N, D) and, if asked, (B, H, N)."""
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, index: Tensor | None, key_mask: Tensor | None,
+    bias: Tensor | None, *, prompt_lens: Tensor | None, prompt_bias: Tensor | None, causal: bool, scale: float,
+    dropout_p: float, window: int | None, softcap: float | None, return_lse: bool,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """One padded batch: (B, H, N, D) and (B, H, N), which may be None unless it is asked for."""
     batch, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
     prompt_length = prompt_k.shape[2]
     if prompt_length:
@@ -113,7 +116,9 @@ def _rows(bank: Tensor, index: Tensor | None, batch: int) -> Tensor:
     return bank.expand(batch, -1, -1, -1) if index is None else bank[index]
 
 
-def _prompt_part(prompt_lens, prompt_bias, index, prompt_length, q) -> Tensor | None:
+def _prompt_part(
+    prompt_lens: Tensor | None, prompt_bias: Tensor | None, index: Tensor | None, prompt_length: int, q: Tensor
+) -> Tensor | None:
     """(B or 1, H or 1, 1, P), bool or additive; None where every query sees the prompt as it is."""
     part = None
     if prompt_lens is not None:
@@ -126,7 +131,10 @@ def _prompt_part(prompt_lens, prompt_bias, index, prompt_length, q) -> Tensor | 
     return part
 
 
-def _text_part(key_mask, bias, causal, window, num_queries, num_keys, q) -> Tensor | None:
+def _text_part(
+    key_mask: Tensor | None, bias: Tensor | None, causal: bool, window: int | None, num_queries: int, num_keys: int,
+    q: Tensor,
+) -> Tensor | None:  # fmt: skip
     """(B or 1, H or 1, N or 1, M), bool or additive; None where every query sees every text key."""
     part = None
     if key_mask is not None:
@@ -145,7 +153,9 @@ def _text_part(key_mask, bias, causal, window, num_queries, num_keys, q) -> Tens
     return part
 
 
-def _join(prompt_part, text_part, prompt_length, num_keys, dtype) -> Tensor | None:
+def _join(
+    prompt_part: Tensor | None, text_part: Tensor | None, prompt_length: int, num_keys: int, dtype: torch.dtype
+) -> Tensor | None:
     """One mask over [prompt | text] from the two parts, bool unless one of them is additive."""
     if prompt_part is None and text_part is None:
         return None
@@ -169,7 +179,9 @@ def _join(prompt_part, text_part, prompt_length, num_keys, dtype) -> Tensor | No
     return torch.cat([part.expand(*leading, part.shape[-1]) for part in filled], dim=-1)
 
 
-def _explicit(q, row_k, row_v, mask, scale, dropout_p, softcap) -> tuple[Tensor, Tensor]:
+def _explicit(
+    q: Tensor, row_k: Tensor, row_v: Tensor, mask: Tensor | None, scale: float, dropout_p: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     """The score matrix written out, softmax in float32: what SDPA does not offer (softcap, log-sum-exp)."""
     group = q.shape[1] // row_k.shape[1]
     row_k = row_k.repeat_interleave(group, dim=1)

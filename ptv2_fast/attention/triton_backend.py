@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ptv2_fast.kernels.prompt_backward import Gradients
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -66,8 +71,11 @@ def prompt_attention(
     return (output, lse) if return_lse else output
 
 
-def _kernel_arguments(bias, key_mask, cu_seqlens, prompt_index, prompt_lens, seed, max_seqlen,
-                      causal, window, softcap, scale, dropout_p) -> dict[str, object]:
+def _kernel_arguments(
+    bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
+    prompt_lens: Tensor | None, seed: Tensor | None, max_seqlen: int | None, causal: bool, window: int | None,
+    softcap: float | None, scale: float, dropout_p: float,
+) -> dict[str, Any]:
     """The trailing arguments of both ops as keyword arguments of the kernels' host functions."""
     return {
         "key_mask": key_mask, "cu_seqlens": cu_seqlens, "prompt_index": prompt_index,
@@ -77,7 +85,9 @@ def _kernel_arguments(bias, key_mask, cu_seqlens, prompt_index, prompt_lens, see
     }
 
 
-def _forward(q, k, v, prompt_k, prompt_v, prompt_bias, *rest) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
     arguments = _kernel_arguments(*rest)
     # Both functions give the same (o, lse), so what needs a gradient may take the short road as
     # well.
@@ -88,7 +98,10 @@ def _forward(q, k, v, prompt_k, prompt_v, prompt_bias, *rest) -> tuple[Tensor, T
     return attend(q, k, v, prompt_k, prompt_v, prompt_bias=prompt_bias, **arguments)
 
 
-def _backward(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs, *rest):
+def _backward(
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor,
+    prompt_bias: Tensor | None, output: Tensor, lse: Tensor, needs: Sequence[bool], *rest: Any,
+) -> Gradients:
     from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
 
     asked = Needs(
@@ -103,8 +116,11 @@ class _PromptAttention(torch.autograd.Function):
     """The eager path: saves the inputs, o and lse, and launches only the passes that are asked for."""
 
     @staticmethod
-    def forward(ctx, q, k, v, prompt_k, prompt_v, prompt_bias, bias, key_mask, cu_seqlens, prompt_index,
-                prompt_lens, seed, *numbers):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None,
+        bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
+        prompt_lens: Tensor | None, seed: Tensor | None, *numbers: Any,
+    ) -> tuple[Tensor, Tensor]:
         rest = (bias, key_mask, cu_seqlens, prompt_index, prompt_lens, seed)
         output, lse = _forward(q, k, v, prompt_k, prompt_v, prompt_bias, *rest, *numbers)
         ctx.save_for_backward(q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, *rest)
@@ -115,7 +131,7 @@ class _PromptAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output, _):
+    def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         none = (None,) * (len(ctx.needs_input_grad) - _TRAINED)
         if grad_output is None:
             return (None,) * _TRAINED + none
@@ -140,7 +156,10 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(q, k, v, prompt_k, prompt_v, prompt_bias, bias, key_mask, cu_seqlens, *rest):
+def _forward_shapes(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None,
+    bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:
     packed = cu_seqlens is not None
     lse_shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
     return _empty_like_heads(q, packed), q.new_empty(lse_shape, dtype=torch.float32)
@@ -162,8 +181,11 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs, bias, key_mask,
-      cu_seqlens, *rest):
+def _backward_shapes(
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Any,
+    output: Tensor, lse: Tensor, needs: Sequence[bool], bias: Any, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
     packed = cu_seqlens is not None
     fresh = (
         lambda: _empty_like_heads(q, packed), lambda: _empty_like_heads(k, packed),
@@ -181,13 +203,13 @@ def _empty_like_heads(tensor: Tensor, packed: bool) -> Tensor:
     return tensor.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:6], *output, *inputs[6:12])
     ctx.numbers = inputs[12:]
     ctx.mark_non_differentiable(output[1])
 
 
-def _compiled_backward(ctx, grad_output, _):
+def _compiled_backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_TRAINED])
     grads = backward_op(grad_output, *saved[:8], needs, *saved[8:], *ctx.numbers)

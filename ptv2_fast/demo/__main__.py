@@ -107,7 +107,7 @@ def _with_adapter(
 ) -> PTuningV2Model:
     """The model with the task's adapter in it, active; both adapters live over one base."""
     torch.manual_seed(SEED)
-    config = task.config(codec.labels, fast=fast)
+    config = task.config(codec.known_labels, fast=fast)
     start = {"tokenizer": codec.tokenizer, "init_text": starting_texts(train, config.num_virtual_tokens)}
     if model is None:
         return get_ptv2_model(base, config, task.name, **start)
@@ -165,9 +165,9 @@ def _use(console: Console, model: PTuningV2Model, codecs: dict[str, TaskCodec], 
     logits = model(**names.collator(features), adapter_names=["sentiment"] * count + ["ner"] * count).logits
     for index, sentence in enumerate(sentences):
         chances = logits[index].softmax(-1)
-        tags = decode_tags(logits[count + index].argmax(-1).tolist(), tagged[index], names.labels)
+        tags = decode_tags(logits[count + index].argmax(-1).tolist(), tagged[index], names.known_labels)
         best = int(chances.argmax())
-        print_sentence(console, sentence, tags, mood.labels.to_name(best), float(chances[best]))
+        print_sentence(console, sentence, tags, mood.known_labels.to_name(best), float(chances[best]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -84,7 +85,8 @@ def head_tensors(where: str, base: PreTrainedModel, task_type: str, tensors: Map
         ValueError: a tensor belongs to no head, or a part of the head has other tensors.
     """
     children = own_heads(base) if task_type in HEAD_TASKS else {}
-    found, expected = {}, set()
+    found: dict[str, Any] = {}
+    expected: set[str] = set()
     for name, child in children.items():
         own = {f"{name}.{key}": tensor for key, tensor in child.state_dict().items()}
         is_trained = any(key in tensors for key in own)

@@ -88,7 +88,9 @@ def _state_of(checkpoint: str | Path | Mapping[str, Tensor]) -> tuple[str, Mappi
     return str(path), read_weights(path)
 
 
-def _prefix(where: str, base: PreTrainedModel, state: Mapping[str, Tensor], task: str, is_trainable: bool):
+def _prefix(
+    where: str, base: PreTrainedModel, state: Mapping[str, Tensor], task: str, is_trainable: bool
+) -> tuple[PTuningV2Config, dict[str, Tensor]]:
     """Configuration and prompt tensors of an adapter."""
     sizes, embedding = sizes_of(backbone_of(base)), state[_EMBEDDING]
     flat, prompts, width = embedding, None, None
@@ -126,7 +128,9 @@ def _mlp(where: str, state: Mapping[str, Tensor], embedding: Tensor, sizes: Dime
     return parts
 
 
-def _with_pooler(where: str, base: PreTrainedModel, state: Mapping[str, Tensor], heads: dict[str, Tensor]):
+def _with_pooler(
+    where: str, base: PreTrainedModel, state: Mapping[str, Tensor], heads: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The head's tensors as transformers' RoBERTa classifier has them: the pooler's layer, then the code's own."""
     names = {f"{name}.{key}" for name, child in own_heads(base).items() for key in child.state_dict()}
     if "classifier.out_proj.weight" not in names or "classifier.weight" not in heads:

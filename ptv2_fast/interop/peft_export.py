@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -50,14 +51,14 @@ def save_peft(model: PTuningV2Model, folders: Mapping[str, Path]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Weights never stand beside the description of others: killed in between, the folder is no adapter.
         (folder / CONFIG_NAME).unlink(missing_ok=True)
-        write_whole(folder / WEIGHTS_NAME, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))
-        text = json.dumps(config, indent=2, sort_keys=True)
-        write_whole(folder / CONFIG_NAME, lambda path, t=text: path.write_text(t + "\n", encoding="utf-8"))
+        write_whole(folder / WEIGHTS_NAME, functools.partial(save_file, tensors, metadata={"format": "pt"}))
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        write_whole(folder / CONFIG_NAME, functools.partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def _contents(model: PTuningV2Model, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What stands in `adapter_config.json` and in `adapter_model.safetensors`."""
-    adapter = model.adapters[name]
+    adapter = cast(Adapter, model.adapters[name])
     config, sizes = adapter.config, sizes_of(model.backbone)
     _check(model, name, adapter)
     description = {
@@ -97,7 +98,8 @@ def _contents(model: PTuningV2Model, name: str) -> tuple[dict[str, Any], dict[st
 @torch.no_grad()
 def _keys_values(model: PTuningV2Model, name: str) -> Tensor:
     """(L, 2, Hkv, P, d) float32, with rotary keys where PEFT has the text at P."""
-    adapter, backbone, family = model.adapters[name], model.backbone, family_of(model.backbone)
+    adapter = cast(Adapter, model.adapters[name])
+    backbone, family = model.backbone, family_of(model.backbone)
     if adapter.config.injection == "prefix":
         made = _made(adapter).float()  # not by way of the base's dtype: PEFT keeps float32 too
     else:

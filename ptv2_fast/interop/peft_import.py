@@ -221,7 +221,9 @@ def _without_wrappers(base: PreTrainedModel) -> PreTrainedModel:
     return view_of(base, children=children) if children else base
 
 
-def _adapters(name: str, source: _Source, base: PreTrainedModel, task_type, task_id) -> dict[str, Parts]:
+def _adapters(
+    name: str, source: _Source, base: PreTrainedModel, task_type: str | None, task_id: int | None
+) -> dict[str, Parts]:
     """Configuration and tensors of each adapter of ours that a PEFT adapter becomes."""
     stated = source.config.get("task_type")
     task = task_of(base, stated if stated is not None else task_type)

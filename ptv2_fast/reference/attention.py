@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def prompt_attention(
         (B, H, N, D) or (T, H, D); with `return_lse` also (B, H, N) or (H, T). A query that sees no
         key gives zeros and -inf.
     """
-    options = {
+    options: dict[str, Any] = {
         "prompt_lens": prompt_lens,
         "causal": causal,
         "scale": scale,
@@ -88,9 +90,10 @@ def prompt_attention(
 
 
 def _dense(
-    q, k, v, prompt_k, prompt_v, index, key_mask, prompt_bias, bias, dropout_keep,
-    *, prompt_lens, causal, scale, dropout_p, window, softcap,
-):  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, index: Tensor, key_mask: Tensor | None,
+    prompt_bias: Tensor | None, bias: Tensor | None, dropout_keep: Tensor | None, *, prompt_lens: Tensor | None,
+    causal: bool, scale: float, dropout_p: float, window: int | None, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One padded batch; index (B,) names each row's bank entry."""
     num_queries, num_keys = q.shape[2], k.shape[2]
     prompt_length = prompt_k.shape[2]
@@ -126,7 +129,7 @@ def _dense(
     return probs @ row_v, lse
 
 
-def _visible(num_queries: int, num_keys: int, causal: bool, window: int | None, device) -> Tensor:
+def _visible(num_queries: int, num_keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
     """(N, M) bool: which text keys each query may see, by position alone."""
     position = torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries
     key = torch.arange(num_keys, device=device)[None, :]

@@ -245,6 +245,8 @@ def plain_attention(
         if bias is None:
             bias = query.new_zeros(num_heads, prefix_length)
         prefix_mask = bias[None, :, None, :].expand(batch, -1, num_queries, -1)
+        if attention_mask is None:
+            attention_mask = query.new_zeros(batch, 1, num_queries, key.shape[2] - prefix_length)
         text_mask = attention_mask.expand(-1, num_heads, -1, -1)
         attention_mask = torch.cat([prefix_mask, text_mask], dim=3)
 

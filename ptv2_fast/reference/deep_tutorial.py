@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +164,7 @@ def _load_encoder(source: str | Path | nn.Module) -> nn.Module:
         from transformers import AutoModel
 
         encoder = AutoModel.from_pretrained(source, attn_implementation="eager")
-    config = getattr(encoder, "config", None)
+    config: Any = getattr(encoder, "config", None)
     family = getattr(config, "model_type", None)
     is_decoder = getattr(config, "is_decoder", False)
     if family not in _ENCODERS or is_decoder or not hasattr(encoder, "encoder"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ def _router(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _modernbert_attention(
-    self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask=None, **kwargs
+    self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

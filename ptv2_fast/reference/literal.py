@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ParamSpec, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,24 +34,28 @@ from torch import Tensor, nn
 from ptv2_fast.reference import backbones
 from ptv2_fast.reference.masks import as_key_mask, positions_from_mask
 
+P = ParamSpec("P")
 
-def _rows_alone(literal):
+
+def _rows_alone(literal: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Let a literal form run row by row, without padding, where a token's slot is its position."""
     signature = inspect.signature(literal)
 
+    by_name = cast(Callable[..., Tensor], literal)
+
     @functools.wraps(literal)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         call = dict(signature.bind(*args, **kwargs).arguments)
         backbone, ids, mask = call["backbone"], call["input_ids"], call.get("attention_mask")
         if mask is None or backbones.check_backbone(backbone) not in backbones.RELATIVE:
-            return literal(**call)
+            return by_name(**call)
         real = as_key_mask(call.pop("attention_mask"), ids)
         by_token = [n for n in ("input_ids", "position_ids", "token_type_ids") if call.get(n) is not None]
         output = torch.zeros(*ids.shape, backbone.config.hidden_size, dtype=backbone.dtype, device=ids.device)
         for row, where in enumerate(real):
             if where.any():
                 own = {name: call[name].expand(ids.shape)[row, where][None] for name in by_token}
-                output = output.index_put((torch.tensor(row), where.nonzero()[:, 0]), literal(**{**call, **own})[0])
+                output = output.index_put((torch.tensor(row), where.nonzero()[:, 0]), by_name(**{**call, **own})[0])
         return output
 
     return run

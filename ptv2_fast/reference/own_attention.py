@@ -7,11 +7,15 @@ farthest token before it. A text token in turn stands that far behind a prompt.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ptv2_fast.reference.backbones import PrefixByCall
 
 # Any number that no text has so many tokens as.
 _FAR = 10**6
@@ -48,7 +52,7 @@ def after_layer(backbone: nn.Module, index: int, embedded: Tensor, hidden: Tenso
 
 
 @contextmanager
-def plain_attention_in(backbone: nn.Module, prefix) -> Iterator[None]:
+def plain_attention_in(backbone: nn.Module, prefix: PrefixByCall | None) -> Iterator[None]:
     """Let the backbone's attention modules run as they are written here, and put their own code back after.
 
     Args:
@@ -58,11 +62,13 @@ def plain_attention_in(backbone: nn.Module, prefix) -> Iterator[None]:
     encoder, replaced = backbone.encoder, []
     for layer in encoder.layer:
         if backbone.config.model_type == "mpnet":
-            module, run = layer.attention.attn, functools.partial(_biased, layer.attention.attn, encoder)
+            module = layer.attention.attn
+            run: Callable = functools.partial(_biased, module, encoder, prefix)
         else:
-            module, run = layer.attention.self, functools.partial(_disentangled, layer.attention.self)
+            module = layer.attention.self
+            run = functools.partial(_disentangled, module, prefix)
         replaced.append((module, module.__dict__.get("forward")))
-        module.forward = functools.partial(run, prefix)
+        module.forward = run
     try:
         yield
     finally:
@@ -72,7 +78,10 @@ def plain_attention_in(backbone: nn.Module, prefix) -> Iterator[None]:
                 module.forward = before
 
 
-def _biased(module, encoder, prefix, hidden, attention_mask=None, position_bias=None, output_attentions=False, **_):
+def _biased(
+    module: nn.Module, encoder: nn.Module, prefix: PrefixByCall | None, hidden: Tensor,
+    attention_mask: Tensor | None = None, position_bias: Any = None, output_attentions: bool = False, **_: Any,
+) -> tuple[Tensor]:  # fmt: skip
     """MPNet: softmax(q k^T / sqrt(d) + bias of the distance + mask) v."""
     query, key, value = (_split(module, project(hidden)) for project in (module.q, module.k, module.v))
     added = position_bias if attention_mask is None else position_bias + attention_mask
@@ -87,9 +96,10 @@ def _biased(module, encoder, prefix, hidden, attention_mask=None, position_bias=
 
 
 def _disentangled(
-    module, prefix, hidden, attention_mask, output_attentions=False, query_states=None, relative_pos=None,
-    rel_embeddings=None,
-):  # fmt: skip
+    module: nn.Module, prefix: PrefixByCall | None, hidden: Tensor, attention_mask: Tensor,
+    output_attentions: bool = False, query_states: Tensor | None = None, relative_pos: Any = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, None]:  # fmt: skip
     """DeBERTa: softmax((q k^T + q K[r]^T + k Q[r]^T) / sqrt(d * terms) + mask) v; r is the row of their distance."""
     query, key, value = (
         _split(module, project(hidden)) for project in (module.query_proj, module.key_proj, module.value_proj)
@@ -132,7 +142,9 @@ def _split(module: nn.Module, states: Tensor) -> Tensor:
     return states.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
 
 
-def _prepend(entry, key: Tensor, value: Tensor, added: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _prepend(
+    entry: tuple[Tensor, Tensor, Tensor | None], key: Tensor, value: Tensor, added: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Put a prefix in front of every row's own keys and values, and its bias in front of the mask."""
     prefix_key, prefix_value, bias = entry
     rows, num_heads, tokens = key.shape[:3]

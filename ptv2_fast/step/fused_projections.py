@@ -8,6 +8,7 @@ at memory itself sees the buffer: `safetensors.torch.save_model` wants `release`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,8 @@ class FusedGroup:
 
     def first(self, x: Tensor) -> Tensor:
         """The first linear map of x (..., D); the others' results wait for `next`."""
-        result, *rest = F.linear(x, self._weight, self._bias).split(self._sizes, dim=-1)
+        weight = cast(Tensor, self._weight)  # `gather` comes before every forward
+        result, *rest = F.linear(x, weight, self._bias).split(self._sizes, dim=-1)
         self._kept = (x, tuple(rest))
         return result
 

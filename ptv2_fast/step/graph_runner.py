@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from ptv2_fast.step.packed import INPUTS, Buckets, PackedBatch, pack
 
 # A size runs this often eagerly, as real steps, before it is captured: kernels load and optimizer states appear.
 WARM_UP_STEPS = 2
+T = TypeVar("T")
 
 
 @dataclass
@@ -81,6 +83,10 @@ class GraphRunner:
         # What passes add their gradients to, at the same addresses for ever; known after the first step.
         self._gradients: list[tuple[nn.Parameter, Tensor]] | None = None
         self._seen: tuple | None = None
+        self._known: dict[tuple, _Bucket]
+        self._updates: int
+        self._replay_update: Callable | None
+        self._share: Tensor
         self._forget()
         if reason := self._why_not_captured():
             self._say(f"steps run eagerly: {reason}")
@@ -120,8 +126,7 @@ class GraphRunner:
 
     def _captured(self, packed: list[PackedBatch]) -> Tensor:
         """One step of passes and an update, each replayed where it has been captured."""
-        if self._capture is None:
-            self._capture = _CudaCapture(self._device)
+        capture = self._capturing()
         self._hold_rates()
         if self._state() != self._seen:
             self._forget()
@@ -131,7 +136,7 @@ class GraphRunner:
         self._average_gradients()
         self._updates += 1
         if self._updates <= WARM_UP_STEPS:
-            self._capture.warm_up(self._update)
+            capture.warm_up(self._update)
         else:
             if self._replay_update is None:
                 self._replay_update = self._capture_or_say(self._update, "the optimizer") or self._update
@@ -152,9 +157,9 @@ class GraphRunner:
             else:
                 buffers = bucket.buffers = batch.to(self._device)
                 bucket.replay = self._capture_or_say(lambda: self._accumulate(buffers), "a pass")
-        if not may_capture or bucket.replay is None:
+        if not may_capture or bucket.replay is None or bucket.buffers is None:
             on_device = batch.to(self._device)
-            return self._capture.warm_up(lambda: self._accumulate(on_device))
+            return self._capturing().warm_up(lambda: self._accumulate(on_device))
         _copy_into(bucket.buffers, batch)
         return bucket.replay().clone()
 
@@ -166,7 +171,7 @@ class GraphRunner:
     def _update(self) -> None:
         self._clip()
         self._optimizer.step()
-        for _, gradient in self._gradients:
+        for _, gradient in self._gradients or ():
             gradient.zero_()
 
     def _eager(self, batches: list, loss_of: Callable) -> Tensor:
@@ -184,7 +189,7 @@ class GraphRunner:
             self._optimizer.zero_grad(set_to_none=False)
         return sum(losses[1:], losses[0])
 
-    def _loss(self, batch, loss_of: Callable) -> Tensor:
+    def _loss(self, batch: Any, loss_of: Callable) -> Tensor:
         if self._autocast is None:
             return loss_of(batch)
         # Under capture nothing cached by autocast may outlive the graph.
@@ -229,7 +234,7 @@ class GraphRunner:
 
     def _state(self) -> tuple:
         """What the graphs have taken the addresses of, or have taken for granted."""
-        held = [(id(parameter.grad), parameter.data_ptr()) for parameter, _ in self._gradients]
+        held = [(id(parameter.grad), parameter.data_ptr()) for parameter, _ in self._gradients or ()]
         states = [id(value) for state in self._optimizer.state.values() for value in state.values()]
         model = self._model
         base = next(model.backbone.parameters())
@@ -237,18 +242,24 @@ class GraphRunner:
 
     def _forget(self) -> None:
         """Drop every graph."""
-        self._known: dict[tuple, _Bucket] = {}
+        self._known = {}
         self._updates = 0
-        self._replay_update: Callable | None = None
+        self._replay_update = None
         self._share = torch.ones((), device=self._device)
         for parameter, gradient in self._gradients or ():
             gradient.zero_()
             parameter.grad = gradient
 
+    def _capturing(self) -> _CudaCapture:
+        """What captures; made when it is asked for, since it needs CUDA."""
+        if self._capture is None:
+            self._capture = _CudaCapture(self._device)
+        return self._capture
+
     def _capture_or_say(self, call: Callable, what: str) -> Callable | None:
         """The replay of a call; None, and no further captures, where the device refuses one."""
         try:
-            return self._capture(call)
+            return self._capturing()(call)
         except RuntimeError as error:
             self._failure = f"{what} could not be captured: {str(error).splitlines()[0]}"
             self._say(self._failure)
@@ -257,7 +268,7 @@ class GraphRunner:
     def _padded_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self._model(**batch).loss
 
-    def _why_not_packed(self, batches) -> str | None:
+    def _why_not_packed(self, batches: Sequence[Mapping[str, Tensor]]) -> str | None:
         reason = self._model.why_not_packed()
         if reason is not None:
             return reason
@@ -291,12 +302,12 @@ class GraphRunner:
 class _CudaCapture:
     """Captures calls in CUDA graphs that share one memory pool: their replays never overlap."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def warm_up(self, call: Callable[[], Tensor]) -> Tensor:
+    def warm_up(self, call: Callable[[], T]) -> T:
         """Run a call on the stream on which it will be captured."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)

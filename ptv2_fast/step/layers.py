@@ -7,12 +7,14 @@ import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
+from ptv2_fast.attention.prompt_batch import PromptBatch
 from ptv2_fast.models.families import Family
 from ptv2_fast.models.gathered import gathered_by
 from ptv2_fast.models.own_attention import AttentionCall
@@ -26,7 +28,7 @@ COMPILER = "inductor"
 class StepLayers:
     """Makes views of one backbone for the steps of one wrapper; the weights stay the backbone's."""
 
-    def __init__(self, backbone: PreTrainedModel, family: Family):
+    def __init__(self, backbone: PreTrainedModel, family: Family) -> None:
         self._backbone = backbone
         self._family = family
         self._fused: FusedProjections | None = None
@@ -75,7 +77,7 @@ class StepLayers:
             self._fused.release()
             self._fused = None
 
-    def _compiled_call(self, *, dynamic: bool):
+    def _compiled_call(self, *, dynamic: bool) -> Callable:
         """What all layers' bodies are compiled through; of this wrapper alone, so that no other model's variants
         count towards the compiler's limit."""
         if self._compiled is None:
@@ -84,7 +86,7 @@ class StepLayers:
             self._compiled = torch.compile(own, backend=COMPILER, dynamic=True if dynamic else None)
         return self._compiled
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}
 
     @functools.cached_property
@@ -99,11 +101,11 @@ def compiled_layer(layer: nn.Module, position: int, call: Callable) -> nn.Module
     The layer gets its own prompt alone, so that nothing compiled depends on which layer it is.
     """
 
-    def run(original, *args, ptv2_prompts=None, **kwargs):
+    def run(original: Any, *args: Any, ptv2_prompts: PromptBatch | None = None, **kwargs: Any) -> Any:
         if ptv2_prompts is not None:
             kwargs["ptv2_prompts"] = ptv2_prompts.at(position)
-        args = [one.at(position) if isinstance(one, AttentionCall) else one for one in args]
-        return call(_without_capture(original.__self__), *args, **kwargs)
+        own = [one.at(position) if isinstance(one, AttentionCall) else one for one in args]
+        return call(_without_capture(original.__self__), *own, **kwargs)
 
     return view_of(layer, forward=run)
 
@@ -128,5 +130,5 @@ def _without_capture(module: nn.Module) -> nn.Module:
     return view
 
 
-def _call(layer: nn.Module, *args, **kwargs):
+def _call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return layer.forward(*args, **kwargs)

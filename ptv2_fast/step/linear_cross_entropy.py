@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,12 +39,14 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda")
-    def forward(ctx, hidden, weight, bias, labels, chunk_rows):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_rows: int
+    ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = torch.nn.functional.linear(hidden[rows], weight, bias).float()  # (r, V)
@@ -56,21 +60,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits = logits.sub_(lse).exp_()
             grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
             grad_logits *= counts
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(hidden.dtype)
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
-            if needs_weight:
+            if grad_weight is not None:
                 grad_weight += (grad_logits.T @ hidden[rows]).float()
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return loss
 
+    # torch types what its decorators give otherwise than its own base class.
     @staticmethod
     @torch.autograd.function.once_differentiable
     @torch.amp.custom_bwd(device_type="cuda")
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = tuple(
             None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes)
         )

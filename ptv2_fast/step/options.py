@@ -47,7 +47,7 @@ class StepOptions:
     compile_layers: bool | None = None
     cuda_graphs: bool | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if value not in (None, True, False):

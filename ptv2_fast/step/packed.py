@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """On another device."""
-        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+        return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
@@ -79,7 +81,8 @@ def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first") ->
     mask = torch.ones_like(ids) if mask is None else mask
     packing = Packing.of(mask)
     if task_type == "SEQ_CLS":
-        read, targets = pooled_tokens(*ids.shape, mask, pooling, ids.device), labels
+        rows, tokens = ids.shape
+        read, targets = pooled_tokens(rows, tokens, mask, pooling, ids.device), labels
     elif task_type == "TOKEN_CLS":
         read = (labels.flatten() != IGNORED_LABEL).nonzero().flatten()
         targets = labels.flatten().index_select(0, read)
@@ -130,7 +133,7 @@ class Buckets:
     rows: int = 8
     targets: int = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,8 @@ class Packing:
         lengths = real.sum(-1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         longest = int(lengths.max()) if lengths.numel() else 0
-        return cls(*mask.shape, real.flatten().nonzero().flatten(), cu_seqlens, longest)
+        rows, tokens = mask.shape
+        return cls(rows, tokens, real.flatten().nonzero().flatten(), cu_seqlens, longest)
 
     @property
     def has_padding(self) -> bool:
@@ -80,7 +81,7 @@ def unpadded(backbone: nn.Module, packing: Packing) -> nn.Module:
     pooler = getattr(backbone, "pooler", None)
     inner = view_of(backbone, children={"pooler": None}) if pooler is not None else backbone
 
-    def forward(original, input_ids=None, **call):
+    def forward(original: Callable[..., Any], input_ids: Tensor | None = None, **call: Any) -> Any:
         call = {"input_ids": input_ids, **call}
         # The view's own call has run the backbone's hooks.
         output = original(**_packed_call(call, packing))

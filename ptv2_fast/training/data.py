@@ -231,6 +231,10 @@ def _check_known(where: str, what: str, name: str, labels: LabelSet | None) -> N
         raise ValueError(f"{where}: {what} {name!r} was not seen in training; known: {list(labels.names)}")
 
 
+def _stated(*names: str | None) -> list[str]:
+    return [name for name in names if name is not None]
+
+
 def _classification_example(row: Row, request: _Request) -> dict[str, Any]:
     columns: tuple[str, ...] = request.text_columns
     if not columns:
@@ -241,7 +245,7 @@ def _classification_example(row: Row, request: _Request) -> dict[str, Any]:
     example: dict[str, Any] = {}
     for key, column in zip(("text", "text_pair"), columns, strict=False):
         example[key] = _text(row, _column(row, (), column, "text_column")).strip()
-    names = (request.label_column, *LABEL_COLUMNS)
+    names = _stated(request.label_column, *LABEL_COLUMNS)
     if not request.labelled and all(row.values.get(name) in (None, "") for name in names):
         return example
     column = _column(row, LABEL_COLUMNS, request.label_column, "label_column")
@@ -276,7 +280,7 @@ def _tokens_example(row: Row, request: _Request) -> dict[str, Any]:
     if not _is_texts(tokens) or not tokens:
         raise ValueError(f"{row.where}: expected a list of words in 'tokens'; got {tokens!r}")
     example: dict[str, Any] = {"tokens": list(tokens)}
-    names = (request.label_column, *TAG_COLUMNS)
+    names = _stated(request.label_column, *TAG_COLUMNS)
     if not request.labelled and not any(row.values.get(name) for name in names):
         return example
     tags = row.values[_column(row, TAG_COLUMNS, request.label_column, "label_column")]
@@ -332,6 +336,8 @@ def _question_example(row: Row, request: _Request) -> dict[str, Any]:
 def _answers(row: Row) -> tuple[list[Any], list[Any]]:
     """Texts and starts from {"text": [...], "answer_start": [...]} or a list of such pairs."""
     answers = row.values["answers"]
+    texts: Any
+    starts: Any
     if isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
         texts = [answer.get("text") for answer in answers]
         starts = [answer.get("answer_start") for answer in answers]

@@ -239,8 +239,14 @@ class _Trainer(Trainer):
     codec: TaskCodec
     clock: _Clock
     dev_features: list[dict[str, Any]]
+    # What `fit` gives it, of the many kinds that Trainer takes.
+    model: nn.Module
+    eval_dataset: list[dict[str, Any]]
+    optimizer: torch.optim.Optimizer
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Scores of the dev examples, logged and given to callbacks as Trainer's own are."""
         scores = evaluate(
             self.model, self.codec, self.eval_dataset, features=self.dev_features, batch_size=self.args.eval_batch_size
@@ -250,7 +256,9 @@ class _Trainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
         """Linear as Trainer has it, or a rate that falls by a factor after each epoch."""
         if self.lr_scheduler is not None or self.settings.schedule == "linear":
             return super().create_scheduler(num_training_steps, optimizer)
@@ -262,7 +270,7 @@ class _Trainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def training_step(self, model, inputs, *args, **kwargs):
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's step, with its real tokens counted."""
         self.clock.tokens += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *args, **kwargs)

@@ -79,9 +79,9 @@ def entity_scores(
     Source: seqeval.
     """
     _check_lengths(predictions, references)
-    for index, (guess, truth) in enumerate(zip(predictions, references, strict=True)):
-        if len(guess) != len(truth):
-            raise ValueError(f"predictions[{index}]: expected {len(truth)} tags; got {len(guess)}")
+    for index, (guessed, true) in enumerate(zip(predictions, references, strict=True)):
+        if len(guessed) != len(true):
+            raise ValueError(f"predictions[{index}]: expected {len(true)} tags; got {len(guessed)}")
     from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
     from seqeval.scheme import IOB2
 

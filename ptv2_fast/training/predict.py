@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from ptv2_fast.training.batches import IGNORED_LABEL
 from ptv2_fast.training.metrics import metric_for, perplexity
 from ptv2_fast.training.task_data import TaskCodec
 from ptv2_fast.training.tokens import decode_answers, decode_tags
+
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def _truth(example: Mapping[str, Any], task_type: str) -> Any:
     return example[key]
 
 
-def _predict(model, codec, examples, features, batch_size, head) -> tuple[list[Prediction], float]:
+def _predict(
+    model: nn.Module, codec: TaskCodec, examples: Rows, features: Rows, batch_size: int, head: str | None
+) -> tuple[list[Prediction], float]:
     decoders: dict[str, Callable[..., list[Prediction]]] = {
         "SEQ_CLS": _classes,
         "TOKEN_CLS": _tags,
@@ -151,22 +155,22 @@ def _rows(output: Any, task_type: str) -> list[Any]:
     return list(zip(best.values.cpu(), best.indices.cpu(), strict=True))
 
 
-def _classes(rows, features, examples, codec: TaskCodec) -> list[Prediction]:
+def _classes(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) -> list[Prediction]:
     best = [(float(row.max()), int(row.argmax())) for row in rows]
-    return [Prediction(codec.labels.to_name(index), score) for score, index in best]
+    return [Prediction(codec.known_labels.to_name(index), score) for score, index in best]
 
 
-def _tags(rows, features, examples, codec: TaskCodec) -> list[Prediction]:
+def _tags(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) -> list[Prediction]:
     predictions = []
     for (scores, tag_ids), feature in zip(rows, features, strict=True):
-        tags = decode_tags(tag_ids.tolist(), feature, codec.labels)
+        tags = decode_tags(tag_ids.tolist(), feature, codec.known_labels)
         words = [word is not None for word in feature["word_ids"]]
         kept = scores[: len(words)][torch.tensor(words, dtype=torch.bool)]
         predictions.append(Prediction(tags, float(kept.min()) if len(kept) else 0.0))
     return predictions
 
 
-def _answers(rows, features, examples, codec: TaskCodec) -> list[Prediction]:
+def _answers(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) -> list[Prediction]:
     starts, ends = [row[0].tolist() for row in rows], [row[1].tolist() for row in rows]
     answers = decode_answers(
         starts, ends, features, examples, codec.tokenizer, no_answer=codec.no_answer

@@ -30,7 +30,7 @@ def examples_of(
     Raises:
         ValueError: there is no line with text, or a line is not such an object.
     """
-    examples = []
+    examples: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -100,7 +100,7 @@ def search(
         load_if_exists=True,
     )
 
-    def run(trial) -> float:
+    def run(trial: optuna.Trial) -> float:
         injection = trial.suggest_categorical("injection", list(space.injections))
         length = trial.suggest_categorical("num_virtual_tokens", list(space.lengths))
         rate = trial.suggest_float("learning_rate", *space.learning_rates, log=True)

@@ -47,6 +47,17 @@ class TaskCodec:
             raise ValueError(f"max_length must be an integer of at least 2; got {self.max_length!r}")
 
     @property
+    def known_labels(self) -> LabelSet:
+        """The classes or tags of a task that has them.
+
+        Raises:
+            ValueError: the codec has none.
+        """
+        if self.labels is None:
+            raise ValueError(f"labels must be given for task_type {self.task_type!r}; got None")
+        return self.labels
+
+    @property
     def collator(self) -> PadCollator:
         """Pads on the right: scores and spans are then read from the row's start."""
         return PadCollator(self.tokenizer, padding_side="right")
