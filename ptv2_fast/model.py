@@ -37,6 +37,7 @@ from ptv2_fast.models.windows import check_cached_padding, counts_padding, small
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.keys_values import stack_bank
 from ptv2_fast.prompts.source import PromptSource
+from ptv2_fast.recomputation import Recomputation
 from ptv2_fast.step.labelled_rows import balances_experts
 from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
