@@ -12,6 +12,7 @@ from ptv2_fast.models.families import Family, family_of
 from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.limits import text_limit
+from ptv2_fast.models.module_dict import ModuleDictOf
 from ptv2_fast.prompts.encoder import PromptEncoder
 
 _BASE_SUFFIX = {
@@ -55,8 +56,8 @@ class Adapter(nn.Module):
             head_dim=sizes.head_dim,
             std=config.init_std if config.init_std is not None else sizes.initializer_range,
         )
-        heads = {name: Head(sizes.output_size, head) for name, head in (config.heads or {}).items()}
-        self.heads = nn.ModuleDict(heads)
+        heads = {name: Head(sizes.output_size, head) for name, head in config.head_configs().items()}
+        self.heads: ModuleDictOf[Head] = ModuleDictOf(heads)
         uses_base_head = config.task_type in HEAD_TASKS and not heads
         self.base_heads = copied_heads(base) if uses_base_head else nn.ModuleDict()
         self.to(device_of(backbone))
@@ -119,7 +120,7 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
 
 def _check_input(name: str, family: Family, config: PTuningV2Config) -> None:
     """Refuse tasks whose rows are not what the base reads, and what only a text has."""
-    heads = [head.task_type for head in (config.heads or {}).values()]
+    heads = [head.task_type for head in config.head_configs().values()]
     if reads_text(family):
         wrong = [task for task in (config.task_type, *heads) if task in FEATURE_TASKS]
         if wrong:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
     """What the tasks with trained heads share: running the head that an adapter has."""
 
     @property
-    def config(self):
+    def config(self) -> Any:
         """The base's configuration; with the active adapter's label names where it has a single head of its own.
 
         A pipeline reads label names from here.
@@ -52,7 +52,7 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         adapter_names: Sequence[str] | None,
         task: str | None,
         targets: dict[str, Tensor | None],
-    ):
+    ) -> Any:
         """The task's output with logits, and a loss where `targets` (labels, or start and end) are given."""
         return_dict = inputs.pop("return_dict", None)
         names = list(dict.fromkeys(adapter_names)) if adapter_names else [self.active_adapter]
@@ -66,7 +66,13 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
             output = self._run_own_heads(inputs, adapter_names, names, task, targets)
         return self._as_asked(output, return_dict)
 
-    def _run_base_head(self, inputs, adapter_names, adapters: list[Adapter], targets):
+    def _run_base_head(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        adapters: list[Adapter],
+        targets: Mapping[str, Tensor],
+    ) -> Any:
         """The base's own forward, with the adapter's copy of the base's head in its place."""
         task_type = self.adapters[self.active_adapter].config.task_type
         targets = base_targets(self.base_model, task_type, input_size(self._family, inputs), targets)
@@ -88,7 +94,14 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
             change_states(output, HIDDEN_STATES, lambda states: turn_rows(states, back))
         return output
 
-    def _run_own_heads(self, inputs, adapter_names, names, task, targets):
+    def _run_own_heads(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        names: Sequence[str],
+        task: str | None,
+        targets: Mapping[str, Tensor],
+    ) -> Any:
         """The backbone with prompts, then our head of each row's adapter."""
         read = None
         if len(names) == 1:
@@ -164,7 +177,7 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         return classification_loss(head(states, None).reshape(-1, head.config.num_labels), packed.targets)
 
 
-def _task_output(task_type: str, logits, targets: dict[str, Tensor], output):
+def _task_output(task_type: str, logits: Any, targets: dict[str, Tensor], output: Any) -> Any:
     """The output class of a task, with its loss where there are targets."""
     expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
     if targets and set(targets) != expected:

@@ -68,7 +68,7 @@ class LayerProjections:
         values = values.unflatten(-1, (-1, self._head_dim))
         return keys.transpose(0, 1), values.transpose(0, 1)
 
-    def _by_kernel(self, normed: Tensor, per_layer: list[tuple[Projection, Projection]]):
+    def _by_kernel(self, normed: Tensor, per_layer: list[tuple[Projection, Projection]]) -> tuple[Tensor, ...]:
         """(L', P, Hkv * d) keys and values from normed states (L', P, D)."""
         from ptv2_fast.kernels.prompt_projection import WeightTable, prompt_projection
 
