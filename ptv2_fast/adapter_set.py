@@ -22,8 +22,6 @@ from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 from ptv2_fast.step.layers import StepLayers
 
 BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
-# Where a base keeps the name of the attention implementation that it had.
-_ORIGINAL = "_ptv2_original_attention"
 
 
 class AdapterSet(nn.Module):
@@ -101,14 +99,14 @@ class AdapterSet(nn.Module):
 
     def _attach(self) -> None:
         """Freeze the base and let its attention run through the hook."""
-        base = self.base_model
+        base: Any = self.base_model
         base.requires_grad_(False)
         if self._family.own_attention:
             return
         hook.register()
         current = self.backbone.config._attn_implementation
         if current != hook.IMPLEMENTATION:
-            setattr(base, _ORIGINAL, current)
+            base._ptv2_original_attention = current
             _set_attention(base, hook.IMPLEMENTATION)
         if self.backbone.config._attn_implementation != hook.IMPLEMENTATION:
             raise ValueError(
@@ -119,7 +117,7 @@ class AdapterSet(nn.Module):
     def _detach(self) -> None:
         """Give the base its own attention back; its parameters stay frozen."""
         if not self._family.own_attention:
-            _set_attention(self.base_model, getattr(self.base_model, _ORIGINAL))
+            _set_attention(self.base_model, self.base_model._ptv2_original_attention)
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -157,9 +155,7 @@ class AdapterSet(nn.Module):
             token_ids(tokenizer, init_text, config.num_virtual_tokens)
         return Adapter(base, config)
 
-    def _initialise(
-        self, adapter: Adapter, tokenizer: Any, init_text: str | Sequence[str] | None
-    ) -> None:
+    def _initialise(self, adapter: Adapter, tokenizer: Any, init_text: str | Sequence[str] | None) -> None:
         """Start a fresh adapter's prompts from a text where that is asked for, or given and possible."""
         config = adapter.config
         by_default = config.prompt_init is None and config.reparameterization is None

@@ -278,7 +278,7 @@ def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def _integer(name: str, value: object, low: int | None, high: int | None = None) -> None:
+def _integer(name: str, value: Any, low: int | None, high: int | None = None) -> None:
     fits = isinstance(value, int) and not isinstance(value, bool)
     if not fits or (low is not None and value < low) or (high is not None and value > high):
         limits = "" if low is None else f" of at least {low}" + ("" if high is None else f", at most {high}")

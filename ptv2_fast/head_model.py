@@ -56,14 +56,14 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         """The task's output with logits, and a loss where `targets` (labels, or start and end) are given."""
         return_dict = inputs.pop("return_dict", None)
         names = list(dict.fromkeys(adapter_names)) if adapter_names else [self.active_adapter]
-        targets = {name: target for name, target in targets.items() if target is not None}
+        given = {name: target for name, target in targets.items() if target is not None}
         adapters = [self.adapters[n] for n in names if n in self.adapters]
         if task is not None and not any(len(a.heads) for a in adapters):
             raise ValueError(f"task must be None where no adapter has heads of its own; got {task!r}")
         if self._disabled or not adapters or not any(len(a.heads) for a in adapters):
-            output = self._run_base_head(inputs, adapter_names, adapters, targets)
+            output = self._run_base_head(inputs, adapter_names, adapters, given)
         else:
-            output = self._run_own_heads(inputs, adapter_names, names, task, targets)
+            output = self._run_own_heads(inputs, adapter_names, names, task, given)
         return self._as_asked(output, return_dict)
 
     def _run_base_head(
@@ -105,8 +105,8 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         """The backbone with prompts, then our head of each row's adapter."""
         read = None
         if len(names) == 1:
-            head = self.adapters[names[0]].head(task).config
-            read = self._read(inputs, head.pooling) if head.task_type in ROW_TASKS else None
+            kind = self.adapters[names[0]].head(task).config
+            read = self._read(inputs, kind.pooling) if kind.task_type in ROW_TASKS else None
         output = self.run(self.backbone, inputs, adapter_names, read=read)
         hidden = output.last_hidden_state
         mask = inputs.get("attention_mask")
@@ -177,7 +177,7 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         return classification_loss(head(states, None).reshape(-1, head.config.num_labels), packed.targets)
 
 
-def _task_output(task_type: str, logits: Any, targets: dict[str, Tensor], output: Any) -> Any:
+def _task_output(task_type: str, logits: Any, targets: Mapping[str, Tensor], output: Any) -> Any:
     """The output class of a task, with its loss where there are targets."""
     expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
     if targets and set(targets) != expected:

@@ -304,11 +304,13 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
     def _run_evolving(self, target: PreTrainedModel, inputs: dict[str, Any], adapter: Adapter) -> Any:
         """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
         prompts = adapter.encoder().to(self.backbone.dtype)
+        shallow_view = self._family.shallow_view
+        assert shallow_view is not None, "every bidirectional family has one"
         empty = PromptBatch(layers=(), backend=adapter.config.backend)
         if not reads_text(self._family):
             self._check_checkpointing()
             call = check_features(self._family, inputs, self.base_model)
-            backbone = self._family.shallow_view(backbone_of(target), prompts)
+            backbone = shallow_view(backbone_of(target), prompts)
             return with_backbone(target, backbone)(**call, ptv2_prompts=empty)
         mask = inputs.get("attention_mask")
         rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
@@ -327,9 +329,9 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
             first=self._family.first_position(self.backbone),
         )  # fmt: skip
         backbone = backbone_of(target)
-        if self._family.own_attention:
+        if self._family.own_attention and self._family.indexed is not None:
             backbone = self._family.indexed(backbone)
-        backbone = self._family.shallow_view(backbone, prompts)
+        backbone = shallow_view(backbone, prompts)
         if self._family.by_slot:
             backbone = by_slots(backbone)
         if self._family.own_attention:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 
 class Recomputation(nn.Module):
     """What a PTuningV2Model knows of gradient checkpointing; mixed into it."""

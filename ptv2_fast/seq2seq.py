@@ -17,7 +17,7 @@ from ptv2_fast.models.slots import ENCODER_STATES, change_states
 class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
     """Prompts for an encoder-decoder that writes text (task_type SEQ_2_SEQ_LM)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

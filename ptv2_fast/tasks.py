@@ -31,7 +31,7 @@ from ptv2_fast.step.packed import PackedBatch
 class PTuningV2ModelForSequenceClassification(PTuningV2ModelWithHeads):
     """Prompts for classifying whole rows (task_type SEQ_CLS)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -56,7 +56,7 @@ class PTuningV2ModelForTokenClassification(PTuningV2ModelForSequenceClassificati
 class PTuningV2ModelForQuestionAnswering(PTuningV2ModelWithHeads):
     """Prompts for extractive question answering (task_type QUESTION_ANS)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -85,7 +85,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
     # The base's loss divides by Trainer's num_items_in_batch, the labels of all accumulated batches.
     accepts_loss_kwargs = True
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -166,7 +166,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
 class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
     """Prompts for the backbone's hidden states themselves (task_type FEATURE_EXTRACTION), and for heads of any kind."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -197,7 +197,7 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
 class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):
     """Prompts for classifying images (task_type IMAGE_CLS)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
@@ -212,7 +212,7 @@ class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):
 class PTuningV2ModelForAudioClassification(PTuningV2ModelWithHeads):
     """Prompts for classifying sounds (task_type AUDIO_CLS)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_features: Tensor | None = None,
         labels: Tensor | None = None,

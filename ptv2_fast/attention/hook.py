@@ -107,9 +107,10 @@ def attention_forward(
         return out.transpose(1, 2), None
 
     rows, tokens = query.shape[0], query.shape[2]
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = prompt_attention(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
-        prompt.keys, prompt.values, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, **options,
+        query, key, value, prompt.keys, prompt.values,
+        cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, **options,
     )  # fmt: skip
     return out.unflatten(0, (rows, tokens)), None
 

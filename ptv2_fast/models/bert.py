@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,10 @@ def of_the_text(output: Any, length: int) -> Any:
     return output
 
 
+@overload
+def visible_prompts(attention_mask: Tensor, length: int) -> Tensor: ...
+@overload
+def visible_prompts(attention_mask: Tensor | None, length: int) -> Tensor | None: ...
 def visible_prompts(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """(B, P + N): the mask of a text (B, N) with P virtual tokens in front."""
     return None if attention_mask is None else torch.nn.functional.pad(attention_mask, (length, 0), value=1)

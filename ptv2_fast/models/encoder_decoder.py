@@ -68,7 +68,9 @@ class BoundPrompts:
     def around(self, target: PreTrainedModel) -> PreTrainedModel:
         """A view of a model, or of its backbone, with the prompts in both stacks; what it returns stands where a call
         has its tokens."""
-        backbone = self.family.indexed(backbone_of(target))
+        backbone = backbone_of(target)
+        if self.family.indexed is not None:
+            backbone = self.family.indexed(backbone)
         children = {"encoder": view_of(backbone.encoder, forward=self._encode)}
         children["decoder"] = view_of(backbone.decoder, forward=self._decode)
         return with_backbone(target, view_of(view_of(backbone, children=children), forward=self._run))
@@ -104,7 +106,7 @@ class BoundPrompts:
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         rows, tokens = self._check(original.__self__, given, others, 0, "encoder")
         call, back = tokens_first({name: value for name, value in given.items() if value is not None})
-        if self.length:
+        if self.virtual is not None:
             words = call.pop("inputs_embeds", None)
             words = original.__self__.embed_tokens(call.pop("input_ids")) if words is None else words
             call["inputs_embeds"] = joined_rows(self.virtual, words)
@@ -130,7 +132,7 @@ class BoundPrompts:
         """The decoder; its own padding may stand anywhere where no cache is kept."""
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         rows, _ = self._check(original.__self__, given, others, cached_tokens(others), "decoder")
-        call = {name: value for name, value in given.items() if value is not None}
+        call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         back = None
         if attention_mask is not None:
             if others.get(CACHE) is None and others.get("use_cache") is False:
@@ -181,7 +183,7 @@ class BoundPrompts:
 
     def _check(
         self, module: nn.Module, given: Mapping[str, Any], others: Mapping[str, Any], past: int | Tensor, stack: str
-    ) -> Any:
+    ) -> tuple[int, int]:
         """Rows and tokens of a stack's call.
 
         Raises:

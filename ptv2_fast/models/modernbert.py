@@ -73,7 +73,7 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        text = input_ids if input_ids is not None else inputs_embeds
+        text: Any = input_ids if input_ids is not None else inputs_embeds
         real = attention_mask
         if real is None:
             real = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

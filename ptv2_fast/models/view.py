@@ -49,7 +49,8 @@ def view_of(
     view.__dict__.update(attributes or {})
     if forward is None:
         return view
-    outer: Any = _shallow_copy(view, _class_with_forward(type(module)))
+    kind: Any = type(module)
+    outer: Any = _shallow_copy(view, _class_with_forward(kind))
     outer.__dict__.pop("forward", None)  # a module may have a forward of its own (accelerate's hooks set one)
     if getattr(view, "gradient_checkpointing", False):
         view.gradient_checkpointing = False  # the outer forward recomputes the inner one
