@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, PTuningV2Config
+from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig, PTuningV2Config
 from ptv2_fast.heads import Head, copied_heads
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import Family, family_of
 from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.limits import text_limit
+from ptv2_fast.models.module_dict import ModuleDictOf
 from ptv2_fast.prompts.encoder import PromptEncoder
 
 _BASE_SUFFIX = {
@@ -55,8 +59,8 @@ class Adapter(nn.Module):
             head_dim=sizes.head_dim,
             std=config.init_std if config.init_std is not None else sizes.initializer_range,
         )
-        heads = {name: Head(sizes.output_size, head) for name, head in (config.heads or {}).items()}
-        self.heads = nn.ModuleDict(heads)
+        heads = {name: Head(sizes.output_size, head) for name, head in _heads(config).items()}
+        self.heads: ModuleDictOf[Head] = ModuleDictOf(heads)
         uses_base_head = config.task_type in HEAD_TASKS and not heads
         self.base_heads = copied_heads(base) if uses_base_head else nn.ModuleDict()
         self.to(device_of(backbone))
@@ -73,6 +77,11 @@ class Adapter(nn.Module):
         if task not in names:
             raise ValueError(f"task must be one of {', '.join(names)}; got {task!r}")
         return self.heads[task]
+
+
+def _heads(config: PTuningV2Config) -> Mapping[str, HeadConfig]:
+    """The heads that a configuration asks for, as its own checks have made them."""
+    return cast("Mapping[str, HeadConfig]", config.heads or {})
 
 
 def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
@@ -119,7 +128,7 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
 
 def _check_input(name: str, family: Family, config: PTuningV2Config) -> None:
     """Refuse tasks whose rows are not what the base reads, and what only a text has."""
-    heads = [head.task_type for head in (config.heads or {}).values()]
+    heads = [head.task_type for head in _heads(config).values()]
     if reads_text(family):
         wrong = [task for task in (config.task_type, *heads) if task in FEATURE_TASKS]
         if wrong:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import Adapter
@@ -12,23 +14,33 @@ from ptv2_fast.attention import hook
 from ptv2_fast.checkpoint import check_name
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.families import family_of
+from ptv2_fast.models.families import Family, family_of
 from ptv2_fast.models.features import reads_text
+from ptv2_fast.models.module_dict import ModuleDictOf
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
+from ptv2_fast.step.layers import StepLayers
 
 BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
 
 
-class AdapterSet:
+class AdapterSet(nn.Module):
     """What a PTuningV2Model knows of its adapters; mixed into it."""
+
+    base_model: PreTrainedModel
+    adapters: ModuleDictOf[Adapter]
+    active_adapter: str
+    _family: Family
+    _sources: dict[str, PromptSource]
+    _step_layers: StepLayers
+    _disabled: bool
 
     def add_adapter(
         self,
         name: str,
         config: PTuningV2Config,
         *,
-        tokenizer=None,
+        tokenizer: Callable[..., Any] | None = None,
         init_text: str | Sequence[str] | None = None,
     ) -> None:
         """Create another adapter over the same base; it becomes active only by `set_adapter`.
@@ -87,7 +99,7 @@ class AdapterSet:
 
     def _attach(self) -> None:
         """Freeze the base and let its attention run through the hook."""
-        base = self.base_model
+        base: Any = self.base_model
         base.requires_grad_(False)
         if self._family.own_attention:
             return
@@ -128,7 +140,9 @@ class AdapterSet:
         print(f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.4f} %)")
 
     @staticmethod
-    def _build(base: PreTrainedModel, config: PTuningV2Config, tokenizer, init_text) -> Adapter:
+    def _build(
+        base: PreTrainedModel, config: PTuningV2Config, tokenizer: Any, init_text: str | Sequence[str] | None
+    ) -> Adapter:
         """An adapter for the base, which stays as it is; everything that can be refused is refused here."""
         family = family_of(backbone_of(base))
         if init_text is not None and not reads_text(family):
@@ -141,7 +155,7 @@ class AdapterSet:
             token_ids(tokenizer, init_text, config.num_virtual_tokens)
         return Adapter(base, config)
 
-    def _initialise(self, adapter: Adapter, tokenizer, init_text) -> None:
+    def _initialise(self, adapter: Adapter, tokenizer: Any, init_text: str | Sequence[str] | None) -> None:
         """Start a fresh adapter's prompts from a text where that is asked for, or given and possible."""
         config = adapter.config
         by_default = config.prompt_init is None and config.reparameterization is None

@@ -48,7 +48,7 @@ class HeadConfig:
     dropout: float = 0.0
     labels: Sequence[str] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _one_of("task_type", self.task_type, HEAD_TASKS)
         _integer("num_labels", self.num_labels, 1)
         _one_of("pooling", self.pooling, POOLINGS)
@@ -115,7 +115,7 @@ class PTuningV2Config:
     init_std: float | None = field(default=None)
     stacks: Sequence[str] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _one_of("task_type", self.task_type, TASK_TYPES)
         _integer("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_VIRTUAL_TOKENS)
         _one_of("injection", self.injection, INJECTIONS)
@@ -278,7 +278,7 @@ def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def _integer(name: str, value: object, low: int | None, high: int | None = None) -> None:
+def _integer(name: str, value: Any, low: int | None, high: int | None = None) -> None:
     fits = isinstance(value, int) and not isinstance(value, bool)
     if not fits or (low is not None and value < low) or (high is not None and value > high):
         limits = "" if low is None else f" of at least {low}" + ("" if high is None else f", at most {high}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.attention.prompt_batch import PromptBatch
@@ -19,14 +20,16 @@ _BY_DEFAULT = ("encoder", "decoder")
 WITHOUT_SAVINGS = "an encoder-decoder runs its padded rows as they are"
 
 
-class EncoderDecoder:
+class EncoderDecoder(nn.Module):
     """What a PTuningV2Model knows of encoders with decoders; mixed into it."""
 
     @property
     def _has_decoder(self) -> bool:
         return self._family.sizes(self.backbone).decoder_layers > 0
 
-    def _run_stacks(self, target: nn.Module, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None):
+    def _run_stacks(
+        self, target: PreTrainedModel, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None
+    ) -> Any:
         """Call `target`, an encoder-decoder, its backbone or a view of either, with prompts in both stacks."""
         own = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "encoder_outputs")
         given = [name for name in own if name in inputs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +15,6 @@ from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.checkpoint import describe, write_whole
 
 if TYPE_CHECKING:
-    from ptv2_fast.adapter import Adapter
     from ptv2_fast.model import PTuningV2Model
 
 FORMATS = ("kv", "embeddings")
@@ -36,7 +35,7 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     model._check_name(name)
-    adapter = cast("Adapter", model.adapters[name])
+    adapter = model.adapters[name]
     config = adapter.config
     if what not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {what!r}")

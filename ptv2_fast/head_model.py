@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
     """What the tasks with trained heads share: running the head that an adapter has."""
 
     @property
-    def config(self):
+    def config(self) -> Any:
         """The base's configuration; with the active adapter's label names where it has a single head of its own.
 
         A pipeline reads label names from here.
@@ -52,21 +52,27 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         adapter_names: Sequence[str] | None,
         task: str | None,
         targets: dict[str, Tensor | None],
-    ):
+    ) -> Any:
         """The task's output with logits, and a loss where `targets` (labels, or start and end) are given."""
         return_dict = inputs.pop("return_dict", None)
         names = list(dict.fromkeys(adapter_names)) if adapter_names else [self.active_adapter]
-        targets = {name: target for name, target in targets.items() if target is not None}
+        given = {name: target for name, target in targets.items() if target is not None}
         adapters = [self.adapters[n] for n in names if n in self.adapters]
         if task is not None and not any(len(a.heads) for a in adapters):
             raise ValueError(f"task must be None where no adapter has heads of its own; got {task!r}")
         if self._disabled or not adapters or not any(len(a.heads) for a in adapters):
-            output = self._run_base_head(inputs, adapter_names, adapters, targets)
+            output = self._run_base_head(inputs, adapter_names, adapters, given)
         else:
-            output = self._run_own_heads(inputs, adapter_names, names, task, targets)
+            output = self._run_own_heads(inputs, adapter_names, names, task, given)
         return self._as_asked(output, return_dict)
 
-    def _run_base_head(self, inputs, adapter_names, adapters: list[Adapter], targets):
+    def _run_base_head(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        adapters: list[Adapter],
+        targets: Mapping[str, Tensor],
+    ) -> Any:
         """The base's own forward, with the adapter's copy of the base's head in its place."""
         task_type = self.adapters[self.active_adapter].config.task_type
         targets = base_targets(self.base_model, task_type, input_size(self._family, inputs), targets)
@@ -88,12 +94,19 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
             change_states(output, HIDDEN_STATES, lambda states: turn_rows(states, back))
         return output
 
-    def _run_own_heads(self, inputs, adapter_names, names, task, targets):
+    def _run_own_heads(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        names: Sequence[str],
+        task: str | None,
+        targets: Mapping[str, Tensor],
+    ) -> Any:
         """The backbone with prompts, then our head of each row's adapter."""
         read = None
         if len(names) == 1:
-            head = self.adapters[names[0]].head(task).config
-            read = self._read(inputs, head.pooling) if head.task_type in ROW_TASKS else None
+            kind = self.adapters[names[0]].head(task).config
+            read = self._read(inputs, kind.pooling) if kind.task_type in ROW_TASKS else None
         output = self.run(self.backbone, inputs, adapter_names, read=read)
         hidden = output.last_hidden_state
         mask = inputs.get("attention_mask")
@@ -164,7 +177,7 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         return classification_loss(head(states, None).reshape(-1, head.config.num_labels), packed.targets)
 
 
-def _task_output(task_type: str, logits, targets: dict[str, Tensor], output):
+def _task_output(task_type: str, logits: Any, targets: Mapping[str, Tensor], output: Any) -> Any:
     """The output class of a task, with its loss where there are targets."""
     expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
     if targets and set(targets) != expected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,12 +102,12 @@ def span_loss(logits: Tensor, start_positions: Tensor, end_positions: Tensor) ->
 
 
 def base_targets(
-    base: PreTrainedModel, task_type: str, size: tuple[int, int], targets: Mapping[str, Tensor]
+    base: PreTrainedModel, task_type: str, size: tuple[int, Any], targets: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Targets as the loss of the base's own head takes them, checked.
 
     Args:
-        size: rows B and tokens N of the text.
+        size: rows B and tokens N of the text, whose number is None where there is no text.
         targets: labels, or start_positions and end_positions.
 
     Raises:
@@ -114,14 +115,15 @@ def base_targets(
     """
     rows, tokens = size
     checked = dict(targets)
+    classes: Any = base.config.num_labels
     for name, labels in targets.items():
         if name != "labels":
             check_labels(name, labels, tokens, (rows,))
             # The base ignores positions past the text; it takes negative ones for the first token.
             checked[name] = labels.masked_fill(labels == IGNORED_LABEL, tokens)
-        elif base.config.num_labels > 1 and not (isinstance(labels, Tensor) and labels.is_floating_point()):
+        elif classes > 1 and not (isinstance(labels, Tensor) and labels.is_floating_point()):
             # Labels that are no integers are those of a base for several labels at once.
-            check_labels(name, labels, base.config.num_labels, (rows, tokens) if task_type == "TOKEN_CLS" else (rows,))
+            check_labels(name, labels, classes, (rows, tokens) if task_type == "TOKEN_CLS" else (rows,))
     return checked
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from ptv2_fast.models.inputs import (
     whole_mask,
 )
 from ptv2_fast.models.limits import check_length, text_limit
+from ptv2_fast.models.module_dict import ModuleDictOf
 from ptv2_fast.models.own_attention import given_prompts
 from ptv2_fast.models.rows import gather_rows
 from ptv2_fast.models.slots import by_slots
@@ -66,11 +67,11 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         config: PTuningV2Config,
         adapter_name: str = "default",
         *,
-        tokenizer=None,
+        tokenizer: Callable[..., Any] | None = None,
         init_text: str | Sequence[str] | None = None,
         step_options: StepOptions | None = None,
         adapter: Adapter | None = None,
-    ):
+    ) -> None:
         """Freeze `base`, attach the prompt attention to it and create the first adapter.
 
         Args:
@@ -99,7 +100,7 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         self._step_layers = StepLayers(backbone_of(base), self._family)
         self._logged_plan: StepPlan | None = None
         self.base_model = base
-        self.adapters = nn.ModuleDict()
+        self.adapters = ModuleDictOf()
         self.active_adapter = adapter_name
         self._check_unused(adapter_name)
         self._attach()
@@ -114,8 +115,8 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Run the base with prompts: what the base returns, for the N tokens of each row.
 
         Args:
@@ -135,18 +136,18 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         }
         return self._as_asked(self.run(self.base_model, inputs, adapter_names), kwargs.get("return_dict"))
 
-    def _as_asked(self, output, return_dict: bool | None):
+    def _as_asked(self, output: Any, return_dict: bool | None) -> Any:
         """An output, or its tuple where the call or the base's configuration asks for tuples."""
         wanted = self.base_model.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 
     def run(
         self,
-        target: nn.Module,
+        target: PreTrainedModel,
         inputs: Mapping[str, Any],
         adapter_names: Sequence[str] | None = None,
         read: Tensor | None = None,
-    ):
+    ) -> Any:
         """Call `target` (the base, its backbone, or a view of one) with the prompts among its inputs.
 
         Inputs that are None are left out, so that a target need not know every one.
@@ -181,8 +182,8 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         return output
 
     def _run_planned(
-        self, target: nn.Module, call: dict[str, Any], read: Tensor | None, plan: StepPlan, fused: Mapping
-    ):
+        self, target: PreTrainedModel, call: dict[str, Any], read: Tensor | None, plan: StepPlan, fused: Mapping
+    ) -> Any:
         """Call `target` with its backbone run as the step's plan says."""
         if self.training and call.get(CACHE) is None and reads_text(self._family):
             call.setdefault("use_cache", False)
@@ -300,14 +301,16 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         asked = None if self._reached or torch.compiler.is_compiling() else Account()
         return PromptBatch(prompts, index, bounds, longest, backend, asked=asked)
 
-    def _run_evolving(self, target: nn.Module, inputs: dict[str, Any], adapter: Adapter):
+    def _run_evolving(self, target: PreTrainedModel, inputs: dict[str, Any], adapter: Adapter) -> Any:
         """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
         prompts = adapter.encoder().to(self.backbone.dtype)
+        shallow_view = self._family.shallow_view
+        assert shallow_view is not None, "every bidirectional family has one"
         empty = PromptBatch(layers=(), backend=adapter.config.backend)
         if not reads_text(self._family):
             self._check_checkpointing()
             call = check_features(self._family, inputs, self.base_model)
-            backbone = self._family.shallow_view(backbone_of(target), prompts)
+            backbone = shallow_view(backbone_of(target), prompts)
             return with_backbone(target, backbone)(**call, ptv2_prompts=empty)
         mask = inputs.get("attention_mask")
         rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
@@ -326,9 +329,9 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
             first=self._family.first_position(self.backbone),
         )  # fmt: skip
         backbone = backbone_of(target)
-        if self._family.own_attention:
+        if self._family.own_attention and self._family.indexed is not None:
             backbone = self._family.indexed(backbone)
-        backbone = self._family.shallow_view(backbone, prompts)
+        backbone = shallow_view(backbone, prompts)
         if self._family.by_slot:
             backbone = by_slots(backbone)
         if self._family.own_attention:
@@ -376,7 +379,7 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         is_shallow = adapter.config.injection == "shallow"
         return 0 if is_shallow and self._family.rotary else adapter.config.text_offset
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         """What this class does not define is the base's: config, device, dtype, generation_config, ..."""
         try:
             return super().__getattr__(name)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 
-class Recomputation:
+from torch import nn
+
+
+class Recomputation(nn.Module):
     """What a PTuningV2Model knows of gradient checkpointing; mixed into it."""
 
     def _check_checkpointing(self) -> None:
@@ -15,7 +20,9 @@ class Recomputation:
                 "reentrant kind tracks; pass use_reentrant=False"
             )
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Recompute the base's activations in backward; gradients stay the same."""
         chosen = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if chosen["use_reentrant"]:
@@ -25,6 +32,8 @@ class Recomputation:
         else:
             self.base_model.gradient_checkpointing_enable(chosen, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """The older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +17,19 @@ from ptv2_fast.models.slots import ENCODER_STATES, change_states
 class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
     """Prompts for an encoder-decoder that writes text (task_type SEQ_2_SEQ_LM)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        encoder_outputs=None,
+        encoder_outputs: Any = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """The base's output: logits (B, M, V) of the decoder's tokens, and the mean loss of labels (B, M), but -100.
 
         Args:
@@ -57,7 +58,7 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
         }
         return self._as_asked(self.run(self.base_model, inputs, adapter_names), kwargs.get("return_dict"))
 
-    def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """`generate` of the base with the prompts in its encoder and in every step of its decoder."""
         if self._disabled:
             return self.base_model.generate(*args, **with_cache_name(kwargs))

@@ -6,7 +6,7 @@ its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from ptv2_fast.step.packed import PackedBatch
 class PTuningV2ModelForSequenceClassification(PTuningV2ModelWithHeads):
     """Prompts for classifying whole rows (task_type SEQ_CLS)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -41,8 +41,8 @@ class PTuningV2ModelForSequenceClassification(PTuningV2ModelWithHeads):
         labels: Tensor | None = None,
         task: str | None = None,
         adapter_names: Sequence[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Logits (B, C) and, with labels (B,), the mean cross-entropy; `task` picks one of several heads."""
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         spans = {name: inputs.pop(name, None) for name in ("start_positions", "end_positions")}
@@ -56,7 +56,7 @@ class PTuningV2ModelForTokenClassification(PTuningV2ModelForSequenceClassificati
 class PTuningV2ModelForQuestionAnswering(PTuningV2ModelWithHeads):
     """Prompts for extractive question answering (task_type QUESTION_ANS)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -67,8 +67,8 @@ class PTuningV2ModelForQuestionAnswering(PTuningV2ModelWithHeads):
         end_positions: Tensor | None = None,
         task: str | None = None,
         adapter_names: Sequence[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Start and end logits (B, N) over the text's own tokens and, with positions (B,), their mean loss."""
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         targets = {
@@ -85,7 +85,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
     # The base's loss divides by Trainer's num_items_in_batch, the labels of all accumulated batches.
     accepts_loss_kwargs = True
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -94,8 +94,8 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """The base's output: logits (B, N, V), the cache of the text alone, and the loss of shifted labels (B, N).
 
         A row's first token has nothing before it: its label counts nowhere, on whichever side the padding is.
@@ -116,7 +116,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
             output = self.run(self.base_model, {**inputs, "labels": labels}, adapter_names)
         return self._as_asked(output, kwargs.get("return_dict"))
 
-    def _run_labelled_rows(self, inputs: dict[str, Any], labels: Tensor, adapter_names):
+    def _run_labelled_rows(self, inputs: dict[str, Any], labels: Tensor, adapter_names: Sequence[str] | None) -> Any:
         """The loss alone: logits are computed for labelled tokens only, a chunk at a time, and not returned."""
         count = inputs.pop("num_items_in_batch", None)
         inputs.pop("logits_to_keep", None)
@@ -146,7 +146,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         total = linear_cross_entropy(self.packed_states(packed), head.weight, head.bias, packed.targets)
         return total / (packed.targets != IGNORED_LABEL).sum().clamp(min=1)
 
-    def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """`generate` of the base with the prompts in every step; all its modes, caches and arguments.
 
         The cache that it returns holds the text alone: a second turn on it is a run on the whole
@@ -155,7 +155,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         if self._disabled:
             return self.base_model.generate(*args, **with_cache_name(kwargs))
 
-        def forward(_, *call_args, **inputs):
+        def forward(_: Any, *call_args: Any, **inputs: Any) -> Any:
             # generate calls with keywords; what it leaves out stays out.
             return self.run(self.base_model, inputs, adapter_names)
 
@@ -166,7 +166,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
 class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
     """Prompts for the backbone's hidden states themselves (task_type FEATURE_EXTRACTION), and for heads of any kind."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -178,8 +178,8 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
         end_positions: Tensor | None = None,
         task: str | None = None,
         adapter_names: Sequence[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """The backbone's output, last_hidden_state (B, N, D); with `task` the output of that head instead.
 
         Images and sounds are given by name, as pixel_values and input_features.
@@ -197,14 +197,14 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
 class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):
     """Prompts for classifying images (task_type IMAGE_CLS)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         task: str | None = None,
         adapter_names: Sequence[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Logits (B, C) of images (B, C, H, W) and, with labels (B,), the mean cross-entropy."""
         return self._run_task({"pixel_values": pixel_values, **kwargs}, adapter_names, task, {"labels": labels})
 
@@ -212,14 +212,14 @@ class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):
 class PTuningV2ModelForAudioClassification(PTuningV2ModelWithHeads):
     """Prompts for classifying sounds (task_type AUDIO_CLS)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_features: Tensor | None = None,
         labels: Tensor | None = None,
         task: str | None = None,
         adapter_names: Sequence[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Logits (B, C) of spectrograms (B, M, F) and, with labels (B,), the mean cross-entropy."""
         return self._run_task({"input_features": input_features, **kwargs}, adapter_names, task, {"labels": labels})
 
@@ -241,7 +241,7 @@ def get_ptv2_model(
     config: PTuningV2Config,
     adapter_name: str = "default",
     *,
-    tokenizer=None,
+    tokenizer: Callable[..., Any] | None = None,
     init_text: str | Sequence[str] | None = None,
     step_options: StepOptions | None = None,
 ) -> PTuningV2Model:
@@ -267,7 +267,14 @@ def get_ptv2_model(
     return cls(base, config, adapter_name, tokenizer=tokenizer, init_text=init_text, step_options=step_options)
 
 
-def _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, others) -> dict[str, Any]:
+def _inputs(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    others: Mapping[str, Any],
+) -> dict[str, Any]:
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

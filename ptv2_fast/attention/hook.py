@@ -8,7 +8,7 @@ is patched.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     ptv2_prompts: PromptBatch | None = None,
     ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Serve one attention layer of a transformers model, with the prompt that the call carries.
 
@@ -89,7 +89,7 @@ def attention_forward(
     prompt = batch.of(module)
     index = batch.index if prompt is not None else None
     prompt = _cast(prompt, dtype) if prompt is not None else _empty_prompt(key)
-    options = {
+    options: dict[str, Any] = {
         "prompt_index": index,
         "prompt_lens": prompt.lens,
         "prompt_bias": prompt.bias,
@@ -101,15 +101,16 @@ def attention_forward(
         "backend": batch.backend,
     }
     if batch.cu_seqlens is None:
-        out = prompt_attention(
+        out: Any = prompt_attention(
             query, key, value, prompt.keys, prompt.values, key_mask=key_mask, bias=bias, **options
         )
         return out.transpose(1, 2), None
 
     rows, tokens = query.shape[0], query.shape[2]
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = prompt_attention(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
-        prompt.keys, prompt.values, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, **options,
+        query, key, value, prompt.keys, prompt.values,
+        cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, **options,
     )  # fmt: skip
     return out.unflatten(0, (rows, tokens)), None
 
@@ -120,10 +121,10 @@ def padding_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function=causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> Tensor | None:
     """Hand the tokenizer's own 2-D mask through, so that no extended mask is built.
 
@@ -190,7 +191,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
 
 
-def _is_plain(mask_function) -> bool:
+def _is_plain(mask_function: Callable[..., Any]) -> bool:
     """Whether visibility is causal or bidirectional, with or without the layer's own sliding window."""
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         return True

@@ -37,7 +37,7 @@ class LazyPrompt:
 class Account:
     """Which layers have asked for their prompt; one object, however often the batch around it is copied."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.layers: set[int] = set()
 
 
@@ -81,8 +81,8 @@ class PromptBatch:
             return None
         index = 0
         if len(self.layers) > 1:
-            index = getattr(module, "prompt_layer", None)
-            index = module.layer_idx if index is None else index
+            own: int | None = getattr(module, "prompt_layer", None)
+            index = module.layer_idx if own is None else own
         self._note(index)
         prompt = self.layers[index]
         return prompt.make() if isinstance(prompt, LazyPrompt) else prompt

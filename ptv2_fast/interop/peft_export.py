@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -58,7 +58,7 @@ def save_peft(model: PTuningV2Model, folders: Mapping[str, Path]) -> None:
 
 def _contents(model: PTuningV2Model, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What stands in `adapter_config.json` and in `adapter_model.safetensors`."""
-    adapter = cast(Adapter, model.adapters[name])
+    adapter = model.adapters[name]
     config, sizes = adapter.config, sizes_of(model.backbone)
     _check(model, name, adapter)
     description = {
@@ -98,7 +98,7 @@ def _contents(model: PTuningV2Model, name: str) -> tuple[dict[str, Any], dict[st
 @torch.no_grad()
 def _keys_values(model: PTuningV2Model, name: str) -> Tensor:
     """(L, 2, Hkv, P, d) float32, with rotary keys where PEFT has the text at P."""
-    adapter = cast(Adapter, model.adapters[name])
+    adapter = model.adapters[name]
     backbone, family = model.backbone, family_of(model.backbone)
     if adapter.config.injection == "prefix":
         made = _made(adapter).float()  # not by way of the base's dtype: PEFT keeps float32 too

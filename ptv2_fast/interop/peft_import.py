@@ -249,14 +249,14 @@ def _adapters(
         if decodes and prompts.shape[0] == 2 * source.length:
             prompts = prompts[: source.length]  # PEFT keeps as many for a decoder, and reads them nowhere
         return {name: _shallow(source, base, task, heads, prompts)}
-    prompts = _prompts_of_tasks(source)
-    if task_id is None and len(prompts) == 1:
+    by_task = _prompts_of_tasks(source)
+    if task_id is None and len(by_task) == 1:
         task_id = 0
     if task_id is not None:
-        if not 0 <= task_id < len(prompts):
-            raise ValueError(f"task_id must be one of the adapter's {len(prompts)} tasks; got {task_id!r}")
-        return {name: _shallow(source, base, task, heads, prompts[task_id])}
-    return {f"{name}_{i}": _shallow(source, base, task, heads, prompt) for i, prompt in enumerate(prompts)}
+        if not 0 <= task_id < len(by_task):
+            raise ValueError(f"task_id must be one of the adapter's {len(by_task)} tasks; got {task_id!r}")
+        return {name: _shallow(source, base, task, heads, by_task[task_id])}
+    return {f"{name}_{i}": _shallow(source, base, task, heads, prompt) for i, prompt in enumerate(by_task)}
 
 
 def _prefix(source: _Source, base: PreTrainedModel, task: str, heads: dict[str, Tensor]) -> Parts:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,7 +25,7 @@ def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Proj
     return linear_projection(attention.key), linear_projection(attention.value)
 
 
-def indexed(backbone: nn.Module) -> nn.Module:
+def indexed(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of the backbone with one layer group for every repetition, whose attention knows which one it is.
 
     The encoder picks group i * groups // repetitions for repetition i: with as many groups as repetitions, group i.
@@ -57,7 +59,7 @@ def _pooler(backbone: nn.Module) -> dict[str, nn.Module]:
     """The pooler with its activation inside, for the first state (B, D) of each row or for all of them (B, N, D)."""
     activation = backbone.pooler_activation
 
-    def read(original, states: Tensor) -> Tensor:
+    def read(original: Callable[..., Any], states: Tensor) -> Tensor:
         return activation(original(states if states.dim() == 2 else states[:, 0]))
 
     return {"pooler": view_of(backbone.pooler, forward=read), "pooler_activation": nn.Identity()}

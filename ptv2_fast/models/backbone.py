@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.models.view import view_of
@@ -18,11 +17,11 @@ _ELSEWHERE = {
 
 def backbone_of(base: PreTrainedModel) -> PreTrainedModel:
     """The backbone of a model, which is the model itself where it has no head."""
-    name = _attribute(base)
-    return base.base_model if name is None else getattr(base, name)
+    backbone: PreTrainedModel = getattr(base, _attribute(base) or "base_model")
+    return backbone
 
 
-def with_backbone(target: nn.Module, backbone: nn.Module) -> nn.Module:
+def with_backbone(target: PreTrainedModel, backbone: PreTrainedModel) -> PreTrainedModel:
     """`target` (a model, or a view of one) around another backbone; the backbone itself where target is one."""
     if backbone_of(target) is target:
         return backbone

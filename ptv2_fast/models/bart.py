@@ -38,7 +38,7 @@ def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Proj
     return linear_projection(attention.k_proj), linear_projection(attention.v_proj)
 
 
-def indexed(backbone: nn.Module) -> nn.Module:
+def indexed(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of the backbone whose attention modules know the layer of their prompt.
 
     `layer_idx` is where the decoder's cache keeps their keys and values.
@@ -67,7 +67,7 @@ def refuse(backbone: PreTrainedModel) -> None:
             raise ValueError(f"base must have {name} 0, since its layers have prompts; got {getattr(config, name)}")
 
 
-def _path(backbone: nn.Module, layer: int) -> str:
+def _path(backbone: PreTrainedModel, layer: int) -> str:
     """Where a layer's attention is."""
     stack, index = sizes(backbone).place(layer)
     name = "encoder_attn" if stack == "cross" else "self_attn"

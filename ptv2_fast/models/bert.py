@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, overload
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -37,7 +40,7 @@ def roberta_first_position(backbone: PreTrainedModel) -> int:
     return backbone.embeddings.padding_idx + 1
 
 
-def shallow_view(backbone: PreTrainedModel, prompts: Tensor, encoder: str = "encoder") -> nn.Module:
+def shallow_view(backbone: PreTrainedModel, prompts: Tensor, encoder: str = "encoder") -> PreTrainedModel:
     """A view of the backbone in which virtual tokens evolve in front of every row's text.
 
     Text cannot be computed without the virtual tokens nor they without the text, so the rows of
@@ -54,10 +57,10 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor, encoder: str = "enc
     """
     length = prompts.shape[0]
 
-    def encode(original, *args, **kwargs):
+    def encode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return of_the_text(original(*args, **kwargs), length)
 
-    def run(original, *args, attention_mask=None, **kwargs):
+    def run(original: Callable[..., Any], *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         return original(*args, attention_mask=visible_prompts(attention_mask, length), **kwargs)
 
     children = {
@@ -71,7 +74,14 @@ def behind_prompts(embeddings: nn.Module, prompts: Tensor) -> nn.Module:
     """A view of an embedding module that embeds (P, E) virtual tokens in front of every row's text: (B, P + N, E)."""
     length = prompts.shape[0]
 
-    def embed(original, input_ids=None, inputs_embeds=None, position_ids=None, mask=None, **kwargs):
+    def embed(
+        original: Callable[..., Any],
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if mask is not None:
             kwargs["mask"] = mask[:, length:]
         # (B, N, E)
@@ -83,7 +93,7 @@ def behind_prompts(embeddings: nn.Module, prompts: Tensor) -> nn.Module:
     return view_of(embeddings, forward=embed)
 
 
-def of_the_text(output, length: int):
+def of_the_text(output: Any, length: int) -> Any:
     """A model's output with the states of the text alone, behind `length` virtual tokens."""
     output.last_hidden_state = output.last_hidden_state[:, length:]
     if getattr(output, "hidden_states", None) is not None:
@@ -91,6 +101,10 @@ def of_the_text(output, length: int):
     return output
 
 
+@overload
+def visible_prompts(attention_mask: Tensor, length: int) -> Tensor: ...
+@overload
+def visible_prompts(attention_mask: Tensor | None, length: int) -> Tensor | None: ...
 def visible_prompts(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """(B, P + N): the mask of a text (B, N) with P virtual tokens in front."""
     return None if attention_mask is None else torch.nn.functional.pad(attention_mask, (length, 0), value=1)
@@ -99,10 +113,10 @@ def visible_prompts(attention_mask: Tensor | None, length: int) -> Tensor | None
 def read_rows(layer: nn.Module, index: Tensor) -> nn.Module:
     """A view of a layer that computes, from its attention's output on, the tokens `index` (R,) of (B, N) alone."""
 
-    def project(original, attended, residual):
+    def project(original: Callable[..., Any], attended: Tensor, residual: Tensor) -> Any:
         return original(gather_rows(attended, index), gather_rows(residual, index))
 
-    def run(original, hidden, *args, **kwargs):
+    def run(original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return scatter_rows(original(hidden, *args, **kwargs), index, hidden)
 
     attention = layer.attention

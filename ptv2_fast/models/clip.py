@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,12 +30,12 @@ def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Proj
     return linear_projection(attention.k_proj), linear_projection(attention.v_proj)
 
 
-def indexed(backbone: nn.Module) -> nn.Module:
+def indexed(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of a tower whose attention modules know their layer."""
     return numbered(backbone, "encoder.layers.{}.self_attn", len(backbone.encoder.layers))
 
 
-def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
+def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
     """A view of the vision tower in which virtual tokens evolve with the patches (VPT-shallow).
 
     They enter as embeddings do, so the norm in front of the first layer is theirs as well; they have no position. The
@@ -46,10 +49,10 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
     """
     length = prompts.shape[0]
 
-    def embed(original, *args, **kwargs):
+    def embed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return joined(prompts, original(*args, **kwargs))
 
-    def encode(original, *args, **kwargs):
+    def encode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         output.last_hidden_state = output.last_hidden_state[:, length:]
         return output
@@ -61,17 +64,19 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
     return with_own_states(view_of(backbone, children=children))
 
 
-def indexed_text(backbone: nn.Module) -> nn.Module:
+def indexed_text(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of the text tower whose attention modules know their layer, and that takes embeddings for ids.
 
     Given `inputs_embeds` (B, N, D) in place of ids it has no end-of-text token to pool at: `pooler_output` is None.
     """
 
-    def run(original, input_ids=None, inputs_embeds=None, **kwargs):
+    def run(original: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         if inputs_embeds is None:
             return original(input_ids=input_ids, **kwargs)
 
-        def embed(embeddings, input_ids=None, position_ids=None):
+        def embed(
+            embeddings: Callable[..., Any], input_ids: Tensor | None = None, position_ids: Tensor | None = None
+        ) -> Any:
             return embeddings(inputs_embeds=inputs_embeds, position_ids=position_ids)
 
         embeddings = view_of(backbone.embeddings, forward=embed)
@@ -84,14 +89,19 @@ def indexed_text(backbone: nn.Module) -> nn.Module:
     return view_of(indexed(backbone), forward=run)
 
 
-def pooled_text(backbone: nn.Module) -> nn.Module:
+def pooled_text(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of the text tower whose `pooler_output` is each row's state at its own end-of-text token.
 
     The tower itself takes the first such id of the slots that it was given, which may be padding in front of a text, or
     another row's where padding was dropped. A row without one gives its first token.
     """
 
-    def run(original, input_ids=None, attention_mask=None, **kwargs):
+    def run(
+        original: Callable[..., Any],
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         output = original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if input_ids is None or kwargs["ptv2_prompts"].cu_seqlens is not None:
             return output

@@ -9,12 +9,16 @@ Source: DeBERTa (He et al., 2021), section 3.1.
 from __future__ import annotations
 
 import functools
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.attention.prompt_batch import PromptBatch
 from ptv2_fast.models import bert
 from ptv2_fast.models.own_attention import AttentionCall, attended, heads, with_attention
 from ptv2_fast.models.projection import Projection, linear_projection
@@ -59,10 +63,17 @@ def positioned(backbone: PreTrainedModel, layer: int, keys: Tensor) -> tuple[Ten
     return keys if position_keys is None else keys + position_keys, bias
 
 
-def indexed(backbone: nn.Module) -> nn.Module:
+def indexed(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of the backbone whose attention knows its layer and runs through the hook, with the call's prompts."""
 
-    def run(original, input_ids=None, attention_mask=None, ptv2_prompts=None, ptv2_record=None, **kwargs):
+    def run(
+        original: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        ptv2_prompts: PromptBatch | None = None,
+        ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
                 f"attention_mask must have shape (B, N), which is all that DeBERTa's embeddings take; "
@@ -73,7 +84,7 @@ def indexed(backbone: nn.Module) -> nn.Module:
         if attention_mask is None:
             # Without a mask the model looks for padding, which waits for the device.
             attention_mask = _ones(input_ids if input_ids is not None else kwargs["inputs_embeds"])
-        handed = {"get_attention_mask": lambda mask: call}
+        handed: dict[str, Callable[..., Any]] = {"get_attention_mask": lambda mask: call}
         if model.encoder.relative_attention:
             # A shallow prompt's rows are among those of the mask.
             apart = distances(model.encoder, attention_mask.shape[1], attention_mask.device)
@@ -86,12 +97,17 @@ def indexed(backbone: nn.Module) -> nn.Module:
     return view_of(with_attention(backbone, "attention.self", _attend), forward=run)
 
 
-def shallow_view(backbone: nn.Module, prompts: Tensor) -> nn.Module:
+def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
     """A view of the backbone in which virtual tokens evolve in front of every row's text."""
 
     length = prompts.shape[0]
 
-    def run(original, input_ids=None, attention_mask=None, **kwargs):
+    def run(
+        original: Callable[..., Any],
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if attention_mask is None:
             attention_mask = _ones(input_ids if input_ids is not None else kwargs["inputs_embeds"])
         mask = bert.visible_prompts(attention_mask, length)
@@ -146,9 +162,14 @@ def _logs(number: float) -> float:
 
 
 def _attend(
-    original, states, call: AttentionCall, output_attentions=False, query_states=None, relative_pos=None,
-    rel_embeddings=None,
-):  # fmt: skip
+    original: Any,
+    states: Tensor,
+    call: AttentionCall,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, None]:
     module = original.__self__
     size = module.attention_head_size
     # In the order of the step's fused projections.
@@ -187,7 +208,7 @@ def _projected(module: nn.Module, embeddings: Tensor) -> tuple[Tensor | None, Te
     """Embeddings (R, D) of distances as keys and as queries, (H, R, d) each; None where the layer has no such term."""
     parts = []
     for term, shared, own in (("c2p", "key_proj", "pos_key_proj"), ("p2c", "query_proj", "pos_query_proj")):
-        project = getattr(module, shared if module.share_att_key else own, None)
+        project: Any = getattr(module, shared if module.share_att_key else own, None)
         has_term = term in module.pos_att_type
         parts.append(heads(project(embeddings), module.attention_head_size) if has_term else None)
     return parts[0], parts[1]

@@ -21,7 +21,7 @@ def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Proj
     return linear_projection(attention.k_lin), linear_projection(attention.v_lin)
 
 
-def indexed(backbone: nn.Module) -> nn.Module:
+def indexed(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of the backbone whose attention modules know their layer."""
     numbered = {
         f"transformer.layer.{index}.attention": view_of(layer.attention, attributes={"layer_idx": index})
@@ -30,6 +30,6 @@ def indexed(backbone: nn.Module) -> nn.Module:
     return with_modules(backbone, numbered)
 
 
-def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
+def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
     """A view of the backbone in which virtual tokens evolve in front of every row's text."""
     return bert.shallow_view(backbone, prompts, encoder="transformer")

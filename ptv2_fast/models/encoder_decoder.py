@@ -6,7 +6,7 @@ instead of being among the arguments of a forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,15 +65,17 @@ class BoundPrompts:
         """P virtual tokens that stand in the encoder's rows."""
         return 0 if self.virtual is None else self.virtual.shape[0]
 
-    def around(self, target: nn.Module) -> nn.Module:
+    def around(self, target: PreTrainedModel) -> PreTrainedModel:
         """A view of a model, or of its backbone, with the prompts in both stacks; what it returns stands where a call
         has its tokens."""
-        backbone = self.family.indexed(backbone_of(target))
+        backbone = backbone_of(target)
+        if self.family.indexed is not None:
+            backbone = self.family.indexed(backbone)
         children = {"encoder": view_of(backbone.encoder, forward=self._encode)}
         children["decoder"] = view_of(backbone.decoder, forward=self._decode)
         return with_backbone(target, view_of(view_of(backbone, children=children), forward=self._run))
 
-    def _run(self, original, input_ids=None, **call):
+    def _run(self, original: Callable[..., Any], input_ids: Tensor | None = None, **call: Any) -> Any:
         """The whole backbone: what it derives the decoder's inputs from are rows with their tokens first."""
         call = {name: value for name, value in {"input_ids": input_ids, **call}.items() if value is not None}
         unread = [name for name in _UNREAD if name in call]
@@ -83,7 +85,7 @@ class BoundPrompts:
         if not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & set(call):
             if "encoder_outputs" in call:
                 raise ValueError("decoder_input_ids must be given with encoder_outputs")
-            check_inputs(*(call.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")), 0)
+            check_inputs(call.get("input_ids"), call.get("inputs_embeds"), call.get("attention_mask"), 0)
             call, back = tokens_first(call)
         output = original(**call)
         if self.length:
@@ -92,12 +94,19 @@ class BoundPrompts:
             change_states(output, (*OUTPUT_STATES, *HIDDEN_STATES), lambda states: turn_rows(states, back))
         return output
 
-    def _encode(self, original, input_ids=None, attention_mask=None, inputs_embeds=None, **others):
+    def _encode(
+        self,
+        original: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
         """The encoder: each row's tokens first, virtual tokens in front of them; states (B, P + N, D)."""
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         rows, tokens = self._check(original.__self__, given, others, 0, "encoder")
         call, back = tokens_first({name: value for name, value in given.items() if value is not None})
-        if self.length:
+        if self.virtual is not None:
             words = call.pop("inputs_embeds", None)
             words = original.__self__.embed_tokens(call.pop("input_ids")) if words is None else words
             call["inputs_embeds"] = joined_rows(self.virtual, words)
@@ -112,18 +121,18 @@ class BoundPrompts:
 
     def _decode(
         self,
-        original,
-        input_ids=None,
-        attention_mask=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        inputs_embeds=None,
-        **others,
-    ):
+        original: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
         """The decoder; its own padding may stand anywhere where no cache is kept."""
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         rows, _ = self._check(original.__self__, given, others, cached_tokens(others), "decoder")
-        call = {name: value for name, value in given.items() if value is not None}
+        call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         back = None
         if attention_mask is not None:
             if others.get(CACHE) is None and others.get("use_cache") is False:
@@ -138,7 +147,7 @@ class BoundPrompts:
             change_states(output, (*OUTPUT_STATES, *HIDDEN_STATES), lambda states: turn_rows(states, back))
         return output
 
-    def _through(self, original, call: dict[str, Any], others: dict[str, Any], rows: int, stack: str):
+    def _through(self, original: Any, call: dict[str, Any], others: dict[str, Any], rows: int, stack: str) -> Any:
         """One stack with its prompts, each row of the call with those of the row that was named for it."""
         first = self.family.sizes(self.base).encoder_layers
         own = range(first) if stack == "encoder" else range(first, len(self.batch.layers))
@@ -154,14 +163,16 @@ class BoundPrompts:
         batch.check_reached(type(original.__self__).__name__)
         return output
 
-    def _shifted(self, original, rows: int, stack: str):
+    def _shifted(self, original: Any, rows: int, stack: str) -> Any:
         """The stack's forward, with the text's learned positions shifted."""
         offset = self.offsets[stack]
         if isinstance(offset, int) and not offset:
             return original
         offset = offset.repeat_interleave(rows // self.named)[:, None] if isinstance(offset, Tensor) else offset
 
-        def embed(original, input_ids, past_key_values_length=0, position_ids=None):
+        def embed(
+            original: Any, input_ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
+        ) -> Any:
             table = original.__self__
             if position_ids is None:
                 position_ids = torch.arange(input_ids.shape[1], device=table.weight.device) + past_key_values_length
@@ -170,7 +181,9 @@ class BoundPrompts:
         module = original.__self__
         return view_of(module, children={"embed_positions": view_of(module.embed_positions, forward=embed)}).forward
 
-    def _check(self, module: nn.Module, given: Mapping[str, Any], others, past: int | Tensor, stack: str):
+    def _check(
+        self, module: nn.Module, given: Mapping[str, Any], others: Mapping[str, Any], past: int | Tensor, stack: str
+    ) -> tuple[int, int]:
         """Rows and tokens of a stack's call.
 
         Raises:

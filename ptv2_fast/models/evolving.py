@@ -5,8 +5,11 @@ They have no position, so their order and their place before or behind a class t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.models.view import view_of, with_modules
@@ -17,7 +20,7 @@ def joined(prompts: Tensor, states: Tensor) -> Tensor:
     return torch.cat([prompts.to(states.dtype).expand(states.shape[0], -1, -1), states], dim=1)
 
 
-def evolving_view(backbone: PreTrainedModel, prompts: Tensor, first_layer: str, norm: str) -> nn.Module:
+def evolving_view(backbone: PreTrainedModel, prompts: Tensor, first_layer: str, norm: str) -> PreTrainedModel:
     """A view of the backbone in which virtual tokens (P, D) enter with the first layer's input.
 
     What follows the last layer, from its norm on, sees the model's own N rows only.
@@ -27,10 +30,10 @@ def evolving_view(backbone: PreTrainedModel, prompts: Tensor, first_layer: str, 
     """
     length = prompts.shape[0]
 
-    def enter(original, states, *args, **kwargs):
+    def enter(original: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return original(joined(prompts, states), *args, **kwargs)
 
-    def leave(original, states):
+    def leave(original: Callable[..., Any], states: Tensor) -> Any:
         return original(states[:, length:])
 
     changed = {first_layer: enter, norm: leave}
@@ -38,10 +41,10 @@ def evolving_view(backbone: PreTrainedModel, prompts: Tensor, first_layer: str, 
     return with_own_states(with_modules(backbone, views))
 
 
-def with_own_states(backbone: nn.Module) -> nn.Module:
+def with_own_states(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of a backbone whose hidden states are those of the rows of its `last_hidden_state`, the last ones."""
 
-    def run(original, *args, **kwargs):
+    def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         own = output.last_hidden_state.shape[1]
         if output.hidden_states is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -93,14 +94,14 @@ class Family:
     sizes: Callable[[PreTrainedModel], Dimensions] = Dimensions.of
     positioned: Callable[[PreTrainedModel, int, Tensor], tuple[Tensor, Tensor | None]] | None = None
     by_slot: bool = False
-    shallow_view: Callable[[PreTrainedModel, Tensor], nn.Module] | None = None
+    shallow_view: Callable[[PreTrainedModel, Tensor], PreTrainedModel] | None = None
     reads_first: bool = False
-    indexed: Callable[[nn.Module], nn.Module] | None = None
+    indexed: Callable[[PreTrainedModel], PreTrainedModel] | None = None
     own_attention: bool = False
     read_rows: Callable[[nn.Module, Tensor], nn.Module] | None = None
     reads: str = "input_ids"
     feature_tokens: Callable[[PreTrainedModel, Tensor], int] | None = None
-    pooled: Callable[[nn.Module], nn.Module] | None = None
+    pooled: Callable[[PreTrainedModel], PreTrainedModel] | None = None
     refuse: Callable[[PreTrainedModel], None] | None = None
 
 
@@ -314,7 +315,7 @@ def family_of(backbone: PreTrainedModel) -> Family:
         ValueError: its model type is not listed and it behaves like none that is, or its family refuses it; the message
             lists the known ones.
     """
-    model_type = getattr(backbone.config, "model_type", None)
+    model_type: Any = getattr(backbone.config, "model_type", None)
     if model_type == "clip":
         whole = type(backbone).__name__
         raise ValueError(f"base must be one tower: wrap the vision_model or the text_model of {whole}")

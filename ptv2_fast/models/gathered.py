@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,10 @@ if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 else:
-    FSDPModule = DTensor = ()
+    FSDPModule = DTensor = ()  # type: ignore[misc, assignment]
 
 
-def gathered_by(above: Sequence[nn.Module], layers: Sequence[nn.Module]) -> str | None:
+def gathered_by(above: Sequence[nn.Module], layers: nn.ModuleList) -> str | None:
     """Who brings the weights of a model while its modules run, and takes them away again; None where they stay.
 
     The one place that decides this. FSDP2 swaps a module's class and parameters, DeepSpeed's ZeRO-3 marks its
@@ -76,15 +77,15 @@ def kept_together(pairs: list[tuple[Tensor, Tensor]], states: Tensor) -> list[tu
     Whoever brings weights for a layer's backward does so when the gradient of the layer's output arrives. The keys and
     values of the last layer are used while its output is not: a gradient of zero gives the sign.
     """
-    return [tuple(_Tied.apply(part, states) for part in pair) for pair in pairs]
+    return [(_Tied.apply(keys, states), _Tied.apply(values, states)) for keys, values in pairs]
 
 
 class _Tied(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, part: Tensor, states: Tensor) -> Tensor:
+    def forward(ctx: Any, part: Tensor, states: Tensor) -> Tensor:
         ctx.save_for_backward(states.new_zeros(()).expand_as(states))
         return part.view_as(part)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, ctx.saved_tensors[0]

@@ -36,7 +36,8 @@ def check_inputs(
         )
     if inputs_embeds is not None and inputs_embeds.dim() != 3:
         raise ValueError(f"{prefix}inputs_embeds must have shape (B, N, D); got {tuple(inputs_embeds.shape)}")
-    rows, tokens = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+    text: Any = input_ids if input_ids is not None else inputs_embeds
+    rows, tokens = text.shape[:2]
     if rows == 0 or tokens == 0:
         name = "input_ids" if input_ids is not None else "inputs_embeds"
         raise ValueError(f"{prefix}{name} must hold at least one row and one token; got {rows} rows of {tokens} tokens")
@@ -101,9 +102,9 @@ def whole_mask(
 
     The slots in front, which no layer reads any more, count as padding; positions are the ones that `generate` gave.
     """
-    is_padding = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-    prepared = is_padding and position_ids is not None and input_ids is not None
-    if not prepared or isinstance(past_length, Tensor) or not past_length:
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or position_ids is None or input_ids is None:
+        return attention_mask
+    if isinstance(past_length, Tensor) or not past_length:
         return attention_mask
     missing = past_length + input_ids.shape[1] - attention_mask.shape[1]
     return torch.nn.functional.pad(attention_mask, (missing, 0)) if missing > 0 else attention_mask

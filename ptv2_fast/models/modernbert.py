@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,7 +38,7 @@ def finished(backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
     return rotary.rotate(wide, *tables).to(keys.dtype)
 
 
-def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
+def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
     """A view of the backbone in which virtual tokens evolve in front of every row's text.
 
     Virtual tokens are in every window and see every token: windows count the text alone.
@@ -48,21 +51,29 @@ def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
     """
     length, window = prompts.shape[0], backbone.config.sliding_window
 
-    def embed(original, input_ids=None, inputs_embeds=None):
+    def embed(
+        original: Callable[..., Any], input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Any:
         text = original(input_ids=input_ids, inputs_embeds=inputs_embeds)  # (B, N, D)
         virtual = original(inputs_embeds=prompts[None].to(text.dtype))
         return torch.cat([virtual.expand(text.shape[0], -1, -1), text], dim=1)
 
-    def turn(_, states, position_ids, *args, **kwargs):
+    def turn(_: Any, states: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         virtual = torch.arange(length, device=position_ids.device).expand(position_ids.shape[0], -1)
         # The module itself: the compiler cannot call a copy's decorated forward.
         return backbone.rotary_emb(states, torch.cat([virtual, position_ids], dim=1), *args, **kwargs)
 
-    def finish(original, states):
+    def finish(original: Callable[..., Any], states: Tensor) -> Any:
         return original(states[:, length:])
 
-    def run(original, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
-        text = input_ids if input_ids is not None else inputs_embeds
+    def run(
+        original: Callable[..., Any],
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        text: Any = input_ids if input_ids is not None else inputs_embeds
         real = attention_mask
         if real is None:
             real = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptv2_fast.attention.prompt_batch import PromptBatch
 from ptv2_fast.models.own_attention import AttentionCall, attended, heads, with_attention
 from ptv2_fast.models.projection import Projection, linear_projection
 from ptv2_fast.models.view import view_of
@@ -30,17 +34,26 @@ def positioned(backbone: PreTrainedModel, layer: int, keys: Tensor) -> tuple[Ten
     return keys, far[:, None].expand(-1, keys.shape[1])
 
 
-def indexed(backbone: nn.Module) -> nn.Module:
+def indexed(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of the backbone whose attention knows its layer and runs through the hook, with the call's prompts."""
 
-    def run(original, *args, attention_mask=None, ptv2_prompts=None, ptv2_record=None, **kwargs):
+    def run(
+        original: Any,
+        *args: Any,
+        attention_mask: Tensor | None = None,
+        ptv2_prompts: PromptBatch | None = None,
+        ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         model = original.__self__
         call = AttentionCall(attention_mask, ptv2_prompts, ptv2_record)
 
-        def encode(original, states, attention_mask=None, **kwargs):
+        def encode(
+            original: Callable[..., Any], states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        ) -> Any:
             return original(states, attention_mask=call, **kwargs)
 
-        def compute_position_bias(states):
+        def compute_position_bias(states: Tensor) -> Any:
             return position_bias(model.encoder.relative_attention_bias.weight, states.shape[1])
 
         # The model returns a 4-D mask as it is, where it would build one of (B, 1, N, N); nobody reads this one.
@@ -71,7 +84,14 @@ def buckets(distance: Tensor) -> Tensor:
     return torch.where(length < exact, length, far) + (distance > 0) * side
 
 
-def _attend(original, states, call: AttentionCall, position_bias=None, output_attentions=False, **kwargs):
+def _attend(
+    original: Any,
+    states: Tensor,
+    call: AttentionCall,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> Any:
     module = original.__self__
     size = module.attention_head_size
     query, key, value = (heads(project(states), size) for project in (module.q, module.k, module.v))

@@ -14,10 +14,13 @@ place of the attention mask.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ptv2_fast.attention.hook import attention_forward
 from ptv2_fast.attention.prompt_batch import PromptBatch
@@ -31,28 +34,28 @@ class AttentionCall:
     Attributes:
         mask: (B, N) nonzero at real tokens, (B, 1, N, N) bool or additive, or None.
         prompts: the prompts of this forward pass, or None.
-        record: a list to which the (key, value) of every layer is appended, or None.
+        record: a deque to which the (key, value) of every layer is appended, or None.
     """
 
     mask: Tensor | None
     prompts: PromptBatch | None
-    record: list[tuple[Tensor, Tensor]] | None
+    record: deque[tuple[Tensor, Tensor]] | None
 
     def at(self, layer: int) -> AttentionCall:
         """The call for one layer alone."""
         return self if self.prompts is None else replace(self, prompts=self.prompts.at(layer))
 
 
-def given_prompts(backbone: nn.Module, prompts: PromptBatch) -> nn.Module:
+def given_prompts(backbone: PreTrainedModel, prompts: PromptBatch) -> PreTrainedModel:
     """A view of a backbone, for one call, that runs with these prompts whatever its caller hands on."""
 
-    def forward(original, *args, **kwargs):
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return original(*args, **{**kwargs, "ptv2_prompts": prompts})
 
     return view_of(backbone, forward=forward)
 
 
-def with_attention(backbone: nn.Module, path: str, attend: Callable) -> nn.Module:
+def with_attention(backbone: PreTrainedModel, path: str, attend: Callable[..., Any]) -> PreTrainedModel:
     """A view of a backbone whose attention modules know their layer and run `attend`.
 
     Args:

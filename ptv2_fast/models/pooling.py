@@ -48,4 +48,5 @@ def tokens_read(inputs: Mapping[str, Any], pooling: str) -> Tensor | None:
     if pooling == "mean" or (mask is not None and mask.dim() != 2):
         return None
     text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    return pooled_tokens(*text.shape[:2], mask, pooling, text.device)
+    rows, tokens = text.shape[:2]
+    return pooled_tokens(rows, tokens, mask, pooling, text.device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +33,7 @@ def joined_rows(prompts: Tensor, words: Tensor) -> Tensor:
 def mlp_of_rows(layer: nn.Module, index: Tensor) -> nn.Module:
     """A view of a pre-norm layer whose `mlp` computes the tokens `index` (R,) of (B, N) alone."""
 
-    def run(original, states):
+    def run(original: Callable[..., Any], states: Tensor) -> Any:
         return scatter_rows(original(gather_rows(states, index)), index, states)
 
     return view_of(layer, children={"mlp": view_of(layer.mlp, forward=run)})

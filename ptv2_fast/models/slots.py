@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ptv2_fast.models.view import view_of
+
+M = TypeVar("M", bound=nn.Module)
 
 # What outputs hold by token: of a model, and of a decoder and its encoder.
 OUTPUT_STATES = ("last_hidden_state", "logits")
@@ -51,14 +53,14 @@ def change_states(output: Any, names: Sequence[str], change: Callable[[Tensor], 
             setattr(output, name, tuple(map(change, states)) if isinstance(states, tuple) else change(states))
 
 
-def by_slots(backbone: nn.Module) -> nn.Module:
+def by_slots(backbone: M) -> M:
     """A view of a backbone that runs each row's tokens first, whatever the padding or packing of its call.
 
     It is called like the backbone, with the prompts among its inputs; its outputs stand where the call has the tokens.
     A packed call runs as one padded row for each packed one.
     """
 
-    def forward(original, input_ids=None, **call):
+    def forward(original: Callable[..., Any], input_ids: Tensor | None = None, **call: Any) -> Any:
         call = {name: value for name, value in {"input_ids": input_ids, **call}.items() if value is not None}
         bounds = call["ptv2_prompts"].cu_seqlens
         if bounds is None:
@@ -82,7 +84,8 @@ def by_slots(backbone: nn.Module) -> nn.Module:
 
 def _sizes(call: Mapping[str, Any]) -> tuple[int, int]:
     text = call["input_ids"] if "input_ids" in call else call["inputs_embeds"]
-    return text.shape[:2]
+    rows, tokens = text.shape[:2]
+    return rows, tokens
 
 
 def _unpacked(call: Mapping[str, Any], bounds: Tensor, longest: int) -> tuple[dict[str, Any], Tensor]:

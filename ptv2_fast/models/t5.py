@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import transformers
 from torch import Tensor, nn
@@ -65,7 +67,7 @@ def positioned(backbone: PreTrainedModel, layer: int, keys: Tensor) -> tuple[Ten
     return keys, attention.relative_attention_bias.weight[last][:, None].expand(-1, keys.shape[1])
 
 
-def indexed(backbone: nn.Module) -> nn.Module:
+def indexed(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of the backbone whose attention modules know the layer of their prompt.
 
     `layer_idx` is where the decoder's cache keeps their keys and values.
@@ -80,12 +82,18 @@ def indexed(backbone: nn.Module) -> nn.Module:
     return with_modules(backbone, numbered)
 
 
-def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
+def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
     """A view of an encoder alone in which virtual tokens evolve in front of every row's text, P tokens nearer to it
     than anything else would be: distances count them."""
     length = prompts.shape[0]
 
-    def run(original, input_ids=None, inputs_embeds=None, attention_mask=None, **kwargs):
+    def run(
+        original: Callable[..., Any],
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         words = backbone.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         mask = visible_prompts(attention_mask, length)
         output = original(inputs_embeds=joined_rows(prompts, words), attention_mask=mask, **kwargs)
@@ -116,7 +124,7 @@ def refuse(backbone: PreTrainedModel) -> None:
         )
 
 
-def _part(backbone: nn.Module, layer: int) -> nn.Module:
+def _part(backbone: PreTrainedModel, layer: int) -> nn.Module:
     """A block's norm and attention."""
     stack, index = sizes(backbone).place(layer)
     block = (backbone.encoder if stack == "encoder" else backbone.decoder).block[index]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -100,7 +100,7 @@ def _text(backbone: PreTrainedModel) -> Tensor:
     return torch.tensor([ids[: _FRONT + _BACK]], device=backbone.device)
 
 
-def _run(backbone: PreTrainedModel, text: Tensor, start: int | None, prompts: PromptBatch):
+def _run(backbone: PreTrainedModel, text: Tensor, start: int | None, prompts: PromptBatch) -> tuple[Any, list]:
     """The backbone's output for token ids (1, n) at positions from `start`, and every layer's keys and values.
 
     Without a start they stand where the backbone itself puts them.
@@ -116,7 +116,9 @@ def _run(backbone: PreTrainedModel, text: Tensor, start: int | None, prompts: Pr
     return output, record
 
 
-def _makes_its_keys(backbone: PreTrainedModel, family: Family, states, record) -> bool:
+def _makes_its_keys(
+    backbone: PreTrainedModel, family: Family, states: Tensor, record: Sequence[tuple[Tensor, Tensor]]
+) -> bool:
     """Whether the family makes each layer's keys and values (1, Hkv, n, d) of the front's states (1, n, D)."""
     sizes = family.sizes(backbone)
     for layer, (keys, values) in enumerate(record):
@@ -142,7 +144,9 @@ def _positions_fit(backbone: PreTrainedModel, family: Family, text: Tensor) -> b
     return _alike(here, own) and _alike(there, here) == family.rotary
 
 
-def _front_is_a_prompt(backbone: PreTrainedModel, family: Family, text: Tensor, whole, record) -> bool:
+def _front_is_a_prompt(
+    backbone: PreTrainedModel, family: Family, text: Tensor, whole: Any, record: Sequence[tuple[Tensor, Tensor]]
+) -> bool:
     """Whether the text's back, with the front's keys and values as its prompt, is as in the whole text."""
     changed = text.clone()
     changed[0, -1] = text[0, 0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+M = TypeVar("M", bound=nn.Module)
 
 # transformers' mark of a model whose layers are hooked.
 _HOOKED = "_output_capturing_hooks_installed"
@@ -18,12 +20,12 @@ _LOOKS_AT = "_view_looks_at"
 
 
 def view_of(
-    module: nn.Module,
+    module: M,
     *,
-    children: Mapping[str, nn.Module] | None = None,
-    forward: Callable | None = None,
+    children: Mapping[str, nn.Module | None] | None = None,
+    forward: Callable[..., Any] | None = None,
     attributes: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> M:
     """A second module object over the parameters, buffers and children of `module`.
 
     Args:
@@ -42,12 +44,13 @@ def view_of(
         # What the view's forward runs is the module behind it: children and attributes are replaced there.
         module = view_of(view_of(seen[0], children=children, attributes=attributes), forward=seen[1])
         return module if forward is None else view_of(module, forward=forward)
-    view = _shallow_copy(module, type(module))
+    view: Any = _shallow_copy(module, type(module))
     view._modules = {**module._modules, **(children or {})}
     view.__dict__.update(attributes or {})
     if forward is None:
         return view
-    outer = _shallow_copy(view, _class_with_forward(type(module)))
+    kind: Any = type(module)
+    outer: Any = _shallow_copy(view, _class_with_forward(kind))
     outer.__dict__.pop("forward", None)  # a module may have a forward of its own (accelerate's hooks set one)
     if getattr(view, "gradient_checkpointing", False):
         view.gradient_checkpointing = False  # the outer forward recomputes the inner one
@@ -56,13 +59,13 @@ def view_of(
     return outer
 
 
-def with_modules(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+def with_modules(module: M, replacements: Mapping[str, nn.Module]) -> M:
     """A view of `module` with other modules at some paths ("encoder.layer.0"); what lies above them are views.
 
     Args:
         replacements: path -> module; no path lies below another one.
     """
-    children: dict[str, nn.Module] = {}
+    children: dict[str, nn.Module | None] = {}
     nested: dict[str, dict[str, nn.Module]] = {}
     for path, replacement in replacements.items():
         head, _, tail = path.partition(".")
@@ -71,11 +74,11 @@ def with_modules(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn
         else:
             children[head] = replacement
     for head, below in nested.items():
-        children[head] = with_modules(module._modules[head], below)
+        children[head] = with_modules(cast(nn.Module, module._modules[head]), below)
     return view_of(module, children=children) if children else module
 
 
-def numbered(module: nn.Module, path: str, count: int) -> nn.Module:
+def numbered(module: M, path: str, count: int) -> M:
     """A view of `module` whose attention modules have a `layer_idx`: those at path.format(0), ... of `count` layers."""
     paths = [path.format(index) for index in range(count)]
     views = {p: view_of(module.get_submodule(p), attributes={"layer_idx": i}) for i, p in enumerate(paths)}
@@ -99,7 +102,7 @@ def _install_hooks_once(model: PreTrainedModel) -> None:
         maybe_install_capturing_hooks(model)
 
 
-def _shallow_copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+def _shallow_copy(module: M, cls: type[M]) -> M:
     """An object of `cls` with the attributes of `module`; what copy.copy does, in steps that torch.compile traces."""
     copied = object.__new__(cls)
     copied.__dict__.update(module.__dict__)
@@ -110,7 +113,7 @@ def _shallow_copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return copied
 
 
-def _rebound(function: Callable, module: nn.Module, copied: nn.Module) -> Callable:
+def _rebound(function: Callable[..., Any], module: nn.Module, copied: nn.Module) -> Callable[..., Any]:
     """A module's own forward (accelerate's hooks give it one) for its copy, which may have other children."""
     if isinstance(function, functools.partial) and function.args and function.args[0] is module:
         return functools.partial(function.func, copied, *function.args[1:], **function.keywords)
@@ -120,12 +123,12 @@ def _rebound(function: Callable, module: nn.Module, copied: nn.Module) -> Callab
 
 
 @functools.cache
-def _class_with_forward(cls: type[nn.Module]) -> type[nn.Module]:
+def _class_with_forward(cls: type[M]) -> type[M]:
     """The subclass of `cls` whose forward is the instance's `_view_forward`."""
 
     # Generation reads the signature of forward, which wraps() carries over.
     @functools.wraps(cls.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._view_forward(*args, **kwargs)
 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})

@@ -26,7 +26,7 @@ def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Proj
     return linear_projection(attention.k_proj), linear_projection(attention.v_proj)
 
 
-def indexed(backbone: nn.Module) -> nn.Module:
+def indexed(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of the backbone whose attention modules know their layer."""
     return numbered(backbone, "layers.{}.attention", len(backbone.layers))
 
@@ -38,7 +38,7 @@ def tokens(backbone: PreTrainedModel, pixel_values: Tensor) -> int:
     return 1 + (pixel_values.shape[2] // high) * (pixel_values.shape[3] // wide)
 
 
-def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
+def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
     """A view of the backbone in which virtual tokens evolve with the patches (VPT-shallow).
 
     They enter behind the embeddings, position embeddings and dropout included, of which they have none.

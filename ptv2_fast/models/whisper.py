@@ -42,12 +42,12 @@ def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Proj
     return linear_projection(attention.k_proj), linear_projection(attention.v_proj)
 
 
-def indexed(backbone: nn.Module) -> nn.Module:
+def indexed(backbone: PreTrainedModel) -> PreTrainedModel:
     """A view of the encoder whose attention modules know their layer."""
     return numbered(backbone, "layers.{}.self_attn", len(backbone.layers))
 
 
-def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> nn.Module:
+def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
     """A view of the encoder in which virtual tokens evolve with the frames.
 
     They enter behind the convolutions, the position embeddings and their dropout, of which they have none.

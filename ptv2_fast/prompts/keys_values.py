@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
@@ -56,8 +58,12 @@ def layer_prompts(
     # What a layer's weights make is made while the layer runs.
     if waits and (encoder.injection == "deep" or (encoder.injection == "prefix" and family.positioned is not None)):
         pair_of = projections.of_layer if encoder.injection == "deep" else _as_they_are
+
+        def late(layer: int, own: Tensor) -> LayerPrompt:
+            return finished(layer, *pair_of(layer, own))
+
         made = {
-            layer: LazyPrompt(lambda layer=layer, own=own: finished(layer, *pair_of(layer, own)))
+            layer: LazyPrompt(functools.partial(late, layer, own))
             for layer, own in zip(encoder.layers, prompts.unbind(0))
         }
         return tuple(made.get(layer) for layer in range(count))
@@ -131,11 +137,17 @@ def stack_bank(
 
 
 def _stack_layer(prompts: tuple[LayerPrompt | LazyPrompt | None, ...]) -> LayerPrompt | LazyPrompt | None:
-    if any(isinstance(p, LazyPrompt) for p in prompts):
-        return LazyPrompt(lambda: _stack_layer(tuple(p.make() if isinstance(p, LazyPrompt) else p for p in prompts)))
-    present = [prompt for prompt in prompts if prompt is not None]
-    if not present:
+    if all(prompt is None for prompt in prompts):
         return None
+
+    def stacked() -> LayerPrompt:
+        return _stacked([p.make() if isinstance(p, LazyPrompt) else p for p in prompts])
+
+    return LazyPrompt(stacked) if any(isinstance(p, LazyPrompt) for p in prompts) else stacked()
+
+
+def _stacked(prompts: Sequence[LayerPrompt | None]) -> LayerPrompt:
+    present = [prompt for prompt in prompts if prompt is not None]
     like = present[0].keys
     lens = [0 if prompt is None else prompt.keys.shape[1] for prompt in prompts]
     longest = max(lens)

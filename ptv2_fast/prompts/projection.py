@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,9 +43,10 @@ class LayerProjections:
         ]
         per_layer = [self._family.projections(self._backbone, layer) for layer in self._layers]
         if _kernel_serves(normed[0], per_layer, backend):
-            keys, values = self._by_kernel(torch.stack(normed), per_layer)
+            made: Sequence[Iterable[Tensor]] = self._by_kernel(torch.stack(normed), per_layer)
         else:
-            keys, values = ([project(x) for x, project in zip(normed, side)] for side in zip(*per_layer))
+            made = [[project(x) for x, project in zip(normed, side)] for side in zip(*per_layer)]
+        keys, values = made
         return [self._finished(*flat) for flat in zip(self._layers, keys, values)]
 
     def must_wait(self) -> bool:
@@ -68,11 +69,12 @@ class LayerProjections:
         values = values.unflatten(-1, (-1, self._head_dim))
         return keys.transpose(0, 1), values.transpose(0, 1)
 
-    def _by_kernel(self, normed: Tensor, per_layer: list[tuple[Projection, Projection]]):
+    def _by_kernel(self, normed: Tensor, per_layer: list[tuple[Projection, Projection]]) -> tuple[Tensor, ...]:
         """(L', P, Hkv * d) keys and values from normed states (L', P, D)."""
         from ptv2_fast.kernels.prompt_projection import WeightTable, prompt_projection
 
-        addresses = tuple((p.weight.data_ptr(), p.weight.dtype) for pair in per_layer for p in pair)
+        weights = [p.weight for pair in per_layer for p in pair if p.weight is not None]
+        addresses = tuple((weight.data_ptr(), weight.dtype) for weight in weights)
         if self._tables is None or self._tables[0] != addresses:
             tables = []
             for side in zip(*per_layer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -17,7 +19,7 @@ from ptv2_fast.prompts.projection import LayerProjections
 _steps_taken = 0
 
 
-def count_step(*_) -> None:
+def count_step(*_: Any) -> None:
     """Note that prompts may have been written to: optimizers call this, and whoever replays one has to."""
     global _steps_taken
     _steps_taken += 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,7 +14,7 @@ from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.keys_values import record_keys_values
 
 
-def token_ids(tokenizer, text: str | list[str], length: int) -> Tensor:
+def token_ids(tokenizer: Callable[..., Any], text: str | Sequence[str], length: int) -> Tensor:
     """Exactly `length` token ids of a text, repeated where it is shorter; (length,) int64.
 
     Raises:
@@ -54,7 +57,7 @@ def initialise_from_text(
     encoder.prompts.copy_(torch.cat(made, dim=-2))
 
 
-def _piece(encoder: PromptEncoder, backbone, family: Family, embeddings: Tensor) -> Tensor:
+def _piece(encoder: PromptEncoder, backbone: PreTrainedModel, family: Family, embeddings: Tensor) -> Tensor:
     """(L', p, D) for deep, (L', 2, Hkv, p, d) for prefix."""
     if encoder.injection == "prefix":
         pairs = record_keys_values(backbone, embeddings, family)

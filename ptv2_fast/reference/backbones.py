@@ -197,7 +197,7 @@ class PrefixByCall:
     ALBERT's one layer runs again and again and some layers know no index of their own; but every layer asks once.
     """
 
-    def __init__(self, by_layer: Mapping[int, tuple[Tensor, Tensor, Tensor | None]]):
+    def __init__(self, by_layer: Mapping[int, tuple[Tensor, Tensor, Tensor | None] | None]):
         self._by_layer = by_layer
         self._calls = 0
 

@@ -20,6 +20,10 @@ from ptv2_fast.reference import backbones
 from ptv2_fast.reference.masks import additive_mask, as_key_mask, positions_from_mask
 
 _FAR = 10**6
+Pair = tuple[Tensor, Tensor]
+Biases = Mapping[int, Tensor]
+# Per layer: states, keys and values, what is added to the scores of either.
+Prompts = tuple[Mapping[int, Tensor], Mapping[int, Pair], Biases]
 
 
 def literal_encoder_decoder(
@@ -96,7 +100,16 @@ def _embedded(stack: nn.Module, words: Tensor, positions: Tensor) -> Tensor:
     return stack.layernorm_embedding(words + nn.functional.embedding(positions + table.offset, table.weight))
 
 
-def _run(stack, hidden, key_mask, positions, prompts, first, encoded=None, encoded_mask=None) -> Tensor:
+def _run(
+    stack: nn.Module,
+    hidden: Tensor,
+    key_mask: Tensor,
+    positions: Tensor,
+    prompts: Prompts,
+    first: int,
+    encoded: Tensor | None = None,
+    encoded_mask: Tensor | None = None,
+) -> Tensor:
     """All layers of a stack; its self-attention is layer `first` and those behind it."""
     states, keys_values, biases = prompts
     blocks = _blocks(stack)
@@ -111,8 +124,8 @@ def _run(stack, hidden, key_mask, positions, prompts, first, encoded=None, encod
         if own in states and own in biases:
             mask = mask + nn.functional.pad(biases[own][None, :, None, :], (0, hidden.shape[1]))
         calls = {0: _prefix(keys_values, biases, own, _far_bias(stack, hidden))}
-        options = {}
-        if encoded is not None:
+        options: dict[str, Tensor] = {}
+        if encoded is not None and encoded_mask is not None:
             options = _looking(states, biases, cross, encoded, encoded_mask, rows.shape[1])
             calls[1] = _prefix(keys_values, biases, cross, None)
         literal_prefix = backbones.PrefixByCall(calls)
@@ -121,7 +134,9 @@ def _run(stack, hidden, key_mask, positions, prompts, first, encoded=None, encod
     return stack.final_layer_norm(hidden) if hasattr(stack, "final_layer_norm") else hidden
 
 
-def _looking(states, biases, cross, encoded, encoded_mask, queries) -> dict[str, Tensor]:
+def _looking(
+    states: Mapping[int, Tensor], biases: Biases, cross: int, encoded: Tensor, encoded_mask: Tensor, queries: int
+) -> dict[str, Tensor]:
     """The encoder's states as a decoder's layer takes them, with that layer's prompts in front."""
     prompt = states.get(cross, encoded.new_zeros(0, encoded.shape[2]))
     seen = torch.cat([prompt.expand(len(encoded), -1, -1), encoded], dim=1)
@@ -133,7 +148,9 @@ def _looking(states, biases, cross, encoded, encoded_mask, queries) -> dict[str,
     return {"encoder_hidden_states": seen, "encoder_attention_mask": mask}
 
 
-def _prefix(keys_values, biases, layer: int, far: Tensor | None):
+def _prefix(
+    keys_values: Mapping[int, Pair], biases: Biases, layer: int, far: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Keys, values and what is added to their scores, (H, P), of one attention; None where it has no prefix."""
     if layer not in keys_values:
         return None

@@ -47,8 +47,8 @@ class StepLayers:
         return self._fused.modules()
 
     def view(
-        self, backbone: nn.Module, plan: StepPlan, fused: Mapping[str, nn.Module], read: Tensor | None
-    ) -> nn.Module:
+        self, backbone: PreTrainedModel, plan: StepPlan, fused: Mapping[str, nn.Module], read: Tensor | None
+    ) -> PreTrainedModel:
         """`backbone`, or a view of it.
 
         Args:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ptv2_fast.models.cache import CACHE
 from ptv2_fast.models.view import view_of
@@ -71,7 +72,7 @@ def can_unpad(inputs: Mapping[str, Any]) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 2 and not tied
 
 
-def unpadded(backbone: nn.Module, packing: Packing) -> nn.Module:
+def unpadded(backbone: PreTrainedModel, packing: Packing) -> PreTrainedModel:
     """A view of a backbone that runs over real tokens only and returns the padded batch, zeros at padding.
 
     It is called like the backbone, with the prompts and (B, N) position ids among its inputs. Its outputs equal those
