@@ -47,7 +47,7 @@ LAZY_UPWARDS = {
 # Everything of ours that transformers may be imported from.
 USES_TRANSFORMERS = {
     "attention", "models", "prompts", "heads", "step", "adapter", "checkpoint", "adapter_set", "persistence",
-    "model", "head_model", "tasks", "training", "interop", "cli", "demo", "reference",
+    "encoder_decoder", "model", "head_model", "tasks", "training", "interop", "cli", "demo", "reference",
 }  # fmt: skip
 ATTENTION_WITHOUT_TRANSFORMERS = {"api", "checks", "prompt_batch", "torch_backend", "triton_backend", "__init__"}
 

@@ -39,6 +39,7 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    score_bias: Tensor | None = None,
     ptv2_prompts: PromptBatch | None = None,
     ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
     **kwargs: Any,
@@ -50,6 +51,8 @@ def attention_forward(
         query: (B, H, N, D); key, value: (B, Hkv, M, D).
         attention_mask: what `padding_mask` returned: None, (B, M) bool, or (B, 1, N, M) bool or
             additive.
+        position_bias, score_bias: (1 or B, H, N, M), added to the text's scores: a frozen one (T5), and one made
+            of queries and keys that needs its gradient (DeBERTa). At most one of them is given.
         ptv2_prompts: the prompts of this forward pass; None runs the layer without any.
         ptv2_record: to which (key, value) of every layer is appended.
 
@@ -68,7 +71,8 @@ def attention_forward(
         attention_mask = None  # virtual tokens have no padding: the mask could only hold a window
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     # Under gradient checkpointing T5 marks the zeros that stand for no bias as trainable; the base is frozen.
-    bias = None if position_bias is None else position_bias.detach().to(dtype)
+    bias = position_bias.detach() if position_bias is not None else score_bias
+    bias = None if bias is None else bias.to(dtype)
     key_mask = attention_mask
     if attention_mask is not None and attention_mask.dim() == 4:
         # Such a mask already holds causality, windows and whatever else the model asked for.

@@ -89,7 +89,7 @@ def attended(
     """
     output, _ = attention_forward(
         module, query, key, value, call.mask,
-        scaling=scale, dropout=module.dropout.p if module.training else 0.0, is_causal=False, position_bias=bias,
+        scaling=scale, dropout=module.dropout.p if module.training else 0.0, is_causal=False, score_bias=bias,
         ptv2_prompts=call.prompts, ptv2_record=call.record,
     )  # fmt: skip
     return output.flatten(2)
