@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig, PTuningV2Config
 from ptv2_fast.heads import Head, copied_heads
 from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.families import Family, family_of
+from ptv2_fast.models.families import family_of
+from ptv2_fast.models.family import Family
 from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.limits import text_limit

@@ -14,7 +14,8 @@ from ptv2_fast.attention import hook
 from ptv2_fast.checkpoint import check_name
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.families import Family, family_of
+from ptv2_fast.models.families import family_of
+from ptv2_fast.models.family import Family
 from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.module_dict import ModuleDictOf
 from ptv2_fast.prompts.source import PromptSource

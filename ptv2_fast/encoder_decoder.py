@@ -17,7 +17,6 @@ from ptv2_fast.models.encoder_decoder import BoundPrompts
 from ptv2_fast.models.gathered import device_of
 
 _BY_DEFAULT = ("encoder", "decoder")
-WITHOUT_SAVINGS = "an encoder-decoder runs its padded rows as they are"
 
 
 class EncoderDecoder(nn.Module):

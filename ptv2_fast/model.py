@@ -14,7 +14,7 @@ from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import Account, LayerPrompt, LazyPrompt, PromptBatch
 from ptv2_fast.config import PTuningV2Config
-from ptv2_fast.encoder_decoder import WITHOUT_SAVINGS, EncoderDecoder
+from ptv2_fast.encoder_decoder import EncoderDecoder
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
 from ptv2_fast.models.families import family_of
@@ -226,7 +226,7 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
     def why_not_packed(self) -> str | None:
         """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
         if self._has_decoder:
-            return WITHOUT_SAVINGS
+            return "an encoder-decoder runs its padded rows as they are"
         if self._evolves_with_text(self.adapters[self.active_adapter]):
             return "a shallow prompt on a bidirectional model is rows of the padded batch"
         return None
@@ -237,7 +237,7 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         plan = plan_step(
             self.step_options, training=self.training, device=device_of(self.backbone), backend=backend,
             gathered_by=self._step_layers.gathered_by(self, self.base_model),
-            without=WITHOUT_SAVINGS if self._has_decoder else None,
+            without=self._step_layers.without(),
         )  # fmt: skip
         if plan != self._logged_plan and not torch.compiler.is_compiling():
             self._logged_plan = plan

@@ -20,7 +20,7 @@ from ptv2_fast.attention.prompt_batch import Account, PromptBatch
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.bert import visible_prompts
 from ptv2_fast.models.cache import CACHE, cached_tokens
-from ptv2_fast.models.families import Family
+from ptv2_fast.models.family import Family
 from ptv2_fast.models.inputs import check_beside, check_inputs
 from ptv2_fast.models.limits import check_length
 from ptv2_fast.models.rows import joined_rows

@@ -13,7 +13,7 @@ from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.inputs import text_size
 
 if TYPE_CHECKING:
-    from ptv2_fast.models.families import Family
+    from ptv2_fast.models.family import Family
 
 TEXT = "input_ids"
 _SHAPES = {"pixel_values": ("(B, C, H, W)", 4), "input_features": ("(B, M, F)", 3)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from ptv2_fast.models.families import Family
+from ptv2_fast.models.family import Family
 from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.rotary import longest_text
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ptv2_fast.models.families import Family, families
+from ptv2_fast.models.families import families
+from ptv2_fast.models.family import Family
 
 _HEADING = """# Model families
 

@@ -16,7 +16,7 @@ from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
 
 if TYPE_CHECKING:
-    from ptv2_fast.models.families import Family
+    from ptv2_fast.models.family import Family
 
 _FRONT, _BACK = 4, 3  # tokens of the two halves of the text that a trial reads
 # How far two ways to the same numbers may lie apart, ||a - b|| / ||b||.

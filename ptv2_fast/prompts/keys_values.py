@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt, PromptBatch
-from ptv2_fast.models.families import Family
+from ptv2_fast.models.family import Family
 from ptv2_fast.models.gathered import check_runs_alone, kept_together
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.projection import LayerProjections

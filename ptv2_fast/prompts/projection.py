@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.models.families import Family
+from ptv2_fast.models.family import Family
 from ptv2_fast.models.gathered import gathered_by
 from ptv2_fast.models.projection import Projection
 

@@ -7,6 +7,7 @@ import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 from ptv2_fast.attention.prompt_batch import PromptBatch
-from ptv2_fast.models.families import Family
+from ptv2_fast.models.family import Family
+from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.gathered import gathered_by
 from ptv2_fast.models.own_attention import AttentionCall
 from ptv2_fast.models.view import view_of, with_modules
 from ptv2_fast.step.fused_projections import FusedProjections
-from ptv2_fast.step.options import StepPlan
+from ptv2_fast.step.options import StepOptions, StepPlan
 
 COMPILER = "inductor"
 
@@ -70,6 +72,20 @@ class StepLayers:
         if not changed:
             return backbone
         return with_modules(backbone, {f"{self._layers_path}.{name}": layer for name, layer in changed.items()})
+
+    def without(self) -> dict[str, str]:
+        """Which switches save nothing on this backbone, and why."""
+        if self._family.sizes(self._backbone).decoder_layers:
+            names = [field.name for field in fields(StepOptions)]
+            return dict.fromkeys(names, "an encoder-decoder runs its padded rows as they are")
+        found = {}
+        if self._family.by_slot:
+            found["unpad"] = "positions are slots of padded rows"
+        if not reads_text(self._family):
+            found["unpad"] = f"{self._family.reads} have no padding"
+        if self._family.read_rows is None:
+            found["last_rows"] = "not written for this family"
+        return found
 
     def release(self) -> None:
         """Undo what was done to the backbone's weights."""

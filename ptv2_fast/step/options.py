@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -77,13 +78,13 @@ class StepPlan:
 
 def plan_step(
     options: StepOptions, *, training: bool, device: torch.device, backend: str, gathered_by: str | None = None,
-    without: str | None = None,
+    without: Mapping[str, str] | None = None,
 ) -> StepPlan:
     """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA).
 
     Args:
         gathered_by: who brings the weights only while their modules run, as `models.gathered` says.
-        without: why the model's steps have none of the savings; None where they do.
+        without: switch -> why it has nothing to save on this model.
     """
     on_cuda = device.type == "cuda"
     triton = on_cuda and backend in ("auto", "triton")
@@ -109,7 +110,7 @@ def plan_step(
             decided[name], why = False, f"weights come and go: {gathered_by}"
         if not training and name in _TRAINING_ALONE and decided[name]:
             decided[name], why = False, "not training"
-        if without is not None:
-            decided[name], why = False, without
+        if without and name in without:
+            decided[name], why = False, without[name]
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
     return StepPlan(**decided, reasons=tuple(reasons), gathered_by=gathered_by)
