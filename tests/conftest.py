@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 torch.set_num_threads(1)
+
+if os.environ.get("PTV2_OTHER_ROUNDING"):
+    importlib.import_module("other_rounding").install()
 
 
 @pytest.fixture(autouse=True)
