@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -21,6 +22,16 @@ torch.set_num_threads(1)
 
 if os.environ.get("PTV2_OTHER_ROUNDING"):
     importlib.import_module("other_rounding").install()
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: accelerate and torch collect garbage in every run, which looks at all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or modules in C++ report as leaks what lives until the end
 
 
 @pytest.fixture(autouse=True)
