@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 torch.set_num_threads(1)
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    importlib.import_module("quick_interpreter").install()
 if os.environ.get("PTV2_OTHER_ROUNDING"):
     importlib.import_module("other_rounding").install()
 
