@@ -22,8 +22,7 @@ torch.set_num_threads(1)
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     importlib.import_module("quick_interpreter").install()
-if os.environ.get("PTV2_OTHER_ROUNDING"):
-    importlib.import_module("other_rounding").install()
+importlib.import_module("other_rounding").install_if_asked()
 
 
 def pytest_collection_finish():
