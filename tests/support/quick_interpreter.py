@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 
-_NEEDED = ("_patch_lang", "_LangPatchScope", "GridExecutor")
+_NEEDED = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor")
 
 
 def install() -> None:
     """Let the interpreter replace the functions of triton.language once a launch, not once a call.
 
     It does so for each @jit function that a kernel calls, which takes half of its time: it looks at all members of the
-    language again and finds them replaced. A version of Triton that does this otherwise is left alone.
+    language again and finds them replaced. It also makes a table of all dtypes to look one up. A version of Triton that
+    does this otherwise is left alone.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -38,5 +39,16 @@ def install() -> None:
         replaced.clear()  # the end of a launch puts everything back
         return launch(*args, **kwargs)
 
+    numpy_dtype, known = interpreter._get_np_dtype, {}
+
+    def numpy_dtype_once(kind):
+        element = kind.element_ty if isinstance(kind, tl.block_type) else kind
+        if isinstance(element, tl.pointer_type):
+            return numpy_dtype(kind)
+        if element not in known:
+            known[element] = numpy_dtype(element)
+        return known[element]
+
+    interpreter._get_np_dtype = numpy_dtype_once
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = launch_anew
