@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -17,6 +19,20 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 torch.set_num_threads(1)
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    importlib.import_module("quick_interpreter").install()
+importlib.import_module("other_rounding").install_if_asked()
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: accelerate and torch collect garbage in every run, which looks at all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or modules in C++ report as leaks what lives until the end
 
 
 @pytest.fixture(autouse=True)

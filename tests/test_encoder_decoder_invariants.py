@@ -20,7 +20,7 @@ from tiny_seq2seq import (
     tiny_base,
     tiny_model,
 )
-from tolerances import assert_differs, assert_equal
+from tolerances import assert_differs, assert_equal, assert_same_bits
 
 from ptv2_fast import PTuningV2Model
 from ptv2_fast.models.backbone import backbone_of
@@ -172,16 +172,17 @@ def test_checkpointed_gradients_are_plain_gradients(kind, injection):
 def test_disabled_is_the_bare_model_bit_for_bit(kind, injection, attention):
     changes = {"attn_implementation": attention}
     base, model = tiny_base(kind, **changes), _model(kind, injection, base_changes=changes)
+    base.requires_grad_(False)
     batch = pair("right")
     with torch.no_grad():
         bare = base(**batch.inputs).logits
         prompted = model(**batch.inputs).logits
         with model.disable_adapter():
-            assert torch.equal(model(**batch.inputs).logits, bare)
-        assert torch.equal(model(**batch.inputs).logits, prompted)
+            assert_same_bits(model(**batch.inputs).logits, bare)
+        assert_same_bits(model(**batch.inputs).logits, prompted)
         assert_differs(prompted, bare)
         returned = model.unload()
-        assert torch.equal(returned(**batch.inputs).logits, bare)
+        assert_same_bits(returned(**batch.inputs).logits, bare)
     inner = [m.config._attn_implementation for m in returned.modules() if isinstance(m, transformers.PreTrainedModel)]
     assert set(inner) == {attention}
 
@@ -230,7 +231,7 @@ def test_adapter_names_that_cannot_be(kind):
     with pytest.raises(ValueError, match="adapter must be one of"):
         model(**batch.inputs, adapter_names=["deep", "none", "deep"])
     same = model(**batch.inputs, adapter_names=["default"] * 3).logits
-    assert torch.equal(same, model(**batch.inputs).logits)
+    assert_same_bits(same, model(**batch.inputs).logits)
 
 
 # 6. Every output has the rows of its text.
@@ -248,7 +249,8 @@ def test_outputs_have_the_rows_of_their_texts(kind, injection):
     real = batch.source.attention_mask.bool()
     assert_equal(output.encoder_hidden_states[-1][real], output.encoder_last_hidden_state[real])
     as_tuple = model(**batch.inputs, return_dict=False)
-    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], output.logits)
+    assert isinstance(as_tuple, tuple)
+    assert_same_bits(as_tuple[0], output.logits)
 
 
 @pytest.mark.parametrize(("kind", "injection"), SOME)
@@ -312,9 +314,9 @@ def test_texts_past_the_table_of_positions_are_refused():
 def test_saved_and_loaded(kind, injection, tmp_path):
     model, batch = _model(kind, injection), pair()
     model.save_pretrained(tmp_path)
-    loaded = PTuningV2Model.from_pretrained(tiny_base(kind), tmp_path, is_trainable=True)
+    loaded = PTuningV2Model.from_pretrained(tiny_base(kind), tmp_path, is_trainable=True).eval()
     assert type(loaded) is type(model) and loaded.ptv2_config == model.ptv2_config
-    assert torch.equal(loaded(**batch.inputs).logits, model(**batch.inputs).logits)
+    assert_same_bits(loaded(**batch.inputs).logits, model(**batch.inputs).logits)
     for one in (model, loaded):
         optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(2):
@@ -322,7 +324,7 @@ def test_saved_and_loaded(kind, injection, tmp_path):
             optimizer.step()
             optimizer.zero_grad()
         one.eval()
-    assert torch.equal(loaded(**batch.inputs).logits, model(**batch.inputs).logits)
+    assert_same_bits(loaded(**batch.inputs).logits, model(**batch.inputs).logits)
 
 
 def test_another_split_of_layers_is_another_base(tmp_path):
@@ -352,7 +354,9 @@ def test_trainer(kind, injection, tmp_path):
     expected = model.eval().generate(**batch.source.inputs, max_length=6)
     assert torch.equal(torch.from_numpy(predicted)[:, : expected.shape[1]], expected)
     loaded = PTuningV2Model.from_pretrained(tiny_base(kind), tmp_path / "checkpoint-8")
-    assert torch.equal(loaded(**batch.inputs).logits, model(**batch.inputs).logits)
+    # Trainer switches the cache off, out of which keys come in another layout.
+    inputs = {**batch.inputs, "use_cache": False}
+    assert_same_bits(loaded(**inputs).logits, model.requires_grad_(False)(**inputs).logits)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])

@@ -74,7 +74,7 @@ def test_savings_of_a_step_are_off_and_say_why(caplog):
         with caplog.at_level(logging.INFO, logger="ptv2_fast"):
             expected = model(**batch.inputs, use_cache=False).logits
             logits = model.train()(**batch.inputs).logits
-        assert torch.equal(logits, expected)
+        assert_equal(logits, expected)
         assert "unpad off (an encoder-decoder runs its padded rows as they are)" in caplog.text
         assert " on (" not in caplog.text
 

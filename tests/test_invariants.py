@@ -19,7 +19,7 @@ from tiny_models import (
     tiny_model,
     tiny_prompts,
 )
-from tolerances import assert_differs, assert_equal
+from tolerances import assert_differs, assert_equal, assert_same_bits
 
 from ptv2_fast import HeadConfig
 from ptv2_fast.models.cache import CACHE
@@ -187,20 +187,20 @@ def test_reentrant_checkpointing_is_refused():
 def test_disabled_is_the_bare_model_bit_for_bit(family, injection, attention):
     task = _task_of(family)
     changes = {"attn_implementation": attention}
-    base = tiny_base(family, task, **changes)
+    base = tiny_base(family, task, **changes).requires_grad_(False)
     model = tiny_model(family, injection, task, base_changes=changes)
     batch = padded(text_rows(), "left")
     with torch.no_grad():
         bare = base(**batch.inputs).logits
         prompted = model(**batch.inputs).logits
         with model.disable_adapter():
-            assert torch.equal(model(**batch.inputs).logits, bare)
+            assert_same_bits(model(**batch.inputs).logits, bare)
             with model.disable_adapter():
-                assert torch.equal(model(**batch.inputs).logits, bare)
-            assert torch.equal(model(**batch.inputs).logits, bare)
+                assert_same_bits(model(**batch.inputs).logits, bare)
+            assert_same_bits(model(**batch.inputs).logits, bare)
         with pytest.raises(KeyError), model.disable_adapter():
             raise KeyError
-        assert torch.equal(model(**batch.inputs).logits, prompted)
+        assert_same_bits(model(**batch.inputs).logits, prompted)
     real = batch.attention_mask.bool()
     alone = [base(input_ids=row[None]).logits[0] for row in text_rows()]
     assert_differs(prompted[real], torch.cat(alone))
@@ -208,20 +208,20 @@ def test_disabled_is_the_bare_model_bit_for_bit(family, injection, attention):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_disabled_has_the_heads_of_the_base(task):
-    base, model = tiny_base("bert", task), tiny_model("bert", "deep", task)
+    base, model = tiny_base("bert", task).requires_grad_(False), tiny_model("bert", "deep", task)
     with torch.no_grad():
         for parameter in model.adapters["default"].base_heads.parameters():
             parameter += 1.0
         batch = padded(text_rows(), "right")
         with model.disable_adapter():
-            assert torch.equal(_logits(model(**batch.inputs)), _logits(base(**batch.inputs)))
+            assert_same_bits(_logits(model(**batch.inputs)), _logits(base(**batch.inputs)))
 
 
 def test_unloaded_is_the_bare_model():
-    base = tiny_base("llama", "CAUSAL_LM")
+    base = tiny_base("llama", "CAUSAL_LM").requires_grad_(False)
     returned = tiny_model("llama", "prefix", "CAUSAL_LM").unload()
     batch = padded(text_rows(), "right")
-    assert torch.equal(returned(**batch.inputs).logits, base(**batch.inputs).logits)
+    assert_same_bits(returned(**batch.inputs).logits, base(**batch.inputs).logits)
 
 
 # 5. A batch of different adapters is each adapter alone.
@@ -302,7 +302,7 @@ def test_shallow_on_an_encoder_refuses_mixed_rows(family):
     with pytest.raises(ValueError, match="adapter_names must not mix a shallow prompt"):
         model(**batch.inputs, adapter_names=["default", "deep", "deep"])
     same = model(**batch.inputs, adapter_names=["default"] * 3).last_hidden_state
-    assert torch.equal(same, model(**batch.inputs).last_hidden_state)
+    assert_same_bits(same, model(**batch.inputs).last_hidden_state)
 
 
 # 6. Every output has the text's N rows.

@@ -207,3 +207,20 @@ def test_the_wheel_holds_the_kernels_as_they_are(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True)
     assert done.stdout.strip() == str(installed / "ptv2_fast" / "kernels" / "launch.py"), done.stderr
+
+
+def _asks_for_equal_outputs(tree: ast.AST) -> list[int]:
+    """Lines of `assert torch.equal(...)` on what a model computes."""
+    asked = (node for node in ast.walk(tree) if isinstance(node, ast.Assert) and isinstance(node.test, ast.Call))
+    calls = [node.test for node in asked if ast.unparse(node.test.func) == "torch.equal"]
+    outputs = {"logits", "last_hidden_state", "loss"}
+    return [call.lineno for call in calls if any(getattr(node, "attr", None) in outputs for node in ast.walk(call))]
+
+
+def test_equal_outputs_are_asked_for_where_it_is_written_when_they_may_be():
+    """`assert_same_bits` says what rounds alike on every processor, and what does not."""
+    files = [path for path in (ROOT / "tests").rglob("*.py") if "kernels" not in path.parts]
+    found = {str(path): _asks_for_equal_outputs(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
+    assert not {path: lines for path, lines in found.items() if lines}
+    assert _asks_for_equal_outputs(ast.parse("assert torch.equal(model(x).logits, y)")) == [1]
+    assert _asks_for_equal_outputs(ast.parse("assert not torch.equal(a.logits, b.logits)")) == []

@@ -19,6 +19,7 @@ from ptv2_fast.step.fused_projections import FusedProjections
 from ptv2_fast.step.options import StepOptions
 
 OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
+USERS_COMPILER = step_layers.COMPILER
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,17 @@ def test_each_switch_gives_the_plain_losses_and_gradients(family, task, switch, 
 )
 def test_compiled_layers_give_the_plain_losses_and_gradients(family, task, unpad):
     _compare(family, task, "compile_layers", unpad)
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "TOKEN_CLS"), ("llama", "CAUSAL_LM")])
+def test_the_compiler_that_users_get_gives_the_plain_loss(family, task, monkeypatch):
+    """Code is generated and built, which takes its time: forward, and no lengths that change."""
+    monkeypatch.setattr(step_layers, "COMPILER", USERS_COMPILER)
+    model, inputs = tiny_model(family, "deep", task).train(), _labelled(task)
+    model.step_options = OFF
+    expected = model(**inputs).loss
+    model.step_options = replace(OFF, compile_layers=True)
+    assert_equal(model(**inputs).loss, expected, "loss")
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet", "deberta-v2"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_models import INJECTIONS, tiny_prompts
+from tiny_models import INJECTIONS, built_once, tiny_prompts
 from torch import Tensor
 
 from ptv2_fast import PTuningV2Model, get_ptv2_model
@@ -53,6 +53,7 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
     return transformers.AutoConfig.for_model(family, **{**sizes, "attn_implementation": "sdpa", **changes})
 
 
+@built_once
 def tiny_base(
     family: str, kind: str = "backbone", *, seed: int = 0, exact: bool = False, **changes
 ) -> transformers.PreTrainedModel:

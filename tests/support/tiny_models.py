@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import pytest
 import torch
 import transformers
@@ -10,6 +15,8 @@ from torch import Tensor, nn
 from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.reference.float64 import to_exact_float64
 from ptv2_fast.reference.literal import literal_deep, literal_prefix, literal_shallow
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 ENCODERS = (
     "bert", "roberta", "xlm-roberta", "electra", "albert", "distilbert", "modernbert", "mpnet", "deberta-v2",
@@ -129,11 +136,27 @@ def wide_window(family: str) -> dict[str, int]:
     return {"local_attention": 128} if family == "modernbert" else {"sliding_window": 64}
 
 
+@functools.cache
 def has_head(family: str, task: str) -> bool:
     """Whether transformers has a model of the family for the task."""
     return type(tiny_config(family)) in _AUTO[task]._model_mapping
 
 
+def built_once(build: Callable[..., _Model]) -> Callable[..., _Model]:
+    """Builds the model of the same arguments once and gives each caller a copy, which costs half of that."""
+    built: dict[str, _Model] = {}
+
+    @functools.wraps(build)
+    def copied(*arguments, **changes):
+        key = repr((arguments, sorted(changes.items())))
+        if key not in built:
+            built[key] = build(*arguments, **changes)
+        return copy.deepcopy(built[key])
+
+    return copied
+
+
+@built_once
 def tiny_base(
     family: str, task: str = "FEATURE_EXTRACTION", *, seed: int = 0, exact: bool = False, **changes
 ) -> transformers.PreTrainedModel:

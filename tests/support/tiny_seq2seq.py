@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from batches import Batch, padded, text_rows
-from tiny_models import HIDDEN, LABELS, PADDING_ID, VOCABULARY, tiny_prompts
+from tiny_models import HIDDEN, LABELS, PADDING_ID, VOCABULARY, built_once, tiny_prompts
 from torch import Tensor, nn
 
 from ptv2_fast import PTuningV2Model, get_ptv2_model
@@ -66,6 +66,7 @@ def tiny_config(kind: str, **changes) -> transformers.PretrainedConfig:
     return transformers.BartConfig(**{**common, **own, **changes})
 
 
+@built_once
 def tiny_base(kind: str, task: str = "SEQ_2_SEQ_LM", *, exact: bool = False, **changes) -> transformers.PreTrainedModel:
     """A tiny model in eval mode; the same weights every time. `exact` makes it true float64."""
     if "t5" in kind and not T5_SERVED:

@@ -37,3 +37,21 @@ def assert_differs(actual: Tensor, other: Tensor, what: str = "") -> None:
     """Fail unless two tensors differ by far more than rounding."""
     error = relative_error(actual, other)
     assert error > 1e-3, f"{what}: relative difference is only {error:.2e}"
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Fail unless two tensors hold the same numbers to the last bit, in the same shape and dtype.
+
+    To be asked of what is stored, copied, chosen or masked: parameters, gradients that are zero, tokens, positions. Of
+    what a model computes only where the same code runs on the same inputs under the same conditions: shapes, strides,
+    requires_grad of the parameters, gradients on or off, training or eval, dtype, device, threads. Anything else is a
+    sum in another order on some processor, and `assert_equal` compares it: one row and a batch, padded and packed,
+    trained and frozen, eager and compiled, two backends. docs/reproducibility.md promises no more; what is asked for
+    too much fails with PTV2_OTHER_ROUNDING=1.
+    """
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} is not {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
+    if not torch.equal(actual, expected):
+        count = int((actual != expected).sum())
+        error = relative_error(actual, expected)
+        raise AssertionError(f"{what}: {count} of {actual.numel()} numbers differ, relative error {error:.2e}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import other_rounding
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -68,6 +69,7 @@ def _trainer(task_type: str, injection: str, folder, callbacks=()) -> Trainer:
 
 def _train_until_killed(task_type: str, injection: str, folder: str) -> None:
     torch.set_num_threads(1)
+    other_rounding.install_if_asked()
     _trainer(task_type, injection, folder, [KillIn()]).train()
 
 
