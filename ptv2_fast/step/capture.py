@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 import torch
@@ -62,8 +63,11 @@ class CudaCapture:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                 result = call()
         except BaseException:
-            # A capture that cannot end leaves its own stream the current one.
+            # A capture that cannot end leaves its own stream the current one, and the allocator waiting for its end:
+            # that refuses to give memory back, until it is told, and raises where it has been told already.
             torch.cuda.set_stream(current)
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
             raise
 
         def replay() -> Tensor | None:

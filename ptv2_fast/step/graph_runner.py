@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,13 @@ from ptv2_fast.models.gathered import device_of, is_sharded
 from ptv2_fast.prompts.source import count_step
 from ptv2_fast.step.capture import CAPTURES, Capture
 from ptv2_fast.step.held import HeldGradients, HeldOptimizer, trained_by
-from ptv2_fast.step.options import logger
+from ptv2_fast.step.options import StepPlan, logger
 from ptv2_fast.step.packed import INPUTS, Buckets, PackedBatch, pack
 from ptv2_fast.step.staging import Staging
 
 # A size runs this often eagerly, as real steps, before it is captured: kernels load and optimizer states appear.
 WARM_UP_STEPS = 2
+T = TypeVar("T")
 
 
 @dataclass
@@ -96,7 +97,7 @@ class GraphRunner:
         self._known: dict[tuple, _Bucket] = {}
         self._updates = 0
         self._replay_update: Callable | None = None
-        if reason := self._why_not_captured():
+        if reason := self._why_not_captured(model.step_plan()) or model.why_not_packed():
             self._say(f"steps run eagerly: {reason}")
 
     @property
@@ -116,15 +117,17 @@ class GraphRunner:
         """
         if not batches or any(batch.get("labels") is None for batch in batches):
             raise ValueError(f"batches must be one or more, each with labels; got {len(batches)}")
-        if reason := self._why_not_packed(batches):
+        # Asked for once in a step: it walks the model.
+        plan = self._model.step_plan()
+        if reason := self._why_not_packed(batches, plan):
             self._say(f"this step is neither packed nor captured: {reason}")
             return self._eager([_moved(batch, self._device) for batch in batches], self._padded_loss)
         task_type, pooling = self._model.packed_task()
         limit = self._model.text_limit()
         packed = [self._buckets.fill(pack(batch, task_type, pooling), limit) for batch in batches]
-        reason = self._why_not_captured()
+        reason = self._why_not_captured(plan)
         if reason is None:
-            self._drop_what_changed()
+            self._drop_what_changed(plan)
             if self._gradients is not None:
                 return self._captured(packed, self._gradients)
         else:
@@ -135,7 +138,7 @@ class GraphRunner:
         if reason is None:
             self._gradients = HeldGradients(self._model, self._optimizer)
             self._weights = [p for p in self._model.parameters() if type(p) is nn.Parameter]
-            self._seen = self._taken_for_granted()
+            self._seen = self._taken_for_granted(plan)
         return loss
 
     def _captured(self, packed: list[PackedBatch], gradients: HeldGradients) -> Tensor:
@@ -152,7 +155,7 @@ class GraphRunner:
         if self._replay_update is None and self._updates > WARM_UP_STEPS:
             self._replay_update = self._capture_or_say(self._update, "the optimizer")
         if self._replay_update is None:
-            self._capturing().warm_up(self._update)
+            self._run(self._update)
         else:
             self._replay_update()
         # An optimizer's hook does not run in a replay, and what was kept of the prompts is stale.
@@ -172,7 +175,7 @@ class GraphRunner:
                 bucket.staging = staging if bucket.replay else None
         if bucket.replay is None or bucket.staging is None:
             on_device = batch.to(self._device)
-            return self._capturing().warm_up(lambda: self._accumulate(on_device))
+            return self._run(lambda: self._accumulate(on_device))
         bucket.staging.fill(batch)
         loss = bucket.replay()
         assert loss is not None
@@ -220,10 +223,10 @@ class GraphRunner:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
 
-    def _drop_what_changed(self) -> None:
+    def _drop_what_changed(self, plan: StepPlan) -> None:
         """Drop what would be wrong if it were replayed now, and bring learning rates to where it reads them."""
         if self._gradients is not None:
-            now = self._taken_for_granted()
+            now = self._taken_for_granted(plan)
             if changed := [why for why, value in now.items() if value != self._seen[why]]:
                 self._drop(changed[0])
         if self._gradients is None:
@@ -233,12 +236,12 @@ class GraphRunner:
         if reason := self._held.hold():
             self._drop_update(reason)
 
-    def _taken_for_granted(self) -> dict[str, object]:
+    def _taken_for_granted(self, plan: StepPlan) -> dict[str, object]:
         """What the captured passes have taken the addresses of, or otherwise rely on, by what to say if it changes."""
-        model, trained = self._model, trained_by(self._optimizer)
+        trained = trained_by(self._optimizer)
         return {
-            "another adapter is active": model.active_adapter,
-            "the model's switches changed": replace(model.step_plan(), reasons=()),
+            "another adapter is active": self._model.active_adapter,
+            "the model's switches changed": replace(plan, reasons=()),
             # Held gradients keep the parameters alive, so that no other one can have their ids.
             "the optimizer trains other parameters": [(id(p), p.requires_grad) for p in trained],
             "weights were moved or cast": [p.data_ptr() for p in self._weights],
@@ -262,6 +265,10 @@ class GraphRunner:
             self._capture = CAPTURES[self._device.type](self._device)
         return self._capture
 
+    def _run(self, call: Callable[[], T]) -> T:
+        """Run a call as it will be captured; after a failed capture, away from the stream on which it failed."""
+        return call() if self._failure is not None else self._capturing().warm_up(call)
+
     def _capture_or_say(self, call: Callable, what: str) -> Callable[[], Tensor | None] | None:
         """The replay of a call; None, and no further captures, where one is refused."""
         if self._failure is not None:
@@ -280,30 +287,30 @@ class GraphRunner:
     def _padded_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self._model(**batch).loss
 
-    def _why_not_packed(self, batches: Sequence[Mapping[str, Tensor]]) -> str | None:
+    def _why_not_packed(self, batches: Sequence[Mapping[str, Tensor]], plan: StepPlan) -> str | None:
         reason = self._model.why_not_packed()
         if reason is not None:
             return reason
-        if gathered_by := self._model.step_plan().gathered_by:
-            return f"only the model's own forward brings the weights: {gathered_by}"
+        if plan.gathered_by:
+            return f"only the model's own forward brings the weights: {plan.gathered_by}"
         others = {name for batch in batches for name, value in batch.items() if value is not None} - set(INPUTS)
         if others:
             return f"the batch has {', '.join(sorted(others))}"
         masks = [batch.get("attention_mask") for batch in batches]
         return "attention_mask is not (B, N)" if any(m is not None and m.dim() != 2 for m in masks) else None
 
-    def _why_not_captured(self) -> str | None:
+    def _why_not_captured(self, plan: StepPlan) -> str | None:
         if self._failure is not None:
             return self._failure
         if self._device.type not in CAPTURES:
             return f"the model is on the device type {self._device.type!r}, which has no CUDA graphs"
-        if not self._model.step_plan().cuda_graphs:
+        if not plan.cuda_graphs:
             return "step_options.cuda_graphs is off, or the model is not training"
         if any("capturable" not in group for group in self._optimizer.param_groups):
             return f"{type(self._optimizer).__name__} cannot be captured"
         if getattr(self._model.backbone, "gradient_checkpointing", False):
             return "gradient checkpointing reads the random state, which a capture forbids"
-        return self._model.why_not_packed()
+        return None
 
     def _say(self, line: str) -> None:
         if line not in self._logged:

@@ -48,8 +48,6 @@ class Staging:
         self._device = device
         self._layout = {name: (tensor.dtype, tensor.shape) for name, tensor in batch.tensors().items()}
         self._bytes, views = self._allocate(device)
-        # Tokens that are no tokens would be read by a pass that runs before the first copy.
-        self._bytes.zero_()
         changes: dict[str, Any] = dict(views)
         self.batch: PackedBatch = replace(batch, **changes)
         # The oldest copy first.

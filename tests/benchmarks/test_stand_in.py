@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import step_stream, steps_suite
 from benchmarks.stand_in import captured_on_cpu
-from benchmarks.step_cases import tiny_groups
+from benchmarks.step_cases import StepCase, tiny_groups
 from benchmarks.step_clock import StepEffort, time_steps
 from benchmarks.step_optimized import make_step
 from benchmarks.step_providers import step_providers
@@ -79,7 +79,7 @@ def test_a_step_that_leaves_no_gradient_is_judged_wrong(make_context, monkeypatc
 
 def test_drawn_lengths_are_replayed(make_context, monkeypatch):
     context = make_context()
-    (stream,) = step_stream.streams_of(context)
+    stream = step_stream.make_stream(StepCase("tiny-bert", 3, 40, 4, dtype="fp32"), 6, passes=3, median=25)
     seen, make = [], step_stream.make_step
     with captured_on_cpu() as counts:
         # Only the runner's steps capture or replay.
@@ -90,6 +90,8 @@ def test_drawn_lengths_are_replayed(make_context, monkeypatch):
     assert cell["peers"]["ours_graph"]["status"] == "timed"
     timed = stream.passes * len(stream.lengths)
     assert seen[-timed:] == [(0, 0, REPLAYS)] * timed, seen
+    # Passes of several sizes, and an update.
+    assert counts.captures > 2
 
 
 def test_a_whole_run_takes_the_captured_path(make_context, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,8 +38,15 @@ def calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: found.append(("set_stream", stream)))
+    current = SimpleNamespace(device_index=3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: found.append(("set_stream", stream is current)))
+
+    def end_pool(*arguments):
+        found.append(("end_pool", arguments))
+        raise RuntimeError("the pool has ended")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool, raising=False)
     return found
 
 
@@ -54,13 +62,13 @@ def test_other_threads_may_use_the_device_meanwhile(calls):
 
 
 @pytest.mark.parametrize("error", [ValueError("in the call"), KeyboardInterrupt()])
-def test_a_failed_capture_gives_the_stream_back(calls, error):
+def test_a_failed_capture_gives_the_stream_and_the_allocator_back(calls, error):
     def fails():
         raise error
 
     with pytest.raises(RuntimeError, match="invalidated"):
         CudaCapture(DEVICE)(fails)
-    assert calls[-1] == ("set_stream", "current")
+    assert calls[-2:] == [("set_stream", True), ("end_pool", (3, "pool"))]
 
 
 @pytest.mark.gpu
@@ -100,5 +108,6 @@ def test_the_device_goes_on_after_a_capture_that_failed():
         CudaCapture(torch.device("cuda"))(lambda: x.sum().item())
     assert torch.cuda.current_stream() == before
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     assert x.sum().item() == 8
     assert torch.equal(CudaCapture(torch.device("cuda"))(lambda: x * 3)(), x * 3)

@@ -102,6 +102,7 @@ def compare_steps(case, steps, *, between=None, make=optimizer_of, accumulate=1,
         expected = plain_step(plain, optimizers[1], group, max_grad_norm)
         assert_equal(loss, expected, f"loss of step {step}")
         for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters()):
+            assert (ours.grad is None) == (theirs.grad is None), (name, step)
             if theirs.grad is not None:
                 assert_equal(ours.grad, theirs.grad, f"gradient of {name} in step {step}")
     return runner
