@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from ptv2_fast.models.gathered import device_of, is_sharded
 from ptv2_fast.prompts.source import count_step
-from ptv2_fast.step.options import logger
+from ptv2_fast.step.capture import CAPTURES, Capture
+from ptv2_fast.step.held import HeldGradients, HeldOptimizer, trained_by
+from ptv2_fast.step.options import StepPlan, logger
 from ptv2_fast.step.packed import INPUTS, Buckets, PackedBatch, pack
+from ptv2_fast.step.staging import Staging
 
 # A size runs this often eagerly, as real steps, before it is captured: kernels load and optimizer states appear.
 WARM_UP_STEPS = 2
@@ -25,8 +28,8 @@ class _Bucket:
     """One size of batches: how often it came, where its batches are copied to, and what replays its pass."""
 
     passes: int = 0
-    buffers: PackedBatch | None = None
-    replay: Callable[[], Tensor] | None = None
+    staging: Staging | None = None
+    replay: Callable[[], Tensor | None] | None = None
 
 
 class GraphRunner:
@@ -35,9 +38,13 @@ class GraphRunner:
     Batches are packed on the host (no padding reaches the device), filled up to sizes that repeat, and copied into the
     buffers of their size. The first two passes of a size run eagerly; the third is captured and replayed from then on.
     Lengths stay on the device, so nothing in a step waits for the host. What cannot be captured or packed runs eagerly
-    and gives the same losses; why is logged once. A step runs again from scratch what has changed since: another
-    adapter, other switches, a reloaded optimizer. Learning rates may change at every step; betas and weight decay are
-    what they were at the first capture. In a distributed job gradients are averaged over the processes.
+    and gives the same losses; why is logged once. In a distributed job gradients are averaged over the processes.
+
+    A step begins with zeroed gradients and leaves its own behind, averaged and clipped, as an eager loop does. Captured
+    passes add to gradients at one address: if something else takes their place, as after `zero_grad()`, they are put
+    back. Learning rates may change at every step. What was captured is dropped, and the log says why, when another
+    adapter, other switches, moved weights or other trained parameters would make it wrong; of the optimizer's update
+    alone, when its state was replaced (`load_state_dict`) or its betas, weight decay and the like changed.
 
         runner = GraphRunner(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
         for batch in batches:        # padded, on the CPU
@@ -78,17 +85,19 @@ class GraphRunner:
         self._device = device_of(model.backbone)
         self._logged: set[str] = set()
         self._failure: str | None = None
-        self._capture: _CudaCapture | None = None
-        self._rates: list[Tensor] = []
-        # What passes add their gradients to, at the same addresses for ever; known after the first step.
-        self._gradients: list[tuple[nn.Parameter, Tensor]] | None = None
-        self._seen: tuple | None = None
-        self._known: dict[tuple, _Bucket]
-        self._updates: int
-        self._replay_update: Callable | None
-        self._share: Tensor
-        self._forget()
-        if reason := self._why_not_captured():
+        self._capture: Capture | None = None
+        self._held: HeldOptimizer | None = None
+        # What each batch's loss is multiplied by, and for how many batches a step that is.
+        self._share, self._parts = torch.ones((), device=self._device), 1
+        # Known after the first step.
+        self._gradients: HeldGradients | None = None
+        self._seen: dict[str, object] = {}
+        self._weights: list[nn.Parameter] = []
+        self._after_eager = False
+        self._known: dict[tuple, _Bucket] = {}
+        self._updates = 0
+        self._replay_update: Callable | None = None
+        if reason := self._why_not_captured(model.step_plan()) or model.why_not_packed():
             self._say(f"steps run eagerly: {reason}")
 
     @property
@@ -108,38 +117,46 @@ class GraphRunner:
         """
         if not batches or any(batch.get("labels") is None for batch in batches):
             raise ValueError(f"batches must be one or more, each with labels; got {len(batches)}")
-        if reason := self._why_not_packed(batches):
+        # Asked for once in a step: it walks the model.
+        plan = self._model.step_plan()
+        if reason := self._why_not_packed(batches, plan):
             self._say(f"this step is neither packed nor captured: {reason}")
             return self._eager([_moved(batch, self._device) for batch in batches], self._padded_loss)
         task_type, pooling = self._model.packed_task()
         limit = self._model.text_limit()
         packed = [self._buckets.fill(pack(batch, task_type, pooling), limit) for batch in batches]
-        reason = self._why_not_captured()
-        if reason is not None or self._gradients is None:
-            if reason is not None:
-                self._say(f"steps run eagerly: {reason}")
-            loss = self._eager([batch.to(self._device) for batch in packed], self._model.packed_loss)
-            if reason is None:
-                self._hold_gradients()
-            return loss
-        return self._captured(packed)
+        reason = self._why_not_captured(plan)
+        if reason is None:
+            self._drop_what_changed(plan)
+            if self._gradients is not None:
+                return self._captured(packed, self._gradients)
+        else:
+            self._say(f"steps run eagerly: {reason}")
+            if reason == self._failure:
+                self._drop(reason)
+        loss = self._eager([batch.to(self._device) for batch in packed], self._model.packed_loss)
+        if reason is None:
+            self._gradients = HeldGradients(self._model, self._optimizer)
+            self._weights = [p for p in self._model.parameters() if type(p) is nn.Parameter]
+            self._seen = self._taken_for_granted(plan)
+        return loss
 
-    def _captured(self, packed: list[PackedBatch]) -> Tensor:
+    def _captured(self, packed: list[PackedBatch], gradients: HeldGradients) -> Tensor:
         """One step of passes and an update, each replayed where it has been captured."""
-        capture = self._capturing()
-        self._hold_rates()
-        if self._state() != self._seen:
-            self._forget()
-            self._seen = self._state()
-        self._share.fill_(1 / len(packed))
+        if gradients.begin() and not self._after_eager:
+            self._say("gradients that were set to None or replaced are put back: a step zeroes them itself")
+        self._after_eager = False
+        if self._parts != len(packed):
+            self._share.fill_(1 / len(packed))
+            self._parts = len(packed)
         losses = [self._pass(batch) for batch in packed]
         self._average_gradients()
         self._updates += 1
-        if self._updates <= WARM_UP_STEPS:
-            capture.warm_up(self._update)
+        if self._replay_update is None and self._updates > WARM_UP_STEPS:
+            self._replay_update = self._capture_or_say(self._update, "the optimizer")
+        if self._replay_update is None:
+            self._run(self._update)
         else:
-            if self._replay_update is None:
-                self._replay_update = self._capture_or_say(self._update, "the optimizer") or self._update
             self._replay_update()
         # An optimizer's hook does not run in a replay, and what was kept of the prompts is stale.
         count_step()
@@ -149,19 +166,20 @@ class GraphRunner:
         """Forward and backward of one batch; its share of the loss."""
         bucket = self._known.setdefault(batch.sizes, _Bucket())
         bucket.passes += 1
-        may_capture = bucket.passes > WARM_UP_STEPS and self._failure is None
-        if may_capture and bucket.replay is None:
+        if bucket.replay is None and bucket.passes > WARM_UP_STEPS:
             if self.captured >= self._max_graphs:
                 self._say(f"more than {self._max_graphs} sizes of batches: further ones run eagerly")
-                may_capture = False
             else:
-                buffers = bucket.buffers = batch.to(self._device)
-                bucket.replay = self._capture_or_say(lambda: self._accumulate(buffers), "a pass")
-        if not may_capture or bucket.replay is None or bucket.buffers is None:
+                staging = Staging(batch, self._device)
+                bucket.replay = self._capture_or_say(lambda: self._accumulate(staging.batch), "a pass")
+                bucket.staging = staging if bucket.replay else None
+        if bucket.replay is None or bucket.staging is None:
             on_device = batch.to(self._device)
-            return self._capturing().warm_up(lambda: self._accumulate(on_device))
-        _copy_into(bucket.buffers, batch)
-        return bucket.replay().clone()
+            return self._run(lambda: self._accumulate(on_device))
+        bucket.staging.fill(batch)
+        loss = bucket.replay()
+        assert loss is not None
+        return loss.clone()
 
     def _accumulate(self, batch: PackedBatch) -> Tensor:
         loss = self._loss(batch, self._model.packed_loss) * self._share
@@ -171,22 +189,18 @@ class GraphRunner:
     def _update(self) -> None:
         self._clip()
         self._optimizer.step()
-        for _, gradient in self._gradients or ():
-            gradient.zero_()
 
     def _eager(self, batches: list, loss_of: Callable) -> Tensor:
-        """One step without graphs, on batches on the device."""
-        self._optimizer.zero_grad(set_to_none=self._gradients is None)
+        """One step without graphs, on batches on the device: the plain loop, with gradients of its own."""
+        self._after_eager = True
+        self._optimizer.zero_grad()
         losses = []
         for batch in batches:
             loss = self._loss(batch, loss_of) / len(batches)
             loss.backward()
             losses.append(loss.detach())
         self._average_gradients()
-        self._clip()
-        self._optimizer.step()
-        if self._gradients is not None:
-            self._optimizer.zero_grad(set_to_none=False)
+        self._update()
         return sum(losses[1:], losses[0])
 
     def _loss(self, batch: Any, loss_of: Callable) -> Tensor:
@@ -198,140 +212,110 @@ class GraphRunner:
 
     def _clip(self) -> None:
         if self._max_grad_norm is not None:
-            trained = [p for group in self._optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(trained, self._max_grad_norm)
+            nn.utils.clip_grad_norm_(trained_by(self._optimizer), self._max_grad_norm)
 
     def _average_gradients(self) -> None:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                # Sharded gradients have been averaged by who shards them.
-                if parameter.grad is not None and not is_sharded(parameter.grad):
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= dist.get_world_size()
+        for parameter in trained_by(self._optimizer):
+            # Sharded gradients have been averaged by who shards them.
+            if parameter.grad is not None and not is_sharded(parameter.grad):
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
 
-    def _hold_gradients(self) -> None:
-        """Keep the gradients that an eager step made, at zero: from here on passes add to them."""
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
-        for _, gradient in self._gradients:
-            gradient.zero_()
+    def _drop_what_changed(self, plan: StepPlan) -> None:
+        """Drop what would be wrong if it were replayed now, and bring learning rates to where it reads them."""
+        if self._gradients is not None:
+            now = self._taken_for_granted(plan)
+            if changed := [why for why, value in now.items() if value != self._seen[why]]:
+                self._drop(changed[0])
+        if self._gradients is None:
+            return
+        if self._held is None:
+            self._held = HeldOptimizer(self._optimizer, self._device, self._capturing().capturable)
+        if reason := self._held.hold():
+            self._drop_update(reason)
 
-    def _hold_rates(self) -> None:
-        """Keep step counts and learning rates on the device, at the same addresses, whatever a scheduler writes."""
-        groups = self._optimizer.param_groups
-        if len(self._rates) != len(groups):
-            self._rates = [torch.zeros((), dtype=torch.float32, device=self._device) for _ in groups]
-        for group, rate in zip(groups, self._rates):
-            group["capturable"] = True
-            if group["lr"] is not rate:
-                rate.fill_(group["lr"])
-                group["lr"] = rate
-        for state in self._optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].to(self._device)
+    def _taken_for_granted(self, plan: StepPlan) -> dict[str, object]:
+        """What the captured passes have taken the addresses of, or otherwise rely on, by what to say if it changes."""
+        trained = trained_by(self._optimizer)
+        return {
+            "another adapter is active": self._model.active_adapter,
+            "the model's switches changed": replace(plan, reasons=()),
+            # Held gradients keep the parameters alive, so that no other one can have their ids.
+            "the optimizer trains other parameters": [(id(p), p.requires_grad) for p in trained],
+            "weights were moved or cast": [p.data_ptr() for p in self._weights],
+        }
 
-    def _state(self) -> tuple:
-        """What the graphs have taken the addresses of, or have taken for granted."""
-        held = [(id(parameter.grad), parameter.data_ptr()) for parameter, _ in self._gradients or ()]
-        states = [id(value) for state in self._optimizer.state.values() for value in state.values()]
-        model = self._model
-        base = next(model.backbone.parameters())
-        return (held, states, model.active_adapter, model.training, model.step_plan(), base.data_ptr(), base.dtype)
+    def _drop(self, why: str) -> None:
+        """Forget everything that was captured and the gradients it adds to: the next step is the first one again."""
+        if self.captured or self._replay_update is not None:
+            logger.info("graph runner: captured steps are dropped: %s", why)
+        self._known, self._gradients, self._replay_update, self._updates = {}, None, None, 0
 
-    def _forget(self) -> None:
-        """Drop every graph."""
-        self._known = {}
-        self._updates = 0
-        self._replay_update = None
-        self._share = torch.ones((), device=self._device)
-        for parameter, gradient in self._gradients or ():
-            gradient.zero_()
-            parameter.grad = gradient
+    def _drop_update(self, why: str) -> None:
+        """Forget the captured update alone."""
+        if self._replay_update is not None:
+            logger.info("graph runner: the captured update is dropped: %s", why)
+        self._replay_update, self._updates = None, 0
 
-    def _capturing(self) -> _CudaCapture:
-        """What captures; made when it is asked for, since it needs CUDA."""
+    def _capturing(self) -> Capture:
+        """What captures; made when it is asked for, since it needs the device."""
         if self._capture is None:
-            self._capture = _CudaCapture(self._device)
+            self._capture = CAPTURES[self._device.type](self._device)
         return self._capture
 
-    def _capture_or_say(self, call: Callable, what: str) -> Callable | None:
-        """The replay of a call; None, and no further captures, where the device refuses one."""
+    def _run(self, call: Callable[[], T]) -> T:
+        """Run a call as it will be captured; after a failed capture, away from the stream on which it failed."""
+        return call() if self._failure is not None else self._capturing().warm_up(call)
+
+    def _capture_or_say(self, call: Callable, what: str) -> Callable[[], Tensor | None] | None:
+        """The replay of a call; None, and no further captures, where one is refused."""
+        if self._failure is not None:
+            return None
         try:
             return self._capturing()(call)
-        except RuntimeError as error:
-            self._failure = f"{what} could not be captured: {str(error).splitlines()[0]}"
-            self._say(self._failure)
+        except Exception as error:
+            line = (str(error).strip().splitlines() or ["no reason given"])[0]
+            self._failure = f"{what} could not be captured: {type(error).__name__}: {line}"
+            self._say(f"steps run eagerly: {self._failure}")
+            # Nothing has run, so what was added up before is as it was, wherever the call has put it.
+            if self._gradients is not None:
+                self._gradients.put_back()
             return None
 
     def _padded_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self._model(**batch).loss
 
-    def _why_not_packed(self, batches: Sequence[Mapping[str, Tensor]]) -> str | None:
+    def _why_not_packed(self, batches: Sequence[Mapping[str, Tensor]], plan: StepPlan) -> str | None:
         reason = self._model.why_not_packed()
         if reason is not None:
             return reason
-        if gathered_by := self._model.step_plan().gathered_by:
-            return f"only the model's own forward brings the weights: {gathered_by}"
+        if plan.gathered_by:
+            return f"only the model's own forward brings the weights: {plan.gathered_by}"
         others = {name for batch in batches for name, value in batch.items() if value is not None} - set(INPUTS)
         if others:
             return f"the batch has {', '.join(sorted(others))}"
         masks = [batch.get("attention_mask") for batch in batches]
         return "attention_mask is not (B, N)" if any(m is not None and m.dim() != 2 for m in masks) else None
 
-    def _why_not_captured(self) -> str | None:
+    def _why_not_captured(self, plan: StepPlan) -> str | None:
         if self._failure is not None:
             return self._failure
-        if self._device.type != "cuda":
+        if self._device.type not in CAPTURES:
             return f"the model is on the device type {self._device.type!r}, which has no CUDA graphs"
-        if not self._model.step_plan().cuda_graphs:
+        if not plan.cuda_graphs:
             return "step_options.cuda_graphs is off, or the model is not training"
         if any("capturable" not in group for group in self._optimizer.param_groups):
             return f"{type(self._optimizer).__name__} cannot be captured"
         if getattr(self._model.backbone, "gradient_checkpointing", False):
             return "gradient checkpointing reads the random state, which a capture forbids"
-        return self._model.why_not_packed()
+        return None
 
     def _say(self, line: str) -> None:
         if line not in self._logged:
             self._logged.add(line)
             logger.info("graph runner: %s", line)
-
-
-class _CudaCapture:
-    """Captures calls in CUDA graphs that share one memory pool: their replays never overlap."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-
-    def warm_up(self, call: Callable[[], T]) -> T:
-        """Run a call on the stream on which it will be captured."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = call()
-        current.wait_stream(self._stream)
-        return result
-
-    def __call__(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Capture a call without running it; what comes back runs it and returns the same tensor each time."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            result = call()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
-
-
-def _copy_into(buffer: PackedBatch, batch: PackedBatch) -> None:
-    for name, tensor in batch.tensors().items():
-        getattr(buffer, name).copy_(tensor, non_blocking=True)
 
 
 def _moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ptv2_fast.step.capture import CAPTURES
+
 # Evaluation reads logits and states, and few would wait for a compiler there.
 _TRAINING_ALONE = ("labelled_rows_loss", "last_rows", "compile_layers")
 
@@ -97,7 +99,7 @@ def plan_step(
         "fused_projections": (training and on_cuda, "training on CUDA"),
         "last_rows": (training, "training"),
         "compile_layers": (False, "unless asked for"),
-        "cuda_graphs": (training and on_cuda, "training on CUDA"),
+        "cuda_graphs": (training and device.type in CAPTURES, "training on CUDA"),
     }
     decided, reasons = {}, []
     for name, (pays, where) in rules.items():

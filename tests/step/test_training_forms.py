@@ -13,6 +13,7 @@ from tiny_models import tiny_base, tiny_model, tiny_prompts
 from tolerances import assert_equal
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.stand_in import captured_on_cpu
 from ptv2_fast import get_ptv2_model
 from ptv2_fast.step.graph_runner import GraphRunner
 from ptv2_fast.step.options import StepOptions
@@ -21,7 +22,7 @@ OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
 # Compiled layers have their own tests: each variant compiles for seconds.
 ON = StepOptions(**{field.name: field.name != "compile_layers" for field in fields(StepOptions)})
 CASES = [("bert", "TOKEN_CLS"), ("bert", "SEQ_CLS"), ("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM")]
-STEPS = 4
+STEPS = 6
 
 
 def _batch(task: str, step: int, rows: int = 4) -> dict[str, torch.Tensor]:
@@ -126,6 +127,10 @@ def _train_one_rank(rank: int, world: int, port: int, results: mp.SimpleQueue) -
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     found = [_rank_losses(rank, world, with_runner) for with_runner in (False, True)]
+    # Long enough for replays: gradients are averaged between a captured pass and the captured update.
+    with captured_on_cpu() as counts:
+        found.append(_rank_losses(rank, world, True))
+    assert counts.replays > 0
     if rank == 0:
         results.put(found)
     dist.destroy_process_group()

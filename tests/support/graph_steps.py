@@ -1,0 +1,123 @@
+"""Models, batches and the plain loop that steps of a graph runner are held to."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from tiny_models import tiny_model
+from tolerances import assert_equal
+
+from ptv2_fast import HeadConfig
+from ptv2_fast.step.graph_runner import GraphRunner
+from ptv2_fast.step.options import StepOptions
+from ptv2_fast.step.packed import Buckets
+
+OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
+SMALL = Buckets(tokens=8, rows=2, targets=4)
+# Every batch of these tests is of one size then.
+WIDE = Buckets(tokens=32, rows=4, targets=32)
+OWN = {"own": 3}
+LAST = HeadConfig("SEQ_CLS", 3, pooling="last")
+CASES = {
+    "bert tags, base head": ("bert", "deep", "TOKEN_CLS", {}),
+    "roberta tags, own head": ("roberta", "prefix", "TOKEN_CLS", {"heads": OWN}),
+    "bert rows, first token": ("bert", "deep", "SEQ_CLS", {"heads": OWN}),
+    "llama rows, last token": ("llama", "deep", "SEQ_CLS", {"heads": {"own": LAST}}),
+    "llama text": ("llama", "deep", "CAUSAL_LM", {}),
+    "gpt2 text": ("gpt2", "shallow", "CAUSAL_LM", {}),
+    "deberta tags": ("deberta-v2", "deep", "TOKEN_CLS", {}),
+    "mpnet rows, first token": ("mpnet", "prefix", "SEQ_CLS", {"heads": OWN}),
+    "qwen3 text": ("qwen3", "prefix", "CAUSAL_LM", {}),
+}
+
+
+def model_of(case):
+    """The model of a case, the same every time, in training mode."""
+    family, injection, task, config = CASES[case]
+    changes = {} if task == "CAUSAL_LM" or config else {"classifier_dropout": 0.0}
+    torch.manual_seed(5)
+    return tiny_model(family, injection, task, base_changes=changes, **config).train()
+
+
+def batches_of(task, count=6, seed=0):
+    """Batches of different sizes, padded on either side."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(2, 5), (3, 7), (2, 4)]
+    batches = []
+    for step in range(count):
+        rows, tokens = sizes[step % len(sizes)]
+        lengths = torch.randint(2, tokens + 1, (rows,), generator=generator)
+        mask = (torch.arange(tokens) < lengths[:, None]).long()
+        mask = mask if step % 2 else mask.flip(1)
+        ids = torch.randint(3, 30, (rows, tokens), generator=generator).masked_fill(mask == 0, 1)
+        if task == "SEQ_CLS":
+            labels = torch.randint(0, 3, (rows,), generator=generator)
+        else:
+            labels = torch.randint(0, 3, (rows, tokens), generator=generator)
+            inside = mask if task == "TOKEN_CLS" else (mask.cumsum(-1) > 1) & (mask == 1)
+            labels = labels.masked_fill(inside == 0, -100)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def optimizer_of(model):
+    """AdamW over what trains."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def plain_losses(case, batches, accumulate=1):
+    """Losses of a loop with every switch off and nothing packed."""
+    model = model_of(case)
+    model.step_options = OFF
+    optimizer = optimizer_of(model)
+    groups = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
+    return torch.stack([plain_step(model, optimizer, group) for group in groups])
+
+
+def compare_steps(case, steps, *, between=None, make=optimizer_of, accumulate=1, max_grad_norm=None, batches=None):
+    """Steps of a graph runner beside the plain loop's: the same losses, and the same gradients left behind.
+
+    Args:
+        between: (step, model, optimizer) called before each step of both.
+        make: (model) -> optimizer.
+        batches: (step) -> batch; one of one size unless given.
+
+    Returns:
+        the runner.
+    """
+    model, plain = model_of(case), model_of(case)
+    plain.step_options = OFF
+    optimizers = [make(m) for m in (model, plain)]
+    runner = GraphRunner(model, optimizers[0], buckets=WIDE, max_grad_norm=max_grad_norm)
+    drawn = batches_of(CASES[case][2], count=steps * accumulate)
+    for step in range(steps):
+        for m, optimizer in zip((model, plain), optimizers):
+            if between is not None:
+                between(step, m, optimizer)
+            m.train()
+        plain.step_options = OFF
+        group = drawn[step * accumulate : (step + 1) * accumulate] if batches is None else [batches(step)]
+        loss = runner.step(*group)
+        expected = plain_step(plain, optimizers[1], group, max_grad_norm)
+        assert_equal(loss, expected, f"loss of step {step}")
+        for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters()):
+            assert (ours.grad is None) == (theirs.grad is None), (name, step)
+            if theirs.grad is not None:
+                assert_equal(ours.grad, theirs.grad, f"gradient of {name} in step {step}")
+    return runner
+
+
+def plain_step(model, optimizer, group, max_grad_norm=None):
+    """One step of the loop that everybody writes."""
+    optimizer.zero_grad()
+    total = torch.zeros(())
+    for batch in group:
+        loss = model(**batch).loss / len(group)
+        loss.backward()
+        total += loss.detach()
+    if max_grad_norm is not None:
+        trained = [p for g in optimizer.param_groups for p in g["params"]]
+        torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
+    optimizer.step()
+    return total
