@@ -48,6 +48,35 @@ FEATURES: dict[str, dict[str, Any]] = {
         "bias": True, "prompt_bias": True,
     },
 }  # fmt: skip
+# What the cells of the benchmarks launch besides, on Hopper: short prompts in smaller tiles, masks of bytes as models
+# hand them over, banks of full entries, dropout of packed rows, a decoding step of many rows.
+CELLS: dict[str, dict[str, Any]] = {
+    **{f"{name}P{length}": {"head_dims": (64,), "prompt": length, **options}
+       for name, options in {"": {}, "padded ": {"bytes_mask": True}, "packed ": {"packed": True}}.items()
+       for length in (8, 20)},
+    "padded": {"head_dims": (64, 128), "bytes_mask": True},
+    "padded dropout": {"head_dims": (64,), "bytes_mask": True, "dropout_p": 0.1},
+    "padded dropout P20": {"head_dims": (64,), "bytes_mask": True, "dropout_p": 0.1, "prompt": 20},
+    "packed dropout": {"head_dims": (64,), "packed": True, "dropout_p": 0.1},
+    "packed dropout P20": {"head_dims": (64,), "packed": True, "dropout_p": 0.1, "prompt": 20},
+    "bank": {"head_dims": (64, 128), "bank": True, "full": True},
+    "bank P20": {"head_dims": (64,), "bank": True, "full": True, "prompt": 20},
+    "padded bank": {"head_dims": (64,), "bank": True, "full": True, "bytes_mask": True},
+    "padded bank P20": {"head_dims": (64,), "bank": True, "full": True, "bytes_mask": True, "prompt": 20},
+    **{f"causal group {group}{form}{name}": {"head_dims": (128,), "causal": True, "group": group, **own, **prompt}
+       for group, (form, own), (name, prompt) in itertools.product(
+           (2, 4), {"": {}, " padded": {"bytes_mask": True}, " packed": {"packed": True}}.items(),
+           {"": {}, " P20": {"prompt": 20}}.items())},
+    "causal group 4 bank": {"head_dims": (128,), "causal": True, "group": 4, "bank": True, "full": True},
+    # The mask of a growing cache has rows of any length.
+    **{f"decode group {group} B{rows} of {tokens}": {
+           "head_dims": (128,), "causal": True, "group": group, "rows": rows, "tokens": tokens, "bytes_mask": True,
+           "only": "decode"}
+       for group, rows in ((2, 8), (2, 64), (4, 1), (4, 8), (4, 64)) for tokens in (250, 256)},
+    **{f"projection P{length}{' bias' if bias else ''}": {
+           "head_dims": (64,), "prompt": length, "projection_bias": bias, "only": "projection"}
+       for length in (8, 20, 64) for bias in (False, True)},
+}  # fmt: skip
 DIGEST_MARK = "<!-- digest -->"
 
 
@@ -87,55 +116,68 @@ def all_cases() -> list[Case]:
     """The table's cases.
 
     Every row of launch configurations in every dtype on every card, with nothing and with everything. In bf16 also AMD,
-    head sizes that are smaller or padded (on Hopper; they have their row's tiles), and each feature set.
+    head sizes that are smaller or padded (on Hopper; they have their row's tiles), each feature set, and the cells of
+    the benchmarks.
     """
     rows = itertools.product(ARCHITECTURES, DTYPES, HEAD_DIMS, ("plain", "everything"))
     feature_sets = itertools.product(ARCHITECTURES, ("bf16",), (64, 128), FEATURES)
     head_dims = itertools.product((90,), ("bf16",), OTHER_HEAD_DIMS, ("plain",))
     amd = itertools.product((launch.GFX942,), ("bf16",), (64, 128), ("plain",))
-    return list(dict.fromkeys(Case(*case) for case in itertools.chain(rows, amd, head_dims, feature_sets)))
+    cells = [(90, "bf16", head_dim, name) for name, options in CELLS.items() for head_dim in options["head_dims"]]
+    return list(dict.fromkeys(Case(*case) for case in itertools.chain(rows, amd, head_dims, feature_sets, cells)))
 
 
 def record_case(case: Case) -> list[launch.Launch]:
-    """The launches of a forward, a full backward, a decoding step and a projection, on stand-in tensors."""
-    options = FEATURES[case.features]
-    dtype, device = DTYPES[case.dtype], torch.device("cpu")
-    rows, kv_heads, tokens, prompt_length = 4, 2, 256, 64
+    """The launches of a forward, a full backward, a decoding step and a projection, on stand-in tensors.
+
+    Of a cell of the benchmarks those that it is about: a step's, or decoding's, or a projection's.
+    """
+    options = (FEATURES | CELLS)[case.features]
+    only = options.get("only", "step" if case.features in CELLS else None)
+    dtype = DTYPES[case.dtype]
+    rows, kv_heads, tokens = options.get("rows", 4), 2, options.get("tokens", 256)
+    prompt_length = options.get("prompt", 64)
     heads = kv_heads * int(options.get("group", 1))
     entries = 3 if options.get("bank") else 1
     packed = bool(options.get("packed"))
 
     def tensor(count: int) -> torch.Tensor:
         shape = (rows * tokens, count, case.head_dim) if packed else (rows, tokens, count, case.head_dim)
-        made = torch.zeros(shape, dtype=dtype, device=device)
+        made = torch.zeros(shape, dtype=dtype)
         return made if packed else made.transpose(1, 2)
 
     q, k, v = tensor(heads), tensor(kv_heads), tensor(kv_heads)
     prompt_k, prompt_v = (torch.zeros(entries, kv_heads, prompt_length, case.head_dim, dtype=dtype) for _ in range(2))
+    mask = torch.bool if options.get("bytes_mask") else torch.int64 if options.get("key_mask") else None
+    has_lens = entries > 1 and not options.get("full")
     arguments: dict[str, Any] = {
         "causal": bool(options.get("causal")), "window": options.get("window"), "softcap": options.get("softcap"),
         "dropout_p": options.get("dropout_p", 0.0), "seed": torch.zeros(1, dtype=torch.int64),
-        "key_mask": torch.ones(rows, tokens, dtype=torch.int64) if options.get("key_mask") else None,
+        "key_mask": None if mask is None else torch.ones(rows, tokens, dtype=mask),
         "cu_seqlens": torch.arange(rows + 1, dtype=torch.int32) * tokens if packed else None,
         "max_seqlen": tokens if packed else None,
         "prompt_index": torch.zeros(rows, dtype=torch.int64) if entries > 1 else None,
-        "prompt_lens": torch.full((entries,), prompt_length, dtype=torch.int32) if entries > 1 else None,
+        "prompt_lens": torch.full((entries,), prompt_length, dtype=torch.int32) if has_lens else None,
         "prompt_bias": torch.zeros(entries, heads, prompt_length) if options.get("prompt_bias") else None,
         "bias": torch.zeros(1, heads, tokens, tokens, dtype=dtype) if options.get("bias") else None,
     }  # fmt: skip
     with launch.record(case.arch) as launches:
-        output, lse = prompt_attention_forward(q, k, v, prompt_k, prompt_v, **arguments)
-        needs = Needs(query=True, text=True, prompt=True, prompt_bias=bool(options.get("prompt_bias")),
-                      bias=bool(options.get("bias")))
-        prompt_attention_backward(output, q, k, v, prompt_k, prompt_v, output, lse, needs=needs, **arguments)
-        if not packed:
+        if only in (None, "step"):
+            output, lse = prompt_attention_forward(q, k, v, prompt_k, prompt_v, **arguments)
+            needs = Needs(query=True, text=True, prompt=True, prompt_bias=bool(options.get("prompt_bias")),
+                          bias=bool(options.get("bias")))
+            prompt_attention_backward(output, q, k, v, prompt_k, prompt_v, output, lse, needs=needs, **arguments)
+        if only in (None, "decode") and not packed:
             one_query = {"dropout_p": 0.0, "bias": arguments["bias"] if arguments["bias"] is None
                          else arguments["bias"][:, :, :1]}  # fmt: skip
             prompt_attention_decode(q[:, :, :1], k, v, prompt_k, prompt_v, **arguments | one_query)
-        weights = [torch.zeros(2 * kv_heads * case.head_dim, 1024, dtype=dtype) for _ in range(2)]
-        x = torch.zeros(2, prompt_length, 1024, dtype=dtype, requires_grad=True)
-        y = prompt_projection(x, weights)
-        y.backward(torch.zeros_like(y))
+        if only in (None, "projection"):
+            features = 2 * kv_heads * case.head_dim
+            weights = [torch.zeros(features, 1024, dtype=dtype) for _ in range(2)]
+            biases = [torch.zeros(features, dtype=dtype) for _ in range(2)] if options.get("projection_bias") else None
+            x = torch.zeros(2, prompt_length, 1024, dtype=dtype, requires_grad=True)
+            y = prompt_projection(x, weights, biases)
+            y.backward(torch.zeros_like(y))
     return launches
 
 
@@ -256,7 +298,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=[*ARCHITECTURES, launch.GFX942])
     parser.add_argument("--head-dim", type=int, nargs="*", default=[*HEAD_DIMS, *OTHER_HEAD_DIMS])
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES))
-    parser.add_argument("--features", nargs="*", default=list(FEATURES))
+    parser.add_argument("--features", nargs="*", default=[*FEATURES, *CELLS])
     parser.add_argument("--kernel", nargs="*", default=[], help="only these, as the table names them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     chosen = parser.parse_args()

@@ -59,21 +59,30 @@ def fingerprint(recorded: launch.Launch) -> str:
 
     The same with and without the interpreter, and blind to comments, docstrings and line breaks.
     """
-    arguments = sorted((name, _kind(name, value)) for name, value in recorded.arguments.items())
+    sizes = _unspecialized(recorded.kernel)
+    arguments = sorted((name, _kind(name, value, name not in sizes)) for name, value in recorded.arguments.items())
     text = repr((_source(recorded.kernel), arguments))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _kind(name: str, value: object) -> str:
+def _unspecialized(kernel: Any) -> set[str]:
+    """The arguments that are compiled for any value; an interpreted kernel knows them by another name."""
+    if hasattr(kernel, "params"):
+        return {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    return set(kernel.kwargs["do_not_specialize"] or ())
+
+
+def _kind(name: str, value: object, specialize: bool) -> str:
     """What the compiler may know of an argument; compile-time ones have upper-case names."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype)
     if isinstance(value, tuple):
-        return repr([_kind(name, item) for item in value])
+        return repr([_kind(name, item, specialize) for item in value])
     if isinstance(value, float):
         return "float"
     if isinstance(value, int) and not name.isupper() and name not in OPTIONS:
-        return f"int one={value == 1} even={value % 16 == 0} long={not -(2**31) <= value < 2**31}"
+        known = f" one={value == 1} even={value % 16 == 0}" if specialize else ""
+        return f"int{known} long={not -(2**31) <= value < 2**31}"
     return str(value)
 
 

@@ -252,6 +252,23 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
+def allocate_statistics(shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Fresh float32 numbers of each query, (..., N), in rows that begin at multiples of 16.
+
+    Triton compiles a kernel once for strides that are such multiples and once for others: N changes from batch to
+    batch, and the second kind would stop a training run for seconds.
+    """
+    *rows, tokens = shape
+    return allocate((*rows, -(-tokens // 16) * 16), torch.float32, device)[..., :tokens]
+
+
+def allocate_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Fresh memory with the shape, strides and dtype of a tensor whose elements lie in places of their own."""
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    fresh = allocate((reach if tensor.numel() else 0,), tensor.dtype, tensor.device)
+    return fresh.as_strided(tensor.shape, tensor.stride())
+
+
 def allocate_heads(like: torch.Tensor) -> torch.Tensor:
     """A fresh (B, H, N, d) tensor laid out as (B, N, H, d), so that merging the heads is a free reshape."""
     batch, heads, tokens, head_dim = like.shape

@@ -9,7 +9,7 @@ import torch
 
 from ptv2_fast.kernels import launch
 
-_NO_STRIDES = (0, 0, 0, 0)
+NO_STRIDES = (0, 0, 0, 0)
 
 
 def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -22,8 +22,9 @@ def _as_heads(tensor: torch.Tensor, packed: bool) -> torch.Tensor:
     return launch.tile_safe(tensor.transpose(0, 1).unsqueeze(0) if packed else tensor)
 
 
-def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    return _NO_STRIDES if tensor is None else tensor.stride()
+def strides_of(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    """A tensor's strides, or four zeros."""
+    return NO_STRIDES if tensor is None else tensor.stride()
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,9 @@ class Problem:
 
     def config(self, kernel_pass: str) -> launch.LaunchConfig:
         """The launch configuration for a pass over this problem."""
-        extras = (self.seed, self.bias, self.prompt_bias, self.softcap)
-        crowded = any(extra is not None for extra in extras)
+        bias = None if kernel_pass == "backward_prompt" else self.bias
+        prompt_bias = None if kernel_pass == "backward_text" else self.prompt_bias
+        crowded = any(extra is not None for extra in (self.seed, self.softcap, bias, prompt_bias))
         return launch.choose_config(
             launch.architecture(self.q.device), self.head_dim, self.q.dtype, kernel_pass, crowded)
 
@@ -149,8 +151,8 @@ class Problem:
             "cu_seqlens_ptr": self.cu_seqlens, "seed_ptr": self.seed,
             "q_strides": self.q.stride(), "k_strides": self.k.stride(), "v_strides": self.v.stride(),
             "prompt_k_strides": self.prompt_k.stride(), "prompt_v_strides": self.prompt_v.stride(),
-            "key_mask_strides": _strides(self.key_mask), "bias_strides": _broadcast_strides(self.bias),
-            "prompt_bias_strides": _strides(self.prompt_bias),
+            "key_mask_strides": strides_of(self.key_mask), "bias_strides": _broadcast_strides(self.bias),
+            "prompt_bias_strides": strides_of(self.prompt_bias),
             "num_queries": self.num_queries, "num_keys": self.num_keys, "prompt_length": self.prompt_length,
             "num_heads": self.num_heads, "scale": self.scale, "softcap": float(self.softcap or 1.0),
             "window": self.window or 0, "dropout_p": self.dropout_p,
@@ -170,7 +172,7 @@ class Problem:
 def _broadcast_strides(bias: torch.Tensor | None) -> tuple[int, ...]:
     """Strides of a (1 or B, 1 or H, N, M) bias, 0 along the axes it is broadcast over."""
     if bias is None:
-        return _NO_STRIDES
+        return NO_STRIDES
     return tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
 
 

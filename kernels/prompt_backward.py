@@ -23,7 +23,7 @@ from ptv2_fast.kernels.key_gradients import (
     _prompt_attention_backward_text_kernel,
     _sum_slots_kernel,
 )
-from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
+from ptv2_fast.kernels.problem import NO_STRIDES, UNSPECIALIZED, Problem, strides_of
 from ptv2_fast.kernels.tiles import (
     block_start,
     count_blocks,
@@ -167,6 +167,16 @@ def _prompt_attention_backward_query_kernel(
                num_queries - start_m, dq * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
+# What a kernel does not read must not make another version of it.
+_UNREAD_BY_TEXT = {
+    "prompt_index_ptr": None, "prompt_lens_ptr": None, "prompt_bias_ptr": None, "prompt_bias_strides": NO_STRIDES,
+    "HAS_PROMPT": True,
+}  # fmt: skip
+_UNREAD_BY_PROMPT = {
+    "prompt_index_ptr": None, "key_mask_ptr": None, "key_mask_strides": NO_STRIDES, "bias_ptr": None,
+    "bias_strides": NO_STRIDES, "window": 0, "IS_CAUSAL": False, "HAS_WINDOW": False,
+}  # fmt: skip
+
 _ThreeGradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -234,8 +244,8 @@ def prompt_attention_backward(
 
 def _delta(problem: Problem, grad_output: torch.Tensor, output: torch.Tensor, lse: torch.Tensor,
            config: launch.LaunchConfig | None) -> torch.Tensor:
-    """rowsum(grad_output * output), lse's shape."""
-    delta = launch.allocate(lse.shape, torch.float32, lse.device)
+    """rowsum(grad_output * output), with lse's shape and strides: kernels read both by the same offsets."""
+    delta = launch.allocate_like(lse)
     block_m = (config or problem.config("backward_query")).block_m
     num_tiles = triton.cdiv(problem.num_queries, block_m)
     num_programs = num_tiles * problem.num_heads * problem.num_rows
@@ -277,9 +287,9 @@ def _text_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
     num_tiles = triton.cdiv(problem.num_keys, config.block_n)
     num_programs = num_tiles * problem.num_kv_heads * problem.num_rows
     launch.run(
-        _prompt_attention_backward_text_kernel, (num_programs,), dk.device, **problem.inputs(), **saved, dk_ptr=dk,
-        dv_ptr=dv, dbias_ptr=dbias, dk_strides=dk.stride(), dv_strides=dv.stride(),
-        dbias_strides=(0, 0, 0, 0) if dbias is None else dbias.stride(), num_tiles=num_tiles, **problem.switches(),
+        _prompt_attention_backward_text_kernel, (num_programs,), dk.device,
+        **problem.inputs() | problem.switches() | _UNREAD_BY_TEXT, **saved, dk_ptr=dk, dv_ptr=dv, dbias_ptr=dbias,
+        dk_strides=dk.stride(), dv_strides=dv.stride(), dbias_strides=strides_of(dbias), num_tiles=num_tiles,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, **config.options)
     return dk, dv, None if bias is None or dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
 
@@ -314,12 +324,13 @@ def _prompt_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
     dbias_slots = None if dbias is None else launch.allocate((num_splits, *bias_shape), torch.float32, device)
     launch.run(
         _prompt_attention_backward_prompt_kernel, (num_programs * num_splits,), device,
-        **problem.inputs(), **saved, row_order_ptr=row_order, row_bounds_ptr=row_bounds,
+        **problem.inputs() | problem.switches() | _UNREAD_BY_PROMPT, **saved, row_order_ptr=row_order,
+        row_bounds_ptr=row_bounds,
         dk_slots_ptr=dk_slots, dv_slots_ptr=dv_slots, dbias_slots_ptr=dbias_slots,
         slot_strides=dk_slots.stride()[1:],
         dbias_strides=(0, 0, 0) if dbias_slots is None else dbias_slots.stride()[1:],
         num_tiles=num_tiles, num_rows=problem.num_rows, num_entries=shape[0], num_splits=num_splits,
-        slot_size=dk.numel(), bias_slot_size=0 if dbias is None else dbias.numel(), **problem.switches(),
+        slot_size=dk.numel(), bias_slot_size=0 if dbias is None else dbias.numel(),
         HEADS_IN_LOOP=heads_in_loop, BLOCK_M=config.block_m, BLOCK_P=block_p, **config.options)
     _sum_slots(dk_slots, dv_slots, dk, dv)
     if dbias_slots is not None and dbias is not None:

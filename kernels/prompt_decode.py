@@ -199,7 +199,8 @@ def prompt_attention_decode(
         _merge_chunks_kernel, (num_rows,), q.device, partial_o_ptr=partial_o, partial_lse_ptr=partial_lse,
         o_ptr=output, lse_ptr=lse, o_strides=output.stride(), num_rows=num_rows, num_chunks=num_chunks,
         num_heads=heads, num_queries=queries, HEAD_DIM=head_dim, BLOCK_D=launch.padded_head_dim(head_dim),
-        BLOCK_C=max(2, triton.next_power_of_2(num_chunks)), num_warps=1)
+        # The number of chunks grows with the cache: not one version of the kernel for each power of two.
+        BLOCK_C=max(64, triton.next_power_of_2(num_chunks)), num_warps=1)
     return output, lse
 
 

@@ -166,8 +166,8 @@ def prompt_attention_forward(
             scale: factor on the dot products, positive; 1 / sqrt(d) when absent.
             dropout_p, seed: attention dropout in [0, 1) and its seed, int64 of one element on q's device.
     Returns:
-        o like q, laid out (B, N, H, d) in memory, and lse (B, H, N) float32, natural logarithm ((H, T) packed). A
-        query that sees no key has o = 0 and lse = -inf.
+        o like q, laid out (B, N, H, d) in memory, and lse (B, H, N) float32, natural logarithm ((H, T) packed), whose
+        rows may lie further apart than they are long. A query that sees no key has o = 0 and lse = -inf.
     Raises:
         ValueError: scale is not positive, or prompt_index or seed is missing where it is needed.
     """
@@ -175,7 +175,7 @@ def prompt_attention_forward(
     output = launch.allocate_heads(problem.q)
     tokens = problem.q.shape[2]
     lse_shape = (problem.num_heads, tokens) if problem.packed else (q.shape[0], problem.num_heads, tokens)
-    lse = launch.allocate(lse_shape, torch.float32, q.device)
+    lse = launch.allocate_statistics(lse_shape, q.device)
     config = config or problem.config("forward")
     num_tiles = triton.cdiv(problem.num_queries, config.block_m)
     num_programs = num_tiles * problem.num_heads * problem.num_rows

@@ -36,7 +36,6 @@ from ptv2_fast.models.rows import gather_rows
 from ptv2_fast.models.slots import by_slots
 from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
 from ptv2_fast.persistence import Persistence
-from ptv2_fast.prompts.keys_values import stack_bank
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.recomputation import Recomputation
 from ptv2_fast.step.labelled_rows import balances_experts
@@ -350,8 +349,9 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         if len(names) == 1 and names[0] != BASE_ROW:
             return self._sources[names[0]](backend), None
         members = sorted(set(names))
-        nothing = (None,) * self._family.sizes(self.backbone).num_layers
-        bank = stack_bank([nothing if n == BASE_ROW else self._sources[n](backend) for n in members])
+        if members == [BASE_ROW]:
+            return (None,) * self._family.sizes(self.backbone).num_layers, [0] * len(names)
+        bank = PromptSource.bank([None if n == BASE_ROW else self._sources[n] for n in members], backend)
         return bank, [members.index(name) for name in names]
 
     def _row_names(self, adapter_names: Sequence[str] | None, inputs: Mapping[str, Any]) -> tuple[str, ...]:

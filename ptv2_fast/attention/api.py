@@ -62,7 +62,7 @@ def prompt_attention(
         return_lse: also return the natural log-sum-exp of each query's scores, without gradient.
 
     Returns:
-        (B, H, N, D), or (T, H, D) packed; with `return_lse` also float32 (B, H, N) or (H, T) (the
+        (B, H, N, D), or (T, H, D) packed; with `return_lse` also float32 (B, H, N) or (H, T), any strides (the
         reference keeps its own dtype). A query that sees no key gives zeros and -inf, never NaN.
 
     Raises:

@@ -162,7 +162,20 @@ def padding_mask(
         device = kwargs.get("device") or getattr(q_offset, "device", None)
         written = torch.arange(kv_length, device=device)[None, :] + kv_offset <= q_offset
         mask = written.expand(batch_size, -1) if mask is None else mask & written
+    if mask is not None and mask.is_cuda and q_length > 1 and not torch.compiler.is_compiling():
+        mask = _even_rows(mask)
     return mask
+
+
+def _even_rows(mask: Tensor) -> Tensor:
+    """A (B, M) mask with rows that begin at multiples of 16.
+
+    Triton compiles a kernel once for strides that are such multiples and once for others: a batch of another M would
+    stop a training run for seconds. One copy a forward pass, none where M is a multiple.
+    """
+    keys = mask.shape[1]
+    missing = -keys % 16
+    return torch.nn.functional.pad(mask, (0, missing))[:, :keys] if missing else mask
 
 
 def check_served(inputs: Mapping[str, Any], config: PretrainedConfig) -> None:

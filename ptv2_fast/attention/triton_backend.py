@@ -85,13 +85,18 @@ def _kernel_arguments(
     }
 
 
+def _by_decode(q: Tensor, cu_seqlens: Tensor | None, dropout_p: float) -> bool:
+    """Whether the kernel for few queries serves the forward pass."""
+    return cu_seqlens is None and dropout_p == 0.0 and q.shape[2] <= DECODE_QUERIES
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     arguments = _kernel_arguments(*rest)
     # Both functions give the same (o, lse), so what needs a gradient may take the short road as
     # well.
-    if arguments["cu_seqlens"] is None and arguments["dropout_p"] == 0.0 and q.shape[2] <= DECODE_QUERIES:
+    if _by_decode(q, arguments["cu_seqlens"], arguments["dropout_p"]):
         from ptv2_fast.kernels.prompt_decode import prompt_attention_decode as attend
     else:
         from ptv2_fast.kernels.prompt_forward import prompt_attention_forward as attend
@@ -161,8 +166,11 @@ def _forward_shapes(
     bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     packed = cu_seqlens is not None
-    lse_shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    return _empty_like_heads(q, packed), q.new_empty(lse_shape, dtype=torch.float32)
+    *rows, tokens = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
+    dropout_p = rest[-1]
+    # The forward kernel's rows of lse begin at multiples of 16 (`launch.allocate_statistics`).
+    width = tokens if _by_decode(q, cu_seqlens, dropout_p) else (tokens + 15) // 16 * 16
+    return _empty_like_heads(q, packed), q.new_empty((*rows, width), dtype=torch.float32)[..., :tokens]
 
 
 @torch.library.custom_op("ptv2_fast::prompt_attention_backward", mutates_args=())

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Sequence
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -120,52 +118,3 @@ def record_keys_values(
         first = sizes.encoder_layers
         pairs = pairs[:first] + pairs[first::2] + pairs[first + 1 :: 2]
     return kept_together(pairs, output.last_hidden_state) if together else pairs
-
-
-def stack_bank(
-    members: list[tuple[LayerPrompt | LazyPrompt | None, ...]],
-) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
-    """One bank per layer out of the prompts of R adapters, padded to the longest.
-
-    Args:
-        members: per adapter, the LayerPrompt (Hkv, P_r, d) of every layer, or None.
-
-    Returns:
-        Per layer a bank (R, Hkv, max P, d) with lens (R,); None where no adapter prompts the layer.
-    """
-    return tuple(_stack_layer(layer) for layer in zip(*members))
-
-
-def _stack_layer(prompts: tuple[LayerPrompt | LazyPrompt | None, ...]) -> LayerPrompt | LazyPrompt | None:
-    if all(prompt is None for prompt in prompts):
-        return None
-
-    def stacked() -> LayerPrompt:
-        return _stacked([p.make() if isinstance(p, LazyPrompt) else p for p in prompts])
-
-    return LazyPrompt(stacked) if any(isinstance(p, LazyPrompt) for p in prompts) else stacked()
-
-
-def _stacked(prompts: Sequence[LayerPrompt | None]) -> LayerPrompt:
-    present = [prompt for prompt in prompts if prompt is not None]
-    like = present[0].keys
-    lens = [0 if prompt is None else prompt.keys.shape[1] for prompt in prompts]
-    longest = max(lens)
-    nothing = like.new_zeros(like.shape[0], 0, like.shape[2])
-
-    def padded(tensor: Tensor) -> Tensor:
-        return F.pad(tensor, (0, 0, 0, longest - tensor.shape[1]))
-
-    keys = torch.stack([padded(nothing if p is None else p.keys) for p in prompts])
-    values = torch.stack([padded(nothing if p is None else p.values) for p in prompts])
-    gate = next((prompt.bias for prompt in present if prompt.bias is not None), None)
-    bias = None
-    if gate is not None:
-        rows = [
-            gate.new_zeros(gate.shape[0], longest)
-            if p is None or p.bias is None
-            else F.pad(p.bias, (0, longest - p.bias.shape[1]))
-            for p in prompts
-        ]
-        bias = torch.stack(rows)
-    return LayerPrompt(keys, values, bias, torch.tensor(lens, dtype=torch.int32, device=like.device))

@@ -30,12 +30,13 @@ class LayerProjections:
         self._head_dim = family.sizes(backbone).head_dim
         self._tables: tuple[tuple, list] | None = None
 
-    def __call__(self, states: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values, (Hkv, P, d) each, that each layer makes of its prompt states.
+    def __call__(self, states: Tensor, backend: str, entries: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values, (Hkv, P, d) each, that each layer makes of its prompt states; with `entries` a bank.
 
         Args:
-            states: (L', P, D), in the backbone's dtype.
+            states: (L', P, D), in the backbone's dtype; of R entries (L', P * R, D), token by token.
             backend: of `prompt_attention`; "triton", or "auto" on CUDA, projects by the kernel.
+            entries: R, where keys and values are to be (R, Hkv, P, d).
         """
         normed = [
             self._family.normed(self._backbone, layer, state)
@@ -47,7 +48,7 @@ class LayerProjections:
         else:
             made = [[project(x) for x, project in zip(normed, side)] for side in zip(*per_layer)]
         keys, values = made
-        return [self._finished(*flat) for flat in zip(self._layers, keys, values)]
+        return [self._finished(*flat, entries=entries) for flat in zip(self._layers, keys, values)]
 
     def must_wait(self) -> bool:
         """Whether each layer's weights are there only while that layer runs: prompts are then made `of_layer`."""
@@ -62,12 +63,20 @@ class LayerProjections:
         keys, values = (project(normed) for project in pair)
         return self._finished(layer, keys, values)
 
-    def _finished(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected keys and values (P, Hkv * d) as attention reads them, (Hkv, P, d)."""
-        keys = keys.unflatten(-1, (-1, self._head_dim))  # (P, Hkv, d)
-        keys = self._family.finished(self._backbone, layer, keys)
-        values = values.unflatten(-1, (-1, self._head_dim))
-        return keys.transpose(0, 1), values.transpose(0, 1)
+    def _finished(
+        self, layer: int, keys: Tensor, values: Tensor, entries: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Projected keys and values (P, Hkv * d) as attention reads them, (Hkv, P, d); a bank of (P * R, Hkv * d).
+
+        To the family the heads of all entries are heads of one token: what it does to keys depends on positions.
+        """
+        tokens = keys.shape[0] // (entries or 1)
+        keys, values = (flat.reshape(tokens, -1, self._head_dim) for flat in (keys, values))
+        keys = self._family.finished(self._backbone, layer, keys)  # (P, Hkv, d), or (P, R * Hkv, d)
+        if entries is None:
+            return keys.transpose(0, 1), values.transpose(0, 1)
+        keys, values = (flat.unflatten(1, (entries, -1)).permute(1, 2, 0, 3) for flat in (keys, values))
+        return keys, values
 
     def _by_kernel(self, normed: Tensor, per_layer: list[tuple[Projection, Projection]]) -> tuple[Tensor, ...]:
         """(L', P, Hkv * d) keys and values from normed states (L', P, D)."""

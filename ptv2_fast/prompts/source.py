@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.models.family import Family
+from ptv2_fast.prompts.bank import made_together, stack_bank
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.keys_values import layer_prompts
 from ptv2_fast.prompts.projection import LayerProjections
@@ -40,8 +42,7 @@ class PromptSource:
 
     def __call__(self, backend: str) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
         """Every layer's prompt for a backend of `prompt_attention`; the same tensors again in eval mode."""
-        if torch.is_grad_enabled() or self._encoder.training or torch.compiler.is_compiling():
-            self._kept = None  # whoever trains is about to change the prompts
+        if self._trains():
             return self._make(backend)
         made_from = _state_of(self._encoder, self._backbone)
         if made_from is None:
@@ -49,6 +50,30 @@ class PromptSource:
         if self._kept is None or self._kept[0] != (made_from, backend):
             self._kept = ((made_from, backend), self._make(backend))
         return self._kept[1]
+
+    @staticmethod
+    def bank(sources: Sequence[PromptSource | None], backend: str) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
+        """Every layer's bank of several adapters' prompts; None stands for an entry without any.
+
+        The sources are of one backbone; at least one is not None.
+        """
+        present = [source for source in sources if source is not None]
+        first = present[0]
+        if all([source._trains() for source in present]):
+            encoders = [None if source is None else source._encoder for source in sources]
+            together = made_together(encoders, first._backbone, first._family, first._projections, backend)
+            if together is not None:
+                return together
+        made = [None if source is None else source(backend) for source in sources]
+        nothing = (None,) * first._family.sizes(first._backbone).num_layers
+        return stack_bank([nothing if own is None else own for own in made])
+
+    def _trains(self) -> bool:
+        """Whether prompts are made anew in this call; what was kept is then dropped."""
+        if torch.is_grad_enabled() or self._encoder.training or torch.compiler.is_compiling():
+            self._kept = None  # whoever trains is about to change the prompts
+            return True
+        return False
 
     def _make(self, backend: str) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
         return layer_prompts(self._encoder, self._backbone, self._family, self._projections, backend)

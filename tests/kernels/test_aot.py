@@ -18,6 +18,7 @@ from ptv2_fast.kernels import aot, aot_compile, launch, tiles
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "kernels" / "aot_table.json"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MEASURED = [field.name for field in dataclasses.fields(aot.Report)][-7:]
 
 
@@ -188,6 +189,7 @@ def test_signature_is_specialised_as_a_launch_is_and_fingerprints_need_no_interp
     assert done.stdout.strip() == str(aot.rows_of(aot.all_cases()[:1]))
 
 
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton comes without cuobjdump, which counts registers")
 @pytest.mark.timeout(300)
 def test_compiles_without_a_gpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -200,7 +202,8 @@ def test_compiles_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     version, reports = aot.read_table(tmp_path / "table.json")
     assert version == triton.__version__
-    assert [report.kernel for report in reports] == kernels
+    # Cases that share a code share what became of it.
+    assert {report.kernel for report in reports} == set(kernels)
     assert all(report.binary_bytes for report in reports)
     assert reports[0].wgmma_instructions > 0
 

@@ -23,8 +23,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("leading", ["whole", "rows", "heads", "shared"])
-@pytest.mark.parametrize("name", CASES)
+LEADINGS = ("whole", "rows", "heads", "shared")
+# Each pair is two more kernels to compile: on a GPU a bias is broadcast in the plainest case and the fullest alone.
+PAIRS = [
+    (name, leading)
+    for name in CASES
+    for leading in LEADINGS
+    if leading == "whole" or name in ("plain", "bank") or not torch.cuda.is_available()
+]
+
+
+@pytest.mark.parametrize(("name", "leading"), PAIRS)
 def test_matches_reference(make_call, budget, name, leading):
     options = CASES[name]
     batch, heads = options.get("batch", 2), options.get("heads", 2)
@@ -87,6 +96,7 @@ def test_a_bias_made_of_queries_trains_through_the_public_function(make_call, bu
         upstream = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape).to(dtype)
         return torch.autograd.grad(output, (q, k, v, prompt_k, prompt_v), upstream)
 
-    for backend in ("triton", "torch"):
+    # On a GPU the torch backend is PyTorch's own kernel, whose float32 is not what is judged here.
+    for backend in ("triton",) if torch.cuda.is_available() else ("triton", "torch"):
         for found, truth in zip(run(backend, torch.float32), run("reference", torch.float64)):
             budget.check(f"{backend} gradient", found, truth, None)

@@ -14,6 +14,9 @@ from ptv2_fast.kernels import launch
 
 # Shrinking a failure costs minutes under the interpreter; the draw that failed is small already.
 PHASES = [hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate]
+CHECKS = list(hypothesis.HealthCheck)
+# A GPU compiles another version of five kernels for nearly every draw.
+EXAMPLES = 3 if torch.cuda.is_available() else 8
 NAMES = ("q", "k", "v", "prompt_k", "prompt_v", "prompt_bias")
 
 
@@ -35,7 +38,7 @@ def test_matches_reference(call, budget):
     check_gradients(call, budget)
 
 
-@hypothesis.settings(max_examples=8, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), phases=PHASES)
+@hypothesis.settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=CHECKS, phases=PHASES)
 @hypothesis.given(data=st.data())
 def test_matches_reference_on_drawn_shapes(data, make_call, budget):
     draw = data.draw
@@ -86,7 +89,7 @@ def test_entry_that_no_row_uses_gets_zeros(make_call):
         assert not gradient[2].any()
 
 
-def test_integers_of_any_width_choose_the_prompt(make_call):
+def test_integers_of_any_width_choose_the_prompt(make_call, budget):
     call = make_call(batch=3, queries=5, prompt=7, entries=3, lens=(7, 0, 4), options={"dropout_p": 0.5})
     results = []
     for dtype in (torch.int64, torch.int32, torch.uint8):
@@ -95,7 +98,8 @@ def test_integers_of_any_width_choose_the_prompt(make_call):
         output, lse = call.kernel()
         results.append((output, *call.kernel_gradients(output, output, lse)[:5]))
     for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+        for name, value, expected in zip(("o", *NAMES), result, results[0]):
+            budget.check_same(name, value, expected)
 
 
 @pytest.mark.parametrize(("dtype", "entries"), [(torch.uint8, 256), (torch.int8, 128), (torch.int64, 128)], ids=str)

@@ -12,6 +12,9 @@ from ptv2_fast.kernels import launch
 
 # Shrinking a failure costs minutes under the interpreter; the draw that failed is small already.
 PHASES = [hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate]
+CHECKS = list(hypothesis.HealthCheck)
+# A GPU compiles another version of the kernel for nearly every draw.
+EXAMPLES = 4 if torch.cuda.is_available() else 12
 
 
 def test_matches_reference(call, budget):
@@ -26,7 +29,7 @@ def test_matches_reference(call, budget):
     budget.check("lse", lse[sees_a_key], truth_lse[sees_a_key], None)
 
 
-@hypothesis.settings(max_examples=12, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), phases=PHASES)
+@hypothesis.settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=CHECKS, phases=PHASES)
 @hypothesis.given(data=st.data())
 def test_matches_reference_on_drawn_shapes(data, make_call, budget):
     draw = data.draw
@@ -61,11 +64,12 @@ def test_query_without_keys_gives_zeros(make_call):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("packed", [None, (33, 17)])
 @pytest.mark.parametrize("window", [2**31 - 1, 2**40])
-def test_window_longer_than_any_row_hides_nothing(make_call, causal, packed, window):
+def test_window_longer_than_any_row_hides_nothing(make_call, budget, causal, packed, window):
     call = make_call(queries=33, packed=packed, options={"causal": causal})
     expected = call.kernel()
     call.arguments["window"] = window
-    assert all(torch.equal(a, b) for a, b in zip(call.kernel(), expected))
+    for name, value, truth in zip(("o", "lse"), call.kernel(), expected):
+        budget.check_same(name, value, truth)
 
 
 def test_whole_number_as_softcap(make_call):
@@ -140,14 +144,14 @@ def test_refuses_bfloat16_under_the_interpreter(make_call):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 5 GB of GPU memory")
-def test_offsets_beyond_two_to_the_31(make_call, device):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 13 GB of GPU memory")
+def test_offsets_beyond_two_to_the_31(make_call, device, budget):
     call = make_call(dtype=torch.bfloat16, head_dim=64, kv_heads=2, scaled=False)
-    expected, _ = call.kernel()
+    truth, baseline = call.truth()[0], call.baseline()[0]
     for place, tensor in enumerate(call.tensors[:3]):
         far = torch.empty(2**31 + tensor.numel(), dtype=tensor.dtype, device=device)
         _, heads, tokens, head_dim = tensor.shape
         spread = far.as_strided(tensor.shape, (2**31, tokens * head_dim, head_dim, 1))
         call.tensors[place] = spread.copy_(tensor)
     output, _ = call.kernel()
-    assert torch.equal(output, expected)
+    budget.check("o", output, truth, baseline)

@@ -18,6 +18,8 @@ def literal(x, weights, biases):
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("rows", [1, 17])
 def test_matches_a_product_per_layer(device, dtype, budget, transposed, with_bias, rows):
+    if device.type == "cuda" and dtype == torch.float16 and (transposed or rows == 1):
+        pytest.skip("on a GPU each is two more kernels to compile, and bfloat16's differ in nothing else")
     layers, inner, features = 3, 70, 33
     x = torch.randn(layers, rows, inner, device=device).to(dtype).requires_grad_()
     weights = [torch.randn(features, inner, device=device).to(dtype) for _ in range(layers)]
