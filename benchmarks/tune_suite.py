@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
+from torch import Tensor
 
 from benchmarks import cases, environment
 from benchmarks.cases import Case
 from benchmarks.context import Context
+from benchmarks.health import entry_of
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.measure import Effort, cell_stream, time_interleaved
 from benchmarks.precompile import Compilers, small
@@ -28,6 +30,20 @@ _TINY_EFFORT = Effort(milliseconds=1.0, least=1, most=1, warmup=0)
 _SPARE_SECONDS = 15.0
 
 
+# What reading the machine code of sm_90 makes likely to win in 16 bits, by pass and padded head size: whole tensor
+# tiles for every warp group, three stages, two blocks a multiprocessor. A short run tries these alone.
+_LIKELY = {
+    ("forward", 64): ((128, 64, 8, 3, 128), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 3)),
+    ("forward", 128): ((128, 32, 8, 3, 128), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
+    ("backward_query", 64): ((128, 32, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("backward_query", 128): ((128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3)),
+    ("backward_text", 64): ((32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 4, 2)),
+    ("backward_text", 128): ((32, 128, 8, 3), (16, 128, 8, 3), (32, 64, 4, 3)),
+    ("backward_prompt", 64): ((32, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 3)),
+    ("backward_prompt", 128): ((32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 4, 2)),
+}
+
+
 @dataclass(frozen=True)
 class Job:
     """One pass of one case."""
@@ -41,10 +57,19 @@ class Job:
         return f"{self.kernel_pass}-{self.case.id}"
 
 
-def search_space(kernel_pass: str, head_dim: int, tiny: bool = False) -> list[launch.LaunchConfig]:
-    """The configurations tried for a pass; those that do not fit the card are refused by the launch."""
+def search_space(
+    kernel_pass: str, head_dim: int, tiny: bool = False, *, short: bool = False
+) -> list[launch.LaunchConfig]:
+    """The configurations tried for a pass; those that do not fit the card are refused by the launch.
+
+    Args:
+        short: only those that are likely to win.
+    """
     if tiny:
         return [launch.LaunchConfig(16, 32, 4, 1)]
+    likely = [launch.LaunchConfig(*config) for config in _LIKELY.get((kernel_pass, launch.config_row(head_dim)), ())]
+    if short and likely:
+        return likely
     tiles = {
         "forward": ((128, 128), (128, 64), (128, 32), (64, 128), (64, 64)),
         "backward_query": ((128, 64), (128, 32), (64, 128), (64, 64)),
@@ -53,7 +78,8 @@ def search_space(kernel_pass: str, head_dim: int, tiny: bool = False) -> list[la
     }[kernel_pass]
     stages = (2, 3, 4) if head_dim <= 64 else (1, 2, 3)
     options = itertools.product(tiles, (4, 8), stages)
-    return [launch.LaunchConfig(*tile, warps, depth) for tile, warps, depth in options]
+    grid = [launch.LaunchConfig(*tile, warps, depth) for tile, warps, depth in options]
+    return list(dict.fromkeys([*likely, *grid]))
 
 
 def run(context: Context) -> str:
@@ -69,7 +95,7 @@ def run(context: Context) -> str:
             start = time.monotonic()
             cell = _sweep(job, context, compilers)
             longest = max(longest, time.monotonic() - start)
-            context.result.add(cell)
+            context.result.put(cell)
             context.say(_line(cell))
             # A configuration that computes something else is left out of the winners; the run is red.
             red |= cell["status"] == "wrong"
@@ -83,7 +109,8 @@ def _sweep(job: Job, context: Context, compilers: Compilers) -> dict[str, object
     case, device = job.case, context.device
     arch = launch.architecture(device)
     present = launch.choose_config(arch, case.d, case.torch_dtype, job.kernel_pass)
-    configs = list(dict.fromkeys([present, *search_space(job.kernel_pass, case.d, context.tiny)]))
+    space = search_space(job.kernel_pass, case.d, context.tiny, short=context.small)
+    configs = list(dict.fromkeys([present, *space]))
     compilers.warm(_compile, [(job, config) for config in configs], context.left - _SPARE_SECONDS)
     tried: dict[str, dict[str, object]] = {}
     with cell_stream(device):
@@ -96,8 +123,8 @@ def _sweep(job: Job, context: Context, compilers: Compilers) -> dict[str, object
                 call, results = bind(job, inputs, config)
                 verdict = judge.verdict(results())
             except Exception as error:
-                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                tried[name] = {"status": "refused", "reason": reason[:200], "config": astuple(config)}
+                # A configuration that the card has no room for is refused; one that breaks it ends the run.
+                tried[name] = {**entry_of(error, device), "status": "refused", "config": astuple(config)}
                 continue
             tried[name] = {"status": "wrong" if verdict.wrong else "passed", "config": astuple(config)}
             if verdict.wrong:
@@ -119,10 +146,13 @@ def _sweep(job: Job, context: Context, compilers: Compilers) -> dict[str, object
     }
 
 
-def bind(job: Job, inputs: Inputs, config: launch.LaunchConfig):
+def bind(job: Job, inputs: Inputs, config: launch.LaunchConfig, saved: tuple[Tensor, Tensor] | None = None):
     """(what to time, what gives the results to judge) of one pass with one configuration.
 
     The backward passes are timed with the small row-sum kernel that each of them needs first.
+
+    Args:
+        saved: output and log-sum-exp that a backward pass starts from; those of our forward pass when None.
     """
     from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
     from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
@@ -132,7 +162,7 @@ def bind(job: Job, inputs: Inputs, config: launch.LaunchConfig):
     if job.kernel_pass == "forward":
         call = lambda: prompt_attention_forward(*tensors, config=config, **options)  # noqa: E731
         return call, lambda: {"out": call()[0]}
-    out, lse = prompt_attention_forward(*tensors, **options)
+    out, lse = prompt_attention_forward(*tensors, **options) if saved is None else saved
     names, needs = {
         "backward_query": (("q",), Needs(query=True)),
         "backward_text": (("k", "v"), Needs(text=True)),
@@ -161,7 +191,8 @@ def _compile(job: Job, config: launch.LaunchConfig) -> None:
 
 
 def _name(config: launch.LaunchConfig) -> str:
-    return f"{config.block_m}x{config.block_n}-w{config.num_warps}-s{config.num_stages}"
+    registers = "" if config.maxnreg is None else f"-r{config.maxnreg}"
+    return f"{config.block_m}x{config.block_n}-w{config.num_warps}-s{config.num_stages}{registers}"
 
 
 def winners(cells: list[dict]) -> dict[str, object]:
@@ -169,7 +200,7 @@ def winners(cells: list[dict]) -> dict[str, object]:
 
     A configuration's score is the geometric mean of its time over the present one's; it replaces the
     present one when that is below 0.98. The tables have the form of those in `kernels/launch.py`:
-    [block_m, block_n, num_warps, num_stages].
+    [block_m, block_n, num_warps, num_stages, maxnreg or None].
     """
     groups: dict[tuple, list[dict]] = {}
     for cell in cells:
@@ -183,7 +214,7 @@ def winners(cells: list[dict]) -> dict[str, object]:
         if best is not None:
             table = tables.setdefault(arch, {}).setdefault(precision, {}).setdefault(kernel_pass, {})
             table[size] = best
-    return {"form": "[block_m, block_n, num_warps, num_stages]", "tables": tables}
+    return {"form": "[block_m, block_n, num_warps, num_stages, maxnreg]", "tables": tables}
 
 
 def _best(group: list[dict]) -> dict[str, object] | None:

@@ -28,17 +28,23 @@ _LARGEST_TILE_STRIDE = 2**31 // (128 + 256) - 1
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes and compiler options of one kernel: BLOCK_M queries by BLOCK_N keys."""
+    """Tile sizes and compiler options of one kernel: BLOCK_M queries by BLOCK_N keys.
+
+    `maxnreg` bounds the registers of a thread (CUDA alone), so that more blocks share a multiprocessor; None leaves them
+    to the compiler.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """Triton's launch options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
 # One row per pass: padded head size -> (block_m, block_n, warps, stages) for 16-bit tensors. The forward sizes are the
