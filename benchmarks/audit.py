@@ -50,7 +50,7 @@ def audited_case() -> Case:
 def traced_sizes(step) -> list[int]:
     """Bytes of every block that the CUDA allocator gave out during a step."""
     torch.cuda.synchronize()
-    torch.cuda.memory._record_memory_history(context="alloc", max_entries=1_000_000)
+    torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=1_000_000)
     try:
         step()
         torch.cuda.synchronize()

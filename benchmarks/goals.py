@@ -92,13 +92,17 @@ def milliseconds(cell: Cell, name: str) -> float | None:
     return entry.get("ms") if entry.get("status") == "timed" else None
 
 
-def comparable(cell: Cell, *names: str) -> list[float | None]:
-    """Medians measured in one way: with the host's launches for all where one could not be replayed."""
-    entries = [cell.get("peers", {}).get(name, {}) for name in names]
-    times = [milliseconds(cell, name) for name in names]
+def comparable(cell: Cell, ours: str, peer: str) -> tuple[float | None, float | None]:
+    """Medians of ours and a peer that were measured in one way and in the same rounds.
+
+    A peer that was timed after the others has what ours took beside it; with the host's launches for both where one
+    could not be replayed.
+    """
+    entries = [cell.get("peers", {}).get(name, {}) for name in (ours, peer)]
+    times = [milliseconds(cell, name) for name in (ours, peer)]
     if len({entry.get("method") for entry in entries}) > 1:
-        return [entry.get("eager_ms") or ms for entry, ms in zip(entries, times)]
-    return times
+        times = [entry.get("eager_ms") or ms for entry, ms in zip(entries, times)]
+    return entries[1].get("beside", {}).get(ours, times[0]), times[1]
 
 
 def _is(direction: str, **wanted) -> Callable[[Mapping[str, object]], bool]:

@@ -6,14 +6,14 @@ import itertools
 import math
 import statistics
 import time
-
-import torch
+from contextlib import nullcontext
 
 from benchmarks import cases, environment, roofline
 from benchmarks.cases import Case
 from benchmarks.context import Context
+from benchmarks.health import BrokenContext, entry_of
 from benchmarks.inputs import Inputs, make_inputs
-from benchmarks.measure import QUICK, Effort, cell_stream, peak_bytes, time_interleaved
+from benchmarks.measure import QUICK, SMALL, Effort, cell_stream, peak_bytes, time_interleaved
 from benchmarks.precompile import Compilers, code_of, compile_provider
 from benchmarks.provider import Call, Provider, Refusal, gradients, poison
 from benchmarks.providers import all_providers
@@ -27,40 +27,49 @@ _AHEAD = 10
 _RED = ("wrong", "failed")
 
 
-def run(context: Context, providers: list[Provider] | None = None) -> str:
+def run(context: Context, providers: list[Provider] | None = None, *, gates: bool = True) -> str:
     """Measure until the cells or the time run out; gives the state of the run.
 
     Args:
         context: the run.
         providers: who is compared; everyone when None.
+        gates: judge ours on small shapes first; False where somebody has.
+
+    Raises:
+        BrokenContext: the device is unusable; what was measured is in the record.
     """
     providers = all_providers() if providers is None else providers
     with Compilers(context.device) as compilers:
-        return _measure_all(context, providers, compilers)
+        return _measure_all(context, providers, compilers, gate_cases(context) if gates else [])
 
 
-def _measure_all(context: Context, providers: list[Provider], compilers: Compilers) -> str:
+def _measure_all(context: Context, providers: list[Provider], compilers: Compilers, gates: list[Case]) -> str:
     grid = context.chosen(cases.tiny_cases() if context.tiny else cases.kernel_cases())
     compiled: set[tuple] = set()
-    _compile_ahead(cases.gate_cases() + grid[:_AHEAD], context, providers, compilers, compiled)
-    red, spent = not _gate(context, providers), {"all": [], "flex": []}
+    compile_ahead(gates + grid[:_AHEAD], context, providers, compilers, compiled)
+    red, spent = not run_gates(gates, context, providers), {"all": [], "flex": []}
     if red and not context.keep_going:
         return "red"
     for place, case in enumerate(grid):
         if place and place % _AHEAD == 0:
-            _compile_ahead(grid[place : place + _AHEAD], context, providers, compilers, compiled)
+            compile_ahead(grid[place : place + _AHEAD], context, providers, compilers, compiled)
+        if place + _AHEAD >= len(grid):
+            # Nothing is compiled after this: the card is left to what is timed.
+            compilers.close()
         recent = spent[case.peers][-3:]
-        expected = statistics.median(recent) if recent else _FIRST_CELL[case.peers]
+        # On a card that is there for minutes the first cell is tried in any case.
+        expected = statistics.median(recent) if recent else 0.0 if context.small else _FIRST_CELL[case.peers]
         if context.left < expected + _SPARE_SECONDS:
             if case.peers == "flex" and context.left > 2 * _SPARE_SECONDS:
                 continue
             return "red" if red else "out of time"
         start = time.monotonic()
-        cell = measure_cell(case, context, providers)
+        cell = _measure_or_say(case, context, providers)
         spent[case.peers].append(time.monotonic() - start)
-        context.result.add(cell)
+        context.result.put(cell)
         context.say(line_of(cell))
         statuses = {p.name: cell["peers"].get(p.name, {}).get("status") for p in providers}
+        red |= "peers" in cell and cell.get("status") in _RED
         red |= "wrong" in statuses.values()
         if any(p.ours and statuses[p.name] in _RED for p in providers):
             red = True
@@ -69,7 +78,23 @@ def _measure_all(context: Context, providers: list[Provider], compilers: Compile
     return "red" if red else "complete"
 
 
-def _compile_ahead(some: list[Case], context: Context, providers, compilers: Compilers, compiled: set) -> None:
+def _measure_or_say(case: Case, context: Context, providers: list[Provider]) -> dict[str, object]:
+    """A measured cell, or one that says why it could not be measured.
+
+    Raises:
+        BrokenContext: the device is unusable; the cell is recorded as failed.
+    """
+    failed = {"id": case.id, "case": case.as_dict(), "peers": {}}
+    try:
+        return measure_cell(case, context, providers)
+    except BrokenContext as error:
+        context.result.put({**failed, "status": "failed", "reason": str(error)})
+        raise
+    except Exception as error:
+        return {**failed, **entry_of(error, context.device)}
+
+
+def compile_ahead(some: list[Case], context: Context, providers, compilers: Compilers, compiled: set) -> None:
     """Have our kernels of some cases compiled, each code once a run."""
     tasks = {}
     for provider, case in itertools.product(providers, some):
@@ -80,19 +105,40 @@ def _compile_ahead(some: list[Case], context: Context, providers, compilers: Com
     compilers.warm(compile_provider, tasks.values(), context.left - _SPARE_SECONDS)
 
 
-def _gate(context: Context, providers: list[Provider]) -> bool:
-    """Ours on small odd shapes, before anything is timed; under the interpreter the cells do it."""
+def gate_cases(context: Context) -> list[Case]:
+    """Small odd shapes in every dtype: what has to be right before anything is timed.
+
+    Under the interpreter the cells themselves are judged: none.
+    """
     if context.device.type != "cuda":
-        return True
+        return []
+    every = [case for dtype in ("bf16", "fp16", "fp32") for case in cases.gate_cases(dtype)]
+    return [case for case in every if f"gate-{case.id}" not in context.done]
+
+
+def run_gates(gates: list[Case], context: Context, providers: list[Provider]) -> bool:
+    """Judge ours on small shapes; gives whether all is right.
+
+    Raises:
+        BrokenContext: the device is unusable; the gate is recorded as failed.
+    """
     ours = [provider for provider in providers if provider.ours]
     green = True
-    for case in cases.gate_cases():
-        with cell_stream(context.device):
-            peers, _ = judge_providers(case, make_inputs(case, context.device), context, ours)
-        bad = {name: entry for name, entry in peers.items() if entry["status"] in _RED}
-        status = "wrong" if bad else "passed"
-        context.result.add({"id": f"gate-{case.id}", "case": case.as_dict(), "status": status, "peers": peers})
-        context.say(f"gate {case.id}: {status} {bad or ''}")
+    for case in gates:
+        gate: dict[str, object] = {"id": f"gate-{case.id}", "case": case.as_dict()}
+        try:
+            with cell_stream(context.device):
+                peers, _ = judge_providers(case, make_inputs(case, context.device), context, ours)
+            bad = {name: entry for name, entry in peers.items() if entry["status"] in _RED}
+            gate |= {"status": "wrong" if bad else "passed", "peers": peers}
+        except BrokenContext as error:
+            context.result.put({**gate, "status": "failed", "reason": str(error)})
+            raise
+        except Exception as error:
+            bad = entry_of(error, context.device)
+            gate |= bad
+        context.result.put(gate)
+        context.say(f"gate {case.id}: {gate['status']} {bad or ''}")
         green &= not bad
     return green
 
@@ -103,11 +149,11 @@ def measure_cell(case: Case, context: Context, providers: list[Provider]) -> dic
     with cell_stream(device):
         inputs = make_inputs(case, device)
         peers, ready = judge_providers(case, inputs, context, providers)
-        effort = QUICK if context.tiny else Effort()
+        effort = QUICK if context.tiny else SMALL if context.small else Effort()
         timings = time_interleaved(ready, device, effort)
         clocks = environment.clocks(device)
         peaks = {name: peak_bytes(call, device) for name, call in ready.items()}
-    ceiling = roofline.ceiling_of(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+    ceiling = context.ceiling
     for name, timing in timings.items():
         prompt_only = next(p.prompt_only for p in providers if p.name == name)
         work = roofline.work(case, prompt_only=prompt_only)
@@ -153,28 +199,29 @@ def judge_providers(
         if provider.triton and context.device.type == "cpu":
             entry |= {"status": "untimed", "reason": "interpreted: its time says nothing"}
         else:
-            ready[provider.name] = runner(call, case)
+            ready[provider.name] = _within(provider, runner(call, case))
     return peers, ready
 
 
 def _judge_one(provider: Provider, case: Case, inputs: Inputs, judge: Judge) -> tuple[dict, Call | None]:
     """One provider's record, and its call if the result is right."""
     try:
-        call = provider.build(case, inputs)
-        poison(inputs)
-        out = call.forward()
-        grads = gradients(call, out) if case.gradients else ()
+        with provider.around() if provider.around is not None else nullcontext():
+            call = provider.build(case, inputs)
+            poison(inputs)
+            out = call.forward()
+            grads = gradients(call, out) if case.gradients else ()
         results = {name: x.detach() for name, x in call.common(out, grads).items()}
         del out, grads
         verdict = judge.verdict(results)
-    except torch.OutOfMemoryError as error:
-        return {"status": "out of memory", "reason": _first_line(error)}, None
     except Refusal as error:
-        return {"status": "refused", "reason": _first_line(error)}, None
+        return {"status": "refused", "reason": str(error)}, None
     except Exception as error:
+        entry = entry_of(error, inputs.q.device)
         # A peer may refuse a shape in its own words; of ours every error is a failure.
-        status = "failed" if provider.ours else "refused"
-        return {"status": status, "reason": f"{type(error).__name__}: {_first_line(error)}"}, None
+        if entry["status"] == "failed" and not provider.ours:
+            entry["status"] = "refused"
+        return entry, None
     entry = {
         "status": "wrong" if verdict.wrong else "passed",
         "errors": {name: x if math.isfinite(x) else None for name, x in verdict.errors.items()},
@@ -186,8 +233,16 @@ def _judge_one(provider: Provider, case: Case, inputs: Inputs, judge: Judge) -> 
     return entry, call
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
+def _within(provider: Provider, run):
+    """A call inside the context that its provider asks for; the call itself where it asks for none."""
+    if provider.around is None:
+        return run
+
+    def inside():
+        with provider.around():
+            return run()
+
+    return inside
 
 
 def runner(call: Call, case: Case):

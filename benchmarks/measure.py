@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from benchmarks.health import reason_of
+
 # Below this a launch from Python takes about as long as the kernel.
 GRAPH_BELOW_MS = 0.1
 # A host that needs this share of the device's time to issue a call may be what is measured.
@@ -60,6 +62,8 @@ class Effort:
     warmup: int = 3
 
 
+# On a machine that is there for minutes.
+SMALL = Effort(milliseconds=20.0, least=10, most=40)
 QUICK = Effort(milliseconds=2.0, least=3, most=5, warmup=1)
 
 
@@ -96,7 +100,7 @@ def time_interleaved(
         return {}
     if device.type != "cuda":
         return _time_on_cpu(calls, effort)
-    return _time_on_cuda(calls, effort)
+    return _time_on_cuda(calls, device, effort)
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:
@@ -139,8 +143,8 @@ def _time_on_cpu(calls, effort) -> dict[str, Timing]:
     }
 
 
-def _time_on_cuda(calls, effort) -> dict[str, Timing]:
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+def _time_on_cuda(calls, device, effort) -> dict[str, Timing]:
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     host, estimates = {}, {}
     for name, call in calls.items():
         for _ in range(effort.warmup):
@@ -204,9 +208,9 @@ def _time_by_graphs(calls, events, effort) -> dict[str, Timing | str]:
         sizes[name] = max(1, min(_GRAPH_CALLS, math.ceil(_GRAPH_MS / events[name].ms)))
         try:
             graphs[name] = capture(call, sizes[name])
-        except RuntimeError as error:
+        except Exception as error:  # A peer may refuse in its own words.
             torch.cuda.synchronize()
-            failed[name] = str(error).splitlines()[0]
+            failed[name] = reason_of(error)
     counts = {name: _count(sizes[name] * events[name].ms, effort) for name in graphs}
 
     def sample(graph):

@@ -8,31 +8,44 @@ import torch
 
 from benchmarks import environment
 from benchmarks.context import Context
+from benchmarks.health import entry_of
 from benchmarks.live_bytes import measure_memory
+from benchmarks.precompile import compile_step, warm_all
 from benchmarks.step_audit import JoinedShapes, forbidden_among, inside_attention
 from benchmarks.step_batches import make_batch, make_prompts
+from benchmarks.step_bench import GroupBench, clean_up
 from benchmarks.step_cases import MEMORY_CELLS, Group, StepCase, audited_case, cpu_groups, memory_groups, tiny_groups
-from benchmarks.step_clock import free_memory, is_out_of_memory, reason_of, synchronize
+from benchmarks.step_clock import free_memory, synchronize
 from benchmarks.step_forms import Bound
 from benchmarks.step_models import build_base
 from benchmarks.step_optimized import LEARNING_RATE
 from benchmarks.step_providers import Kit, StepProvider, step_providers
 from benchmarks.step_verify import clear_gradients
-from benchmarks.steps_suite import GroupBench, clean_up
 
 _RED = ("wrong", "failed")
 _SPARE_SECONDS = 5.0
 _AUDITED = ("ours", "ours_1_unpad", "literal_sdpa")
 
 
-def run(context: Context, providers: list[StepProvider] | None = None) -> str:
-    """Audit, then measure until the cells or the time run out; gives the state of the run."""
+def run(
+    context: Context, providers: list[StepProvider] | None = None, *, warm: bool = True, operations: bool = True
+) -> str:
+    """Audit, then measure until the cells or the time run out; gives the state of the run.
+
+    Args:
+        providers: who takes part; everyone when None.
+        warm: compile our kernels in parallel first; False where somebody has.
+        operations: look at every operation on the CPU besides what the device's allocator gives out.
+    """
     providers = step_providers() if providers is None else providers
     # A captured step holds its memory for good: there is nothing to see while it runs.
     providers = [p for p in providers if not p.compiles and p.name != "ours_graph"]
     context.result.data["calls"] = {provider.name: provider.call for provider in providers}
-    red = not audit(context, providers)
-    for group in memory_cells(context):
+    groups = memory_cells(context)
+    if warm:
+        warm_all(context, compile_step, [case for group in groups for case in group.cases])
+    red = not audit(context, providers, operations=operations)
+    for group in groups:
         if context.left < _SPARE_SECONDS:
             return "red" if red else "out of time"
         red |= _measure_group(group, context, providers)
@@ -54,18 +67,18 @@ def _measure_group(group: Group, context: Context, providers: list[StepProvider]
     bench, red = None, False
     try:
         bench = GroupBench(group, context, providers)
-        entries = bench.set_up([])
+        entries = bench.set_up(bench.providers, [])
         for case in group.cases:
             cell = _measure(bench, case, entries[case.id])
-            context.result.add(cell)
+            context.result.put(cell)
             context.say(_line_of(cell))
             red |= any(p.ours and cell["peers"].get(p.name, {}).get("status") in _RED for p in bench.providers)
     except Exception as error:
         red = True
-        status = "out of memory" if is_out_of_memory(error) else "failed"
+        entry = entry_of(error, context.device)
         for case in group.cases:
-            context.result.add({"id": case.id, "case": case.as_dict(), "status": status, "reason": reason_of(error)})
-            context.say(f"{case.id}: {status} {reason_of(error)}")
+            context.result.put({"id": case.id, "case": case.as_dict(), **entry})
+            context.say(f"{case.id}: {entry['status']} {entry['reason']}")
     finally:
         del bench
         clean_up(context.device)
@@ -81,8 +94,7 @@ def _measure(bench: GroupBench, case: StepCase, peers: dict[str, dict]) -> dict[
         try:
             entry |= memory_of(bench.bound[name], bench.batches[case], device)
         except Exception as error:
-            status = "out of memory" if is_out_of_memory(error) else "failed"
-            entry |= {"status": status, "reason": reason_of(error)}
+            entry |= entry_of(error, device)
     return {
         "id": case.id,
         "case": case.as_dict(),
@@ -114,15 +126,16 @@ def memory_of(bound: Bound, batch, device: torch.device) -> dict[str, int]:
     return measure_memory(forward, rest, device)
 
 
-def audit(context: Context, providers: list[StepProvider]) -> bool:
+def audit(context: Context, providers: list[StepProvider], *, operations: bool = True) -> bool:
     """Both audits over whole steps; the literal form has to trip each of them. Gives whether ours pass."""
     green = True
-    for name, check in (("audit-operations", _audit_operations), ("audit-allocator", _audit_allocator)):
+    checks = [("audit-operations", _audit_operations), ("audit-allocator", _audit_allocator)]
+    for name, check in checks[0 if operations else 1 :]:
         try:
             status, reason = check(context, providers)
         except Exception as error:
-            status, reason = "failed", reason_of(error)
-        context.result.add({"id": name, "status": status, "reason": reason, "date": environment.now()})
+            status, reason = entry_of(error, context.device).values()
+        context.result.put({"id": name, "status": status, "reason": reason, "date": environment.now()})
         context.say(f"{name}: {status} {reason}")
         green &= status not in _RED
     clean_up(context.device)
@@ -147,6 +160,8 @@ def _run(bound: Bound, batch) -> None:
 
 def _audit_operations(context: Context, providers: list[StepProvider]) -> tuple[str, str]:
     """Every operation's outputs on the CPU; through our kernels where Triton's interpreter is on."""
+    if context.device.type == "cuda":
+        return "not applicable", "looks at operations on the CPU: a card's minutes are for what only it can show"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     cpu = torch.device("cpu")
     case, base, batch, bound = _audited(context, cpu, providers, "triton" if interpreted else "torch")

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from benchmarks import audit, cases, environment
 from benchmarks.cases import Case
 from benchmarks.context import Context
+from benchmarks.health import BrokenContext, entry_of
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.kernels_suite import judge_providers
 from benchmarks.measure import capture, cell_stream
+from benchmarks.native_tests import Outcome, run_tests
 from benchmarks.provider import Call, Provider, gradients, poison
 from benchmarks.providers import all_providers
 
-_ROOT = Path(__file__).resolve().parents[1]
 # Shares of the time left that the subprocesses may take.
 _PYTEST_SHARE, _SANITIZER_SHARE = 0.5, 0.4
 _SPARE_SECONDS = 5.0
 _RED = ("wrong", "failed")
-
-Outcome = tuple[str, str]
+GATE_DTYPES = ("bf16", "fp16", "fp32")
 
 
 class NotApplicable(Exception):
@@ -36,34 +30,41 @@ class NotApplicable(Exception):
 
 
 def run(context: Context) -> str:
-    """Run every check; gives the state of the run. A red pytest run ends it: the rest would repeat it."""
+    """Run every check, whatever the ones before it gave; gives the state of the run.
+
+    Raises:
+        BrokenContext: the device is unusable; the check that did it is recorded as failed.
+    """
     red = False
     for name, check in _checks(context):
         if context.left < _SPARE_SECONDS:
             return "red" if red else "out of time"
         start = time.monotonic()
+        broken = None
         try:
             status, reason = check(context)
         except NotApplicable as why:
             status, reason = "not applicable", str(why)
-        except torch.OutOfMemoryError as error:
-            status, reason = "out of memory", str(error).splitlines()[0]
         except Exception as error:
-            status, reason = "failed", f"{type(error).__name__}: {str(error)[:500]}"
+            try:
+                status, reason = entry_of(error, context.device).values()
+            except BrokenContext as why:
+                status, reason, broken = "failed", str(why), why
         seconds = round(time.monotonic() - start, 1)
-        context.result.add(
+        context.result.put(
             {"id": name, "status": status, "reason": reason, "seconds": seconds, "date": environment.now()}
         )
         context.say(f"{name}: {status} {reason} ({seconds} s)")
         red |= status in _RED
-        if red and name == "pytest" and not context.keep_going:
-            return "red"
+        if broken is not None:
+            raise broken
     return "red" if red else "complete"
 
 
 def _checks(context: Context) -> list[tuple[str, Callable[[Context], Outcome]]]:
     """Every check, cheap and telling ones first."""
-    small = cases.tiny_cases() if context.device.type == "cpu" else cases.gate_cases()
+    on_cpu = context.device.type == "cpu"
+    small = cases.tiny_cases() if on_cpu else [c for dtype in GATE_DTYPES for c in cases.gate_cases(dtype)]
     one = next(case for case in small if case.gradients)
     checks: list[tuple[str, Callable[[Context], Outcome]]] = []
     checks += [(f"judged-{case.id}", _judged(case)) for case in small]
@@ -72,14 +73,13 @@ def _checks(context: Context) -> list[tuple[str, Callable[[Context], Outcome]]]:
         ("cuda-graph-equals-eager", _graph_equals_eager(one)),
         ("torch-compile-equals-eager", _compile_equals_eager(one)),
         ("allocator-trace", lambda context: audit.allocator_trace(context, NotApplicable)),
-        ("pytest", _pytest),
     ]
     if not context.tiny:
         checks += [(f"judged-{case.id}", _judged(case)) for case in cases.large_cases()]
         checks += [("offsets-past-2^31", _huge(packed=False)), ("offsets-past-2^31-packed", _huge(packed=True))]
+    checks += [("pytest", _pytest)]
     checks += [(f"sanitizer-{tool}", _sanitizer(tool)) for tool in ("memcheck", "racecheck")]
-    chosen = context.only
-    return checks if not chosen else [pair for pair in checks if any(word in pair[0] for word in chosen)]
+    return [(name, check) for name, check in checks if context.wants(name)]
 
 
 def _ours() -> list[Provider]:
@@ -192,8 +192,8 @@ def _huge(packed: bool) -> Callable[[Context], Outcome]:
 
     def check(context: Context) -> Outcome:
         if context.device.type != "cuda":
-            raise NotApplicable("needs some 60 GB of device memory")
-        case = cases.huge_case()
+            raise NotApplicable("needs some 40 GB of device memory")
+        case = cases.huge_case(context.memory)
         with cell_stream(context.device):
             return audit.judge_huge(case, context.device, packed=packed)
 
@@ -201,47 +201,23 @@ def _huge(packed: bool) -> Callable[[Context], Outcome]:
 
 
 def _pytest(context: Context) -> Outcome:
-    """The kernels' tests in a process of their own: native on CUDA, interpreted on the CPU."""
-    report = context.out.resolve() / "pytest.xml"
-    command = [sys.executable, "-m", "pytest", str(context.tests), "-q", f"--junitxml={report}"]
-    command += ["-p", "no:cacheprovider"]
-    if not context.tiny and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
-    environ = dict(os.environ)
-    if context.device.type == "cuda":
-        environ.pop("TRITON_INTERPRET", None)
-    else:
-        environ["TRITON_INTERPRET"] = "1"
-    try:
-        done = subprocess.run(
-            command, cwd=_ROOT, env=environ, capture_output=True, text=True,
-            timeout=max(10.0, _PYTEST_SHARE * context.left),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as cut:
-        (context.out / "pytest.log").write_bytes(cut.stdout or b"")
-        return "out of time", "pytest was still running when its share of the minutes was over"
-    (context.out / "pytest.log").write_text(done.stdout + done.stderr)
-    if done.returncode == 5:
+    """The kernels' tests in a process of their own; failures are said and recorded as they happen."""
+
+    def tell(failure: str, so_far: Outcome) -> None:
+        context.say(f"failed test {failure}")
+        context.result.fail(f"failed test {failure}")
+        context.result.put({"id": "pytest", "status": so_far[0], "reason": so_far[1], "date": environment.now()})
+
+    # Alone a share of the time, all that is left where nothing else was asked for.
+    share = 1.0 if context.only == ("pytest",) else _PYTEST_SHARE
+    seconds = max(10.0, share * context.left - _SPARE_SECONDS)
+    workers = 1 if context.tiny else None
+    outcome = run_tests(
+        context.tests, context.device, context.out, seconds, tell=tell, workers=workers, first=context.first_tests
+    )
+    if outcome is None:
         raise NotApplicable(f"no tests under {context.tests}")
-    return outcome_of_junit(report, done.returncode)
-
-
-def outcome_of_junit(report: Path, returncode: int) -> Outcome:
-    """Counts and the first failures of a JUnit file."""
-    if not report.exists():
-        return "failed", f"pytest ended with status {returncode} and left no report"
-    root = ET.parse(report).getroot()
-    suites = list(root.iter("testsuite"))
-    count = {key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
-    names = [
-        test.get("name", "?")
-        for test in root.iter("testcase")
-        if test.find("failure") is not None or test.find("error") is not None
-    ]
-    text = ", ".join(f"{value} {key}" for key, value in count.items())
-    if names or returncode != 0:
-        return "failed", f"{text}; first: {', '.join(names[:5]) or f'status {returncode}'}"
-    return "passed", text
+    return outcome
 
 
 def _sanitizer(tool: str) -> Callable[[Context], Outcome]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -13,12 +14,19 @@ from os import cpu_count
 import torch
 
 from benchmarks.cases import Case
+from benchmarks.context import Context
+from benchmarks.decode_cases import DecodeCase
+from benchmarks.step_cases import StepCase
 
 # Each holds a CUDA context and a compiler: some hundred megabytes of host and device memory.
 _MOST_WORKERS = 12
 # Sizes are no part of the compiled code, but whether strides are multiples of 16 is: this many tokens
 # stand for every longer text.
 _TOKENS = 128
+# The first layer needs no gradient of its text, the last one may have fewer queries, one stands for those between.
+_LAYERS = 3
+# What compiling ahead of whole steps may take.
+_WARM_SECONDS = 60.0
 
 
 class Compilers:
@@ -38,23 +46,34 @@ class Compilers:
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, whose contexts hold memory of the device; nothing is compiled ahead after this."""
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool = None
 
     def warm(self, function: Callable, tasks: Iterable[tuple], seconds: float) -> None:
-        """Run `function(*task)` for every task, at most for `seconds`.
+        """Run `function(*task)` for every task, at most for `seconds` in all.
 
         What fails here fails again, and is recorded, where it is measured.
         """
         if self.pool is None:
             return
+        deadline = time.monotonic() + seconds
         try:
             futures = [self.pool.submit(function, *task) for task in tasks]
             for future in futures:
-                future.exception(timeout=seconds)
+                future.exception(timeout=max(0.0, deadline - time.monotonic()))
         except (BrokenProcessPool, FutureTimeout):  # the builtin TimeoutError from Python 3.11 on
-            self.pool.shutdown(wait=False, cancel_futures=True)
-            self.pool = None
+            self.close()
+
+
+def warm_all(context: Context, function: Callable, cases: Iterable) -> None:
+    """Compile the kernels of whole steps or generations in parallel before the first is measured; not on the CPU."""
+    with Compilers(context.device) as compilers:
+        compilers.warm(function, [(case,) for case in cases], min(_WARM_SECONDS, context.left / 4))
 
 
 def small(case: Case, rows: int = 2) -> Case:
@@ -76,6 +95,36 @@ def compile_provider(name: str, case: Case) -> None:
     call = provider.build(case, make_inputs(case, "cuda"))
     gradients(call, call.forward())
     torch.cuda.synchronize()
+
+
+def compile_step(case: StepCase, tiny: bool = False) -> None:
+    """Take a whole step of ours on a few layers of a model, which launch what all of them do. For a worker."""
+    from benchmarks.step_batches import make_batch, make_prompts
+    from benchmarks.step_models import build_base
+    from benchmarks.step_providers import Kit, step_providers
+    from benchmarks.step_verify import run_once
+
+    device = torch.device("cpu" if tiny else "cuda")
+    base = build_base(case.model, device, case.torch_dtype, dropout=case.dropout, layers=_LAYERS)
+    kit = Kit(base, make_prompts(base, case.P), case, tiny=tiny)
+    ours = next(p for p in step_providers() if p.name == "ours")
+    batch = make_batch(base, case.lengths, causal=case.causal, width=case.N)
+    bound = ours.build(kit)
+    run_once(bound, bound.prepare(batch))
+
+
+def compile_decode(case: DecodeCase, tiny: bool = False) -> None:
+    """Generate a few tokens behind a prompt with a few layers of a model. For a worker."""
+    from benchmarks.decode_providers import DecodeKit, decode_providers
+    from benchmarks.step_batches import make_prompts
+    from benchmarks.step_models import FIRST_WORD, build_base
+
+    device = torch.device("cpu" if tiny else "cuda")
+    base = build_base(case.model, device, case.torch_dtype, layers=_LAYERS).eval()
+    base.generation_config.eos_token_id = None
+    kit = DecodeKit(base, make_prompts(base, case.P), case, tiny=tiny)
+    ours = next(p for p in decode_providers() if p.name == "ours")
+    ours.build(kit)(torch.full((case.B, case.N), FIRST_WORD, device=device), 3)
 
 
 def code_of(name: str, case: Case) -> tuple:

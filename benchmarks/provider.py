@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ class Provider:
         bank: judged against one prompt per task instead of one for all.
         prompt_only: its backward pass asks for the prompt's gradients alone.
         peers: the peer sets of cases it takes part in.
+        around: makes the context in which it is built and run; None where it needs none.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Provider:
     bank: bool = False
     prompt_only: bool = False
     peers: tuple[str, ...] = ("all",)
+    around: Callable[[], AbstractContextManager] | None = None
 
 
 def poison(inputs: Inputs) -> None:

@@ -20,7 +20,7 @@ def run(context: Context) -> str:
     """
     if context.data is None:
         reason = "needs --data, a folder with sst2/ and wnut17/"
-        context.result.add({"id": "quality", "status": "not applicable", "reason": reason})
+        context.result.put({"id": "quality", "status": "not applicable", "reason": reason})
         context.say(f"quality: {reason}")
         return "complete"
     target = context.out / f"quality_minilm_{context.device.type}.json"
@@ -32,11 +32,11 @@ def run(context: Context) -> str:
             command, cwd=_ROOT, text=True, capture_output=True, timeout=max(1.0, context.left - _SPARE_SECONDS)
         )
     except subprocess.TimeoutExpired:
-        context.result.add({"id": "quality", "status": "out of time", "reason": f"goes on from {target.name}"})
+        context.result.put({"id": "quality", "status": "out of time", "reason": f"goes on from {target.name}"})
         return "out of time"
     status = "passed" if done.returncode == 0 else "failed"
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     reason = target.name if done.returncode == 0 else (lines or ["no output"])[-1][:300]
-    context.result.add({"id": "quality", "status": status, "reason": reason, "date": environment.now()})
+    context.result.put({"id": "quality", "status": status, "reason": reason, "date": environment.now()})
     context.say("\n".join(lines))
     return "complete" if status == "passed" else "red"

@@ -16,7 +16,39 @@ STATUSES = (
 )  # fmt: skip
 
 
-class ResultFile:
+class Results:
+    """What a suite writes to: cells, and whatever else its record holds.
+
+    Attributes:
+        data: the whole record; "cells" is what has been measured or checked.
+    """
+
+    def __init__(self, data: dict[str, object]):
+        self.data: dict[str, object] = {**data, "cells": []}
+
+    @property
+    def cells(self) -> list[dict[str, object]]:
+        """What has been measured or checked."""
+        return self.data["cells"]
+
+    def put(self, cell: dict[str, object]) -> None:
+        """Write a cell in place of the one with its id, or append it: cells grow while their peers are measured."""
+        place = next((i for i, old in enumerate(self.cells) if old["id"] == cell["id"]), None)
+        if place is None:
+            self.cells.append(cell)
+        else:
+            self.cells[place] = cell
+        self.changed(cell)
+
+    def fail(self, line: str) -> None:
+        """One failure in words, at once: what a cell would say only when it is whole."""
+        self.data.setdefault("failures", []).append(line)
+
+    def changed(self, cell: dict[str, object]) -> None:
+        """A cell is new or another one than before."""
+
+
+class ResultFile(Results):
     """One run's results, rewritten in one step at every change.
 
     Args:
@@ -27,26 +59,20 @@ class ResultFile:
     """
 
     def __init__(self, path: Path, suite: str, command: list[str], environment: dict[str, object]):
+        super().__init__(
+            {"schema": SCHEMA, "suite": suite, "state": "running", "command": command, "environment": environment}
+        )
         self.path = Path(path)
-        self.data: dict[str, object] = {
-            "schema": SCHEMA,
-            "suite": suite,
-            "state": "running",
-            "command": command,
-            "environment": environment,
-            "cells": [],
-        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.write()
 
-    @property
-    def cells(self) -> list[dict[str, object]]:
-        """What has been measured or checked."""
-        return self.data["cells"]
+    def fail(self, line: str) -> None:
+        """Write the failure into the file."""
+        super().fail(line)
+        self.write()
 
-    def add(self, cell: dict[str, object]) -> None:
-        """Append a cell and write the file."""
-        self.cells.append(cell)
+    def changed(self, cell: dict[str, object]) -> None:
+        """Write the file."""
         self.write()
 
     def finish(self, state: str, **facts: object) -> None:

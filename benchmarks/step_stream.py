@@ -11,13 +11,14 @@ import torch
 
 from benchmarks import environment
 from benchmarks.context import Context
+from benchmarks.health import entry_of
 from benchmarks.measure import Timing, quantiles
 from benchmarks.step_batches import Batch, make_batch, make_prompts
 from benchmarks.step_cases import StepCase
-from benchmarks.step_clock import Step, cpu_clock, is_out_of_memory, reason_of, synchronize
+from benchmarks.step_clock import Step, cpu_clock, synchronize
 from benchmarks.step_models import build_base
 from benchmarks.step_optimized import make_step
-from benchmarks.step_providers import Kit, step_providers
+from benchmarks.step_providers import Kit, StepProvider, step_providers
 
 # Lengths of sentences and short paragraphs: a median of 55 tokens, one row in twenty beyond 200.
 _MEDIAN, _SIGMA, _LONGEST, _SHORTEST = 55, 0.8, 512, 4
@@ -77,74 +78,101 @@ def streams_of(context: Context) -> list[Stream]:
 
 
 def run_streams(context: Context) -> str:
-    """Measure the scenarios that there is time for; gives the state of the run."""
+    """Measure the scenarios that there is time for; gives the state of the run.
+
+    Raises:
+        BrokenContext: the device is unusable.
+    """
     for stream in context.chosen(streams_of(context)):
         if context.left < 10.0 and not context.tiny:
             return "out of time"
         try:
-            cell = measure_stream(stream, context)
+            _measure_stream(stream, context)
         except Exception as error:
-            status = "out of memory" if is_out_of_memory(error) else "failed"
-            cell = {"id": stream.id, "status": status, "reason": reason_of(error)}
-            context.result.add(cell)
-            context.say(f"{stream.id}: {status} {reason_of(error)}")
+            entry = entry_of(error, context.device)
+            context.result.put({"id": stream.id, **entry})
+            context.say(f"{stream.id}: {entry['status']} {entry['reason']}")
             return "red"
-        context.result.add(cell)
-        context.say(_line_of(cell))
         torch._dynamo.reset()
     return "complete"
 
 
-def measure_stream(stream: Stream, context: Context) -> dict[str, object]:
-    """Passes over all batches, providers taking turns; the first pass of each is warm-up."""
+def _measure_stream(stream: Stream, context: Context) -> None:
+    """Write a scenario's cell: what is not compiled first, then one compiled provider after the other beside ours."""
     case, device = stream.case, context.device
     base = build_base(case.model, device, case.torch_dtype)
     kit = Kit(base, make_prompts(base, case.P), case, tiny=context.tiny)
-    peers: dict[str, dict] = {}
-    passes: dict[str, list[Step]] = {}
-    for provider in step_providers():
-        if provider.name not in _NAMES or case.peers not in provider.peers:
-            continue
-        reason = provider.refuses(case, device)
-        if reason is not None:
-            peers[provider.name] = {"status": "not applicable", "reason": reason}
-            continue
-        if context.left < (60.0 if provider.compiles and not context.tiny else 5.0):
-            peers[provider.name] = {"status": "out of time", "reason": "the run's minutes were over"}
-            continue
-        try:
-            bound = provider.build(kit)
-            # A compiled whole step serves one shape; ours packs, whatever the shape.
-            batches = _batches(stream, base, fixed=provider.compiles and not provider.ours)
-            steps = [make_step(bound, batch) for batch in batches]
-            # Warm up: graphs are recorded.
-            for _ in range(bound.settle):
-                _pass(steps, device)
-            passes[provider.name] = steps
-            peers[provider.name] = {"status": "passed", "padded_tokens": sum(b.input_ids.numel() for b in batches)}
-        except Exception as error:
-            status = "out of memory" if is_out_of_memory(error) else "failed"
-            peers[provider.name] = {"status": status, "reason": reason_of(error)}
-    samples: dict[str, list[float]] = {name: [] for name in passes}
-    deadline = time.monotonic() + min(_SECONDS[device.type], max(0.0, context.left - 5.0))
-    for turn in range(stream.passes):
-        if turn and time.monotonic() > deadline:
-            break
-        for name, steps in passes.items():
-            samples[name].append(_pass(steps, device))
-    for name, times in samples.items():
-        timing = Timing(*quantiles(times), samples=len(times), method=_clock(device)[0])
-        peers[name] |= {"status": "timed", **timing.as_dict(), "tokens_per_second": 1e3 * stream.tokens / timing.ms}
+    everyone = [p for p in step_providers() if p.name in _NAMES and case.peers in p.peers]
     padded = sum(max(lengths) * len(lengths) for lengths in stream.lengths)
-    return {
+    cell: dict[str, object] = {
         "id": stream.id,
         "kind": "stream",
         "case": {**case.as_dict(), "padding": 1 - stream.tokens / padded},
         "tokens": stream.tokens,
         "lengths": [list(lengths) for lengths in stream.lengths],
         "date": environment.now(),
-        "peers": peers,
     }
+    peers: dict[str, dict] = {}
+    ready = {p.name: steps for p in everyone if not p.compiles and (steps := _set_up(p, kit, stream, context, peers))}
+    _write_timings(stream, _time(ready, stream, context), peers, device)
+    context.result.put({**cell, "peers": peers})
+    context.say(_line_of({**cell, "peers": peers}))
+    for provider in everyone:
+        steps = _set_up(provider, kit, stream, context, peers) if provider.compiles else None
+        if steps is None:
+            continue
+        own = {name: ready[name] for name in ("ours_graph", "ours") if name in ready}
+        times = _time({**own, provider.name: steps}, stream, context)
+        _write_timings(stream, {provider.name: times.pop(provider.name)}, peers, device)
+        peers[provider.name]["beside"] = {name: quantiles(samples)[0] for name, samples in times.items()}
+        context.result.put({**cell, "peers": peers})
+        context.say(_line_of({**cell, "peers": peers}))
+
+
+def _set_up(provider: StepProvider, kit: Kit, stream: Stream, context: Context, peers: dict) -> list[Step] | None:
+    """A provider's step on every batch, warm; None, and why in its record, where it has none."""
+    case, device = stream.case, context.device
+    reason = provider.refuses(case, device)
+    if reason is not None:
+        peers[provider.name] = {"status": "not applicable", "reason": reason}
+        return None
+    if context.left < (60.0 if provider.compiles and not context.tiny else 5.0):
+        peers[provider.name] = {"status": "out of time", "reason": "the run's minutes were over"}
+        return None
+    try:
+        bound = provider.build(kit)
+        # A compiled whole step serves one shape; ours packs, whatever the shape.
+        batches = _batches(stream, kit.base, fixed=provider.compiles and not provider.ours)
+        steps = [make_step(bound, batch) for batch in batches]
+        # Warm up: graphs are recorded.
+        for _ in range(bound.settle):
+            _pass(steps, device)
+    except Exception as error:
+        peers[provider.name] = entry_of(error, device)
+        return None
+    padded = sum(batch.input_ids.numel() for batch in batches)
+    peers[provider.name] = {"status": "passed", "padded_tokens": padded, **bound.facts()}
+    return steps
+
+
+def _time(passes: dict[str, list[Step]], stream: Stream, context: Context) -> dict[str, list[float]]:
+    """Milliseconds of passes over all batches, providers taking turns."""
+    samples: dict[str, list[float]] = {name: [] for name in passes}
+    deadline = time.monotonic() + min(_SECONDS[context.device.type], max(0.0, context.left - 5.0))
+    for turn in range(stream.passes):
+        if turn and time.monotonic() > deadline:
+            break
+        for name, steps in passes.items():
+            samples[name].append(_pass(steps, context.device))
+    return samples
+
+
+def _write_timings(
+    stream: Stream, samples: dict[str, list[float]], peers: dict[str, dict], device: torch.device
+) -> None:
+    for name, times in samples.items():
+        timing = Timing(*quantiles(times), samples=len(times), method=_clock(device)[0])
+        peers[name] |= {"status": "timed", **timing.as_dict(), "tokens_per_second": 1e3 * stream.tokens / timing.ms}
 
 
 def _batches(stream: Stream, base, *, fixed: bool) -> list[Batch]:

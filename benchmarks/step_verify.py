@@ -20,6 +20,8 @@ _FLOOR = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 2e-4}
 # Tokens, prompts included, that one step of the judge holds in float32; in an 8B model each takes half a megabyte for
 # every layer.
 _CHUNK_TOKENS = {"cuda": 2048, "cpu": 8192}
+# With less memory than this a card holds a quarter as many.
+_ROOMY = 120 * 10**9
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class StepJudge:
 def in_chunks(bound: Bound, batch: Batch, prompt_length: int) -> tuple[float, Tensor]:
     """Loss and gradient of a batch, some rows at a time."""
     width = batch.input_ids.shape[1] + prompt_length
-    rows = max(1, _CHUNK_TOKENS[batch.input_ids.device.type] // width)
+    rows = max(1, _chunk_tokens(batch.input_ids.device) // width)
     counts = [_targets(batch.rows(i, i + rows)) for i in range(0, len(batch.lengths), rows)]
     loss, gradients = 0.0, []
     for place, count in enumerate(counts):
@@ -132,6 +134,13 @@ def in_chunks(bound: Bound, batch: Batch, prompt_length: int) -> tuple[float, Te
         gradients.append(gradient * (count / sum(counts)))
     # Prompts are shared by the rows; embeddings are the rows' own.
     return loss, sum(gradients) if bound.trained else torch.cat(gradients)
+
+
+def _chunk_tokens(device: torch.device) -> int:
+    tokens = _CHUNK_TOKENS[device.type]
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < _ROOMY:
+        return tokens // 4
+    return tokens
 
 
 def _targets(batch: Batch) -> int:

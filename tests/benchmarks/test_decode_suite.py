@@ -26,7 +26,7 @@ def uncompiled(monkeypatch):
 
 
 def test_every_provider_is_judged_and_timed(make_context, uncompiled):
-    context = make_context()
+    context = make_context(every_peer=True)
     assert decode_suite.run(context) == "complete"
     record.check_schema(context.result.data)
     (cell,) = context.result.cells
@@ -37,6 +37,28 @@ def test_every_provider_is_judged_and_timed(make_context, uncompiled):
         assert entry["errors"]["regret"] < 1e-3
         assert entry["tokens_per_second"] == pytest.approx(1e3 * CASE.B / entry["ms"])
     assert "ours_compiled" in step_report.decode_table([cell], table)
+
+
+def test_what_is_compiled_is_written_into_a_cell_that_stands(make_context, uncompiled, monkeypatch):
+    context = make_context()
+    written = []
+    put = context.result.put
+    monkeypatch.setattr(context.result, "put", lambda cell: (written.append(set(cell["peers"])), put(cell)))
+    assert decode_suite.run(context) == "complete"
+    assert written == [
+        {"ours", "peft"}, {"ours", "peft", "ours_compiled"}, {"ours", "peft", "ours_compiled", "static_compiled"}
+    ]  # fmt: skip
+    peers = context.result.cells[0]["peers"]
+    # Ratios are taken within the rounds in which both took turns.
+    assert "ours" in peers["static_compiled"]["beside"] and "beside" not in peers["peft"]
+
+
+def test_a_peer_that_cannot_fit_says_how_much_it_would_need(make_context, monkeypatch):
+    context = make_context()
+    monkeypatch.setattr(type(context), "memory", property(lambda self: 1000))
+    assert decode_suite.run(context) == "complete"
+    peers = context.result.cells[0]["peers"]
+    assert peers["peft"]["status"] == "not applicable" and "the device has" in peers["peft"]["reason"]
 
 
 def test_a_provider_without_the_prompt_is_wrong(make_context):
@@ -94,12 +116,12 @@ def test_the_first_cells_judge_every_decode_goal():
     assert len(decode_cases()) == 24
 
 
-def test_a_generation_that_compiles_at_every_call_is_given_up(monkeypatch):
+def test_a_generation_that_compiles_at_every_call_is_given_up(make_context, monkeypatch):
     monkeypatch.setattr(decode_suite, "_TOO_LONG", -1.0)
     base = build_base(CASE.model, CPU, torch.float32)
     kit = DecodeKit(base, make_prompts(base, CASE.P), CASE)
     slow = replace(decode_providers()[0], build=lambda kit: lambda ids, count: ids)
-    entry = decode_suite._set_up(slow, kit, torch.zeros(1, 1), {})
+    entry = decode_suite._set_up(slow, kit, torch.zeros(1, 1), make_context(), {})
     assert entry["status"] == "failed" and "took" in entry["reason"]
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import time
 
-from benchmarks import audit, parity_suite, tune_suite
+import pytest
+import torch
+
+from benchmarks import audit, health, native_tests, parity_suite, tune_suite
 from benchmarks.cases import Case, case_of, tune_cases
 from benchmarks.parity_suite import NotApplicable
 from ptv2_fast.kernels import launch
 
+CPU = torch.device("cpu")
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 FOUND = "========= Invalid __global__ read of size 16 bytes\n========= ERROR SUMMARY: 3 errors\n"
 
@@ -31,30 +35,81 @@ def test_a_device_that_the_sanitizer_does_not_know_is_no_failure():
         audit.outcome_of_sanitizer(66, "========= Error: Device not supported\n", NotApplicable)
 
 
-def _junit(tmp_path, failures):
-    path = tmp_path / "pytest.xml"
-    bad = '<testcase name="test_b"><failure message="x"/></testcase>' if failures else ""
-    path.write_text(
-        f'<testsuites><testsuite tests="2" failures="{failures}" errors="0" skipped="1">'
-        f'<testcase name="test_a"/>{bad}</testsuite></testsuites>'
-    )
-    return path
+@pytest.fixture
+def red_tests(tmp_path):
+    """A folder of tests, two of which fail."""
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_a.py").write_text("def test_green():\n    pass\n\n\ndef test_red():\n    assert 1 + 1 == 3\n")
+    (folder / "test_prompt_backward.py").write_text("def test_first():\n    raise ValueError('no gradient')\n")
+    return folder
 
 
-def test_junit_counts(tmp_path):
-    counts = "2 tests, 0 failures, 0 errors, 1 skipped"
-    assert parity_suite.outcome_of_junit(_junit(tmp_path, 0), 0) == ("passed", counts)
-    status, reason = parity_suite.outcome_of_junit(_junit(tmp_path, 1), 1)
-    assert status == "failed" and reason.endswith("first: test_b")
-    assert parity_suite.outcome_of_junit(_junit(tmp_path, 0), 3)[0] == "failed"
-    assert parity_suite.outcome_of_junit(tmp_path / "none.xml", 4)[0] == "failed"
-
-
-def test_red_tests_make_parity_red(make_context, tmp_path):
-    (tmp_path / "test_red.py").write_text("def test_red():\n    assert 1 + 1 == 3\n")
-    context = make_context(tests=tmp_path / "test_red.py", only=("pytest",))
+def test_red_tests_make_parity_red_and_are_told_as_they_fail(make_context, red_tests, capsys):
+    context = make_context(tests=red_tests, only=("pytest",))
+    written = []
+    put = context.result.put
+    context.result.put = lambda cell: (written.append(cell["reason"]), put(cell))
     assert parity_suite.run(context) == "red"
-    assert "test_red" in context.result.cells[0]["reason"]
+    (cell,) = context.result.cells
+    assert (cell["status"], cell["reason"]) == ("failed", "1 passed, 2 failed, 0 skipped")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed test")]
+    # The backward's tests come first, whatever the alphabet says.
+    assert "test_prompt_backward.py::test_first: ValueError: no gradient" in said[0] and "test_red" in said[1]
+    assert len(written) == 3 and "1 failed" in written[0] and "so far" in written[0]
+
+
+def test_tests_that_take_too_long_are_stopped_and_what_they_found_counts(tmp_path):
+    slow = "import time\n\n\ndef test_a():\n    pass\n\n\ndef test_b():\n    time.sleep(60)\n"
+    (tmp_path / "test_slow.py").write_text(slow)
+    start = time.monotonic()
+    outcome = native_tests.run_tests(tmp_path, CPU, tmp_path, 8.0, tell=pytest.fail, workers=1)
+    assert outcome == ("out of time", "1 passed, 0 failed, 0 skipped; stopped after 8 s")
+    assert time.monotonic() - start < 20
+
+
+def test_a_check_that_raises_is_a_row_and_the_others_go_on(make_context, monkeypatch):
+    def checks(context):
+        return [("one", _raise), ("two", lambda context: ("passed", ""))]
+
+    monkeypatch.setattr(parity_suite, "_checks", checks)
+    context = make_context()
+    assert parity_suite.run(context) == "red"
+    assert [cell["status"] for cell in context.result.cells] == ["failed", "passed"]
+
+
+def test_a_broken_device_is_recorded_and_nothing_follows(make_context, monkeypatch):
+    monkeypatch.setattr(parity_suite, "_checks", lambda context: [("one", _raise), ("two", pytest.fail)])
+    monkeypatch.setattr(health, "answers", lambda device: False)
+    context = make_context()
+    with pytest.raises(health.BrokenContext, match="an illegal memory access"):
+        parity_suite.run(context)
+    assert [(cell["id"], cell["status"]) for cell in context.result.cells] == [("one", "failed")]
+
+
+def _raise(context):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_card_is_judged_in_every_dtype_before_its_tests_run(make_context):
+    context = make_context()
+    context.device, context.tiny = torch.device("cuda"), False
+    names = [name for name, _ in parity_suite._checks(context)]
+    for dtype in ("bf16", "fp16", "fp32"):
+        assert any(name.startswith("judged-") and name.endswith(dtype) for name in names[:12])
+    assert names.index("offsets-past-2^31") < names.index("pytest") < names.index("sanitizer-memcheck")
+
+
+def test_the_trace_of_the_allocator_is_light(monkeypatch):
+    asked = []
+    memory = torch.cuda.memory
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(memory, "_record_memory_history", lambda *_, **options: asked.append(options))
+    snapshot = {"device_traces": [[{"action": "alloc", "size": 512}, {"action": "free_completed", "size": 512}]]}
+    monkeypatch.setattr(memory, "_snapshot", lambda: snapshot)
+    assert audit.traced_sizes(lambda: None) == [512]
+    # Stacks of the C++ side take longer than what is traced.
+    assert asked[0]["stacks"] == "python"
 
 
 def test_the_audit_knows_a_copy_from_what_training_needs():
@@ -75,7 +130,9 @@ def test_the_audit_knows_a_copy_from_what_training_needs():
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_search_space_is_modest_and_without_doubles(kernel_pass, head_dim):
     space = tune_suite.search_space(kernel_pass, head_dim)
-    assert 12 <= len(space) == len(set(space)) <= 30
+    assert 12 <= len(space) == len(set(space)) <= 34
+    likely = tune_suite.search_space(kernel_pass, head_dim, short=True)
+    assert 3 <= len(likely) <= 4 and likely == space[: len(likely)]
     assert kernel_pass in launch.PASSES
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import measure, roofline
+from benchmarks import ceilings, measure, roofline
 from benchmarks.cases import case_of
 from benchmarks.record import ResultFile, check_schema, write_json
 
@@ -73,25 +73,45 @@ def test_training_is_forward_and_backward():
 
 
 def test_the_floor_is_the_larger_of_two_times():
-    ceiling = roofline.Ceiling(tflops=1.0, terabytes_per_second=1.0)
+    ceiling = ceilings.Ceiling(tflops=1.0, terabytes_per_second=1.0)
     assert roofline.Work(flops=2e12, bytes=1e12).speed_of_light(ceiling) == 2000.0
     assert roofline.Work(flops=1e9, bytes=3e12).speed_of_light(ceiling) == 3000.0
     assert roofline.Work(flops=1e12, bytes=0).tflops(500.0) == pytest.approx(2.0)
 
 
-def test_only_measured_ceilings_are_used():
-    assert roofline.ceiling_of("NVIDIA H200").tflops == 790.0
-    assert roofline.ceiling_of("NVIDIA A100-SXM4-80GB") is None
-    assert roofline.ceiling_of(None) is None
+def test_ceilings_are_measured_on_the_device_itself():
+    ceiling = ceilings.measure_ceiling(CPU, tiny=True)
+    assert ceiling.tflops > 0 and ceiling.terabytes_per_second > 0
+    assert set(ceiling.as_dict()) == {"tflops", "terabytes_per_second"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cuDNN says no\nand why"), ValueError("no such graph")])
+def test_a_call_that_refuses_to_be_captured_is_a_note(monkeypatch, error):
+    def refuse(call, repeats):
+        raise error
+
+    monkeypatch.setattr(measure, "capture", refuse)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    events = {"peer": measure.Timing(0.05, 0.05, 0.05, 3, "events")}
+    timings = measure._time_by_graphs({"peer": None}, events, measure.QUICK)
+    assert timings == {"peer": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
 
 
 def test_a_run_that_breaks_off_keeps_its_cells(tmp_path):
     result = ResultFile(tmp_path / "run.json", "kernels", ["x"], {"device": "cpu"})
-    result.add({"id": "one", "peers": {"ours": {"status": "timed", "ms": 1.0}}})
+    result.put({"id": "one", "peers": {"ours": {"status": "timed", "ms": 1.0}}})
     data = json.loads((tmp_path / "run.json").read_text())
     check_schema(data)
     assert data["state"] == "running"
     assert [cell["id"] for cell in data["cells"]] == ["one"]
+
+
+def test_a_cell_that_grows_takes_the_place_of_what_it_was(tmp_path):
+    result = ResultFile(tmp_path / "run.json", "kernels", ["x"], {"device": "cpu"})
+    for name, ms in (("one", 1.0), ("two", 2.0), ("one", 3.0)):
+        result.put({"id": name, "peers": {"ours": {"status": "timed", "ms": ms}}})
+    cells = json.loads((tmp_path / "run.json").read_text())["cells"]
+    assert [(cell["id"], cell["peers"]["ours"]["ms"]) for cell in cells] == [("one", 3.0), ("two", 2.0)]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

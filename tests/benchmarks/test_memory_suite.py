@@ -70,6 +70,12 @@ def test_blocks_of_the_literal_form_are_forbidden_and_those_of_the_text_are_not(
     assert not found & allowed
 
 
+def test_a_cards_minutes_are_not_spent_on_the_cpu(make_context):
+    context = make_context()
+    context.device = torch.device("cuda")
+    assert memory_suite._audit_operations(context, PROVIDERS)[0] == "not applicable"
+
+
 def test_audited_sizes_are_prime():
     for device in (CPU, torch.device("cuda")):
         case = audited_case(device)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from benchmarks import precompile
+from benchmarks import kernels_suite, precompile, step_models
 from benchmarks.cases import case_of, kernel_cases
+from benchmarks.decode_cases import tiny_decode_cases
 from benchmarks.precompile import Compilers, code_of, small
+from benchmarks.step_batches import make_batch, make_prompts
+from benchmarks.step_cases import StepCase
+from benchmarks.step_providers import Kit, step_providers
+from benchmarks.step_verify import run_once
+from ptv2_fast.kernels import launch
+
+CPU = torch.device("cpu")
 
 
 def test_without_cuda_no_process_starts():
@@ -46,3 +56,76 @@ def test_a_broken_pool_only_costs_time():
     compilers.pool = _BrokenPool()
     compilers.warm(print, [("x",)], seconds=1.0)
     assert compilers.pool is None
+
+
+class _SlowFuture:
+    def exception(self, timeout):
+        waited.append(timeout)
+        time.sleep(0.05)
+        if timeout <= 0:
+            raise precompile.FutureTimeout
+
+
+class _SlowPool(_BrokenPool):
+    def submit(self, *_):
+        return _SlowFuture()
+
+
+waited: list[float] = []
+
+
+def test_the_time_is_that_of_all_tasks_together():
+    waited.clear()
+    compilers = Compilers(torch.device("cuda"))
+    compilers.pool = _SlowPool()
+    compilers.warm(print, [("x",)] * 10, seconds=0.12)
+    assert compilers.pool is None and len(waited) < 6 and waited[0] > waited[1]
+
+
+def test_the_processes_end_after_what_they_compile_last(make_context, monkeypatch):
+    order = []
+    monkeypatch.setattr(kernels_suite, "_measure_or_say", lambda case, *_: order.append("cell") or {"id": case.id})
+    monkeypatch.setattr(kernels_suite, "compile_ahead", lambda *_: order.append("compiled"))
+    monkeypatch.setattr(kernels_suite, "line_of", lambda cell: "")
+    monkeypatch.setattr(Compilers, "close", lambda self: order.append("closed"))
+    kernels_suite.run(make_context(), [])
+    assert order[:3] == ["compiled", "closed", "cell"]
+
+
+@pytest.mark.parametrize("model", ["tiny-bert", "tiny-qwen3"])
+def test_a_few_layers_launch_what_a_whole_model_does(model, monkeypatch):
+    case = StepCase(model, 3, 9, 4, 0.4, dtype="fp32")
+
+    def launched(ahead):
+        """(kernel, tiles and flags) of every launch of one step."""
+        seen = set()
+        usual = launch.run
+
+        def run(kernel, grid, device, **arguments):
+            flags = tuple((k, v) for k, v in sorted(arguments.items()) if isinstance(v, bool) or k.startswith("BLOCK"))
+            seen.add((kernel.fn.__name__, flags))
+            usual(kernel, grid, device, **arguments)
+
+        monkeypatch.setattr(launch, "run", run)
+        monkeypatch.setattr(step_models, "_TINY", {**step_models._TINY, "num_hidden_layers": 5})
+        monkeypatch.setattr("benchmarks.step_providers.Kit", _interpreted(Kit))
+        if ahead:
+            precompile.compile_step(case, tiny=True)
+        else:
+            base = step_models.build_base(case.model, CPU, torch.float32)
+            kit = Kit(base, make_prompts(base, case.P), case, tiny=True, backend="triton")
+            bound = next(p for p in step_providers() if p.name == "ours").build(kit)
+            run_once(bound, bound.prepare(make_batch(base, case.lengths, causal=case.causal, width=case.N)))
+        monkeypatch.setattr(launch, "run", usual)
+        return seen
+
+    few, all_of_them = launched(True), launched(False)
+    assert few and few == all_of_them
+
+
+def _interpreted(kit):
+    return lambda base, prompts, case, *, tiny=False: kit(base, prompts, case, tiny=tiny, backend="triton")
+
+
+def test_a_generation_with_a_few_layers_runs():
+    precompile.compile_decode(tiny_decode_cases()[0], tiny=True)

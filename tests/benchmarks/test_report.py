@@ -24,7 +24,7 @@ def _run(folder, cells, *, name="run.json", device="cuda", date="2026-01-01T00:0
     facts = {"device": device, "card": "NVIDIA H200", "date": date, "commit": "abc", "clocks": {"sm_mhz": 1980.0}}
     result = ResultFile(folder / name, suite, ["x"], facts)
     for cell in cells:
-        result.add(cell)
+        result.put(cell)
     result.finish("complete")
 
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import kernels_suite, record, run
+from benchmarks import health, kernels_suite, record, run
 from benchmarks.providers import all_providers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +77,7 @@ def test_the_interpreter_judges_ours_and_times_nothing(runs):
 
 def test_parity_says_what_it_could_not_look_at(runs):
     cells = {cell["id"]: cell for cell in runs["data"]["parity"]["cells"]}
-    assert cells["pytest"]["status"] == "passed" and "1 tests" in cells["pytest"]["reason"]
+    assert cells["pytest"]["status"] == "passed" and "1 passed" in cells["pytest"]["reason"]
     assert cells["two-runs-bit-identical"]["status"] == "passed"
     assert cells["torch-compile-equals-eager"]["status"] == "passed"
     for name in ("cuda-graph-equals-eager", "allocator-trace", "sanitizer-memcheck", "sanitizer-racecheck"):
@@ -88,7 +89,7 @@ def test_tune_writes_its_winners(runs):
     assert written == runs["data"]["tune"]["winners"]
     passes = written["tables"]["0"]["single"]
     assert set(passes) == {"forward", "backward_query", "backward_text", "backward_prompt"}
-    assert all(len(best["config"]) == 4 for sizes in passes.values() for best in sizes.values())
+    assert all(len(best["config"]) == 5 for sizes in passes.values() for best in sizes.values())
 
 
 def test_a_short_table_stands_last(runs):
@@ -181,6 +182,51 @@ def test_a_killed_run_keeps_its_cells(make_context):
     data = json.loads(context.result.path.read_text())
     record.check_schema(data)
     assert data["state"] == "running" and len(data["cells"]) == 1
+
+
+def test_a_cell_that_cannot_be_measured_is_a_row_and_the_others_go_on(make_context, monkeypatch):
+    seen = []
+
+    def measure(case, context, providers):
+        seen.append(case.id)
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"id": case.id, "case": case.as_dict(), "peers": {}}
+
+    monkeypatch.setattr(kernels_suite, "measure_cell", measure)
+    context = make_context()
+    assert kernels_suite.run(context, PEERS) == "complete"
+    assert [cell.get("status") for cell in context.result.cells] == ["out of memory", None]
+
+
+def test_a_broken_device_ends_a_run_red_with_its_record_whole(tmp_path, monkeypatch, capsys):
+    def build(case, inputs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels_suite, "all_providers", lambda: [replace(_planted(ours=True), build=build)])
+    monkeypatch.setattr(health, "answers", lambda device: False)
+    words = ["--suite", "kernels", "--device", "cpu", "--tiny", "--commit", "abc", "--out", str(tmp_path)]
+    assert run.main(words) == 1
+    data = json.loads(next(tmp_path.glob("*.json")).read_text())
+    record.check_schema(data)
+    assert data["state"] == "red" and data["cells"][0]["status"] == "failed"
+    assert "illegal memory access" in data["cells"][0]["reason"]
+    assert "does not answer any more" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_name_its_commit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.environment.commit", lambda: None)
+    with pytest.raises(SystemExit, match="--commit must name"):
+        run.main(["--suite", "kernels", "--device", "cpu", "--tiny", "--out", str(tmp_path)])
+
+
+def test_gates_are_judged_in_every_dtype_before_anything_is_timed(make_context, monkeypatch):
+    context = make_context()
+    context.device = torch.device("cuda")
+    dtypes = [case.dtype for case in kernels_suite.gate_cases(context)]
+    assert set(dtypes) == {"bf16", "fp16", "fp32"} and len(dtypes) == 12
+    done = replace(context, done=frozenset(f"gate-{case.id}" for case in kernels_suite.gate_cases(context)))
+    assert kernels_suite.gate_cases(done) == []
 
 
 def test_an_unknown_suite_is_refused():

@@ -9,11 +9,11 @@ import torch
 
 from benchmarks import step_stream, steps_suite
 from benchmarks.stand_in import captured_on_cpu
+from benchmarks.step_bench import GroupBench
 from benchmarks.step_cases import StepCase, tiny_groups
 from benchmarks.step_clock import StepEffort, time_steps
 from benchmarks.step_optimized import make_step
 from benchmarks.step_providers import step_providers
-from benchmarks.steps_suite import GroupBench
 from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.graph_runner import GraphRunner
 
@@ -42,7 +42,7 @@ def _watched(step, counts, seen):
 
 def _judged(make_context, group, providers=PROVIDERS):
     bench = GroupBench(group, make_context(), providers)
-    return bench, bench.set_up([])
+    return bench, bench.set_up(bench.providers, [])
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.first.id)
@@ -86,7 +86,9 @@ def test_drawn_lengths_are_replayed(make_context, monkeypatch):
         monkeypatch.setattr(step_stream, "make_step", lambda bound, batch: _watched(make(bound, batch), counts, seen)
                             if bound.take is not None else make(bound, batch))  # fmt: skip
         monkeypatch.setattr(step_stream, "_NAMES", ("ours", "ours_graph", "literal_sdpa"))
-        cell = step_stream.measure_stream(stream, context)
+        monkeypatch.setattr(step_stream, "streams_of", lambda context: [stream])
+        assert step_stream.run_streams(context) == "complete"
+    (cell,) = context.result.cells
     assert cell["peers"]["ours_graph"]["status"] == "timed"
     timed = stream.passes * len(stream.lengths)
     assert seen[-timed:] == [(0, 0, REPLAYS)] * timed, seen
@@ -100,7 +102,7 @@ def test_a_whole_run_takes_the_captured_path(make_context, monkeypatch):
     context = make_context()
     providers = [p for p in PROVIDERS if p.name in ("ours", "ours_graph")]
     with captured_on_cpu() as counts:
-        assert steps_suite.run(context, providers) == "complete"
+        assert steps_suite.run(context, providers, profiled=False) == "complete"
     cells = [cell for cell in context.result.cells if "peers" in cell]
     assert {cell["peers"]["ours_graph"]["status"] for cell in cells} == {"timed"} and counts.replays > 20
 

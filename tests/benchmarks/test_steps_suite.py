@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import record, step_clock, step_report, steps_suite
+from benchmarks import health, record, step_bench, step_clock, step_report, steps_suite
 from benchmarks.report import table
 from benchmarks.step_cases import StepCase, step_groups, tiny_groups
 from benchmarks.step_goals import STEP_GOALS
@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("steps")
     result = ResultFile(path / "run.json", "steps", ["test"], {"device": "cpu"})
-    context = Context(CPU, True, path, time.monotonic() + 600, result)
+    context = Context(CPU, True, path, time.monotonic() + 600, result, every_peer=True)
     patch = pytest.MonkeyPatch()
     patch.setattr("benchmarks.step_stream._NAMES", ("ours", "peft", "floor"))
     state = steps_suite.run(context, PROVIDERS)
@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
 
 
 def _cells(data):
-    return [cell for cell in data["cells"] if "peers" in cell]
+    return [cell for cell in data["cells"] if "peers" in cell and cell.get("kind") != "profile"]
 
 
 def test_a_run_is_complete_and_whole(finished):
@@ -67,6 +67,56 @@ def test_every_provider_of_a_cell_is_timed_or_says_why_not(finished):
 def test_a_compiled_step_is_one_graph(finished):
     entry = _cells(finished)[0]["peers"]["floor_compiled"]
     assert entry["compiled"]["whole"] and entry["compiled"]["graph_breaks"] == 0
+
+
+def test_the_profiler_comes_once_and_last(finished):
+    profiled = [cell for cell in finished["cells"] if cell.get("kind") == "profile"]
+    assert profiled == finished["cells"][-1:] and profiled[0]["status"] == "passed"
+    assert profiled[0]["id"] == f"profile-{_cells(finished)[0]['id']}"
+    assert not any("device_ms" in e for c in _cells(finished) for e in c["peers"].values())
+
+
+def test_a_compiled_peer_is_timed_beside_ours_in_a_cell_that_stands(make_context, monkeypatch):
+    context = make_context()
+    written = []
+    put = context.result.put
+    monkeypatch.setattr(context.result, "put", lambda cell: (written.append(set(cell.get("peers", ()))), put(cell)))
+    monkeypatch.setattr(steps_suite, "tiny_groups", lambda: tiny_groups()[:1])
+    names = ("ours", "ours_graph", "floor", "floor_compiled")
+    providers = [p for p in PROVIDERS if p.name in names]
+    state = steps_suite.run(replace(context, only=("tiny-bert-B3-N9-P4-pad40-fp32",)), providers, profiled=False)
+    assert state == "complete"
+    assert written == [set(), set(names[:-1]), set(names)]
+    entry = context.result.cells[-1]["peers"]["floor_compiled"]
+    assert entry["status"] == "timed" and entry["beside"]["ours"] > 0
+
+
+def test_peers_that_no_goal_names_take_part_where_they_are_asked_for(make_context, monkeypatch):
+    monkeypatch.setattr(steps_suite, "chosen_groups", lambda context: [])
+    monkeypatch.setattr(steps_suite, "gate", lambda context: True)
+    monkeypatch.setattr("benchmarks.step_stream.streams_of", lambda context: [])
+    for every in (False, True):
+        context = make_context(every_peer=every)
+        steps_suite.run(context)
+        calls = set(context.result.data["calls"])
+        assert {"peft_compiled", "floor_compiled", "ours_graph_compiled"} <= calls
+        assert ({"literal_compiled", "joined_flex"} <= calls) is every
+
+
+def test_a_broken_device_leaves_cells_that_say_so(make_context, monkeypatch):
+    monkeypatch.setattr(health, "answers", lambda device: False)
+    right = [p for p in PROVIDERS if p.name == "floor"]
+    with pytest.raises(health.BrokenContext, match="illegal"):
+        _one_cell(make_context, monkeypatch, [_planted(RuntimeError("an illegal memory access")), *right])
+
+
+def test_a_card_with_less_memory_is_judged_in_smaller_parts(monkeypatch):
+    from benchmarks import step_verify
+
+    for memory, tokens in ((80 * 10**9, 512), (141 * 10**9, 2048)):
+        properties = type("Properties", (), {"total_memory": memory})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert step_verify._chunk_tokens(torch.device("cuda")) == tokens
 
 
 def test_the_judge_stands_first(finished):
@@ -94,7 +144,7 @@ def _one_cell(make_context, monkeypatch, providers, **options):
     monkeypatch.setattr(steps_suite, "tiny_groups", lambda: tiny_groups()[:1])
     monkeypatch.setattr("benchmarks.step_stream.streams_of", lambda context: [])
     context = make_context(**options)
-    return steps_suite.run(context, providers), _cells(context.result.data)
+    return steps_suite.run(context, providers, profiled=False), _cells(context.result.data)
 
 
 def _planted(error, **changes):
@@ -145,11 +195,11 @@ def test_a_model_that_cannot_be_built_is_a_failed_cell(make_context, monkeypatch
     def build_base(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(steps_suite, "build_base", build_base)
+    monkeypatch.setattr(step_bench, "build_base", build_base)
     monkeypatch.setattr(steps_suite, "tiny_groups", lambda: tiny_groups()[:1])
     monkeypatch.setattr("benchmarks.step_stream.streams_of", lambda context: [])
     context = make_context()
-    assert steps_suite.run(context, PROVIDERS) == "red"
+    assert steps_suite.run(context, PROVIDERS, profiled=False) == "red"
     assert [cell["status"] for cell in context.result.cells[1:]] == ["out of memory"] * 2
 
 
@@ -173,7 +223,8 @@ def test_steps_take_turns_and_a_broken_one_leaves():
     effort = step_clock.StepEffort(seconds=0.0, least=4, most=4, warmups=1)
     timings, failed = step_clock.time_steps(steps, CPU, effort, seconds_left=60)
     assert order == list("abababab" + "ab")
-    assert set(timings) == {"a", "b"} and failed == {"c": "RuntimeError: worn out"}
+    assert set(timings) == {"a", "b"}
+    assert failed == {"c": {"status": "failed", "reason": "RuntimeError: worn out"}}
     assert timings["a"].samples == 4
 
 
@@ -196,7 +247,7 @@ def test_arming_is_outside_the_timing():
 def test_a_chain_of_errors_tells_that_memory_ran_out():
     error = RuntimeError("compilation failed")
     error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
-    assert step_clock.is_out_of_memory(error) and not step_clock.is_out_of_memory(ValueError("x"))
+    assert health.is_out_of_memory(error) and not health.is_out_of_memory(ValueError("x"))
 
 
 def test_the_first_groups_hold_a_cell_of_every_goal():

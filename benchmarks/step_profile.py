@@ -1,0 +1,56 @@
+"""The device's own time of a step, without the host's: by the profiler, once a run and after everything else."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import environment
+from benchmarks.context import Context
+from benchmarks.health import is_out_of_memory, reason_of
+from benchmarks.step_bench import GroupBench, clean_up
+from benchmarks.step_cases import Group
+from benchmarks.step_clock import QUICK_STEPS, Step, warm_up
+from benchmarks.step_optimized import make_step
+from benchmarks.step_providers import StepProvider
+
+PROFILED = ("ours", "ours_graph", "peft", "floor")
+# Building and judging a model again, and the profiler's own start.
+SECONDS = 25.0
+
+
+def profile_group(group: Group, context: Context, providers: list[StepProvider]) -> None:
+    """Record the device's own milliseconds of a step of a group's first cell, in a cell beside that of its times."""
+    case = group.first
+    cell: dict[str, object] = {"id": f"profile-{case.id}", "kind": "profile", "case": case.as_dict(), "peers": {}}
+    bench = None
+    try:
+        bench = GroupBench(Group((case,)), context, [p for p in providers if p.name in PROFILED])
+        cell["peers"] = peers = bench.set_up(bench.providers, [])[case.id]
+        for name, bound in bench.bound.items():
+            if peers[name]["status"] == "passed":
+                step = make_step(bound, bench.batches[case])
+                warm_up(step, context.device, QUICK_STEPS)
+                peers[name]["device_ms"] = device_milliseconds(step, context.device)
+        cell |= {"status": "passed", "reason": ""}
+    except Exception as error:
+        # It is the last thing that a run does: what the run has found stands.
+        cell |= {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": reason_of(error)}
+    finally:
+        del bench
+        clean_up(context.device)
+    context.result.put({**cell, "date": environment.now()})
+    context.say(f"{cell['id']}: {cell['status']} {cell['reason']}")
+
+
+def device_milliseconds(step: Step, device: torch.device) -> float | None:
+    """The sum of a step's kernels by the profiler; None where it saw none (the CPU's own are no kernels)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_cuda = device.type == "cuda"
+    step.arm()
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as trace:
+        step.run()
+        if on_cuda:
+            torch.cuda.synchronize(device)
+    total = sum(event.self_device_time_total for event in trace.key_averages())
+    return total / 1e3 if total else None
