@@ -17,8 +17,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m ptv2_fast.demo $(SENTENCES)
 
+# worksteal: neighbours stay together, so that what the fixtures of a file train is trained once.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist=worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import plots, step_report
 from benchmarks.goals import KERNEL_GOALS, Standing, milliseconds, standing
 from benchmarks.record import check_schema
+from benchmarks.untried import untried
 
 HERE = Path(__file__).resolve().parent
 UNMEASURED = "not measured yet"
@@ -39,8 +40,19 @@ def load(folder: Path) -> list[dict]:
             check_schema(data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        results.append({**data, "file": path.name})
+        results += parts({**data, "file": path.name})
     return sorted(results, key=lambda data: data["environment"].get("date") or "")
+
+
+def parts(data: Mapping) -> list[dict]:
+    """A result file as one of each suite: a card's record holds cells of several."""
+    if data["suite"] != "card":
+        return [dict(data)]
+    found = []
+    for suite in dict.fromkeys(cell["suite"] for cell in data["cells"]):
+        cells = [cell for cell in data["cells"] if cell["suite"] == suite]
+        found.append({**data, **data["rest"].get(suite, {}), "suite": suite, "cells": cells})
+    return found
 
 
 def latest_cells(results: Iterable[Mapping], suite: str, device: str = "cuda") -> list[dict]:
@@ -128,6 +140,13 @@ def checks_table(results: Iterable[Mapping]) -> str:
     return table(["check", "on", "outcome", "detail"], list(outcomes.values())) if outcomes else UNMEASURED
 
 
+def untried_table(results: list[Mapping]) -> str:
+    """What no card has run yet."""
+    rows = [[path.name, path.suite, path.stand_in] for path in untried(results)]
+    head = ["never run yet", "suite", "in its place on a CPU"]
+    return table(head, rows) if rows else "A card has run all of it."
+
+
 def sources_table(results: list[Mapping]) -> str:
     """Which runs the tables come from."""
     rows = []
@@ -188,6 +207,7 @@ SECTIONS = {
     "kernel-goals": lambda results: goals_table(latest_cells(results, "kernels")),
     "kernel-cells": lambda results: cells_table(latest_cells(results, "kernels")),
     "parity-checks": checks_table,
+    "untried": untried_table,
     "sources": sources_table,
 }
 
@@ -235,7 +255,9 @@ def summary(data: Mapping) -> str:
         ]
         return "\n".join(rows) or UNMEASURED
     return "\n".join(
-        f"{cell.get('status', ''):15} {cell['id']}  {cell.get('reason') or ''}".rstrip() for cell in data["cells"]
+        f"{cell['status']:15} {cell['id']}  {cell.get('reason') or ''}".rstrip()
+        for cell in data["cells"]
+        if "status" in cell
     )
 
 

@@ -1,0 +1,58 @@
+"""Faults planted in a rehearsal, to see that each costs what it should and no more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+# Of "kind:phase"; a wrong kernel is wrong wherever it is launched.
+KINDS = ("wrong-kernel", "raise", "hang", "kill", "broken", "fresh")
+
+
+def check(fault: str | None) -> None:
+    """Raise ValueError unless a fault is "wrong-kernel", or another kind and a phase: "raise:PHASE"."""
+    if fault is None or fault == "wrong-kernel":
+        return
+    kind, _, phase = fault.partition(":")
+    if kind not in KINDS or not phase:
+        raise ValueError(f"fault must be wrong-kernel or one of {KINDS[1:]} with a phase; got {fault!r}")
+
+
+def is_fresh(fault: str | None, phase: str) -> bool:
+    """Whether a phase is to run as if CUDA had been touched before its process was forked."""
+    return fault == f"fresh:{phase}"
+
+
+def plant(fault: str | None, phase: str, attempt: int) -> None:
+    """Do in a phase's process what the fault says; a broken context is broken in the first attempt alone."""
+    if fault is None:
+        return
+    if fault == "wrong-kernel":
+        return _spoil_forward()
+    kind, _, where = fault.partition(":")
+    if where != phase:
+        return
+    if kind == "raise":
+        raise RuntimeError("a planted error")
+    if kind == "hang":
+        time.sleep(3600)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "broken" and attempt == 0:
+        from benchmarks.health import BrokenContext
+
+        raise BrokenContext("a planted broken context")
+
+
+def _spoil_forward() -> None:
+    """The forward kernel's output is off by five percent from here on."""
+    from ptv2_fast.kernels import prompt_forward
+
+    right = prompt_forward.prompt_attention_forward
+
+    def wrong(*arguments, **options):
+        output, lse = right(*arguments, **options)
+        return 1.05 * output, lse
+
+    prompt_forward.prompt_attention_forward = wrong

@@ -1,0 +1,190 @@
+"""What is done with a card's minutes, as data: which phases, in which order, how long each may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+# When a phase is run: whatever the gates say, only where they are green, only where they are red.
+ALWAYS, GREEN, RED = "always", "green", "red"
+VARIANTS = ("tune", "kernels", "steps")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One thing that is done in one process.
+
+    Attributes:
+        name: of the phase, once in a plan.
+        work: key of `work.WORK`.
+        limit: seconds after which it is stopped.
+        latest: seconds after the start of the run at which it is not begun any more.
+        timed: it measures time, so that it is alone: whatever runs beside is stopped meanwhile.
+        beside: it is not waited for, and measures no time.
+        when: `ALWAYS`, `GREEN` or `RED`.
+        arguments: of the work.
+        tiny: what differs from `arguments` in a rehearsal on small models.
+    """
+
+    name: str
+    work: str
+    limit: float
+    latest: float
+    timed: bool = False
+    beside: bool = False
+    when: str = ALWAYS
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    tiny: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Phases in order, and the seconds that they are laid out for."""
+
+    phases: tuple[Phase, ...]
+    seconds: float
+    # Phases that are over later than this are none where the gates are red.
+    red_seconds: float
+
+    def scaled(self, seconds: float) -> Plan:
+        """The same plan in other time."""
+        by = seconds / self.seconds
+        phases = tuple(replace(p, limit=p.limit * by, latest=p.latest * by) for p in self.phases)
+        return Plan(phases, seconds, self.red_seconds * by)
+
+
+_HEADLINE = (
+    "roberta-large-*-B32-N512-P128-*", "roberta-large-training-B64-N128-P20-*-pad40-*",
+    "t5-3b-encoder-*-B32-N512-P128-*", "llama-3-8b-training-B8-N2048-P128-*-pad0-*",
+)  # fmt: skip
+_KERNEL_PEERS = (
+    "ours", "ours_packed", "ours_prefix", "ours_bank16", "sdpa_user", "sdpa_outside", "cudnn", "flash",
+)  # fmt: skip
+_EAGER = ("ours", "ours_graph", "peft", "literal_sdpa", "floor", "ours_p0", "ours_tasks16")
+_STEP_PEERS = (*_EAGER, "peft_compiled", "floor_compiled")
+_DECODE = ("qwen3-0.6b-decode-B64-P512-*",)
+_GENERATORS = ("ours", "peft", "ours_compiled", "static_compiled")
+# A rehearsal runs every line once, on as few cells and peers as that takes.
+_TINY_BERT = {
+    "only": ("tiny-bert-B3-N9-P4-pad40-fp32",), "providers": ("ours", "ours_graph", "peft", "floor", "floor_compiled"),
+}  # fmt: skip
+_TINY_QWEN = {"only": ("tiny-qwen3-B3-N9-P4-pad0-fp32",), "providers": ("ours", "ours_graph", "peft")}
+_TINY_PADDED = {**_TINY_QWEN, "only": ("tiny-qwen3-B3-N9-P4-pad40-fp32",)}
+_TINY_MEMORY = {"only": ("tiny-qwen3-B3-N9-P4-pad0-fp32",), "providers": ("ours", "floor", "literal_sdpa")}
+_TINY_DECODE = {"only": (), "providers": ("ours", "ours_compiled")}
+_TINY_COMPILED = {"only": _TINY_BERT["only"], "providers": ("floor_compiled",)}
+_TESTS = {"tests": "tests/kernels/test_launch.py"}
+
+
+def _start() -> Phase:
+    return Phase("start", "start", 30, 10)
+
+
+def _gates(latest: float, limit: float, *, large: bool = True) -> Phase:
+    return Phase("gates", "gates", limit, latest, arguments={"large": large})
+
+
+def _bisection(latest: float, limit: float) -> Phase:
+    return Phase("bisection", "bisect", limit, latest, when=RED)
+
+
+def _native(latest: float, limit: float) -> Phase:
+    return Phase("native", "native", limit, latest, tiny=_TESTS)
+
+
+def _steps(name: str, limit: float, latest: float, only, providers, tiny=_TINY_BERT, **options) -> Phase:
+    return Phase(
+        name, "steps", limit, latest, timed=True, when=GREEN,
+        arguments={"only": only, "providers": providers, **options}, tiny=tiny,
+    )  # fmt: skip
+
+
+def _kernels(name: str, limit: float, latest: float, **arguments) -> Phase:
+    chosen = {"only": _HEADLINE, "providers": _KERNEL_PEERS, **arguments}
+    tiny = {"only": ("tiny-training-*" if name == "flex" else "tiny-forward-*",)}
+    return Phase(name, "kernels", limit, latest, timed=True, when=GREEN, arguments=chosen, tiny=tiny)
+
+
+def _beside(name: str, work: str, arguments, tiny) -> Phase:
+    """Something compiled into the caches on disk while the native tests run, which time nothing."""
+    return Phase(name, work, 100, 130, beside=True, when=GREEN, arguments=arguments, tiny=tiny)
+
+
+def _compiled(name: str, only) -> Phase:
+    arguments = {"only": only, "providers": ("peft_compiled", "floor_compiled")}
+    return _beside(name, "compile_steps", arguments, _TINY_COMPILED)
+
+
+def first() -> Plan:
+    """Is it right; then the headline of every goal, what is cheap before what is dear."""
+    bert, qwen = ("bert-base-B32-N128-P20-*", "bert-base-B8-N64-P20-*"), ("qwen3-0.6b-B8-N512-P64-*",)
+    decode = {"only": _DECODE, "providers": _GENERATORS}
+    llama = ("llama-3-8b-B8-N512-P128-*",)
+    flex = ("roberta-large-training-B32-N512-P128-*-flex",)
+    few = ("ours", "ours_graph", "peft")
+    phases = (
+        _start(),
+        _gates(30, 60),
+        _bisection(100, 70),
+        _compiled("compile-bert", bert[:1]),
+        _beside("compile-ours", "compile_ours", {"only": (*bert, *qwen, *llama, *_DECODE)}, {"only": ()}),
+        _beside("compile-decode", "compile_decode", decode, _TINY_DECODE),
+        _beside("compile-flex", "compile_kernels", {"only": flex}, {"only": (), "providers": ("ours", "flex_concat")}),
+        _native(130, 80),
+        _kernels("kernels", 50, 200),
+        _steps("steps", 95, 250, bert, _STEP_PEERS),
+        Phase("decode", "decode", 45, 320, timed=True, when=GREEN, arguments=decode, tiny=_TINY_DECODE),
+        _kernels("flex", 20, 340, only=flex, providers=("ours", "sdpa_user", "flex_concat", "flex_split")),
+        _steps("qwen3", 30, 360, qwen, few, _TINY_QWEN),
+        _steps("llama", 40, 375, llama, few, _TINY_PADDED),
+        Phase(
+            "memory", "memory", 35, 390, timed=True, when=GREEN,
+            arguments={"only": ("bert-base-B32-N128-P128-*",), "providers": ("ours", "peft", "literal_sdpa", "floor")},
+            tiny=_TINY_MEMORY,
+        ),
+        _steps("profile", 25, 400, ("bert-base-B32-N128-P20-pad40-bf16",), few, profile=True),
+    )  # fmt: skip
+    return Plan(phases, 420, 200)
+
+
+def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
+    """What the second call does, by what the first one gave.
+
+    Args:
+        variant: "tune" (all was green), "kernels" (gates or tests were red), "steps" (steps or decode were).
+        only: cells that variant "steps" measures.
+
+    Raises:
+        ValueError: the variant is none of those.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {VARIANTS}; got {variant!r}")
+    start = _start()
+    memcheck = Phase("memcheck", "memcheck", 45, 290, arguments={"tool": "memcheck"})
+    if variant == "kernels":
+        native = replace(_native(200, 110), arguments={"failed": True})
+        return Plan((start, _gates(30, 80), _bisection(110, 80), native, memcheck), 330, 330)
+    tune = Phase("tune", "tune", 85, 130, timed=True, when=GREEN)
+    again = _kernels("kernels-again", 55, 220, tuned=True, providers=(*_KERNEL_PEERS, "ours_tuned"))
+    if variant == "steps":
+        chosen = only or ("bert-base-B32-N128-P20-*",)
+        fixed = _steps("steps-again", 100, 120, chosen, _STEP_PEERS)
+        decode = Phase(
+            "decode-again", "decode", 60, 180, timed=True, when=GREEN,
+            arguments={"only": only or _DECODE, "providers": _GENERATORS}, tiny=_TINY_DECODE,
+        )  # fmt: skip
+        after = (replace(tune, latest=260.0), replace(again, latest=290.0))
+        return Plan((start, _gates(30, 45, large=False), fixed, decode, *after), 330, 200)
+    compiled = ("ours", "ours_graph", "ours_graph_compiled", "peft", "peft_compiled")
+    phases = (
+        start,
+        # All that times nothing comes first, so that a model is compiled beside it.
+        _compiled("compile-qwen3", ("qwen3-0.6b-B8-N512-P64-*",)),
+        _gates(30, 45, large=False),
+        replace(memcheck, latest=90.0),
+        tune,
+        again,
+        _steps("S6c", 50, 250, ("bert-base-B8-N64-P20-*",), compiled),
+        _steps("S9b", 75, 280, ("qwen3-0.6b-B8-N512-P64-*",), compiled, _TINY_QWEN),
+    )
+    return Plan(phases, 330, 200)

@@ -1,0 +1,146 @@
+"""A phase that raises, hangs, dies or breaks the device costs itself alone; a killed run leaves a record and nobody."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.card import plans
+from benchmarks.card.parent import Parent
+from benchmarks.card.plans import Phase, Plan
+from benchmarks.card.record import CardRecord
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run phases that only look at the machine, with a fault; gives the record's phases by name."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def start(phases, fault=None, seconds=120.0, parent=Parent):
+        record = CardRecord(tmp_path / "out", "first", ["x"], {"device": "cpu", "commit": "abc", "date": "now"})
+        plan = Plan(tuple(phases), seconds, seconds)
+        state = parent(plan, device="cpu", tiny=True, fault=fault, record=record).run()
+        return state, {phase["name"]: phase for phase in record.data["phases"]}, record
+
+    return start
+
+
+def _looks(*names, **options):
+    return [Phase(name, "start", **{"limit": 30.0, "latest": 110.0, **options}) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("fault", "state", "reason"),
+    [
+        (None, "complete", ""),
+        ("raise:b", "failed", "RuntimeError: a planted error"),
+        ("kill:b", "failed", "its process ended with status -9"),
+        ("broken:b", "complete", ""),
+        # As where CUDA was touched before the fork: the phase starts over as an interpreter of its own.
+        ("fresh:b", "complete", ""),
+    ],
+)
+def test_a_fault_costs_its_phase_alone(run, fault, state, reason):
+    ended, phases, record = run(_looks("a", "b", "c"), fault)
+    assert (phases["b"]["state"], phases["b"]["reason"]) == (state, reason)
+    assert [phases[name]["state"] for name in "ac"] == ["complete", "complete"]
+    assert ended == ("complete" if state == "complete" else "red")
+    assert record.data["environment"]["torch"] and record.data["environment"]["commit"] == "abc"
+    assert record.data["environment"]["ceiling"]["tflops"] > 0
+    if fault == "broken:b":
+        assert "a fresh process goes on" in record.log_path.read_text()
+    if state == "failed":
+        assert f"phase b: {reason}" in record.log_path.with_name("failures.txt").read_text()
+
+
+def test_a_phase_that_hangs_is_ended_and_the_next_one_begins(run):
+    phases = [*_looks("a"), *_looks("b", limit=4.0), *_looks("c")]
+    ended, found, _ = run(phases, "hang:b")
+    assert found["b"]["state"] == "out of time" and found["b"]["seconds"] < 15
+    assert found["c"]["state"] == "complete" and ended == "out of time"
+
+
+def test_what_is_too_late_is_left_out_and_says_so(run):
+    ended, found, _ = run([*_looks("a"), *_looks("b", latest=0.01)])
+    assert found["b"]["state"] == "skipped" and "too late" in found["b"]["reason"] and ended == "out of time"
+
+
+def test_what_runs_beside_is_stopped_while_something_is_timed(run):
+    beside = Phase("beside", "start", 60.0, 110.0, beside=True)
+    signals = []
+
+    class Watched(Parent):
+        def _hold(self):
+            super()._hold()
+            signals.append([one.stopped for one in self._beside])
+
+        def _go_on(self):
+            super()._go_on()
+            signals.append([one.stopped for one in self._beside])
+
+    phases = [beside, *_looks("timed", timed=True), *_looks("after")]
+    _, found, _ = run(phases, "hang:beside", seconds=60.0, parent=Watched)
+    assert signals == [[], [True], [False]]
+    assert found["timed"]["state"] == found["after"]["state"] == "complete"
+    assert found["beside"]["state"] == "out of time"
+
+
+def _alive(token: str) -> list[str]:
+    """Processes whose environment holds a token."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                if token.encode() in (folder / "environ").read_bytes() and (folder / "cmdline").read_bytes():
+                    found.append(folder.name)
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes under /proc")
+def test_a_killed_run_leaves_a_record_that_report_reads_and_no_process(tmp_path):
+    token = uuid.uuid4().hex
+    words = ["--plan", "first", "--minutes", "4", "--commit", "abc", "--out", str(tmp_path)]
+    words += ["--tiny", "--device", "cpu"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "RUN_OF_THIS_TEST": token}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.card", *words], cwd=ROOT, env=environ,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not report.load(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(random.uniform(0.0, 3.0))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    results = report.load(tmp_path)
+    assert results and all(data["state"] == "running" and data["cells"] for data in results)
+    report.render("<!-- parity-checks:begin --><!-- parity-checks:end -->", results)
+    deadline = time.monotonic() + 30
+    while (left := _alive(token)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
+
+
+def test_the_processes_of_a_plan_import_nothing_of_the_device(run):
+    # What is imported once for all is imported before any CUDA context exists.
+    import torch
+
+    import benchmarks.card.child  # noqa: F401
+
+    assert not torch.cuda.is_initialized()
+    assert plans.first().phases[0].work == "start"

@@ -1,0 +1,113 @@
+"""A card's plans as data: what they name exists, what they measure judges the goals, and their time adds up."""
+
+from __future__ import annotations
+
+import fnmatch
+
+import pytest
+
+from benchmarks.card import plans, work
+from benchmarks.cases import kernel_cases, tiny_cases
+from benchmarks.decode_cases import decode_cases, tiny_decode_cases
+from benchmarks.decode_providers import decode_providers
+from benchmarks.goals import BEST, KERNEL_GOALS
+from benchmarks.providers import all_providers
+from benchmarks.step_cases import MEMORY_CELLS, memory_groups, step_groups, tiny_groups
+from benchmarks.step_goals import STEP_GOALS
+from benchmarks.step_providers import step_providers
+
+PLANS = {"first": plans.first(), **{f"second-{name}": plans.second(name) for name in plans.VARIANTS}}
+PHASES = [pytest.param(p, id=f"{name}-{p.name}") for name, plan in PLANS.items() for p in plan.phases]
+STEPS = [case for group in step_groups() for case in group.cases]
+TINY_STEPS = [case for group in tiny_groups() for case in group.cases]
+# Work -> the cells that it chooses from, those of a rehearsal, and the providers.
+GRIDS = {
+    "kernels": (kernel_cases(), tiny_cases(), all_providers()),
+    "compile_kernels": (kernel_cases(), tiny_cases(), all_providers()),
+    "steps": (STEPS, TINY_STEPS, step_providers()),
+    "compile_steps": (STEPS, TINY_STEPS, step_providers()),
+    "compile_ours": ([*STEPS, *decode_cases()], TINY_STEPS, []),
+    "memory": ([c for g in memory_groups(MEMORY_CELLS) for c in g.cases], TINY_STEPS, step_providers()),
+    "decode": (decode_cases(), tiny_decode_cases(), decode_providers()),
+    "compile_decode": (decode_cases(), tiny_decode_cases(), decode_providers()),
+}
+
+
+def _chosen(phase, cases=None):
+    """The cells of the real grid that a phase measures."""
+    grid = GRIDS[phase.work][0] if cases is None else cases
+    patterns = phase.arguments.get("only", ())
+    return [case for case in grid if not patterns or any(fnmatch.fnmatch(case.id, p) for p in patterns)]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_a_phase_names_exists(phase):
+    assert phase.work in work.WORK and phase.limit > 0 and phase.latest > 0
+    assert not (phase.timed and phase.beside)
+    for arguments, place in ((phase.arguments, 0), (phase.tiny, 1)):
+        if phase.work not in GRIDS:
+            continue
+        grid = [case.id for case in GRIDS[phase.work][place]]
+        for pattern in arguments.get("only", ()):
+            assert fnmatch.filter(grid, pattern), (place, pattern)
+        known = {provider.name for provider in GRIDS[phase.work][2]} | {"ours_tuned"}
+        assert not known or set(arguments.get("providers", ())) <= known
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_phases_have_their_own_names_and_begin_in_order(name):
+    plan = PLANS[name]
+    names = [phase.name for phase in plan.phases]
+    assert len(set(names)) == len(names) and names[0] == "start" and "gates" in names[:3]
+    waited = [phase for phase in plan.phases if not phase.beside]
+    # What is compiled beside is done while something runs that is not timed.
+    for place, phase in enumerate(plan.phases):
+        later = plan.phases[place + 1 :]
+        assert not phase.beside or not next(other for other in later if not other.beside).timed
+    assert [p.latest for p in waited] == sorted(p.latest for p in waited)
+    assert all(phase.latest < plan.seconds for phase in waited)
+
+
+def test_only_what_measures_time_is_alone():
+    for plan in PLANS.values():
+        for phase in plan.phases:
+            assert phase.timed == (phase.work in ("kernels", "steps", "decode", "memory", "tune")), phase.name
+            # Nothing is timed where something is wrong.
+            assert not phase.timed or phase.when == plans.GREEN
+
+
+def test_plans_scale():
+    half = PLANS["first"].scaled(210)
+    assert half.seconds == 210 and half.red_seconds == 100
+    assert [p.limit * 2 for p in half.phases] == pytest.approx([p.limit for p in PLANS["first"].phases])
+
+
+# Compiled Llama and Qwen3 take longer than a call has; FlexAttention split and concat are one cell.
+LATER = {"D2", "S8b", "S9b"}
+
+
+FIRST = [goal for goal in (*KERNEL_GOALS, *STEP_GOALS) if goal.id not in LATER]
+
+
+@pytest.mark.parametrize("goal", FIRST, ids=lambda goal: goal.id)
+def test_the_first_call_judges_a_goal(goal):
+    works = {"kernels": ("kernels",), "steps": ("steps",), "memory": ("memory",), "decode": ("decode",)}[goal.suite]
+    for phase in PLANS["first"].phases:
+        if phase.work not in works or phase.arguments.get("profile"):
+            continue
+        named = set(phase.arguments["providers"])
+        ours = bool(named & {"ours", "ours_graph"}) if goal.ours == BEST else goal.ours in named
+        if ours and goal.peer in named and any(goal.judged(case.as_dict()) for case in _chosen(phase)):
+            return
+    pytest.fail(f"no phase judges {goal.id}")
+
+
+def test_what_the_first_call_leaves_is_judged_by_the_second():
+    found = {case.id for phase in PLANS["second-tune"].phases if phase.work == "steps" for case in _chosen(phase)}
+    (goal,) = (goal for goal in STEP_GOALS if goal.id == "S9b")
+    assert any(goal.judged(case.as_dict()) for case in STEPS if case.id in found)
+
+
+def test_an_unknown_variant_is_refused():
+    with pytest.raises(ValueError, match="variant must be one of"):
+        plans.second("all")
