@@ -94,8 +94,13 @@ _QWEN_CELLS = ((8, 512, 64), (8, 64, 20), (8, 2048, 128))
 
 def step_groups() -> list[Group]:
     """The grid of the steps suite: a cell of every goal first, compiled peers of the others last."""
-    groups = [*_headline(), *_eager(), *_compiled()]
-    return list({(group.first.id, group.first.peers): group for group in groups}.values())
+    groups: dict[tuple[str, str], Group] = {}
+    for group in [*_headline(), *_eager(), *_compiled()]:
+        name, peers = group.first.id, group.first.peers
+        # A cell replaces the one with its id: after a cell with compiled peers the one without would take them away.
+        if peers != "eager" or (name, "compiled") not in groups:
+            groups.setdefault((name, peers), group)
+    return list(groups.values())
 
 
 def _headline() -> Iterator[Group]:

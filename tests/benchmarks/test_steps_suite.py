@@ -268,6 +268,14 @@ def test_the_grid_is_that_of_the_plan():
     assert sum("drop10" in name for name in cases) == 4
 
 
+def test_no_cell_is_measured_again_with_fewer_peers():
+    seen: set[str] = set()
+    for group in step_groups():
+        names = {case.id for case in group.cases}
+        assert group.first.peers == "compiled" or not names & seen, names & seen
+        seen |= names
+
+
 def test_lengths_leave_out_the_share_that_is_padding():
     case = StepCase("bert-base", 32, 128, 20, padding=0.4)
     assert max(case.lengths) == 128 and sum(case.lengths) == pytest.approx(0.6 * 32 * 128, rel=0.01)
