@@ -7,7 +7,7 @@ import signal
 import time
 
 # Of "kind:phase"; a wrong kernel is wrong wherever it is launched.
-KINDS = ("wrong-kernel", "raise", "hang", "kill", "broken", "fresh")
+KINDS = ("wrong-kernel", "raise", "hang", "kill", "broken", "fresh", "pool")
 
 
 def check(fault: str | None) -> None:
@@ -37,6 +37,14 @@ def plant(fault: str | None, phase: str, attempt: int) -> None:
         raise RuntimeError("a planted error")
     if kind == "hang":
         time.sleep(3600)
+    if kind == "pool":
+        import torch
+
+        from benchmarks.precompile import Compilers
+
+        # As on a card, where a phase compiles in processes of its own.
+        with Compilers(torch.device("cuda")) as compilers:
+            compilers.warm(os.getpid, [()], 60.0)
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "broken" and attempt == 0:

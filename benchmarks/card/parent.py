@@ -127,8 +127,10 @@ class Parent:
             self._beside.append(running)
             return
         while True:
-            self._wait(running)
-            status = self._finish(running)
+            try:
+                self._wait(running)
+            finally:
+                status = self._finish(running)
             again = running.attempt + 1
             if status != BROKEN or again >= _MOST_ATTEMPTS or self._now > end:
                 return
@@ -146,7 +148,8 @@ class Parent:
             done=self._record.done(phase.name) if attempt else [], attempt=attempt, before=self._before,
         )  # fmt: skip
         self._record.phase(phase.name, state="running", start=round(self._now, 1), limit=round(limit, 1))
-        process = self._processes.Process(target=start, args=(order.text(),), daemon=True)
+        # No daemon: those may start no processes, and compiling in parallel takes some.
+        process = self._processes.Process(target=start, args=(order.text(),))
         process.start()
         now = self._now
         return Running(phase, process, Heard(scratch / "lines"), scratch, now, now + limit, attempt)

@@ -71,6 +71,25 @@ def test_a_phase_that_hangs_is_ended_and_the_next_one_begins(run):
     assert found["c"]["state"] == "complete" and ended == "out of time"
 
 
+def test_a_phase_may_start_processes(run):
+    # On a card kernels are compiled by processes that a phase starts, which no rehearsal on the CPU does.
+    phases = _looks("a")
+    ended, found, _ = run(phases, "pool:a")
+    assert (ended, found["a"]["state"], found["a"]["reason"]) == ("complete", "complete", "")
+
+
+def test_a_run_that_is_told_to_end_ends_the_phase_that_runs(run):
+    class Told(Parent):
+        def _listen(self):
+            if self._now > 3.0:
+                raise SystemExit(143)
+
+    begin = time.monotonic()
+    with pytest.raises(SystemExit):
+        run(_looks("a"), "hang:a", parent=Told)
+    assert time.monotonic() - begin < 60
+
+
 def test_what_is_too_late_is_left_out_and_says_so(run):
     ended, found, _ = run([*_looks("a"), *_looks("b", latest=0.01)])
     assert found["b"]["state"] == "skipped" and "too late" in found["b"]["reason"] and ended == "out of time"
