@@ -210,6 +210,18 @@ def test_a_run_without_time_measures_nothing(make_context, monkeypatch):
     assert context.result.cells == []
 
 
+def test_a_short_run_tries_its_first_group_in_any_case(make_context, monkeypatch):
+    # A phase of a few seconds on a card is there for that group alone.
+    monkeypatch.setattr(steps_suite, "gate", lambda context: True)
+    monkeypatch.setattr(steps_suite, "run_streams", lambda context: "complete")
+    tried = []
+    monkeypatch.setattr(steps_suite, "measure_group", lambda group, *_: bool(tried.append(group)))
+    context = make_context(seconds=28.0, small=True, only=("qwen3-0.6b-B8-N512-P64-*",))
+    context.device, context.tiny = torch.device("cuda"), False
+    assert steps_suite.run(context, PROVIDERS, warm=False, profiled=False) == "complete"
+    assert [group.first.model for group in tried] == ["qwen3-0.6b"]
+
+
 def test_steps_take_turns_and_a_broken_one_leaves():
     order, broken = [], []
 
