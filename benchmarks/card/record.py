@@ -36,13 +36,17 @@ class CardRecord:
 
     @property
     def gates_are_red(self) -> bool:
-        """Whether a check of the gates was wrong or failed, or they never came to their end."""
+        """Whether a check of the gates was wrong or failed, or they came to no verdict.
+
+        Gates that were cut short are green where all they judged was right: what is timed is judged again before.
+        """
         gates = next((phase for phase in self.data["phases"] if phase["name"] == "gates"), None)
         if gates is None or gates["state"] in ("running", "skipped"):
             return False
-        return gates["state"] != "complete" or any(
-            cell["phase"] == "gates" and cell.get("status") in _RED for cell in self.data["cells"]
-        )
+        statuses = {cell.get("status") for cell in self.data["cells"] if cell["phase"] == "gates"}
+        if statuses & set(_RED):
+            return True
+        return gates["state"] != "complete" and not (gates["state"] == "out of time" and "passed" in statuses)
 
     def done(self, phase: str) -> list[str]:
         """The cells that a phase has recorded, whatever they are."""

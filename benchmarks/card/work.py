@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
+    audit,
     cases,
     decode_cases,
     decode_providers,
@@ -67,7 +68,7 @@ def gates(context: Context, arguments: Arguments, before: Arguments) -> str:
         case for dtype in parity_suite.GATE_DTYPES for case in cases.gate_cases(dtype)
     ]  # fmt: skip
     large = cases.large_cases() if arguments.get("large") and not context.tiny else []
-    ahead = [*small, *large, *cases.kernel_cases()[:8]]
+    ahead = [*small, audit.audited_case(), *large, *cases.kernel_cases()[:8]]
     with precompile.Compilers(context.device) as compilers:
         kernels_suite.compile_ahead(ahead, context, all_providers(), compilers, set())
     names = [f"judged-{case.id}" for case in (*small, *large)]

@@ -95,11 +95,11 @@ def test_what_is_red_stands_in_the_list_once(record, tmp_path):
 @pytest.mark.parametrize(
     ("state", "status", "red"),
     [
-        ("complete", "passed", False), ("complete", "wrong", True), ("out of time", "passed", True),
-        ("failed", None, True),
+        ("complete", "passed", False), ("complete", "wrong", True), ("out of time", "passed", False),
+        ("out of time", "failed", True), ("out of time", None, True), ("failed", None, True), ("failed", "passed", True),
     ],  # fmt: skip
 )
-def test_gates_are_red_unless_all_of_them_passed(record, state, status, red):
+def test_gates_are_red_unless_all_that_they_judged_is_right(record, state, status, red):
     assert not record.gates_are_red
     record.phase("gates", state="running")
     assert not record.gates_are_red
