@@ -24,22 +24,29 @@ _FIRST_CELL = {"all": 30.0, "flex": 60.0}
 _SPARE_SECONDS = 5.0
 # Cells whose kernels are compiled in one go, before the first of them is measured.
 _AHEAD = 10
+# Of the time left, what compiling them may take: something has to be left to judge and time them.
+_AHEAD_SHARE = 0.6
 _RED = ("wrong", "failed")
 
 
-def run(context: Context, providers: list[Provider] | None = None, *, gates: bool = True) -> str:
+def run(
+    context: Context, providers: list[Provider] | None = None, *, gates: bool = True, warm: bool = True
+) -> str:
     """Measure until the cells or the time run out; gives the state of the run.
 
     Args:
         context: the run.
         providers: who is compared; everyone when None.
         gates: judge ours on small shapes first; False where somebody has.
+        warm: compile our kernels in parallel first; False where somebody has.
 
     Raises:
         BrokenContext: the device is unusable; what was measured is in the record.
     """
     providers = all_providers() if providers is None else providers
     with Compilers(context.device) as compilers:
+        if not warm:
+            compilers.close()
         return _measure_all(context, providers, compilers, gate_cases(context) if gates else [])
 
 
@@ -102,7 +109,8 @@ def compile_ahead(some: list[Case], context: Context, providers, compilers: Comp
         if provider.triton and key not in compiled and provider.refuses(case, context.device) is None:
             tasks.setdefault(key, (provider.name, case))
     compiled |= set(tasks)
-    compilers.warm(compile_provider, tasks.values(), context.left - _SPARE_SECONDS)
+    # What is not compiled by then is compiled where it is launched.
+    compilers.warm(compile_provider, tasks.values(), _AHEAD_SHARE * context.left)
 
 
 def gate_cases(context: Context) -> list[Case]:

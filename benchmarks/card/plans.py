@@ -53,9 +53,11 @@ class Plan:
         return Plan(phases, seconds, self.red_seconds * by)
 
 
+# Ids end with the dtype, but for the cells that also compile FlexAttention.
 _HEADLINE = (
-    "roberta-large-*-B32-N512-P128-*", "roberta-large-training-B64-N128-P20-*-pad40-*",
-    "t5-3b-encoder-*-B32-N512-P128-*", "llama-3-8b-training-B8-N2048-P128-*-pad0-*",
+    "roberta-large-*-B32-N512-P128-*-pad0-bf16", "roberta-large-training-B32-N512-P128-*-pad40-bf16",
+    "roberta-large-training-B64-N128-P20-*-pad40-bf16", "t5-3b-encoder-*-B32-N512-P128-*-pad0-bf16",
+    "llama-3-8b-training-B8-N2048-P128-*-pad0-bf16",
 )  # fmt: skip
 _KERNEL_PEERS = (
     "ours", "ours_packed", "ours_prefix", "ours_bank16", "sdpa_user", "sdpa_outside", "cudnn", "flash",

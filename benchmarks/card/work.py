@@ -95,7 +95,8 @@ def bisect(context: Context, arguments: Arguments, before: Arguments) -> str:
 def kernels(context: Context, arguments: Arguments, before: Arguments) -> str:
     """Attention: ours against its peers; with `tuned`, also as the winners of tuning launch it."""
     everyone = [*all_providers(), *tuned.providers(before.get("winners", {}))]
-    return kernels_suite.run(context, _named(everyone, arguments), gates=False)
+    # The gates' phase has judged and compiled before; starting the compilers again takes longer than what is left.
+    return kernels_suite.run(context, _named(everyone, arguments), gates=False, warm=False)
 
 
 def steps(context: Context, arguments: Arguments, before: Arguments) -> str:
