@@ -90,6 +90,7 @@ class StepJudge:
     def __init__(self, base: nn.Module, prompts: Prompts):
         self._base, self._prompts = base, prompts
         self._exact: dict[str, Bound] = {}
+        self._results: dict[tuple[str, int], tuple[float, Tensor]] = {}
         self._expected: dict[tuple[str, int], Expected] = {}
         self._single: nn.Module | None = None
 
@@ -100,23 +101,29 @@ class StepJudge:
             self._expected[key] = self._judge(form, batch)
         return self._expected[key]
 
+    def exactly(self, form: str, batch: Batch) -> tuple[float, Tensor]:
+        """Loss and gradient of the copy in float32; known after `close` where it was asked for before."""
+        key = (form, id(batch))
+        if key not in self._results:
+            if self._base.dtype == torch.float32:
+                self._single = self._base
+            elif self._single is None:
+                self._single = float_twin(self._base)
+            if form not in self._exact:
+                self._exact[form] = FORM_BUILDERS[form](self._single, self._prompts)
+            self._results[key] = in_chunks(self._exact[form], batch, self._prompts.prefix.shape[3])
+        return self._results[key]
+
     def close(self) -> None:
-        """Free the copy of the model; what was expected stays known."""
+        """Free the copy of the model; what was found with it stays known."""
         self._exact, self._single = {}, None
 
     def _judge(self, form: str, batch: Batch) -> Expected:
-        builder = FORM_BUILDERS[form]
-        if self._base.dtype == torch.float32:
-            self._single = self._base
-        elif self._single is None:
-            self._single = float_twin(self._base)
-        if form not in self._exact:
-            self._exact[form] = builder(self._single, self._prompts)
-        loss, gradient = in_chunks(self._exact[form], batch, self._prompts.prefix.shape[3])
+        loss, gradient = self.exactly(form, batch)
         floor = _FLOOR[self._base.dtype]
         if self._base.dtype == torch.float32:
             return Expected(loss, gradient, floor)
-        rounded_loss, rounded = evaluate(builder(self._base, self._prompts), batch)
+        rounded_loss, rounded = evaluate(FORM_BUILDERS[form](self._base, self._prompts), batch)
         off = max(relative_error(rounded, gradient.double()), abs(rounded_loss - loss) / max(abs(loss), 1e-12))
         return Expected(loss, gradient, max(ERROR_FACTOR * off, floor))
 
