@@ -92,6 +92,13 @@ class Kit:
         self.ours().add_adapter(name, self._config())
         self._start(self.ours(), name)
 
+    def restart(self) -> None:
+        """Bring our prompts back to where they started: steps that were timed have trained them."""
+        if self._ours is not None:
+            with torch.no_grad():
+                for name in self._ours.adapters:
+                    self.prompts_of(name).copy_(self.prompts.deep)
+
     def prompts_of(self, name: str = "default") -> Tensor:
         """The trained parameter of an adapter of ours, (L, P, D)."""
         return self.ours().adapters[name].encoder.prompts

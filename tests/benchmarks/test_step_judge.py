@@ -148,6 +148,27 @@ def test_what_a_captured_step_leaves_behind_is_nobody_elses(bert):
     assert not torch.equal(before, kit.prompts_of())
 
 
+def test_who_is_judged_after_others_were_timed_starts_where_they_did(bert):
+    kit, batch = Kit(bert, make_prompts(bert, 4), StepCase("tiny-bert", 3, 9, 4, dtype="fp32"), tiny=True), _batch(bert)
+    graph, ours = (next(p for p in step_providers() if p.name == name).build(kit) for name in ("ours_graph", "ours"))
+    expected = StepJudge(bert, kit.prompts).expected("deep", batch)
+    graph.learn(1.0)
+    graph.take(*graph.prepare(batch))
+    assert expected.entry(*evaluate(ours, batch))["status"] == "wrong"
+    kit.restart()
+    assert expected.entry(*evaluate(ours, batch))["status"] == "passed"
+
+
+def test_the_copy_in_float32_is_gone_before_the_model_itself_is_judged(monkeypatch):
+    base = build_base("tiny-bert", CPU, torch.bfloat16)
+    batch, judge = _batch(base), StepJudge(base, make_prompts(base, 4))
+    exact = judge.exactly("deep", batch)
+    judge.close()
+    monkeypatch.setattr("benchmarks.step_verify.float_twin", lambda base: pytest.fail("a second copy"))
+    expected = judge.expected("deep", batch)
+    assert expected.loss == exact[0] and expected.gradient is exact[1] and expected.allowed >= 3e-2
+
+
 def test_no_gradient_is_left_behind(bert):
     prompts, batch = make_prompts(bert, 4), _batch(bert)
     bound = plain_form(bert)
