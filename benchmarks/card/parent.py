@@ -118,7 +118,11 @@ class Parent:
         return None
 
     def _run_phase(self, phase: Phase, end: float) -> None:
-        if phase.timed:
+        if all(one.timed for one in self._plan.phases[self._plan.phases.index(phase) :]):
+            # Nothing would let it go on any more, and stopped it would hold memory of the device.
+            while self._beside:
+                self._finish(self._beside.pop())
+        elif phase.timed:
             self._hold()
         else:
             self._go_on()

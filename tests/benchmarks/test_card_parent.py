@@ -115,6 +115,22 @@ def test_what_runs_beside_is_stopped_while_something_is_timed(run):
     assert found["beside"]["state"] == "out of time"
 
 
+def test_what_runs_beside_ends_where_only_timed_phases_follow(run):
+    # Stopped until the end of the run it would hold memory of the device.
+    left = []
+
+    class Watched(Parent):
+        def _begin_phase(self, phase, end, attempt):
+            left.append((phase.name, len(self._beside)))
+            return super()._begin_phase(phase, end, attempt)
+
+    beside = Phase("beside", "start", 60.0, 110.0, beside=True)
+    phases = [beside, *_looks("first"), *_looks("b", "c", timed=True)]
+    ended, found, _ = run(phases, "hang:beside", seconds=60.0, parent=Watched)
+    assert left == [("beside", 0), ("first", 1), ("b", 0), ("c", 0)]
+    assert found["beside"]["state"] == "out of time" and found["c"]["state"] == ended == "complete"
+
+
 def _alive(token: str) -> list[str]:
     """Processes whose environment holds a token."""
     found = []
