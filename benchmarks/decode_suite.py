@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Mapping
 
@@ -181,7 +182,8 @@ def _set_up(
         del error
         free_memory(ids.device)
         return entry
-    entry: dict[str, object] = {"errors": {"regret": regret}, "setup_seconds": round(time.monotonic() - start, 1)}
+    errors = {"regret": regret if math.isfinite(regret) else None}
+    entry: dict[str, object] = {"errors": errors, "setup_seconds": round(time.monotonic() - start, 1)}
     if provider.compiles:
         entry["compiled"] = whole_graph(1)
     allowed = _REGRET[kit.case.dtype]

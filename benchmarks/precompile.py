@@ -98,7 +98,7 @@ def compile_provider(name: str, case: Case) -> None:
 
 
 def compile_step(case: StepCase, tiny: bool = False) -> None:
-    """Take a whole step of ours on a few layers of a model, which launch what all of them do. For a worker."""
+    """Take whole steps of ours on a few layers of a model, which launch what all of them do. For a worker."""
     from benchmarks.step_batches import make_batch, make_prompts
     from benchmarks.step_models import build_base
     from benchmarks.step_providers import Kit, step_providers
@@ -107,10 +107,13 @@ def compile_step(case: StepCase, tiny: bool = False) -> None:
     device = torch.device("cpu" if tiny else "cuda")
     base = build_base(case.model, device, case.torch_dtype, dropout=case.dropout, layers=_LAYERS)
     kit = Kit(base, make_prompts(base, case.P), case, tiny=tiny)
-    ours = next(p for p in step_providers() if p.name == "ours")
     batch = make_batch(base, case.lengths, causal=case.causal, width=case.N)
-    bound = ours.build(kit)
-    run_once(bound, bound.prepare(batch))
+    # Without a prompt and with one for each row kernels are compiled anew.
+    names = ("ours", "ours_tasks16", *(() if case.causal else ("ours_p0",)))
+    for provider in step_providers():
+        if provider.name in names and case.peers in provider.peers:
+            bound = provider.build(kit)
+            run_once(bound, bound.prepare(batch))
 
 
 def compile_decode(case: DecodeCase, tiny: bool = False) -> None:
@@ -125,6 +128,11 @@ def compile_decode(case: DecodeCase, tiny: bool = False) -> None:
     kit = DecodeKit(base, make_prompts(base, case.P), case, tiny=tiny)
     ours = next(p for p in decode_providers() if p.name == "ours")
     ours.build(kit)(torch.full((case.B, case.N), FIRST_WORD, device=device), 3)
+
+
+def compile_cell(case: StepCase | DecodeCase, tiny: bool = False) -> None:
+    """Compile what a step or a generation of ours launches. For a worker."""
+    (compile_decode if isinstance(case, DecodeCase) else compile_step)(case, tiny)
 
 
 def code_of(name: str, case: Case) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -51,6 +52,9 @@ def main(text: str) -> None:
 
 
 def _run(order: Order) -> int:
+    # Why a step was not captured is said there alone.
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("ptv2_fast").setLevel(logging.INFO)
     suite, do = work.WORK[order.work]
     lines = Lines(Path(order.lines), suite)
     seconds = order.seconds * (1 - _SPARE)

@@ -126,8 +126,10 @@ def tune(context: Context, arguments: Arguments, before: Arguments) -> str:
 def compile_ours(context: Context, arguments: Arguments, before: Arguments) -> str:
     """The kernels of whole steps and of generation, in parallel."""
     steps = [case for group in steps_suite.chosen_groups(context) for case in group.cases]
-    precompile.warm_all(context, precompile.compile_step, steps)
-    precompile.warm_all(context, precompile.compile_decode, context.chosen(_decode_cases(context)))
+    every = [*context.chosen(_decode_cases(context)), *steps]
+    # At once: the processes take long to start, and nothing else is to be done in this phase.
+    with precompile.Compilers(context.device) as compilers:
+        compilers.warm(precompile.compile_cell, [(case,) for case in every], context.left)
     return "complete"
 
 

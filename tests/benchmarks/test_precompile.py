@@ -92,9 +92,13 @@ def test_the_processes_end_after_what_they_compile_last(make_context, monkeypatc
     assert order[:3] == ["compiled", "closed", "cell"]
 
 
-@pytest.mark.parametrize("model", ["tiny-bert", "tiny-qwen3"])
-def test_a_few_layers_launch_what_a_whole_model_does(model, monkeypatch):
-    case = StepCase(model, 3, 9, 4, 0.4, dtype="fp32")
+@pytest.mark.parametrize(
+    ("model", "peers", "names"),
+    [("tiny-bert", "compiled", ["ours_p0"]), ("tiny-bert", "tasks", ["ours_tasks16"]), ("tiny-qwen3", "compiled", [])],
+)
+def test_a_few_layers_launch_what_a_whole_model_does(model, peers, names, monkeypatch):
+    tasks = peers == "tasks"
+    case = StepCase(model, 16 if tasks else 3, 5 if tasks else 9, 4, 0.0 if tasks else 0.4, dtype="fp32", peers=peers)
 
     def launched(ahead):
         """(kernel, tiles and flags) of every launch of one step."""
@@ -114,8 +118,11 @@ def test_a_few_layers_launch_what_a_whole_model_does(model, monkeypatch):
         else:
             base = step_models.build_base(case.model, CPU, torch.float32)
             kit = Kit(base, make_prompts(base, case.P), case, tiny=True, backend="triton")
-            bound = next(p for p in step_providers() if p.name == "ours").build(kit)
-            run_once(bound, bound.prepare(make_batch(base, case.lengths, causal=case.causal, width=case.N)))
+            batch = make_batch(base, case.lengths, causal=case.causal, width=case.N)
+            for provider in step_providers():
+                if provider.name in ("ours", *names):
+                    bound = provider.build(kit)
+                    run_once(bound, bound.prepare(batch))
         monkeypatch.setattr(launch, "run", usual)
         return seen
 
