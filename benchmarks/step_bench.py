@@ -206,6 +206,8 @@ class GroupBench:
         }
         if ceiling is not None:
             facts["of_roofline"] = work.speed_of_light(ceiling) / timing.ms
+        if facts.get("captured") == 0 and device.type == "cuda":
+            self.context.result.fail(f"{case.id}: {name} ran eagerly, nothing was captured; the log says why")
         return facts
 
 
