@@ -216,10 +216,13 @@ def test_a_short_run_tries_its_first_group_in_any_case(make_context, monkeypatch
     monkeypatch.setattr(steps_suite, "run_streams", lambda context: "complete")
     tried = []
     monkeypatch.setattr(steps_suite, "measure_group", lambda group, *_: bool(tried.append(group)))
-    context = make_context(seconds=28.0, small=True, only=("qwen3-0.6b-B8-N512-P64-*",))
-    context.device, context.tiny = torch.device("cuda"), False
+    # One group took a minute: the next ones take less, and need no minute to be begun.
+    clock = iter((0.0, 60.0, 60.0, 70.0))
+    monkeypatch.setattr(steps_suite.time, "monotonic", lambda: next(clock, 70.0))
+    context = make_context(seconds=28.0, small=True, only=("qwen3-0.6b-B8-N512-P64-*", "bert-base-B32-N128-P20-*"))
+    context.device, context.tiny, context.deadline = torch.device("cuda"), False, 90.0
     assert steps_suite.run(context, PROVIDERS, warm=False, profiled=False) == "complete"
-    assert [group.first.model for group in tried] == ["qwen3-0.6b"]
+    assert [group.first.model for group in tried] == ["bert-base", "bert-base", "qwen3-0.6b", "bert-base"]
 
 
 def test_steps_take_turns_and_a_broken_one_leaves():
