@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,31 @@ def test_providers_take_turns():
 
 def test_the_median_is_no_mean_and_the_quantiles_frame_it():
     assert measure.quantiles([5.0, 1.0, 2.0, 3.0, 900.0, 4.0]) == (3.5, 2.0, 5.0)
+
+
+def test_a_refused_capture_is_over_for_the_allocator_too(monkeypatch):
+    told, stream = [], SimpleNamespace(device_index=0)
+
+    class Refused:
+        def __init__(self, graph, pool, stream):
+            told.append(("begun", pool))
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, value in {
+        "CUDAGraph": object, "graph_pool_handle": lambda: (0, 1), "current_stream": lambda: stream, "graph": Refused,
+        "set_stream": lambda stream: told.append(("stream", stream)),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    ended = lambda device, pool: told.append(("ended", pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+    with pytest.raises(RuntimeError, match="previous error"):
+        measure.capture(lambda: None)
+    assert told == [("begun", (0, 1)), ("stream", stream), ("ended", (0, 1))]
 
 
 def test_a_slow_call_is_slower():
