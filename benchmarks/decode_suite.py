@@ -121,7 +121,9 @@ def measure_cell(
         entry = peers[provider.name] = _set_up(provider, kit, ids, context, ready)
         if entry["status"] == "passed":
             # A short run times again what a peer is compared with, and that alone: eager generations take seconds.
-            names = (best_of_ours(cell), "ours") if not context.small else () if provider.ours else (best_of_ours(cell),)
+            names = (best_of_ours(cell), "ours")
+            if context.small:
+                names = () if provider.ours else names[:1]
             beside = [name for name in names if name in ready and name != provider.name]
             _time_into(cell, [*dict.fromkeys(beside), provider.name], ready, ids, context, work, late=provider.name)
         if not provider.ours:

@@ -30,8 +30,8 @@ _LARGEST_TILE_STRIDE = 2**31 // (128 + 256) - 1
 class LaunchConfig:
     """Tile sizes and compiler options of one kernel: BLOCK_M queries by BLOCK_N keys.
 
-    `maxnreg` bounds the registers of a thread (CUDA alone), so that more blocks share a multiprocessor; None leaves them
-    to the compiler.
+    `maxnreg` bounds the registers of a thread (CUDA alone), so that more blocks share a multiprocessor; None leaves
+    them to the compiler.
     """
 
     block_m: int
