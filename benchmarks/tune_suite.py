@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import cases, environment
 from benchmarks.cases import Case
 from benchmarks.context import Context
-from benchmarks.health import entry_of
+from benchmarks.health import BrokenContext, entry_of
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.measure import Effort, cell_stream, time_interleaved
 from benchmarks.precompile import Compilers, small
@@ -99,7 +99,7 @@ def run(context: Context) -> str:
             context.say(_line(cell))
             # A configuration that computes something else is left out of the winners; the run is red.
             red |= cell["status"] == "wrong"
-            context.result.data["winners"] = best = winners(context.result.cells)
+            context.result.data["winners"] = best = winners([c for c in context.result.cells if "peers" in c])
             write_json(context.out / f"launch_configs-{device}.json", best)
     return "red" if red else "complete"
 
@@ -124,7 +124,12 @@ def _sweep(job: Job, context: Context, compilers: Compilers) -> dict[str, object
                 verdict = judge.verdict(results())
             except Exception as error:
                 # A configuration that the card has no room for is refused; one that breaks it ends the run.
-                tried[name] = {**entry_of(error, device), "status": "refused", "config": astuple(config)}
+                try:
+                    tried[name] = {**entry_of(error, device), "status": "refused", "config": astuple(config)}
+                except BrokenContext as why:
+                    reason = f"{name}: {why}"
+                    context.result.put({"id": job.id, "case": case.as_dict(), "status": "failed", "reason": reason})
+                    raise
                 continue
             tried[name] = {"status": "wrong" if verdict.wrong else "passed", "config": astuple(config)}
             if verdict.wrong:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.card import faults, plans
 from benchmarks.card.parent import Parent
-from benchmarks.card.record import CardRecord, failures_of
+from benchmarks.card.record import CardRecord, failures_of, found_in
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,9 +49,7 @@ def before(path: Path | None) -> tuple[str, dict[str, object]]:
         return "tune", {}
     data = json.loads(path.read_text())
     red = {cell["suite"] for cell in data["cells"] if failures_of(cell)}
-    # "native: failed test PATH::NAME: why"
-    tests = [line.split(" failed test ")[1].split(": ")[0] for line in data["failures"] if " failed test " in line]
-    found = {"failed_tests": tests, "winners": data["rest"].get("tune", {}).get("winners", {})}
+    found = found_in(data)
     if red & {"parity", "kernels"}:
         return "kernels", found
     return ("steps" if red & {"steps", "decode", "memory"} else "tune"), found

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.card.channel import Heard
 from benchmarks.card.order import BROKEN, Order, start
 from benchmarks.card.plans import GREEN, RED, Phase, Plan
-from benchmarks.card.record import CardRecord
+from benchmarks.card.record import CardRecord, found_in
 
 _POLL_SECONDS = 0.05
 # What a phase has to end by itself after its seconds, before it is ended.
@@ -184,8 +184,8 @@ class Parent:
                 self._record.fail(f"{running.phase.name}: {line['fail']}")
             elif "end" in line:
                 running.end = line
-                self._before |= {name: value for name, value in line["rest"].items() if name == "winners"}
                 self._record.rest(line["suite"], line["rest"])
+                self._before |= {name: value for name, value in found_in(self._record.data).items() if value}
 
     def _finish(self, running: Running) -> int | None:
         """End a phase's process and all it started, and write what became of the phase; gives the exit status."""

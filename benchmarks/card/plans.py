@@ -138,7 +138,7 @@ def first() -> Plan:
         Phase("decode", "decode", 45, 320, timed=True, when=GREEN, arguments=decode, tiny=_TINY_DECODE),
         _kernels("flex", 20, 340, only=flex, providers=("ours", "sdpa_user", "flex_concat", "flex_split")),
         _steps("qwen3", 30, 360, qwen, few, _TINY_QWEN),
-        _steps("llama", 40, 375, llama, few, _TINY_PADDED),
+        _steps("llama", 48, 375, llama, few, _TINY_PADDED),
         Phase(
             "memory", "memory", 35, 390, timed=True, when=GREEN,
             arguments={"only": ("bert-base-B32-N128-P128-*",), "providers": ("ours", "peft", "literal_sdpa", "floor")},

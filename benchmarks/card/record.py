@@ -90,7 +90,7 @@ class CardRecord:
 
     def rest(self, suite: str, rest: Mapping[str, object]) -> None:
         """What a suite's record has beside cells: the calls of its providers, winners of tuning."""
-        self.data["rest"].setdefault(suite, {}).update(rest)
+        self.data["rest"] = _joined(self.data["rest"], {suite: rest})
         self.write()
 
     def fail(self, line: str) -> None:
@@ -129,6 +129,23 @@ class CardRecord:
     def write(self) -> None:
         """Replace the file by the present contents."""
         write_json(self._path, self.data)
+
+
+def found_in(data: Mapping) -> dict[str, object]:
+    """What later phases, of this call or the next, need to know: winners of tuning, and failed tests by name."""
+    # "native: failed test PATH::NAME: why"
+    lines = [line.split(" failed test ")[1] for line in data["failures"] if " failed test " in line]
+    return {
+        "winners": data["rest"].get("tune", {}).get("winners", {}),
+        "failed_tests": [line.split(": ")[0] for line in lines],
+    }
+
+
+def _joined(old: object, new: object) -> object:
+    """What two attempts at a phase recorded: of the same thing what came last, of tables the rows of both."""
+    if not isinstance(old, dict) or not isinstance(new, Mapping):
+        return new
+    return {**old, **{name: _joined(old.get(name), value) for name, value in new.items()}}
 
 
 def failures_of(cell: Mapping[str, object]) -> list[str]:

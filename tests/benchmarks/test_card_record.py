@@ -10,7 +10,7 @@ from benchmarks import report
 from benchmarks.card import bisection
 from benchmarks.card.__main__ import arguments, before
 from benchmarks.card.channel import Heard, Lines
-from benchmarks.card.record import CardRecord
+from benchmarks.card.record import CardRecord, found_in
 from benchmarks.cases import case_of, gate_cases
 from benchmarks.step_cases import StepCase
 from benchmarks.untried import PATHS, untried
@@ -175,3 +175,11 @@ def test_the_commit_must_be_given(capsys):
 def test_the_record_on_disk_is_whole_after_each_result(record, tmp_path):
     record.cell("kernels", "kernels", _kernel_cell(ours=1.0))
     assert json.loads((tmp_path / "out" / "card.json").read_text())["state"] == "running"
+
+
+def test_a_second_attempt_adds_to_what_the_first_one_found(record):
+    rows = [{"forward": {"64": {"config": [1]}}}, {"forward": {"128": {"config": [2]}}}]
+    for row in rows:
+        record.rest("tune", {"winners": {"form": "x", "tables": {"90": {"half": row}}}, "calls": {}})
+    tables = found_in(record.data)["winners"]["tables"]
+    assert tables == {"90": {"half": {"forward": {"64": {"config": [1]}, "128": {"config": [2]}}}}}

@@ -169,3 +169,16 @@ def test_a_configuration_must_run_on_every_shape():
     cells = [_tuned(one, "c32", c32=1.0, c64=0.1), _tuned(two, "c32", c32=1.0)]
     cells[1]["peers"]["c64"] = {"status": "refused", "config": [64, 64, 4, 2]}
     assert _winner(cells)["config"][0] == 32
+
+
+def test_a_configuration_that_breaks_the_card_is_known_by_name(make_context, monkeypatch):
+    def bind(job, inputs, config):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune_suite, "bind", bind)
+    monkeypatch.setattr(health, "answers", lambda device: False)
+    context = make_context()
+    with pytest.raises(health.BrokenContext):
+        tune_suite.run(context)
+    (cell,) = context.result.cells
+    assert cell["status"] == "failed" and cell["reason"].startswith("32x32-w4-s1: RuntimeError: CUDA error")
