@@ -97,7 +97,8 @@ class Parent:
                 if reason is not None:
                     self._record.phase(phase.name, state="skipped", reason=reason)
                     continue
-                self._run_phase(phase, end)
+                red = self._record.gates_are_red
+                self._run_phase(phase, min(end, self._plan.red_seconds) if red else end)
             return self._record.state(out_of_time=self._now > end)
         finally:
             for running in self._beside:
@@ -108,11 +109,11 @@ class Parent:
         """Why a phase is not begun; None where it is."""
         red = self._record.gates_are_red
         if phase.when == GREEN and red:
-            return "the gates are red: nothing is timed"
+            return "the gates are not green: nothing is timed"
         if phase.when == RED and not red:
             return "the gates are green: nothing to look for"
         if red and self._now > self._plan.red_seconds:
-            return "the gates are red: the rest of the minutes are kept for the fix"
+            return "the gates are not green: the rest of the minutes are kept for the fix"
         if self._now > min(phase.latest, end):
             return f"too late: {self._now:.0f} s into the run, to be begun by {min(phase.latest, end):.0f} s"
         return None

@@ -10,6 +10,8 @@ from benchmarks import report
 from benchmarks.record import SCHEMA, write_json
 
 _RED = ("wrong", "failed")
+# The phase that has to be green before anything is timed.
+_GATES = "gates"
 
 
 class CardRecord:
@@ -36,14 +38,14 @@ class CardRecord:
 
     @property
     def gates_are_red(self) -> bool:
-        """Whether a check of the gates was wrong or failed, or they came to no verdict.
+        """Whether a check of the gates was wrong or failed, or they came to no verdict, as where they were left out.
 
         Gates that were cut short are green where all they judged was right: what is timed is judged again before.
         """
-        gates = next((phase for phase in self.data["phases"] if phase["name"] == "gates"), None)
-        if gates is None or gates["state"] in ("running", "skipped"):
+        gates = next((phase for phase in self.data["phases"] if phase["name"] == _GATES), None)
+        if gates is None or gates["state"] == "running":
             return False
-        statuses = {cell.get("status") for cell in self.data["cells"] if cell["phase"] == "gates"}
+        statuses = {cell.get("status") for cell in self.data["cells"] if cell["phase"] == _GATES}
         if statuses & set(_RED):
             return True
         return gates["state"] != "complete" and not (gates["state"] == "out of time" and "passed" in statuses)
@@ -64,6 +66,9 @@ class CardRecord:
         self.say(f"phase {name}: {phase['state']}{took} {phase.get('reason', '')}".rstrip())
         if phase["state"] == "failed":
             self.fail(f"phase {name}: {phase.get('reason', '')}")
+        elif name == _GATES and phase["state"] in ("out of time", "skipped") and self.gates_are_red:
+            # What nobody judged is as good as wrong: nothing is timed behind it.
+            self.fail(f"phase {name}: {phase['state']} {phase.get('reason', '')}".rstrip())
 
     def environment(self, facts: Mapping[str, object]) -> None:
         """What the first phase found out of the machine; what was known before stands where it knows nothing."""
@@ -115,7 +120,7 @@ class CardRecord:
         # What runs beside fills caches: it is cut short by what it does it for.
         states = {phase["state"] for phase in self.data["phases"] if not phase.get("beside")}
         red = any(True for cell in self.data["cells"] for _ in failures_of(cell))
-        if red or states & {"red", "failed"}:
+        if red or self.gates_are_red or states & {"red", "failed"}:
             return "red"
         late = any(phase["state"] == "skipped" and "too late" in phase["reason"] for phase in self.data["phases"])
         return "out of time" if out_of_time or late or "out of time" in states else "complete"

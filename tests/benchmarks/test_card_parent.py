@@ -90,6 +90,19 @@ def test_a_run_that_is_told_to_end_ends_the_phase_that_runs(run):
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.parametrize(
+    ("gates", "fault", "why"),
+    [({"limit": 4.0}, "hang:gates", "out of time"), ({"latest": 0.01}, None, "skipped too late")],
+)
+def test_gates_that_are_not_judged_are_not_green(run, gates, fault, why):
+    phases = [*_looks("a"), *_looks("gates", **gates), *_looks("look", when=plans.RED)]
+    phases += _looks("time", timed=True, when=plans.GREEN)
+    ended, found, record = run(phases, fault)
+    assert ended == "red" and found["look"]["state"] == "complete"
+    assert found["time"] == {"name": "time", "state": "skipped", "reason": "the gates are not green: nothing is timed"}
+    assert record.log_path.with_name("failures.txt").read_text().startswith(f"phase gates: {why}")
+
+
 def test_what_is_too_late_is_left_out_and_says_so(run):
     ended, found, _ = run([*_looks("a"), *_looks("b", latest=0.01)])
     assert found["b"]["state"] == "skipped" and "too late" in found["b"]["reason"] and ended == "out of time"

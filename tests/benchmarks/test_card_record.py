@@ -97,7 +97,7 @@ def test_what_is_red_stands_in_the_list_once(record, tmp_path):
     [
         ("complete", "passed", False), ("complete", "wrong", True), ("out of time", "passed", False),
         ("out of time", "failed", True), ("out of time", None, True), ("failed", None, True),
-        ("failed", "passed", True),
+        ("failed", "passed", True), ("skipped", None, True),
     ],  # fmt: skip
 )
 def test_gates_are_red_unless_all_that_they_judged_is_right(record, state, status, red):
@@ -108,6 +108,27 @@ def test_gates_are_red_unless_all_that_they_judged_is_right(record, state, statu
         record.cell("parity", "gates", {"id": "judged", "status": status})
     record.phase("gates", state=state)
     assert record.gates_are_red is red
+
+
+@pytest.mark.parametrize("state", ["out of time", "skipped"])
+def test_gates_that_nobody_judged_are_red_everywhere(record, tmp_path, state):
+    record.phase("gates", state=state, reason="why")
+    assert record.state(out_of_time=False) == "red"
+    assert (tmp_path / "out" / "failures.txt").read_text() == f"phase gates: {state} why\n"
+
+
+@pytest.mark.parametrize(
+    ("phase", "state", "variant"),
+    [
+        ("gates", "failed", "kernels"), ("gates", "out of time", "kernels"), ("native", "failed", "kernels"),
+        ("kernels", "failed", "kernels"), ("flex", "failed", "kernels"), ("llama", "failed", "steps"),
+        ("memory", "failed", "steps"), ("decode", "failed", "steps"), ("compile-bert", "failed", "tune"),
+        ("llama", "out of time", "tune"),
+    ],  # fmt: skip
+)
+def test_a_phase_that_died_without_a_cell_decides_the_second_call_too(record, tmp_path, phase, state, variant):
+    record.phase(phase, state=state, reason="its process ended with status -9")
+    assert before(tmp_path / "out" / "card.json")[0] == variant
 
 
 def test_a_phase_left_out_for_time_is_no_complete_run(record):
