@@ -224,3 +224,13 @@ def test_equal_outputs_are_asked_for_where_it_is_written_when_they_may_be():
     assert not {path: lines for path, lines in found.items() if lines}
     assert _asks_for_equal_outputs(ast.parse("assert torch.equal(model(x).logits, y)")) == [1]
     assert _asks_for_equal_outputs(ast.parse("assert not torch.equal(a.logits, b.logits)")) == []
+
+
+def test_links_stay_within_the_tree():
+    """A link to an environment or a folder outside leads nowhere on another machine."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    done = subprocess.run([git, "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True)
+    links = [ROOT / line.split("\t")[1] for line in done.stdout.splitlines() if line.startswith("120000")]
+    assert links and all((link.parent / os.readlink(link)).resolve().is_relative_to(ROOT) for link in links), links

@@ -60,6 +60,12 @@ def before(path: Path | None) -> tuple[str, dict[str, object]]:
     return ("steps" if red & {"steps", "decode", "memory"} else "tune"), found
 
 
+def _without_folders(word: str) -> str:
+    """A word of the command line with the last part of a path alone, also behind "--out="."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + (Path(value).name if os.sep in value else value)
+
+
 def main(words: list[str] | None = None) -> int:
     """Run a plan; gives the exit status."""
     options = arguments(words)
@@ -76,9 +82,7 @@ def main(words: list[str] | None = None) -> int:
     plan = plans.first() if options.plan == "first" else plans.second(variant, tuple(options.only))
     name = "first" if options.plan == "first" else f"second, {variant}"
     # Where a machine keeps its files is nobody else's concern.
-    places = {str(place): place.name for place in (options.out, options.after) if place is not None}
-    command = ["python", "-m", "benchmarks.card"]
-    command += [places.get(word, word) for word in (sys.argv[1:] if words is None else words)]
+    command = ["python", "-m", "benchmarks.card", *map(_without_folders, sys.argv[1:] if words is None else words)]
     date = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     facts = {"device": options.device, "commit": options.commit, "date": date}
     record = CardRecord(options.out, name, command, facts)
@@ -92,6 +96,9 @@ def main(words: list[str] | None = None) -> int:
     state = "red"
     try:
         state = parent.run()
+    except (SystemExit, KeyboardInterrupt):
+        state = record.state(out_of_time=True)
+        raise
     finally:
         table = record.close(state, seconds=round(time.monotonic() - start, 1))
     print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -182,6 +183,23 @@ def test_a_killed_run_leaves_a_record_that_report_reads_and_no_process(tmp_path)
     while (left := _alive(token)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes under /proc")
+def test_a_run_that_is_told_to_end_says_that_it_was_cut_and_leaves_no_process(tmp_path):
+    token = uuid.uuid4().hex
+    words = ["--plan", "first", "--minutes", "4", "--commit", "abc", "--out", str(tmp_path)]
+    words += ["--tiny", "--device", "cpu", "--fault", "hang:start"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "RUN_OF_THIS_TEST": token}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.card", *words], cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert process.stdout.readline() == "phase start: running\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    data = json.loads((tmp_path / "card.json").read_text())
+    assert (process.returncode, data["state"], data["failures"]) == (143, "out of time", [])
+    assert _alive(token) == []
 
 
 def test_the_processes_of_a_plan_import_nothing_of_the_device(run):

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.card import bisection
-from benchmarks.card.__main__ import arguments, before
+from benchmarks.card.__main__ import _without_folders, arguments, before
 from benchmarks.card.channel import Heard, Lines
 from benchmarks.card.record import CardRecord, found_in
 from benchmarks.cases import case_of, gate_cases
@@ -185,6 +185,14 @@ def test_faults_are_for_rehearsals_and_have_a_place(words, capsys):
     with pytest.raises(SystemExit):
         arguments(["--plan", "first", "--commit", "abc", "--out", "x", *words.split()])
     assert "fault" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [("/a/b", "b"), ("b/", "b"), ("--out=/a/b", "--out=b"), ("--tiny", "--tiny"), ("bert-*-B8", "bert-*-B8")],
+)
+def test_where_a_machine_keeps_its_files_is_not_recorded(word, kept):
+    assert _without_folders(word) == kept
 
 
 def test_the_commit_must_be_given(capsys):
