@@ -92,7 +92,8 @@ class GraphRunner:
         # Known after the first step.
         self._gradients: HeldGradients | None = None
         self._seen: dict[str, object] = {}
-        self._weights: list[nn.Parameter] = []
+        # Where each weight of the model is found by its module, and its name there.
+        self._weights: list[tuple[dict[str, nn.Parameter | None], str]] = []
         self._after_eager = False
         self._known: dict[tuple, _Bucket] = {}
         self._updates = 0
@@ -137,7 +138,12 @@ class GraphRunner:
         loss = self._eager([batch.to(self._device) for batch in packed], self._model.packed_loss)
         if reason is None:
             self._gradients = HeldGradients(self._model, self._optimizer)
-            self._weights = [p for p in self._model.parameters() if type(p) is nn.Parameter]
+            self._weights = [
+                (module._parameters, name)
+                for module in self._model.modules()
+                for name, parameter in module._parameters.items()
+                if type(parameter) is nn.Parameter
+            ]
             self._seen = self._taken_for_granted(plan)
         return loss
 
@@ -239,12 +245,15 @@ class GraphRunner:
     def _taken_for_granted(self, plan: StepPlan) -> dict[str, object]:
         """What the captured passes have taken the addresses of, or otherwise rely on, by what to say if it changes."""
         trained = trained_by(self._optimizer)
+        weights = [parameters.get(name) for parameters, name in self._weights]
         return {
             "another adapter is active": self._model.active_adapter,
             "the model's switches changed": replace(plan, reasons=()),
             # Held gradients keep the parameters alive, so that no other one can have their ids.
             "the optimizer trains other parameters": [(id(p), p.requires_grad) for p in trained],
-            "weights were moved or cast": [p.data_ptr() for p in self._weights],
+            "weights were moved, cast or replaced": [None if p is None else p.data_ptr() for p in weights],
+            # Those of another optimizer, or of none: a captured pass computes the gradients that it was captured with.
+            "other parameters train": [p is not None and p.requires_grad for p in weights],
         }
 
     def _drop(self, why: str) -> None:

@@ -168,6 +168,11 @@ def _moved_weights(model, optimizer):
     weight.data = weight.data.clone()
 
 
+def _replaced_weight(model, optimizer):
+    norm = next(m for m in model.backbone.modules() if type(m) is torch.nn.LayerNorm)
+    norm.weight = torch.nn.Parameter(norm.weight.detach() * 1.5, requires_grad=False)
+
+
 def _frozen_head(model, optimizer):
     for head in model.adapters["default"].heads.values():
         head.requires_grad_(False)
@@ -177,7 +182,8 @@ def _frozen_head(model, optimizer):
     ("change", "why"),
     [
         (_other_switches, "the model's switches changed"),
-        (_moved_weights, "weights were moved or cast"),
+        (_moved_weights, "weights were moved, cast or replaced"),
+        (_replaced_weight, "weights were moved, cast or replaced"),
         (_frozen_head, "the optimizer trains other parameters"),
     ],
 )
@@ -273,6 +279,23 @@ def test_a_parameter_of_nobody_is_written_where_it_was(counts):
 
     compare_steps("bert rows, first token", 8, make=make, between=between)
     assert _replayed(counts, 8)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_parameter_of_nobody_is_frozen_or_freed(trains, counts, said):
+    """A head of which another optimizer takes care begins to train, or ends to."""
+
+    def make(model):
+        return torch.optim.AdamW(model.adapters["default"].encoder.parameters(), lr=1e-2)
+
+    def between(step, model, optimizer):
+        head = model.adapters["default"].heads["own"]
+        head.zero_grad()
+        head.requires_grad_(trains == (step >= 6))
+
+    compare_steps("bert rows, first token", 12, make=make, between=between)
+    assert said("dropped") == ["graph runner: captured steps are dropped: other parameters train"]
+    assert counts.captures == 2 * REPLAYS
 
 
 class Refusal(StandIn):
