@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -40,6 +41,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         faults.check(options.fault)
     except ValueError as error:
         parser.error(str(error))
+    if not 0 < options.minutes < math.inf:
+        parser.error(f"--minutes must be a positive number; got {options.minutes}")
     if options.fault and not options.tiny:
         parser.error("--fault is for rehearsals: it needs --tiny")
     return options

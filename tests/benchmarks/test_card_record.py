@@ -195,6 +195,13 @@ def test_where_a_machine_keeps_its_files_is_not_recorded(word, kept):
     assert _without_folders(word) == kept
 
 
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_minutes_are_positive(minutes, capsys):
+    with pytest.raises(SystemExit):
+        arguments(["--plan", "first", "--commit", "abc", "--out", "x", "--minutes", minutes])
+    assert "--minutes must be" in capsys.readouterr().err
+
+
 def test_the_commit_must_be_given(capsys):
     with pytest.raises(SystemExit):
         arguments(["--plan", "first", "--out", "x"])

@@ -76,3 +76,12 @@ def test_the_huge_case_passes_the_range_of_32_bits():
         # Queries, output and both gradients, keys and values likewise; and all of it packed beside.
         rows = case.B * case.N * case.d * (4 * case.H + 4 * case.Hkv)
         assert 2 * 2 * rows < memory
+
+
+@pytest.mark.parametrize(("memory", "large"), [(80 * 10**9, ("q",)), (141 * 10**9, ("q", "k"))])
+def test_what_passes_2_to_the_31_fits_the_card(memory, large):
+    case = cases.huge_case(memory)
+    elements = {"q": case.B * case.H * case.N * case.d, "k": case.B * case.Hkv * case.N * case.d}
+    assert tuple(name for name, count in elements.items() if count > 2**31) == large
+    # q, k, v and what comes of each, in 16 bits, forward and backward.
+    assert 2 * 4 * (elements["q"] + elements["k"]) < memory
