@@ -38,15 +38,14 @@ def run(
         context: the run.
         providers: who is compared; everyone when None.
         gates: judge ours on small shapes first; False where somebody has.
-        warm: compile our kernels in parallel first; False where somebody has.
+        warm: compile in parallel first; False where somebody has, since that takes processes seconds to begin.
 
     Raises:
         BrokenContext: the device is unusable; what was measured is in the record.
     """
     providers = all_providers() if providers is None else providers
-    with Compilers(context.device) as compilers:
-        if not warm:
-            compilers.close()
+    compilers = Compilers(context.device)
+    with compilers if warm else nullcontext():
         return _measure_all(context, providers, compilers, gate_cases(context) if gates else [])
 
 

@@ -83,7 +83,7 @@ def _start() -> Phase:
 
 
 def _gates(latest: float, limit: float, *, large: bool = True) -> Phase:
-    return Phase("gates", "gates", limit, latest, arguments={"large": large})
+    return Phase("gates", "gates", limit, latest, arguments={"large": large, "ahead": _HEADLINE})
 
 
 def _bisection(latest: float, limit: float) -> Phase:

@@ -68,7 +68,8 @@ def gates(context: Context, arguments: Arguments, before: Arguments) -> str:
         case for dtype in parity_suite.GATE_DTYPES for case in cases.gate_cases(dtype)
     ]  # fmt: skip
     large = cases.large_cases() if arguments.get("large") and not context.tiny else []
-    ahead = [*small, audit.audited_case(), *large, *cases.kernel_cases()[:8]]
+    timed = replace(context, only=tuple(arguments.get("ahead", ()))).chosen(cases.kernel_cases())
+    ahead = [*small, audit.audited_case(), *large, *timed]
     with precompile.Compilers(context.device) as compilers:
         kernels_suite.compile_ahead(ahead, context, all_providers(), compilers, set())
     names = [f"judged-{case.id}" for case in (*small, *large)]

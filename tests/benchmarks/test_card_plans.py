@@ -68,6 +68,15 @@ def test_phases_have_their_own_names_and_begin_in_order(name):
     assert all(phase.latest < plan.seconds for phase in waited)
 
 
+@pytest.mark.parametrize("name", PLANS)
+def test_what_is_timed_was_compiled_before(name):
+    gates = next(phase for phase in PLANS[name].phases if phase.work == "gates")
+    beside = [pattern for phase in PLANS[name].phases if phase.beside for pattern in phase.arguments["only"]]
+    for phase in PLANS[name].phases:
+        if phase.work == "kernels":
+            assert set(phase.arguments["only"]) <= {*gates.arguments["ahead"], *beside}, phase.name
+
+
 def test_only_what_measures_time_is_alone():
     for plan in PLANS.values():
         for phase in plan.phases:
@@ -111,3 +120,16 @@ def test_what_the_first_call_leaves_is_judged_by_the_second():
 def test_an_unknown_variant_is_refused():
     with pytest.raises(ValueError, match="variant must be one of"):
         plans.second("all")
+
+
+def test_steps_and_generation_are_compiled_by_the_same_processes(make_context, monkeypatch):
+    begun, asked = [], []
+    monkeypatch.setattr(work.precompile.Compilers, "__enter__", lambda self: begun.append(self) or self)
+    monkeypatch.setattr(
+        work.precompile.Compilers, "warm", lambda self, function, tasks, seconds: asked.append((function, seconds))
+    )
+    context = make_context()
+    work.compile_ours(context, {}, {})
+    assert len(begun) == 1 and [function.__name__ for function, _ in asked] == ["compile_step", "compile_decode"]
+    # Nothing else is done in this phase.
+    assert all(seconds > 0.9 * context.left for _, seconds in asked)

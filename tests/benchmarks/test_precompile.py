@@ -92,6 +92,16 @@ def test_the_processes_end_after_what_they_compile_last(make_context, monkeypatc
     assert order[:3] == ["compiled", "closed", "cell"]
 
 
+def test_no_process_begins_where_all_is_compiled(make_context, monkeypatch):
+    begun = []
+    monkeypatch.setattr(kernels_suite, "_measure_or_say", lambda case, *_: {"id": case.id})
+    monkeypatch.setattr(kernels_suite, "line_of", lambda cell: "")
+    monkeypatch.setattr(Compilers, "__enter__", lambda self: begun.append(self) or self)
+    for warm in (False, True):
+        kernels_suite.run(make_context(), [], warm=warm)
+        assert bool(begun) == warm
+
+
 @pytest.mark.parametrize(
     ("model", "peers", "names"),
     [("tiny-bert", "compiled", ["ours_p0"]), ("tiny-bert", "tasks", ["ours_tasks16"]), ("tiny-qwen3", "compiled", [])],
