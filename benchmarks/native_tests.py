@@ -69,7 +69,9 @@ def run_tests(
     command += ["-p", "benchmarks.native_tests"]
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(workers)]
-    environ = {**os.environ, _LINES: str(lines)}
+    # A pytest that runs around this one has told its own children what they are.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environ[_LINES] = str(lines)
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environ.get("PYTHONPATH")]))
     if device.type == "cuda":
         environ.pop("TRITON_INTERPRET", None)

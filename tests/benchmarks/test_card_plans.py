@@ -130,6 +130,6 @@ def test_steps_and_generation_are_compiled_by_the_same_processes(make_context, m
     )
     context = make_context()
     work.compile_ours(context, {}, {})
-    assert len(begun) == 1 and [function.__name__ for function, _ in asked] == ["compile_step", "compile_decode"]
+    assert len(begun) == 1 and [function.__name__ for function, _ in asked] == ["compile_cell"]
     # Nothing else is done in this phase.
     assert all(seconds > 0.9 * context.left for _, seconds in asked)
