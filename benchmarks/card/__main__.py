@@ -35,7 +35,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="cells of variant steps")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal of every phase on small models")
-    parser.add_argument("--fault", help="a rehearsal's: wrong-kernel, or raise, hang, kill, broken and :PHASE")
+    parser.add_argument("--fault", help="of a rehearsal: wrong-kernel, or raise, hang, kill, broken and :PHASE")
     options = parser.parse_args(words)
     try:
         faults.check(options.fault)

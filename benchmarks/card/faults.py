@@ -11,28 +11,33 @@ KINDS = ("wrong-kernel", "raise", "hang", "kill", "broken", "fresh", "pool")
 
 
 def check(fault: str | None) -> None:
-    """Raise ValueError unless a fault is "wrong-kernel", or another kind and a phase: "raise:PHASE"."""
-    if fault is None or fault == "wrong-kernel":
-        return
-    kind, _, phase = fault.partition(":")
-    if kind not in KINDS or not phase:
-        raise ValueError(f"fault must be wrong-kernel or one of {KINDS[1:]} with a phase; got {fault!r}")
+    """Raise ValueError unless a fault is "wrong-kernel" or a kind and a phase ("raise:PHASE"); several with commas."""
+    for one in _each(fault):
+        kind, _, phase = one.partition(":")
+        if one != "wrong-kernel" and (kind not in KINDS or not phase):
+            raise ValueError(f"fault must be wrong-kernel or one of {KINDS[1:]} with a phase; got {one!r}")
 
 
 def is_fresh(fault: str | None, phase: str) -> bool:
     """Whether a phase is to run as if CUDA had been touched before its process was forked."""
-    return fault == f"fresh:{phase}"
+    return f"fresh:{phase}" in _each(fault)
 
 
 def plant(fault: str | None, phase: str, attempt: int) -> None:
     """Do in a phase's process what the fault says; a broken context is broken in the first attempt alone."""
-    if fault is None:
-        return
-    if fault == "wrong-kernel":
-        return _spoil_forward()
-    kind, _, where = fault.partition(":")
-    if where != phase:
-        return
+    for one in _each(fault):
+        kind, _, where = one.partition(":")
+        if kind == "wrong-kernel":
+            _spoil_forward()
+        elif where == phase:
+            _do(kind, attempt)
+
+
+def _each(fault: str | None) -> list[str]:
+    return [] if fault is None else fault.split(",")
+
+
+def _do(kind: str, attempt: int) -> None:
     if kind == "raise":
         raise RuntimeError("a planted error")
     if kind == "hang":

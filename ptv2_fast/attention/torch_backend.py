@@ -47,19 +47,29 @@ def prompt_attention(
     }
     if cu_seqlens is None:
         out, lse = _dense(q, k, v, prompt_k, prompt_v, prompt_index, key_mask, bias, **options)
-        return (out, lse) if return_lse else out
+    else:
+        out, lse = _packed(q, k, v, prompt_k, prompt_v, prompt_index, cu_seqlens, **options)
+    return (out, lse) if return_lse else out
 
-    # SDPA knows no packed form on every device: the rows run one by one, without any padding.
+
+# Lengths are numbers here: compiled, this would be compiled again for each one that comes.
+@torch.compiler.disable
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_index: Tensor | None,
+    cu_seqlens: Tensor, **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Rows one by one, without any padding: SDPA knows no packed form on every device."""
     parts = []
     bounds = cu_seqlens.tolist()
     for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
         one_q, one_k, one_v = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))  # (1, H, n, D)
         index = prompt_index[row : row + 1] if prompt_index is not None else None
         parts.append(_dense(one_q, one_k, one_v, prompt_k, prompt_v, index, None, None, **options))
+    wants_lse = options["return_lse"]
     if not parts:
-        return (q * 0, q.new_zeros(q.shape[1], 0, dtype=torch.float32)) if return_lse else q * 0
+        return q * 0, q.new_zeros(q.shape[1], 0, dtype=torch.float32) if wants_lse else None
     out = torch.cat([out[0].transpose(0, 1) for out, _ in parts])
-    return (out, torch.cat([lse[0] for _, lse in parts], dim=-1)) if return_lse else out
+    return out, torch.cat([lse[0] for _, lse in parts], dim=-1) if wants_lse else None
 
 
 def _dense(

@@ -116,9 +116,9 @@ def test_a_few_layers_launch_what_a_whole_model_does(model, peers, names, monkey
         usual = launch.run
 
         def run(kernel, grid, device, **arguments):
+            # What is launched does not depend on what was computed: nothing is.
             flags = tuple((k, v) for k, v in sorted(arguments.items()) if isinstance(v, bool) or k.startswith("BLOCK"))
             seen.add((kernel.fn.__name__, flags))
-            usual(kernel, grid, device, **arguments)
 
         monkeypatch.setattr(launch, "run", run)
         monkeypatch.setattr(step_models, "_TINY", {**step_models._TINY, "num_hidden_layers": 5})

@@ -46,7 +46,7 @@ def fake_cuda(monkeypatch):
 
     fakes = {
         "Event": Event, "CUDAGraph": Graph, "graph": graph, "synchronize": lambda *_: None,
-        "current_stream": lambda *_: None, "memory_allocated": lambda *_: 100,
+        "current_stream": lambda *_: None, "graph_pool_handle": lambda: (0, 0), "memory_allocated": lambda *_: 100,
         "max_memory_allocated": lambda *_: 350, "reset_peak_memory_stats": lambda *_: None,
     }  # fmt: skip
     for name, fake in fakes.items():
