@@ -29,6 +29,7 @@ def pytest_collection_finish():
     """What is imported by now stays: accelerate and torch collect garbage in every run, which looks at all of it."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # tracing and interpreting make many small objects and few circles
 
 
 def pytest_unconfigure():

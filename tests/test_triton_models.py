@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from batches import padded, text_rows
+from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
 from tiny_models import DECODERS, ENCODERS, INJECTIONS, WIDE_HEADS, tiny_model, tiny_prompts
 from tolerances import assert_equal
 
 from ptv2_fast.step.options import StepOptions
 
+pytestmark = pytest.mark.usefixtures("kernels_without_overflow_checks")
 # The interpreter takes seconds for each: the other families bring the kernels nothing that these do not.
 KINDS = ("bert", "roberta", "gpt2", "llama", "qwen3")
 # A causal window with a softcap, a bidirectional window, weights that no table may keep, a bias for distances, and

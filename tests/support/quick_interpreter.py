@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import inspect
+
+import pytest
 
 _NEEDED = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor")
 
@@ -52,3 +56,30 @@ def install() -> None:
     interpreter._get_np_dtype = numpy_dtype_once
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = launch_anew
+
+
+@contextlib.contextmanager
+def without_overflow_checks():
+    """Within this context integers are not computed a second time in 64 bits to see whether they overflow.
+
+    That is a third of an interpreted kernel's time; the kernels' own tests do without this.
+    """
+    from triton.runtime import interpreter
+
+    builder = getattr(interpreter, "interpreter_builder", None)
+    if builder is None or not getattr(builder.options, "sanitize_overflow", False):
+        yield
+        return
+    usual = builder.options
+    builder.options = dataclasses.replace(usual, sanitize_overflow=False)
+    try:
+        yield
+    finally:
+        builder.options = usual
+
+
+@pytest.fixture(scope="module")
+def kernels_without_overflow_checks():
+    """For tests of whole models, whose kernels tests/kernels runs with every check."""
+    with without_overflow_checks():
+        yield
