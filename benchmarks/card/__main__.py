@@ -43,6 +43,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if not 0 < options.minutes < math.inf:
         parser.error(f"--minutes must be a positive number; got {options.minutes}")
+    if options.after is not None and not options.after.is_file():
+        parser.error(f"--after must be the card.json of a first call; got {str(options.after)!r}")
     if options.fault and not options.tiny:
         parser.error("--fault is for rehearsals: it needs --tiny")
     return options

@@ -202,6 +202,12 @@ def test_minutes_are_positive(minutes, capsys):
     assert "--minutes must be" in capsys.readouterr().err
 
 
+def test_a_first_call_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit):
+        arguments(["--plan", "second", "--commit", "abc", "--out", "x", "--after", "nowhere/card.json"])
+    assert "--after must be the card.json of a first call; got 'nowhere/card.json'" in capsys.readouterr().err
+
+
 def test_the_commit_must_be_given(capsys):
     with pytest.raises(SystemExit):
         arguments(["--plan", "first", "--out", "x"])
