@@ -7,12 +7,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 
 from benchmarks.health import reason_of
+from ptv2_fast.step.capture import recording
 
 # Below this a launch from Python takes about as long as the kernel.
 GRAPH_BELOW_MS = 0.1
@@ -237,17 +238,9 @@ def capture(call: Callable[[], object], repeats: int = 1) -> torch.cuda.CUDAGrap
     The call must have run before, so that everything is compiled and loaded.
     """
     graph, pool, current = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=current):
-            for _ in range(repeats):
-                call()
-    except BaseException:
-        # As in `ptv2_fast.step.capture`: until the allocator is told that a refused capture is over, it raises where
-        # memory is given back, and so at every later capture.
-        torch.cuda.set_stream(current)
-        with suppress(Exception):
-            torch._C._cuda_endAllocateToPool(current.device_index, pool)
-        raise
+    with recording(graph, pool, current, current):
+        for _ in range(repeats):
+            call()
     return graph
 
 

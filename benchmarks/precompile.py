@@ -10,13 +10,17 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
 from os import cpu_count
+from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.cases import Case
 from benchmarks.context import Context
 from benchmarks.decode_cases import DecodeCase
-from benchmarks.step_cases import StepCase
+
+if TYPE_CHECKING:
+    # Steps need transformers, attention alone does not.
+    from benchmarks.step_cases import StepCase
 
 # Each holds a CUDA context and a compiler: some hundred megabytes of host and device memory.
 _MOST_WORKERS = 12

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,26 +55,39 @@ class CudaCapture:
                 the stream is the one that it was before.
         """
         graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self._device)
-        # Other threads go on talking to the device, as a DataLoader's that pins memory: in the mode "global" that
-        # would break the capture, and raise in that thread.
-        mode = "thread_local"
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
-                result = call()
-        except BaseException:
-            # A capture that cannot end leaves its own stream the current one, and the allocator waiting for its end:
-            # that refuses to give memory back, until it is told, and raises where it has been told already.
-            torch.cuda.set_stream(current)
-            with suppress(Exception):
-                torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
-            raise
+        with recording(graph, self._pool, self._stream, torch.cuda.current_stream(self._device)):
+            result = call()
 
         def replay() -> Tensor | None:
             graph.replay()
             return result
 
         return replay
+
+
+@contextmanager
+def recording(
+    graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream, current: torch.cuda.Stream
+) -> Iterator[None]:
+    """Within this context a graph records what is launched on a stream.
+
+    Args:
+        pool: where the graph's memory comes from.
+        current: the stream that is the current one before, and is again where the device refuses the capture.
+    """
+    # Other threads go on talking to the device, as a DataLoader's that pins memory: in the mode "global" that would
+    # break the capture, and raise in that thread.
+    mode = "thread_local"
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            yield
+    except BaseException:
+        # A capture that cannot end leaves its own stream the current one, and the allocator waiting for its end: that
+        # refuses to give memory back, until it is told, and raises where it has been told already.
+        torch.cuda.set_stream(current)
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(current.device_index, pool)
+        raise
 
 
 # Device type -> what captures there. This alone decides where steps are captured.

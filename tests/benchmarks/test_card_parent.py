@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import random
@@ -201,11 +202,30 @@ def test_a_run_that_is_told_to_end_says_that_it_was_cut_and_leaves_no_process(tm
     assert _alive(token) == []
 
 
-def test_the_processes_of_a_plan_import_nothing_of_the_device(run):
-    # What is imported once for all is imported before any CUDA context exists.
-    import torch
+def _asked_at_import(tree: ast.AST) -> list[int]:
+    """Lines that ask torch.cuda something when a module is imported: outside of functions, or among their defaults."""
+    found = []
 
-    import benchmarks.card.child  # noqa: F401
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.cuda."):
+            found.append(node.lineno)
+        inner = ast.iter_child_nodes(node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            inner = [node.args, *getattr(node, "decorator_list", [])]
+        for child in inner:
+            visit(child)
 
-    assert not torch.cuda.is_initialized()
-    assert plans.first().phases[0].work == "start"
+    visit(tree)
+    return found
+
+
+def test_what_phases_share_asks_nothing_of_the_device():
+    """They are forked from one process: a CUDA context that was there before the fork could not be used after it."""
+    folders = ("benchmarks", "ptv2_fast", "kernels")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    # Files of tests are imported by pytest alone.
+    files = [path for path in files if not path.name.startswith("bench_")]
+    found = {str(path): _asked_at_import(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
+    assert len(found) > 100 and not {name: lines for name, lines in found.items() if lines}
+    assert _asked_at_import(ast.parse("x = torch.cuda.is_available()")) == [1]
+    assert _asked_at_import(ast.parse("def f(n=torch.cuda.device_count()):\n    torch.cuda.init()")) == [1]

@@ -32,7 +32,7 @@ def test_a_refused_capture_is_over_for_the_allocator_too(monkeypatch):
     told, stream = [], SimpleNamespace(device_index=0)
 
     class Refused:
-        def __init__(self, graph, pool, stream):
+        def __init__(self, graph, pool, stream, capture_error_mode):
             told.append(("begun", pool))
 
         def __enter__(self):

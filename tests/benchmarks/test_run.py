@@ -229,6 +229,14 @@ def test_gates_are_judged_in_every_dtype_before_anything_is_timed(make_context, 
     assert kernels_suite.gate_cases(done) == []
 
 
+def test_attention_alone_is_measured_without_transformers():
+    code = "import sys; sys.modules.update(transformers=None, peft=None)\n"
+    code += "from benchmarks import kernels_suite, parity_suite, tune_suite"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
 def test_an_unknown_suite_is_refused():
     with pytest.raises(SystemExit):
         run.arguments(["--suite", "nothing"])
