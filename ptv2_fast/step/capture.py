@@ -71,6 +71,11 @@ def recording(
 ) -> Iterator[None]:
     """Within this context a graph records what is launched on a stream.
 
+    A matrix product works in memory that PyTorch keeps for each stream until somebody frees it, as torch.compile does
+    in the mode "reduce-overhead": a graph that recorded the address would read and write memory of others from then on.
+    So the products in the graph find none and take theirs from the graph's own memory, which lives as long as it does;
+    what runs outside afterwards finds none of the graph's.
+
     Args:
         pool: where the graph's memory comes from.
         current: the stream that is the current one before, and is again where the device refuses the capture.
@@ -78,6 +83,7 @@ def recording(
     # Other threads go on talking to the device, as a DataLoader's that pins memory: in the mode "global" that would
     # break the capture, and raise in that thread.
     mode = "thread_local"
+    torch._C._cuda_clearCublasWorkspaces()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             yield
@@ -88,6 +94,8 @@ def recording(
         with suppress(Exception):
             torch._C._cuda_endAllocateToPool(current.device_index, pool)
         raise
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 # Device type -> what captures there. This alone decides where steps are captured.
