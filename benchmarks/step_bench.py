@@ -11,7 +11,7 @@ import torch
 from benchmarks import environment
 from benchmarks.context import Context
 from benchmarks.goals import best_of_ours
-from benchmarks.health import entry_of
+from benchmarks.health import answers, entry_of
 from benchmarks.measure import Timing, peak_bytes
 from benchmarks.step_batches import Batch, make_batch, make_prompts
 from benchmarks.step_cases import Group, StepCase
@@ -244,6 +244,9 @@ def whole_graph(batches: int) -> dict[str, object]:
 
 
 def clean_up(device: torch.device) -> None:
-    """Forget a group's models and everything that was compiled for them."""
+    """Forget a group's models and everything that was compiled for them; nothing where the device does not answer."""
+    if not answers(device):
+        # What destroys a graph or an event raises there, in the place of the error that broke it.
+        return
     torch._dynamo.reset()
     free_memory(device)

@@ -13,9 +13,11 @@ from benchmarks.step_clock import QUICK_STEPS, Step, warm_up
 from benchmarks.step_optimized import make_step
 from benchmarks.step_providers import StepProvider
 
-PROFILED = ("ours", "ours_graph", "peft", "floor")
+PROFILED = ("ours", "ours_graph", "ours_graph_compiled", "peft", "floor", "floor_compiled")
 # Building and judging a model again, and the profiler's own start.
 SECONDS = 25.0
+# How many kernels are listed, and how much of their names.
+_DEAREST, _NAME = 30, 120
 
 
 def profile_group(group: Group, context: Context, providers: list[StepProvider]) -> None:
@@ -30,7 +32,7 @@ def profile_group(group: Group, context: Context, providers: list[StepProvider])
             if peers[name]["status"] == "passed":
                 step = make_step(bound, bench.batches[case])
                 warm_up(step, context.device, QUICK_STEPS)
-                peers[name]["device_ms"] = device_milliseconds(step, context.device)
+                peers[name] |= device_time(step, context.device)
         cell |= {"status": "passed", "reason": ""}
     except Exception as error:
         # It is the last thing that a run does: what the run has found stands.
@@ -42,8 +44,12 @@ def profile_group(group: Group, context: Context, providers: list[StepProvider])
     context.say(f"{cell['id']}: {cell['status']} {cell['reason']}")
 
 
-def device_milliseconds(step: Step, device: torch.device) -> float | None:
-    """The sum of a step's kernels by the profiler; None where it saw none (the CPU's own are no kernels)."""
+def device_time(step: Step, device: torch.device) -> dict[str, object]:
+    """What a step's kernels take by the profiler: `device_ms`, their sum (None where it saw none), and `kernels`, the
+    dearest as [name, launches, milliseconds].
+
+    The CPU's own operations are no kernels.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     on_cuda = device.type == "cuda"
@@ -52,5 +58,8 @@ def device_milliseconds(step: Step, device: torch.device) -> float | None:
         step.run()
         if on_cuda:
             torch.cuda.synchronize(device)
-    total = sum(event.self_device_time_total for event in trace.key_averages())
-    return total / 1e3 if total else None
+    events = [event for event in trace.key_averages() if event.self_device_time_total]
+    events.sort(key=lambda event: event.self_device_time_total, reverse=True)
+    kernels = [[e.key[:_NAME], e.count, e.self_device_time_total / 1e3] for e in events[:_DEAREST]]
+    total = sum(event.self_device_time_total for event in events)
+    return {"device_ms": total / 1e3 if total else None, "kernels": kernels}

@@ -68,9 +68,10 @@ def run(
 
 
 def profile(context: Context, providers: list[StepProvider]) -> None:
-    """The profiler alone, on the first cell that `--only` names."""
-    for group in chosen_groups(context)[:1]:
-        profile_group(group, context, providers)
+    """The profiler alone, on the first cell of each group that `--only` names."""
+    for group in chosen_groups(context):
+        if context.left > 0:
+            profile_group(group, context, providers)
 
 
 def gate(context: Context) -> bool:

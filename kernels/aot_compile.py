@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from ptv2_fast.kernels import launch
 
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64",
     torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8",

@@ -12,7 +12,7 @@ from ptv2_fast.kernels.tiles import (
     block_start,
     count_blocks,
     dropout_keep,
-    load_lse,
+    load_statistics,
     load_tile,
     offset_of,
     program_coordinates,
@@ -92,34 +92,36 @@ def _prompt_attention_backward_text_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
 
-    for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
-        q_head = q_ptr + offset_of(q_strides, memory_row, head, first_token)
-        do_head = do_ptr + offset_of(do_strides, memory_row, head, first_token)
-        statistics = offset_of(lse_strides, memory_row, head, first_token)
-        for CHECK in tl.static_range(2):
-            if IS_CAUSAL or HAS_WINDOW or CHECK == 0:
-                num_blocks, head_blocks = count_blocks(begin, head_end, body_end, end, BLOCK_M, CHECK)
-                for block in range(num_blocks):
-                    start_m = block_start(block, head_blocks, begin, head_end, body_end, BLOCK_M, CHECK)
-                    q = load_tile(q_head + widen(start_m) * q_strides[2], q_strides[2], q_strides[3],
-                                  end - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-                    do = load_tile(do_head + widen(start_m) * do_strides[2], do_strides[2], do_strides[3],
-                                   end - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-                    rows = start_m + tl.arange(0, BLOCK_M)
-                    lse = load_lse(lse_ptr + statistics, rows, lse_strides[2], end)
-                    delta = tl.load(delta_ptr + statistics + widen(rows) * lse_strides[2], mask=rows < end, other=0.0)
-                    queries = rows[None, :]
-                    bias_ptrs = None
-                    if bias_ptr is not None:
-                        bias_ptrs = bias_ptr + offset_of(bias_strides, row, head, queries)  # [1, BLOCK_M]
-                    dk, dv, dscores = key_gradient_step(
-                        dk, dv, k, v, q, do, lse, delta, queries, keys, shift, bias_ptrs, bias_strides[3], end,
-                        num_keys, scale, softcap, window, seed, dropout_p, row * num_heads + head, prompt_length,
-                        CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
-                    if dbias_ptr is not None:
-                        pairs = offset_of(dbias_strides, row, head, queries) + widen(keys) * dbias_strides[3]
-                        tl.store(dbias_ptr + pairs, tl.where(attended, dscores, 0.0).to(dbias_ptr.dtype.element_ty),
-                                 mask=(queries < end) & (keys < num_keys))
+    for CHECK in tl.static_range(2):
+        if IS_CAUSAL or HAS_WINDOW or CHECK == 0:
+            num_blocks, head_blocks = count_blocks(begin, head_end, body_end, end, BLOCK_M, CHECK)
+            # One loop over the blocks of every head of the group: its copies are not drained from head to head.
+            for item in range(GROUP * num_blocks):
+                head, block = kv_head, item
+                if GROUP > 1:
+                    head = kv_head * GROUP + item // num_blocks
+                    block = item % num_blocks
+                start_m = block_start(block, head_blocks, begin, head_end, body_end, BLOCK_M, CHECK)
+                first = first_token + start_m
+                q = load_tile(q_ptr + offset_of(q_strides, memory_row, head, first), q_strides[2], q_strides[3],
+                              end - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+                do = load_tile(do_ptr + offset_of(do_strides, memory_row, head, first), do_strides[2], do_strides[3],
+                               end - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+                rows = start_m + tl.arange(0, BLOCK_M)
+                statistics = offset_of(lse_strides, memory_row, head, first_token)
+                lse, delta = load_statistics(lse_ptr, delta_ptr, statistics, lse_strides[2], rows, end)
+                queries = rows[None, :]
+                bias_ptrs = None
+                if bias_ptr is not None:
+                    bias_ptrs = bias_ptr + offset_of(bias_strides, row, head, queries)  # [1, BLOCK_M]
+                dk, dv, dscores = key_gradient_step(
+                    dk, dv, k, v, q, do, lse, delta, queries, keys, shift, bias_ptrs, bias_strides[3], end,
+                    num_keys, scale, softcap, window, seed, dropout_p, row * num_heads + head, prompt_length,
+                    CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+                if dbias_ptr is not None:
+                    pairs = offset_of(dbias_strides, row, head, queries) + widen(keys) * dbias_strides[3]
+                    tl.store(dbias_ptr + pairs, tl.where(attended, dscores, 0.0).to(dbias_ptr.dtype.element_ty),
+                             mask=(queries < end) & (keys < num_keys))
 
     # A masked key was computed like any other, with a probability that may overflow: its sums are replaced, not scaled.
     dk = tl.where(attended, dk * scale, 0.0)
@@ -144,7 +146,7 @@ def _prompt_attention_backward_prompt_kernel(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # A program owns a tile of one entry's keys, HEADS_IN_LOOP query heads of one kv head, and every num_splits-th of
-    # the query tiles of the rows that use the entry.
+    # those heads' query tiles of the rows that use the entry.
     tile, head_set, rest = program_coordinates(num_tiles, num_heads // HEADS_IN_LOOP)
     entry = rest % num_entries
     split = rest // num_entries
@@ -176,32 +178,35 @@ def _prompt_attention_backward_prompt_kernel(
     dv = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_P], dtype=tl.float32)
 
-    for head in range(first_head, first_head + HEADS_IN_LOOP):
-        for item in range(split, num_items, num_splits):
-            row = first_row + item // tiles_per_row
-            if row_order_ptr is not None:
-                row = tl.load(row_order_ptr + row)
-            start_m = item % tiles_per_row * BLOCK_M
-            memory_row, first_token, row_queries, _ = row_extent(cu_seqlens_ptr, row, num_queries, num_keys)
-            first = first_token + start_m
-            q = load_tile(q_ptr + offset_of(q_strides, memory_row, head, first), q_strides[2], q_strides[3],
-                          row_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-            do = load_tile(do_ptr + offset_of(do_strides, memory_row, head, first), do_strides[2], do_strides[3],
-                           row_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-            rows = start_m + tl.arange(0, BLOCK_M)
-            statistics = offset_of(lse_strides, memory_row, head, first_token)
-            lse = load_lse(lse_ptr + statistics, rows, lse_strides[2], row_queries)
-            delta = tl.load(delta_ptr + statistics + widen(rows) * lse_strides[2], mask=rows < row_queries, other=0.0)
-            queries = rows[None, :]
-            bias_ptrs = None
-            if prompt_bias_ptr is not None:
-                bias_ptrs = prompt_bias_ptr + offset_of(prompt_bias_strides, entry, head, 0) + queries * 0
-            dk, dv, dscores = key_gradient_step(
-                dk, dv, k, v, q, do, lse, delta, queries, keys, 0, bias_ptrs, prompt_bias_strides[2], row_queries,
-                length, scale, softcap, 0, seed, dropout_p, row * num_heads + head, 0,
-                False, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
-            if dbias_slots_ptr is not None:
-                dbias += tl.sum(dscores, 1)
+    # As in the text's kernel, one loop over all heads.
+    for item in range(split, HEADS_IN_LOOP * num_items, num_splits):
+        head, place = first_head, item
+        if HEADS_IN_LOOP > 1:
+            head = first_head + item // num_items
+            place = item % num_items
+        row = first_row + place // tiles_per_row
+        if row_order_ptr is not None:
+            row = tl.load(row_order_ptr + row)
+        start_m = place % tiles_per_row * BLOCK_M
+        memory_row, first_token, row_queries, _ = row_extent(cu_seqlens_ptr, row, num_queries, num_keys)
+        first = first_token + start_m
+        q = load_tile(q_ptr + offset_of(q_strides, memory_row, head, first), q_strides[2], q_strides[3],
+                      row_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+        do = load_tile(do_ptr + offset_of(do_strides, memory_row, head, first), do_strides[2], do_strides[3],
+                       row_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+        rows = start_m + tl.arange(0, BLOCK_M)
+        statistics = offset_of(lse_strides, memory_row, head, first_token)
+        lse, delta = load_statistics(lse_ptr, delta_ptr, statistics, lse_strides[2], rows, row_queries)
+        queries = rows[None, :]
+        bias_ptrs = None
+        if prompt_bias_ptr is not None:
+            bias_ptrs = prompt_bias_ptr + offset_of(prompt_bias_strides, entry, head, 0) + queries * 0
+        dk, dv, dscores = key_gradient_step(
+            dk, dv, k, v, q, do, lse, delta, queries, keys, 0, bias_ptrs, prompt_bias_strides[2], row_queries,
+            length, scale, softcap, 0, seed, dropout_p, row * num_heads + head, 0,
+            False, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+        if dbias_slots_ptr is not None:
+            dbias += tl.sum(dscores, 1)
 
     # Keys beyond the entry's length were read as zeros and attended to like any other: their sums are replaced.
     real = keys < length

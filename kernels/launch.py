@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,16 @@ _HALF = {
     "backward_text": {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
     "backward_prompt": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
     "decode": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (16, 16, 8, 2)},
+}
+# Hopper's own: whole tensor tiles for each group of four warps (the tile that is summed has 16 rows and more for each
+# warp; with fewer, two groups compute the same product), three stages where they fit, two blocks a multiprocessor where
+# the registers allow it. Crowded kernels keep the table above.
+_Table = Mapping[str, Mapping[int, tuple[int, ...]]]
+_HOPPER_HALF: _Table = {
+    "forward": {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3)},
+    "backward_query": {64: (128, 32, 8, 3), 128: (128, 32, 8, 3)},
+    "backward_text": {64: (32, 64, 4, 3), 128: (32, 128, 8, 2)},
+    "backward_prompt": {64: (32, 64, 4, 3), 128: (32, 64, 4, 2)},
 }
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
 _SINGLE = {
@@ -135,8 +145,10 @@ def choose_config(
     return LaunchConfig(block_m, block_n, num_warps, num_stages)
 
 
-def _exceptions(arch: int, dtype: torch.dtype, crowded: bool) -> dict[str, dict[int, tuple[int, int, int, int]]]:
+def _exceptions(arch: int, dtype: torch.dtype, crowded: bool) -> _Table:
     single, blackwell = dtype == torch.float32, 100 <= arch < 120
+    if arch == 90 and not crowded and not single:
+        return _HOPPER_HALF
     if arch == GFX942 and not crowded and not single:
         return _GFX942
     if crowded and single:

@@ -25,11 +25,12 @@ from ptv2_fast.kernels.key_gradients import (
 )
 from ptv2_fast.kernels.problem import NO_STRIDES, UNSPECIALIZED, Problem, strides_of
 from ptv2_fast.kernels.tiles import (
+    LOG2E,
     block_start,
     count_blocks,
     dropout_keep,
     key_blocks,
-    load_lse,
+    load_statistics,
     load_tile,
     offset_of,
     program_coordinates,
@@ -46,7 +47,7 @@ from ptv2_fast.kernels import launch
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _prompt_attention_delta_kernel(
-    o_ptr, do_ptr, cu_seqlens_ptr, delta_ptr, o_strides, do_strides, delta_strides,
+    o_ptr, do_ptr, lse_ptr, cu_seqlens_ptr, delta_ptr, lse2_ptr, o_strides, do_strides, lse_strides,
     num_queries, num_heads, num_tiles,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
@@ -61,8 +62,12 @@ def _prompt_attention_delta_kernel(
     do = load_tile(do_ptr + offset_of(do_strides, memory_row, head, first), do_strides[2], do_strides[3],
                    num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     rows = tl.arange(0, BLOCK_M)
-    tl.store(delta_ptr + offset_of(delta_strides, memory_row, head, first + rows), tl.sum(o * do, 1),
-             mask=start_m + rows < num_queries)
+    present = start_m + rows < num_queries
+    places = offset_of(lse_strides, memory_row, head, first + rows)
+    tl.store(delta_ptr + places, tl.sum(o * do, 1), mask=present)
+    # What every pass subtracts in its loop, once: in powers of two, and +inf where a row saw no key.
+    lse = tl.load(lse_ptr + places, mask=present, other=0.0)
+    tl.store(lse2_ptr + places, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=present)
 
 
 @triton.jit
@@ -123,8 +128,7 @@ def _prompt_attention_backward_query_kernel(
     rows = start_m + tl.arange(0, BLOCK_M)
     queries = rows[:, None]
     statistics = offset_of(lse_strides, memory_row, head, first_token)
-    lse = load_lse(lse_ptr + statistics, rows, lse_strides[2], num_queries)
-    delta = tl.load(delta_ptr + statistics + widen(rows) * lse_strides[2], mask=rows < num_queries, other=0.0)
+    lse, delta = load_statistics(lse_ptr, delta_ptr, statistics, lse_strides[2], rows, num_queries)
     stream = row * num_heads + head
     seed = 0
     if HAS_DROPOUT:
@@ -227,9 +231,9 @@ def prompt_attention_backward(
         return Gradients()
     grad_output, output = (
         launch.tile_safe(x.transpose(0, 1).unsqueeze(0) if problem.packed else x) for x in (grad_output, output))
-    delta = _delta(problem, grad_output, output, lse, config)
-    saved = {"do_ptr": grad_output, "lse_ptr": lse, "delta_ptr": delta, "do_strides": grad_output.stride(),
-             "lse_strides": problem.row_stride(lse)}
+    delta, lse2 = _row_statistics(problem, grad_output, output, lse, config)
+    saved = {"do_ptr": grad_output, "lse_ptr": lse2, "delta_ptr": delta, "do_strides": grad_output.stride(),
+             "lse_strides": problem.row_stride(lse2)}
     dq = _query_gradient(problem, saved, config) if needs.query else None
     dk = dv = dbias = None
     if needs.text or needs.bias:
@@ -242,21 +246,21 @@ def prompt_attention_backward(
     return Gradients(dq, dk, dv, *prompt, dbias)
 
 
-def _delta(problem: Problem, grad_output: torch.Tensor, output: torch.Tensor, lse: torch.Tensor,
-           config: launch.LaunchConfig | None) -> torch.Tensor:
-    """rowsum(grad_output * output), with lse's shape and strides: kernels read both by the same offsets."""
-    delta = launch.allocate_like(lse)
+def _row_statistics(problem: Problem, grad_output: torch.Tensor, output: torch.Tensor, lse: torch.Tensor,
+                    config: launch.LaunchConfig | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """rowsum(grad_output * output) and lse in powers of two, with lse's strides: kernels read both by one offset."""
+    delta, lse2 = launch.allocate_like(lse), launch.allocate_like(lse)
     block_m = (config or problem.config("backward_query")).block_m
     num_tiles = triton.cdiv(problem.num_queries, block_m)
     num_programs = num_tiles * problem.num_heads * problem.num_rows
     switches = problem.switches()
     launch.run(
-        _prompt_attention_delta_kernel, (num_programs,), lse.device, o_ptr=output, do_ptr=grad_output,
-        cu_seqlens_ptr=problem.cu_seqlens, delta_ptr=delta, o_strides=output.stride(),
-        do_strides=grad_output.stride(), delta_strides=problem.row_stride(delta), num_queries=problem.num_queries,
+        _prompt_attention_delta_kernel, (num_programs,), lse.device, o_ptr=output, do_ptr=grad_output, lse_ptr=lse,
+        cu_seqlens_ptr=problem.cu_seqlens, delta_ptr=delta, lse2_ptr=lse2, o_strides=output.stride(),
+        do_strides=grad_output.stride(), lse_strides=problem.row_stride(lse), num_queries=problem.num_queries,
         num_heads=problem.num_heads, num_tiles=num_tiles, HEAD_DIM=switches["HEAD_DIM"],
         BLOCK_D=switches["BLOCK_D"], BLOCK_M=block_m)
-    return delta
+    return delta, lse2
 
 
 def _query_gradient(problem: Problem, saved: dict[str, Any], config: launch.LaunchConfig | None) -> torch.Tensor:

@@ -274,10 +274,14 @@ def finish_softmax(acc, row_max, row_sum):
 
 
 @triton.jit
-def load_lse(ptr, rows, stride, num_rows):
-    """lse in powers of two for the backward; +inf for rows that are missing or saw no key: their probs become 0."""
-    lse = tl.load(ptr + widen(rows) * stride, mask=rows < num_rows, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+def load_statistics(lse_ptr, delta_ptr, base, stride, rows, num_rows):
+    """(lse in powers of two, delta) of rows of queries; rows that are missing have lse +inf: their probs become 0.
+
+    base: where row 0 stands; both lie in the same places.
+    """
+    places = base + widen(rows) * stride
+    lse = tl.load(lse_ptr + places, mask=rows < num_rows, other=float("inf"))
+    return lse, tl.load(delta_ptr + places, mask=rows < num_rows, other=0.0)
 
 
 @triton.jit

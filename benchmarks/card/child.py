@@ -71,7 +71,8 @@ def _run(order: Order) -> int:
             lines.end(do(context, order.arguments, order.before))
     except BrokenContext as error:
         lines.end("failed", f"the device does not answer any more, after {error}")
-        return BROKEN
+        # At once: what the error holds alive cannot be destroyed without a device, and would abort the process.
+        os._exit(BROKEN)
     except Exception as error:
         traceback.print_exc()
         lines.end("failed", f"{type(error).__name__}: {error}"[:500])

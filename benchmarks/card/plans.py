@@ -112,8 +112,8 @@ def _beside(name: str, work: str, arguments, tiny) -> Phase:
     return Phase(name, work, 100, 130, beside=True, when=GREEN, arguments=arguments, tiny=tiny)
 
 
-def _compiled(name: str, only) -> Phase:
-    arguments = {"only": only, "providers": ("peft_compiled", "floor_compiled")}
+def _compiled(name: str, only, *ours: str) -> Phase:
+    arguments = {"only": only, "providers": ("peft_compiled", "floor_compiled", *ours)}
     return _beside(name, "compile_steps", arguments, _TINY_COMPILED)
 
 
@@ -167,8 +167,8 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
     if variant == "kernels":
         native = replace(_native(200, 110), arguments={"failed": True})
         return Plan((start, _gates(90, 90), _bisection(160, 80), native, memcheck), 330, 330)
-    tune = Phase("tune", "tune", 85, 160, timed=True, when=GREEN)
-    again = _kernels("kernels-again", 55, 250, tuned=True, providers=(*_KERNEL_PEERS, "ours_tuned"))
+    tune = Phase("tune", "tune", 75, 175, timed=True, when=GREEN)
+    again = _kernels("kernels-again", 50, 240, tuned=True, providers=(*_KERNEL_PEERS, "ours_tuned"))
     if variant == "steps":
         chosen = only or ("bert-base-B32-N128-P20-*",)
         fixed = _steps("steps-again", 100, 120, chosen, _STEP_PEERS)
@@ -178,17 +178,24 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         )  # fmt: skip
         after = (replace(tune, latest=260.0), replace(again, latest=290.0))
         return Plan((start, _gates(90, 70, large=False), fixed, decode, *after), 330, 200)
-    # Layers of ours that are compiled besides would take the seconds of the peer that the goals ask for.
-    compiled = ("ours", "ours_graph", "peft", "peft_compiled")
+    bert = ("bert-base-B32-N128-P20-*", "bert-base-B8-N64-P20-*")
+    qwen, decode = ("qwen3-0.6b-B8-N512-P64-*",), {"only": _DECODE, "providers": _GENERATORS}
+    few = ("ours", "ours_graph", "peft")
     phases = (
         start,
-        # All that times nothing comes first, so that a model is compiled beside it.
-        _compiled("compile-qwen3", ("qwen3-0.6b-B8-N512-P64-*",)),
+        # All that times nothing comes first, so that models are compiled beside it.
+        _compiled("compile-bert", bert[:1], "ours_graph_compiled"),
+        _beside("compile-decode", "compile_decode", decode, _TINY_DECODE),
+        _compiled("compile-qwen3", qwen),
         _gates(90, 70, large=False),
-        replace(memcheck, latest=110.0),
+        replace(_native(120, 60), arguments={"failed": True}),
         tune,
         again,
-        _steps("S6c", 50, 275, ("bert-base-B8-N64-P20-*",), compiled),
-        _steps("S9b", 75, 300, ("qwen3-0.6b-B8-N512-P64-*",), compiled, _TINY_QWEN),
+        _steps("steps", 75, 250, bert, (*_STEP_PEERS, "ours_graph_compiled")),
+        Phase("decode", "decode", 45, 280, timed=True, when=GREEN, arguments=decode, tiny=_TINY_DECODE),
+        _steps("qwen3", 45, 295, qwen, (*few, "peft_compiled"), _TINY_QWEN),
+        _steps("profile", 30, 300, (bert[0], *qwen), (*few, "ours_graph_compiled", "floor"), profile=True),
+        _steps("llama", 40, 305, ("llama-3-8b-B8-N512-P128-*",), few, _TINY_PADDED),
+        replace(memcheck, latest=310.0),
     )
     return Plan(phases, 330, 200)

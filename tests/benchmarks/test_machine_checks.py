@@ -130,9 +130,9 @@ def test_the_audit_knows_a_copy_from_what_training_needs():
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_search_space_is_modest_and_without_doubles(kernel_pass, head_dim):
     space = tune_suite.search_space(kernel_pass, head_dim)
-    assert 12 <= len(space) == len(set(space)) <= 34
+    assert 12 <= len(space) == len(set(space)) <= 36
     likely = tune_suite.search_space(kernel_pass, head_dim, short=True)
-    assert 3 <= len(likely) <= 4 and likely == space[: len(likely)]
+    assert 3 <= len(likely) <= 6 and likely == space[: len(likely)]
     assert kernel_pass in launch.PASSES
 
 
