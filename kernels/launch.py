@@ -53,7 +53,7 @@ class LaunchConfig:
 _HALF = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
     "backward_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
-    "backward_text": {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    "backward_text": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
     "backward_prompt": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
     "decode": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (16, 16, 8, 2)},
 }
@@ -82,7 +82,10 @@ _SINGLE_CROWDED = {
     "backward_text": {64: (16, 32, 16, 1), 128: (16, 32, 16, 1), 256: (16, 16, 8, 1)},
 }
 _BLACKWELL_SINGLE = {"backward_query": {256: (16, 16, 16, 1)}}
-_BLACKWELL_HALF_CROWDED = {"backward_query": {128: (32, 32, 8, 2)}, "backward_text": {64: (16, 128, 8, 1)}}
+_HALF_CROWDED: _Table = {"backward_text": {128: (16, 32, 8, 1)}}
+_BLACKWELL_HALF_CROWDED: _Table = {
+    "backward_query": {128: (32, 32, 8, 2)}, "backward_text": {64: (16, 128, 8, 1), 128: (16, 32, 8, 1)},
+}  # fmt: skip
 _GFX942 = {"backward_query": {128: (64, 32, 8, 1)}}
 # Triton's interpreter has no registers to fill; small tiles let small tests cross many tile borders.
 _INTERPRETER = LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
@@ -155,7 +158,9 @@ def _exceptions(arch: int, dtype: torch.dtype, crowded: bool) -> _Table:
         return _SINGLE_CROWDED
     if blackwell and single:
         return _BLACKWELL_SINGLE
-    return _BLACKWELL_HALF_CROWDED if blackwell and crowded else {}
+    if crowded:
+        return _BLACKWELL_HALF_CROWDED if blackwell else _HALF_CROWDED
+    return {}
 
 
 @dataclass(frozen=True)
