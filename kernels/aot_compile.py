@@ -157,8 +157,9 @@ def compile_launch(recorded: launch.Launch, arch: int) -> dict[str, int]:
 
 def _measure_nvidia(asm: dict[str, Any]) -> dict[str, int]:
     registers, stack = _resource_usage(asm["cubin"])
+    in_loops = local_memory_in_loops(_cuobjdump(asm["cubin"], "-sass")) if stack else 0
     return {
-        "registers": registers, "spill_bytes": stack, "binary_bytes": len(asm["cubin"]),
+        "registers": registers, "spill_bytes": stack, "spills_in_loops": in_loops, "binary_bytes": len(asm["cubin"]),
         "tensor_core_instructions": len(re.findall(_TENSOR_CORE, asm["ptx"])),
         "wgmma_instructions": asm["ptx"].count("wgmma.mma_async"),
         "async_copies": len(re.findall(r"cp\.async\.c[ag]", asm["ptx"])),
@@ -169,8 +170,10 @@ def _measure_amd(asm: dict[str, Any]) -> dict[str, int]:
     def metadata(name: str) -> int:
         return int(_found(rf"\.{name}:\s*(\d+)", asm["amdgcn"]).group(1))
 
+    spilled = metadata("private_segment_fixed_size")
     return {
-        "registers": metadata("vgpr_count"), "spill_bytes": metadata("private_segment_fixed_size"),
+        # Where AMD's code uses it is not looked at.
+        "registers": metadata("vgpr_count"), "spill_bytes": spilled, "spills_in_loops": spilled,
         "binary_bytes": len(asm["hsaco"]), "tensor_core_instructions": asm["amdgcn"].count("v_mfma"),
         "wgmma_instructions": 0, "async_copies": 0,
     }  # fmt: skip
@@ -178,13 +181,35 @@ def _measure_amd(asm: dict[str, Any]) -> dict[str, int]:
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
     """(registers a thread, bytes of stack a thread). These kernels keep no arrays, so stack means spilled registers."""
+    registers, stack = _found(r"REG:(\d+) STACK:(\d+)", _cuobjdump(cubin, "-res-usage")).groups()
+    return int(registers), int(stack)
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    registers, stack = _found(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return int(registers), int(stack)
+        return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def local_memory_in_loops(listing: str) -> int:
+    """How many loads and stores of spilled registers stand in the innermost loops of a disassembled kernel.
+
+    Those before and after a loop cost a program some tens of cycles once; those within cost each iteration.
+
+    Args:
+        listing: of `cuobjdump -sass`.
+    """
+    found = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", listing)]
+    branches = [(address, re.search(r"\bBRA\S*\s.*?(?:0x)([0-9a-f]+)", text)) for address, text in found]
+    back = [(int(target.group(1), 16), at) for at, target in branches if target and int(target.group(1), 16) < at]
+    loops = [
+        (start, end) for start, end in back
+        if not any((start, end) != (s, e) and start <= s and e <= end for s, e in back)
+    ]  # fmt: skip
+    spilled = [address for address, text in found if re.search(r"\b(?:LDL|STL)\b", text)]
+    return sum(any(start <= address <= end for start, end in loops) for address in spilled)
 
 
 def _found(pattern: str, text: str) -> re.Match[str]:

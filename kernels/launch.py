@@ -47,9 +47,9 @@ class LaunchConfig:
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
-# One row per pass: padded head size -> (block_m, block_n, warps, stages) for 16-bit tensors. The forward sizes are the
-# published starting points for Hopper and Ampere; every entry is compiled ahead of time and must not spill
-# (kernels/README.md holds the table). They are starting points for tuning, not measurements.
+# One row per pass: padded head size -> (block_m, block_n, warps, stages) for 16-bit tensors. Every entry is compiled
+# ahead of time and must not spill in a loop (kernels/README.md holds the table). Starting points, not measurements.
+_Table = Mapping[str, Mapping[int, tuple[int, ...]]]
 _HALF = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
     "backward_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
@@ -57,15 +57,14 @@ _HALF = {
     "backward_prompt": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
     "decode": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (16, 16, 8, 2)},
 }
-# Hopper's own: whole tensor tiles for each group of four warps (the tile that is summed has 16 rows and more for each
-# warp; with fewer, two groups compute the same product), three stages where they fit, two blocks a multiprocessor where
-# the registers allow it. Crowded kernels keep the table above.
-_Table = Mapping[str, Mapping[int, tuple[int, ...]]]
+# Hopper's own, the fastest of a sweep on an H200 (benchmarks/results): whole tensor tiles for each group of four warps
+# (the tile that is summed has 16 rows and more for each warp; with fewer, two groups compute the same product) and two
+# blocks a multiprocessor and more. Crowded kernels keep the table above.
 _HOPPER_HALF: _Table = {
-    "forward": {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3)},
-    "backward_query": {64: (128, 32, 8, 3), 128: (128, 32, 8, 3)},
-    "backward_text": {64: (32, 64, 4, 3), 128: (32, 128, 8, 2)},
-    "backward_prompt": {64: (32, 64, 4, 3), 128: (32, 64, 4, 2)},
+    "forward": {64: (128, 64, 8, 3, 128), 128: (128, 32, 8, 3, 128)},
+    "backward_query": {64: (64, 64, 4, 3), 128: (64, 32, 4, 3)},
+    "backward_text": {64: (32, 64, 4, 2), 128: (32, 64, 4, 3)},
+    "backward_prompt": {64: (64, 64, 4, 3), 128: (32, 64, 4, 3)},
 }
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
 _SINGLE = {

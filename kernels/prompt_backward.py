@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from ptv2_fast.kernels.bank_rows import rows_by_entry
 from ptv2_fast.kernels.key_gradients import (
     _prompt_attention_backward_prompt_kernel,
     _prompt_attention_backward_text_kernel,
@@ -347,19 +348,15 @@ def _rows_by_entry(problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor 
     num_entries = problem.prompt_k.shape[0]
     if problem.prompt_index is None or num_entries == 1:
         return None, None
-    index = problem.prompt_index
-    # The bound one past the last entry has to fit too.
-    by_entry, order = torch.sort(index if index.dtype == torch.int64 else index.to(torch.int32), stable=True)
-    entries = torch.arange(num_entries + 1, device=order.device, dtype=by_entry.dtype)
-    return order.to(torch.int32), torch.searchsorted(by_entry, entries).to(torch.int32)
+    return rows_by_entry(problem.prompt_index, num_entries)
 
 
 def _sum_slots(first_slots: torch.Tensor, second_slots: torch.Tensor | None, first: torch.Tensor,
                second: torch.Tensor | None) -> None:
     """first = first_slots.sum(0) and, if given, second = second_slots.sum(0), in one launch and a fixed order."""
     pair = second is not None
-    block = 1024
+    block = 256
     launch.run(
         _sum_slots_kernel, (triton.cdiv(first.numel(), block), 1 + pair), first.device, first_slots_ptr=first_slots,
         second_slots_ptr=second_slots if pair else first_slots, first_ptr=first, second_ptr=second if pair else first,
-        slot_size=first.numel(), num_slots=first_slots.shape[0], BLOCK=block)
+        slot_size=first.numel(), num_slots=first_slots.shape[0], BLOCK=block, SLOTS=16)

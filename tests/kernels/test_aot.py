@@ -19,7 +19,7 @@ from ptv2_fast.kernels import aot, aot_compile, launch, tiles
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "kernels" / "aot_table.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-MEASURED = [field.name for field in dataclasses.fields(aot.Report)][-7:]
+MEASURED = [field.name for field in dataclasses.fields(aot.Report)][-8:]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,10 @@ def test_table_holds_every_row_of_configurations_in_every_dtype_on_every_card(ta
     assert classes == set(aot.HEAD_DIMS)
     held = {(r.kernel, r.arch, r.dtype, r.head_dim, r.features) for r in table}
     kernels = {r.kernel for r in table}
-    assert len(kernels) == 9
+    assert len(kernels) == 10
+    # Rows are sorted where there is a bank.
+    kernels -= {"rows_by_entry"}
+    assert "rows_by_entry" in {r.kernel for r in table if r.features == "everything"}
     wanted = itertools.product(kernels, (80, 90, 100), ("bf16", "fp16", "fp32"), classes, ("plain", "everything"))
     assert set(wanted) <= held
     padded = {r.head_dim for r in table if r.arch == 90} - classes
@@ -77,7 +80,7 @@ def test_operands_are_copied_ahead_of_the_product(table, kernel):
     ("change", "message"),
     [
         ({"binary_bytes": 0}, "no binary"),
-        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"spill_bytes": 8, "spills_in_loops": 25}, "in a loop, 8 bytes"),
         ({"shared_bytes": launch.shared_memory_limit(90) + 1}, "shared memory"),
         ({"tensor_core_instructions": 0}, "no tensor-core instruction"),
     ],
@@ -86,6 +89,27 @@ def test_rules_can_be_broken(table, change, message):
     good = next(r for r in table if r.kernel == "prompt_attention_forward" and r.arch == 90 and r.dtype == "bf16")
     assert aot.problems(good) == []
     assert [message in text for text in aot.problems(dataclasses.replace(good, **change))] == [True]
+
+
+LISTING = """
+        /*0000*/                   LDL R3, [R1] ;
+        /*0010*/                   HGMMA.64x64x16.F32 R24, gdesc[UR4], R24 ;
+        /*0020*/                   STL [R1+0x4], R3 ;
+        /*0030*/              @!P0 BRA 0x10 ;
+        /*0040*/                   LDL.LU R3, [R1+0x4] ;
+        /*0050*/               @P1 BRA 0x0 ;
+        /*0060*/                   BRA 0x80 ;
+        /*0070*/                   STL [R1], R3 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_spills_are_counted_in_innermost_loops():
+    # One within the inner loop; those of the outer loop, before and after it, and behind a jump forward are none.
+    assert aot_compile.local_memory_in_loops(LISTING) == 1
+    another = LISTING.replace("HGMMA.64x64x16.F32 R24, gdesc[UR4], R24", "LDL R1, [R2]")
+    assert aot_compile.local_memory_in_loops(another) == 2
+    assert aot_compile.local_memory_in_loops("") == 0
 
 
 @triton.jit
