@@ -22,9 +22,7 @@ _BY_DEFAULT = ("encoder", "decoder")
 class EncoderDecoder(nn.Module):
     """What a PTuningV2Model knows of encoders with decoders; mixed into it."""
 
-    @property
-    def _has_decoder(self) -> bool:
-        return self._family.sizes(self.backbone).decoder_layers > 0
+    _has_decoder: bool
 
     def _run_stacks(
         self, target: PreTrainedModel, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None

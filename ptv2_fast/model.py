@@ -90,6 +90,7 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         if not isinstance(base, PreTrainedModel):
             raise ValueError(f"base must be a transformers PreTrainedModel; got {type(base).__name__}")
         self._family = family_of(backbone_of(base))
+        self._has_decoder = self._family.sizes(backbone_of(base)).decoder_layers > 0
         hook.check_served({}, backbone_of(base).config)
         self._disabled = self._reached = False
         if adapter is None:
@@ -236,7 +237,7 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         plan = plan_step(
             self.step_options, training=self.training, device=device_of(self.backbone), backend=backend,
             gathered_by=self._step_layers.gathered_by(self, self.base_model),
-            without=self._step_layers.without(),
+            without=self._step_layers.without,
         )  # fmt: skip
         if plan != self._logged_plan and not torch.compiler.is_compiling():
             self._logged_plan = plan

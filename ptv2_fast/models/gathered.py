@@ -27,7 +27,7 @@ def gathered_by(above: Sequence[nn.Module], layers: nn.ModuleList) -> str | None
         layers: the backbone's.
     """
     for module in (*above, layers[0], layers[-1]):
-        first = next(module.parameters(), None)
+        first = _first_parameter(module)
         if isinstance(module, FSDPModule) or isinstance(first, DTensor):
             return "FSDP2"
         if hasattr(first, "ds_id"):
@@ -37,9 +37,22 @@ def gathered_by(above: Sequence[nn.Module], layers: nn.ModuleList) -> str | None
     return None
 
 
+def _first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The first of `module.parameters()`, whose walk costs every step several times as much."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        if child is not None and (found := _first_parameter(child)) is not None:
+            return found
+    return None
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device that a model computes on; that of its weights, unless they are offloaded."""
-    first = next(model.parameters())
+    first = _first_parameter(model)
+    if first is None:
+        raise ValueError(f"model must have parameters: they say where it computes; got {type(model).__name__}")
     if not first.is_meta:
         return first.device
     for module in model.modules():

@@ -157,6 +157,8 @@ class GraphRunner:
             self._parts = len(packed)
         losses = [self._pass(batch) for batch in packed]
         self._average_gradients()
+        # The device is busy with the passes by now.
+        self._hold_optimizer()
         self._updates += 1
         if self._replay_update is None and self._updates > WARM_UP_STEPS:
             self._replay_update = self._capture_or_say(self._update, "the optimizer")
@@ -230,13 +232,14 @@ class GraphRunner:
                 parameter.grad /= dist.get_world_size()
 
     def _drop_what_changed(self, plan: StepPlan) -> None:
-        """Drop what would be wrong if it were replayed now, and bring learning rates to where it reads them."""
+        """Drop what would be wrong if it were replayed now."""
         if self._gradients is not None:
             now = self._taken_for_granted(plan)
             if changed := [why for why, value in now.items() if value != self._seen[why]]:
                 self._drop(changed[0])
-        if self._gradients is None:
-            return
+
+    def _hold_optimizer(self) -> None:
+        """Drop an update that would be wrong if it were replayed now; bring learning rates to where it reads them."""
         if self._held is None:
             self._held = HeldOptimizer(self._optimizer, self._device, self._capturing().capturable)
         if reason := self._held.hold():

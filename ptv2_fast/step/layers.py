@@ -28,13 +28,19 @@ COMPILER = "inductor"
 
 
 class StepLayers:
-    """Makes views of one backbone for the steps of one wrapper; the weights stay the backbone's."""
+    """Makes views of one backbone for the steps of one wrapper; the weights stay the backbone's.
+
+    Attributes:
+        without: which switches save nothing on this backbone, and why.
+    """
 
     def __init__(self, backbone: PreTrainedModel, family: Family) -> None:
         self._backbone = backbone
         self._family = family
         self._fused: FusedProjections | None = None
         self._compiled: Callable | None = None
+        # Found once: every step asks, and a configuration is slow to read.
+        self.without = self._find_without()
 
     def gathered_by(self, *above: nn.Module) -> str | None:
         """Who brings the weights of the backbone, or of modules above it, while they run; None where they stay."""
@@ -73,8 +79,7 @@ class StepLayers:
             return backbone
         return with_modules(backbone, {f"{self._layers_path}.{name}": layer for name, layer in changed.items()})
 
-    def without(self) -> dict[str, str]:
-        """Which switches save nothing on this backbone, and why."""
+    def _find_without(self) -> dict[str, str]:
         if self._family.sizes(self._backbone).decoder_layers:
             names = [field.name for field in fields(StepOptions)]
             return dict.fromkeys(names, "an encoder-decoder runs its padded rows as they are")

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ptv2_fast.heads import IGNORED_LABEL
-from ptv2_fast.models.pooling import pooled_tokens
-from ptv2_fast.step.labelled_rows import labelled_tokens, predictable_labels
-from ptv2_fast.step.unpad import Packing
 
 # What a packed batch is made of; anything else in a batch cannot be packed.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+_TENSORS = ("input_ids", "token_type_ids", "cu_seqlens", "tokens", "targets")
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class PackedBatch:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
 
 
 def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first") -> PackedBatch:
@@ -71,32 +70,74 @@ def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first") ->
         pooling: "first" or "last": which token's state a SEQ_CLS head reads.
 
     Raises:
-        ValueError: labels are no integers, or of another shape.
+        ValueError: labels are no integers, or of another shape; or attention_mask is.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     shape = ids.shape[:1] if task_type == "SEQ_CLS" else ids.shape
     if labels.is_floating_point() or labels.shape != shape:
         raise ValueError(f"labels must be integers of shape {tuple(shape)}; got {labels.dtype} {tuple(labels.shape)}")
     mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    packing = Packing.of(mask)
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must have input_ids' shape {tuple(ids.shape)}; got {tuple(mask.shape)}")
+    # In numpy: on arrays this small a tensor's operation takes longer to call than to run.
+    rows, tokens = ids.shape
+    real = np.ones((rows, tokens), bool) if mask is None else mask.bool().numpy()
+    index = real.ravel().nonzero()[0]
+    bounds = index.searchsorted(np.arange(rows + 1) * tokens)
+    lengths = bounds[1:] - bounds[:-1]
+    targets = labels.long().numpy()
     if task_type == "SEQ_CLS":
-        rows, tokens = ids.shape
-        read, targets = pooled_tokens(rows, tokens, mask, pooling, ids.device), labels
-    elif task_type == "TOKEN_CLS":
-        read = (labels.flatten() != IGNORED_LABEL).nonzero().flatten()
-        targets = labels.flatten().index_select(0, read)
+        # What `pooled_tokens` gives, among the real tokens.
+        places = np.where(lengths > 0, bounds[:-1] if pooling == "first" else bounds[1:] - 1, index.size)
     else:
-        read, targets = labelled_tokens(predictable_labels(labels, mask))
+        read, targets = _labelled(targets) if task_type == "TOKEN_CLS" else _predicted(targets, real)
+        places = _places(read, index, real.size)
     types = batch.get("token_type_ids")
     return PackedBatch(
-        input_ids=packing.pack(ids),
-        token_type_ids=None if types is None else packing.pack(types),
-        cu_seqlens=packing.cu_seqlens,
-        longest=max(packing.longest, 1),
-        tokens=packing.places(read),
-        targets=targets.long(),
+        input_ids=_packed(ids, rows, index),
+        token_type_ids=None if types is None else _packed(types, rows, index),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        longest=int(lengths.max(initial=1)),
+        tokens=torch.from_numpy(places),
+        targets=torch.from_numpy(targets),
     )
+
+
+def _packed(padded: Tensor, rows: int, index: Array) -> Tensor:
+    """(B or 1, N) -> (1, T): the real tokens, which stand at `index` (T,) of the flattened (B, N)."""
+    whole = padded if padded.shape[0] == rows else padded.expand(rows, -1)
+    return torch.from_numpy(whole.numpy().reshape(-1)[index][None])
+
+
+def _labelled(labels: Array) -> tuple[Array, Array]:
+    """(R,) the tokens of the flattened (B, N) that have a label, and (R,) the labels."""
+    flat = labels.reshape(-1)
+    read = (flat != IGNORED_LABEL).nonzero()[0]
+    return read, flat[read]
+
+
+def _predicted(labels: Array, real: Array) -> tuple[Array, Array]:
+    """(R,) the tokens of the flattened (B, N) whose successor has a label, and (R,) the labels.
+
+    As `labelled_tokens(predictable_labels(labels, real))`: nothing predicts the label of a token behind padding.
+    """
+    predicts = np.zeros(labels.shape, bool)
+    np.logical_and(labels[:, 1:] != IGNORED_LABEL, real[:, :-1], out=predicts[:, :-1])
+    read = predicts.ravel().nonzero()[0]
+    return read, labels.reshape(-1)[read + 1]
+
+
+def _places(read: Array, index: Array, size: int) -> Array:
+    """Where tokens (R,) of the flattened (B, N) stand among the real ones at `index` (T,); T for padding.
+
+    Args:
+        size: B N.
+    """
+    if index.size == size:
+        return read
+    places = np.full(size, index.size)
+    places[index] = np.arange(index.size)
+    return places[read]
 
 
 def packed_inputs(packed: PackedBatch) -> dict[str, Tensor | int]:
@@ -152,20 +193,29 @@ class Buckets:
         # Tokens of no text are rows too, none longer than the longest one may be. How many there are may depend on
         # the sizes alone.
         spare = _next_size(rows, self.rows) + -(-_step(tokens, self.tokens) // longest) - rows
-        ends = torch.arange(1, spare + 1, dtype=torch.int32) * longest + count
-        ends = ends.clamp(max=tokens)
+        ends = np.minimum(np.arange(1, spare + 1) * longest + count, tokens)
         targets = _next_size(read, self.targets)
         types = packed.token_type_ids
-        # "No token" was T, and is the new T.
-        places = torch.where(packed.tokens < count, packed.tokens, tokens)
+        places = _filled(packed.tokens, targets, tokens)
+        if tokens > count:
+            # "No token" was T, and is the new T.
+            places[places == count] = tokens
         return PackedBatch(
-            input_ids=F.pad(packed.input_ids, (0, tokens - count)),
-            token_type_ids=None if types is None else F.pad(types, (0, tokens - count)),
-            cu_seqlens=torch.cat([packed.cu_seqlens, ends]),
+            input_ids=torch.from_numpy(_filled(packed.input_ids, tokens, 0)[None]),
+            token_type_ids=None if types is None else torch.from_numpy(_filled(types, tokens, 0)[None]),
+            cu_seqlens=torch.from_numpy(np.concatenate((packed.cu_seqlens.numpy(), ends), dtype=np.int32)),
             longest=longest,
-            tokens=F.pad(places, (0, targets - read), value=tokens),
-            targets=F.pad(packed.targets, (0, targets - read), value=IGNORED_LABEL),
+            tokens=torch.from_numpy(places),
+            targets=torch.from_numpy(_filled(packed.targets, targets, IGNORED_LABEL)),
         )
+
+
+def _filled(short: Tensor, size: int, value: int) -> Array:
+    """(size,) what a tensor (n,) or (1, n) holds, with a value behind it."""
+    own = short.numpy().reshape(-1)
+    filled = np.full(size, value, own.dtype)
+    filled[: own.size] = own
+    return filled
 
 
 def _next_size(count: int, smallest: int) -> int:

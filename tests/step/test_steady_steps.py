@@ -1,0 +1,110 @@
+"""What the host does for a step that replays what has been captured: little, and no more for more rows or layers."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from graph_steps import CASES, optimizer_of
+from tiny_models import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.stand_in import StandIn, captured_on_cpu
+from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
+
+# The mask as booleans, five tensors to pinned memory and all at once to the device, gradients to zero, a copy of the
+# loss; and one to spare.
+MOST_OPERATIONS = 10
+
+
+class Launched(StandIn):
+    """A device that has its own time: of a replay the host sees nothing, once it has run."""
+
+    def __call__(self, call):
+        results = []
+
+        def replay():
+            if not results:
+                results.append(call())
+            return results[0]
+
+        return replay
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of torch, but for those that make a tensor of an array, or an array of a tensor."""
+
+    FREE = (torch.ops.aten.detach.default, torch.ops.aten.lift_fresh.default)
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in self.FREE:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _calls(run, *events):
+    """How many of the profiler's events a call makes: "call" of a Python function, "c_call" of any other."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event in events
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def _batch(task, rows, tokens):
+    """Padding on the right, and token types."""
+    lengths = torch.arange(rows) % (tokens - 1) + 2
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    ids = torch.arange(rows * tokens).view(rows, tokens) % 30 + 3
+    labels = lengths % 3 if task == "SEQ_CLS" else (ids % 3).masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _steady(case, rows=2, tokens=5, layers=2):
+    """A step whose pass and update have been captured and replayed."""
+    family, injection, task, config = CASES[case]
+    torch.manual_seed(0)
+    model = tiny_model(family, injection, task, base_changes={"num_hidden_layers": layers}, **config).train()
+    batch = _batch(task, rows, tokens)
+    if family == "bert":
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    runner = GraphRunner(model, optimizer_of(model))
+    for _ in range(WARM_UP_STEPS + 4):
+        runner.step(batch)
+    assert runner.captured == 1 and runner._replay_update is not None
+    return lambda: runner.step(batch)
+
+
+@pytest.fixture(autouse=True)
+def launched():
+    with captured_on_cpu(Launched):
+        yield
+
+
+@pytest.mark.parametrize("case", ["bert tags, base head", "bert rows, first token", "llama text"])
+def test_a_steady_step_asks_for_few_operations(case):
+    step = _steady(case)
+    with Operations() as operations:
+        step()
+    assert len(operations.names) <= MOST_OPERATIONS, operations.names
+
+
+@pytest.mark.parametrize("case", ["bert tags, base head", "bert rows, first token", "llama text"])
+def test_more_rows_and_layers_call_no_more(case):
+    """Rows are packed all at once; what is looked at for each weight takes no function of ours."""
+    few = _steady(case)
+    assert _calls(few, "call", "c_call") == _calls(_steady(case, 16, 40), "call", "c_call")
+    assert _calls(few, "call") == _calls(_steady(case, layers=6), "call")
