@@ -297,6 +297,22 @@ def allocate_heads(like: torch.Tensor) -> torch.Tensor:
     return allocate((batch, tokens, heads, head_dim), like.dtype, like.device).transpose(1, 2)
 
 
+def allocate_prompts(
+    like: torch.Tensor, dtype: torch.dtype | None = None, slots: int | None = None
+) -> torch.Tensor:
+    """Fresh memory for gradients of prompts (R, Hkv, P, d), or for `slots` of them one after the other.
+
+    A prompt that is a view of (R, P, Hkv, d), as projected ones are, gets its gradient laid out so: what made it a view
+    is undone without a copy. Others are contiguous.
+    """
+    entries, heads, length, head_dim = like.shape
+    first = () if slots is None else (slots,)
+    dtype = like.dtype if dtype is None else dtype
+    if like.transpose(1, 2).is_contiguous():
+        return allocate((*first, entries, length, heads, head_dim), dtype, like.device).transpose(-2, -3)
+    return allocate((*first, *like.shape), dtype, like.device)
+
+
 def tile_safe(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, copied only when the strides of its last two axes are too long for 32-bit offsets inside a tile."""
     if tensor.numel() and max(tensor.stride()[-2:]) > _LARGEST_TILE_STRIDE:

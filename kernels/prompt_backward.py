@@ -301,11 +301,11 @@ def _text_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
 
 def _prompt_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
                       config: launch.LaunchConfig | None) -> _ThreeGradients:
-    """(d prompt_k, d prompt_v, d prompt_bias or None), contiguous."""
-    device, dtype = problem.q.device, problem.prompt_k.dtype
+    """(d prompt_k, d prompt_v, d prompt_bias or None); the first two laid out as `launch.allocate_prompts` says."""
+    device = problem.q.device
     shape = tuple(problem.prompt_k.shape)  # (R, Hkv, P, d)
     bias_shape = (shape[0], problem.num_heads, shape[2])
-    dk, dv = launch.allocate(shape, dtype, device), launch.allocate(shape, dtype, device)
+    dk, dv = launch.allocate_prompts(problem.prompt_k), launch.allocate_prompts(problem.prompt_k)
     bias = problem.prompt_bias if wants_bias else None
     dbias = None if bias is None else launch.allocate(bias_shape, bias.dtype, device)
     if dk.numel() == 0:
@@ -324,8 +324,8 @@ def _prompt_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
     most = max(1, problem.num_rows * triton.cdiv(problem.num_queries, config.block_m))
     num_splits = launch.split_for(device, num_programs, most)
     num_slots = num_splits * (problem.group // heads_in_loop)
-    dk_slots = launch.allocate((num_slots, *shape), torch.float32, device)
-    dv_slots = launch.allocate((num_slots, *shape), torch.float32, device)
+    # Slots lie in memory as their sum does.
+    dk_slots, dv_slots = (launch.allocate_prompts(problem.prompt_k, torch.float32, num_slots) for _ in range(2))
     dbias_slots = None if dbias is None else launch.allocate((num_splits, *bias_shape), torch.float32, device)
     launch.run(
         _prompt_attention_backward_prompt_kernel, (num_programs * num_splits,), device,

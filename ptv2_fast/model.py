@@ -98,7 +98,7 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         self._sources: dict[str, PromptSource] = {}
         self.step_options = StepOptions() if step_options is None else step_options
         self._step_layers = StepLayers(backbone_of(base), self._family)
-        self._logged_plan: StepPlan | None = None
+        self._logged_plans: set[StepPlan] = set()
         self.base_model = base
         self.adapters = ModuleDictOf()
         self.active_adapter = adapter_name
@@ -232,15 +232,15 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         return None
 
     def step_plan(self) -> StepPlan:
-        """What this step leaves out, by `step_options`; each change of it is logged once."""
+        """What this step leaves out, by `step_options`; logged once, however often it comes back."""
         backend = self.adapters[self.active_adapter].config.backend
         plan = plan_step(
             self.step_options, training=self.training, device=device_of(self.backbone), backend=backend,
             gathered_by=self._step_layers.gathered_by(self, self.base_model),
             without=self._step_layers.without,
         )  # fmt: skip
-        if plan != self._logged_plan and not torch.compiler.is_compiling():
-            self._logged_plan = plan
+        if not torch.compiler.is_compiling() and plan not in self._logged_plans:
+            self._logged_plans.add(plan)
             logger.info("training step: %s", plan)
         return plan
 

@@ -197,8 +197,9 @@ def _backward_shapes(
     packed = cu_seqlens is not None
     fresh = (
         lambda: _empty_like_heads(q, packed), lambda: _empty_like_heads(k, packed),
-        lambda: _empty_like_heads(v, packed), lambda: prompt_k.new_empty(prompt_k.shape),
-        lambda: prompt_v.new_empty(prompt_v.shape),
+        lambda: _empty_like_heads(v, packed), lambda: _empty_like_prompts(prompt_k),
+        # Both are laid out as the keys are.
+        lambda: _empty_like_prompts(prompt_k),
         lambda: prompt_bias.new_empty(prompt_bias.shape), lambda: bias.new_empty(bias.shape))
     return [make() if need else q.new_empty(0) for make, need in zip(fresh, needs)]
 
@@ -209,6 +210,14 @@ def _empty_like_heads(tensor: Tensor, packed: bool) -> Tensor:
         return tensor.new_empty(tensor.shape)
     batch, heads, tokens, head_dim = tensor.shape
     return tensor.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+def _empty_like_prompts(prompt_k: Tensor) -> Tensor:
+    """What the kernels allocate for gradients of prompts, `launch.allocate_prompts`."""
+    if prompt_k.transpose(1, 2).is_contiguous():
+        entries, heads, length, head_dim = prompt_k.shape
+        return prompt_k.new_empty(entries, length, heads, head_dim).transpose(1, 2)
+    return prompt_k.new_empty(prompt_k.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -7,6 +7,8 @@ import functools
 import pytest
 import torch
 from ptv2_fast.kernels.dropout import dropout_keep_mask
+from tolerances import assert_same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptv2_fast.attention import prompt_attention, triton_backend
 from ptv2_fast.kernels import launch
@@ -90,6 +92,42 @@ def test_opcheck(make_call, form):
     numbers = [arguments[name] for name in ("max_seqlen", "causal", "window", "softcap", "scale",
                                             "dropout_p")]
     torch.library.opcheck(triton_backend.forward_op, (*tensors, *rest, *numbers))
+
+
+class _Clones(TorchDispatchMode):
+    """Counts copies made of whole tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.clone.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_of_projected_prompts_are_laid_out_as_the_projections_are(make_call, compiled):
+    call = make_call(queries=QUERIES, scaled=False)
+    q, k, v, prompt_k, prompt_v = call.tensors
+    _, heads, length, head_dim = prompt_k.shape
+    # As a model projects them: (P, Hkv * d).
+    projected = [x[0].transpose(0, 1).reshape(length, heads * head_dim).requires_grad_() for x in (prompt_k, prompt_v)]
+
+    def attend_to(projected):
+        prompts = [x.view(length, heads, head_dim).transpose(0, 1) for x in projected]
+        return prompt_attention(q, k, v, *prompts, backend="triton")
+
+    run = torch.compile(attend_to, fullgraph=True, backend="aot_eager") if compiled else attend_to
+    output = run(projected)
+    with _Clones() as clones:
+        got = gradients(output, projected)
+    if not compiled:
+        assert clones.count == 0
+    apart = [x.requires_grad_() for x in (prompt_k, prompt_v)]
+    expected = gradients(prompt_attention(q, k, v, apart[0][0], apart[1][0], backend="triton"), apart)
+    for a, b in zip(got, expected):
+        assert_same_bits(a, b[0].transpose(0, 1).reshape(length, heads * head_dim))
 
 
 def test_dropout_is_replayed_in_backward(make_call, budget, monkeypatch):
