@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ptv2_fast.kernels import interpreter
+from ptv2_fast.kernels import interpreter, launcher
 
 interpreter.repair()
 
@@ -241,16 +240,26 @@ def record(arch: int) -> Iterator[list[Launch]]:
         _recorder = before
 
 
-def run(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
-    """Launch a kernel on `device`; an empty grid launches nothing."""
+def run(kernel: Any, grid: tuple[int, ...], device: torch.device, tensors: Sequence[torch.Tensor | None],
+        constants: launcher.Constants) -> None:
+    """Launch a kernel on `device`; an empty grid launches nothing.
+
+    Args:
+        tensors: its first arguments.
+        constants: the others, an object that is kept from call to call: that makes a launch cheap.
+    """
     if _recorder is not None:
-        _recorder.launches.append(Launch(kernel, arguments))
+        names = kernel.arg_names
+        _recorder.launches.append(Launch(kernel, {**dict(zip(names, tensors)), **constants.values}))
         return
-    if math.prod(grid) == 0:
+    if 0 in grid:
         return
     # Triton launches on the current device, which need not be the tensors' one.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments)
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            launcher.launch(kernel, grid, constants, tensors)
+    else:
+        launcher.launch(kernel, grid, constants, tensors)
 
 
 def architecture(device: torch.device) -> int:
@@ -274,6 +283,13 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
+def allocate_strided(
+    shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The same, laid out by strides that give every element a place of its own."""
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 def allocate_statistics(shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """Fresh float32 numbers of each query, (..., N), in rows that begin at multiples of 16.
 
@@ -281,20 +297,21 @@ def allocate_statistics(shape: Sequence[int], device: torch.device) -> torch.Ten
     batch, and the second kind would stop a training run for seconds.
     """
     *rows, tokens = shape
-    return allocate((*rows, -(-tokens // 16) * 16), torch.float32, device)[..., :tokens]
+    width = -(-tokens // 16) * 16
+    made = allocate((*rows, width), torch.float32, device)
+    return made if width == tokens else made[..., :tokens]
 
 
 def allocate_like(tensor: torch.Tensor) -> torch.Tensor:
     """Fresh memory with the shape, strides and dtype of a tensor whose elements lie in places of their own."""
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    fresh = allocate((reach if tensor.numel() else 0,), tensor.dtype, tensor.device)
-    return fresh.as_strided(tensor.shape, tensor.stride())
+    return allocate_strided(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 def allocate_heads(like: torch.Tensor) -> torch.Tensor:
     """A fresh (B, H, N, d) tensor laid out as (B, N, H, d), so that merging the heads is a free reshape."""
     batch, heads, tokens, head_dim = like.shape
-    return allocate((batch, tokens, heads, head_dim), like.dtype, like.device).transpose(1, 2)
+    width = heads * head_dim
+    return allocate_strided(like.shape, (max(1, tokens) * width, head_dim, width, 1), like.dtype, like.device)
 
 
 def allocate_prompts(
