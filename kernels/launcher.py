@@ -21,8 +21,8 @@ from triton.runtime import JITFunction, driver
 # Versions whose `JITFunction.run` is known to return the compiled kernel, and to launch it as `launch` does here.
 KNOWN_TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
 
-# What is remembered is bounded: sizes differ from batch to batch.
-MOST_REMEMBERED = 1024
+# What is remembered is bounded: a training run over packed rows has other sizes every step.
+MOST_REMEMBERED = 512
 _MOST_PLANS = 64
 
 _Key = TypeVar("_Key")
@@ -55,13 +55,15 @@ class _Plan(NamedTuple):
 
     Attributes:
         kernel: the kernel it is of.
-        run: its compiled form's launcher.
+        compiled: what Triton made of it, kept because the device forgets the code of one that is gone.
+        run: its launcher.
         function, metadata: what the launcher has to be given.
         arguments: what it has to be given after the tensors.
         globals: (name, value, namespace) of each constant of a module that was compiled in.
     """
 
     kernel: Any
+    compiled: Any
     run: Any
     function: Any
     metadata: Any
@@ -155,6 +157,6 @@ def _plan(kernel: Any, compiled: Any, constants: Constants, tensors: Sequence[to
     if any(name not in constants.values for name in others):
         return None
     return _Plan(
-        kernel, compiled.run, compiled.function, compiled.packed_metadata,
+        kernel, compiled, compiled.run, compiled.function, compiled.packed_metadata,
         tuple(constants.values[name] for name in others),
         tuple((name, namespace.get(name), namespace) for (name, _), (_, namespace) in kernel.used_global_vals.items()))

@@ -152,7 +152,7 @@ class Problem(NamedTuple):
         key = (numbers, *[None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
         form = _forms.get(key)
         if form is None:
-            form = launcher.remember(_forms, key, _form(tensors, *numbers), _MOST_FORMS)
+            form = launcher.remember(_forms, key, _form(tensors, *numbers), launcher.MOST_REMEMBERED)
         if form.long_strides:
             prompt_k, prompt_v = launch.tile_safe(prompt_k), launch.tile_safe(prompt_v)
             q, k, v = (_as_heads(x, form.packed) for x in (q, k, v))
@@ -239,8 +239,6 @@ class Problem(NamedTuple):
                 prompt_lens, self.cu_seqlens, self.seed)
 
 
-# A training run over packed rows has another form every step.
-_MOST_FORMS = 512
 _forms: dict[tuple[Any, ...], Form] = {}
 
 

@@ -256,16 +256,23 @@ def _row_statistics(problem: Problem, grad_output: torch.Tensor, output: torch.T
     """rowsum(grad_output * output) and lse in powers of two, with lse's strides: kernels read both by one offset."""
     delta, lse2 = launch.allocate_like(lse), launch.allocate_like(lse)
     block_m = (config or problem.config("backward_query")).block_m
-    num_tiles = -(-problem.num_queries // block_m)
-    num_programs = num_tiles * problem.num_heads * problem.num_rows
+    grid, constants = _statistics_launch(
+        problem.form, block_m, output.stride(), grad_output.stride(), problem.row_stride(lse))
     launch.run(
-        _prompt_attention_delta_kernel, (num_programs,), lse.device,
-        (output, grad_output, lse, problem.cu_seqlens, delta, lse2),
-        launcher.constants(
-            o_strides=output.stride(), do_strides=grad_output.stride(), lse_strides=problem.row_stride(lse),
-            num_queries=problem.num_queries, num_heads=problem.num_heads, num_tiles=num_tiles,
-            HEAD_DIM=problem.head_dim, BLOCK_D=launch.padded_head_dim(problem.head_dim), BLOCK_M=block_m))
+        _prompt_attention_delta_kernel, grid, lse.device,
+        (output, grad_output, lse, problem.cu_seqlens, delta, lse2), constants)
     return delta, lse2
+
+
+@functools.lru_cache(launcher.MOST_REMEMBERED)
+def _statistics_launch(form: Form, block_m: int, o_strides: tuple[int, ...], do_strides: tuple[int, ...],
+                       lse_strides: tuple[int, ...]) -> tuple[tuple[int, ...], launcher.Constants]:
+    """The grid and the arguments that are no tensors."""
+    num_tiles = triton.cdiv(form.num_queries, block_m)
+    return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants({
+        "o_strides": o_strides, "do_strides": do_strides, "lse_strides": lse_strides,
+        "num_queries": form.num_queries, "num_heads": form.num_heads, "num_tiles": num_tiles,
+        "HEAD_DIM": form.head_dim, "BLOCK_D": launch.padded_head_dim(form.head_dim), "BLOCK_M": block_m})
 
 
 def _query_gradient(problem: Problem, saved: _Saved, config: launch.LaunchConfig | None) -> torch.Tensor:
@@ -339,36 +346,55 @@ def _prompt_gradients(problem: Problem, saved: _Saved, wants_bias: bool,
         problem = problem.joined()
 
     config = config or problem.config("backward_prompt")
-    block_p = problem.prompt_block(config.block_n)
-    # A bias gradient belongs to one query head; the others are sums over the heads of a group.
-    heads_in_loop = problem.group if dbias is None else 1
-    num_tiles = -(-problem.prompt_length // block_p)
-    num_programs = num_tiles * (problem.num_heads // heads_in_loop) * shape[0]
-    most = max(1, problem.num_rows * -(-problem.num_queries // config.block_m))
-    num_splits = launch.split_for(device, num_programs, most)
-    num_slots = num_splits * (problem.group // heads_in_loop)
+    plan = _prompt_launch(
+        problem.form, config, launch.target_programs(device), saved.do_strides, saved.lse_strides, dk.stride(),
+        None if dbias is None else dbias.stride(), shape[0])
     # Slots lie in memory as their sum does.
-    dk_slots, dv_slots = (launch.allocate_prompts(problem.prompt_k, torch.float32, num_slots) for _ in range(2))
-    dbias_slots = None if dbias is None else launch.allocate((num_splits, *bias_shape), torch.float32, device)
+    dk_slots, dv_slots = (launch.allocate_prompts(problem.prompt_k, torch.float32, plan.num_slots) for _ in range(2))
+    dbias_slots = None if dbias is None else launch.allocate((plan.num_splits, *bias_shape), torch.float32, device)
     launch.run(
-        _prompt_attention_backward_prompt_kernel, (num_programs * num_splits,), device,
+        _prompt_attention_backward_prompt_kernel, plan.grid, device,
         (*problem.tensors("backward_prompt"), *saved.tensors, row_order, row_bounds, dk_slots, dv_slots, dbias_slots),
-        _prompt_constants(
-            problem.form, do_strides=saved.do_strides, lse_strides=saved.lse_strides,
-            slot_strides=dk.stride(), dbias_strides=(0, 0, 0) if dbias is None else dbias.stride(),
-            num_tiles=num_tiles, num_rows=problem.num_rows, num_entries=shape[0], num_splits=num_splits,
-            slot_size=dk.numel(), bias_slot_size=0 if dbias is None else dbias.numel(), HEADS_IN_LOOP=heads_in_loop,
-            BLOCK_M=config.block_m, BLOCK_P=block_p, **config.options))
+        plan.constants)
     _sum_slots(dk_slots, dv_slots, dk, dv)
     if dbias_slots is not None and dbias is not None:
         _sum_slots(dbias_slots, None, dbias, None)
     return dk, dv, dbias
 
 
+class _PromptLaunch(NamedTuple):
+    """How the prompt's gradients are computed: grid, arguments that are no tensors, parts that are summed later."""
+
+    grid: tuple[int, ...]
+    constants: launcher.Constants
+    num_splits: int
+    num_slots: int
+
+
 @functools.lru_cache(launcher.MOST_REMEMBERED)
-def _prompt_constants(form: Form, **others: Any) -> launcher.Constants:
-    """The arguments that are no tensors."""
-    return launcher.Constants({**form.constants("backward_prompt"), **others})
+def _prompt_launch(form: Form, config: launch.LaunchConfig, target: int, do_strides: tuple[int, ...],
+                   lse_strides: tuple[int, ...], dk_strides: tuple[int, ...], dbias_strides: tuple[int, ...] | None,
+                   num_entries: int) -> _PromptLaunch:
+    """For `target` programs; without dbias_strides the prompt's bias has no gradient."""
+    block_p = form.prompt_block(config.block_n)
+    group = form.num_heads // form.num_kv_heads
+    # A bias gradient belongs to one query head; the others are sums over the heads of a group.
+    heads_in_loop = group if dbias_strides is None else 1
+    num_tiles = triton.cdiv(form.prompt_length, block_p)
+    num_programs = num_tiles * (form.num_heads // heads_in_loop) * num_entries
+    most = max(1, form.num_rows * triton.cdiv(form.num_queries, config.block_m))
+    num_splits = launch.split(target, num_programs, most)
+    positions = num_entries * form.prompt_length
+    return _PromptLaunch(
+        (num_programs * num_splits,),
+        launcher.Constants({
+            **form.constants("backward_prompt"), "do_strides": do_strides, "lse_strides": lse_strides,
+            "slot_strides": dk_strides, "dbias_strides": dbias_strides or (0, 0, 0), "num_tiles": num_tiles,
+            "num_rows": form.num_rows, "num_entries": num_entries, "num_splits": num_splits,
+            "slot_size": positions * form.num_kv_heads * form.head_dim,
+            "bias_slot_size": 0 if dbias_strides is None else positions * form.num_heads,
+            "HEADS_IN_LOOP": heads_in_loop, "BLOCK_M": config.block_m, "BLOCK_P": block_p, **config.options}),
+        num_splits, num_splits * (group // heads_in_loop))
 
 
 def _rows_by_entry(problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import random
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +60,8 @@ class Compiled(CompiledKernel):
     def __init__(self, src: Any, **_: Any) -> None:
         self.src, self.module, self.function, self.name = src, None, object(), src.name
         self.metadata, self.packed_metadata = SimpleNamespace(target=TARGET), (4, 1, 0)
-        self._run = self.note
+        me = weakref.ref(self)
+        self._run = lambda *arguments: me().note(*arguments)  # like Triton's launchers, it keeps no kernel
         # Compiling asks for it, and with it which globals are used.
         assert src.fn.cache_key
 
@@ -429,6 +432,20 @@ def check_what_lies_elsewhere_is_tritons_to_refuse() -> None:
         for _ in range(2):
             noted(lambda: launcher.launch(kernel, grid, constants, (x, y.as_subclass(Elsewhere), mask)))
     assert len(through) == 2 and not constants.plans
+
+
+def check_a_compiled_kernel_lives_as_long_as_its_launches() -> None:
+    """Triton unloads from the device what nobody holds."""
+    arguments = small(size=4711)
+    compiled = weakref.ref(noted(lambda: launcher.launch(*arguments))[0][0])
+    here.noted = []
+    _small_kernel.device_caches.clear()
+    gc.collect()
+    assert compiled() is not None and compiled() is noted(lambda: launcher.launch(*arguments))[0][0]
+    here.noted = []
+    arguments[2].plans.clear()
+    gc.collect()
+    assert compiled() is None
 
 
 def check_threads_do_not_meet() -> None:
