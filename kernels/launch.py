@@ -308,31 +308,31 @@ def allocate_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def allocate_heads(like: torch.Tensor) -> torch.Tensor:
-    """A fresh (B, H, N, d) tensor laid out as (B, N, H, d), so that merging the heads is a free reshape."""
+    """A fresh (B, H, N, d) tensor laid out as (B, N, H, d), so that merging the heads is free; or (T, H, d) packed."""
+    if like.dim() == 3:
+        return allocate(like.shape, like.dtype, like.device)
     batch, heads, tokens, head_dim = like.shape
     width = heads * head_dim
     return allocate_strided(like.shape, (max(1, tokens) * width, head_dim, width, 1), like.dtype, like.device)
 
 
-def allocate_prompts(
-    like: torch.Tensor, dtype: torch.dtype | None = None, slots: int | None = None
-) -> torch.Tensor:
-    """Fresh memory for gradients of prompts (R, Hkv, P, d), or for `slots` of them one after the other.
+def prompt_strides(like: torch.Tensor) -> tuple[int, ...]:
+    """Strides of gradients of prompts (R, Hkv, P, d).
 
     A prompt that is a view of (R, P, Hkv, d), as projected ones are, gets its gradient laid out so: what made it a view
     is undone without a copy. Others are contiguous.
     """
-    entries, heads, length, head_dim = like.shape
-    first = () if slots is None else (slots,)
-    dtype = like.dtype if dtype is None else dtype
+    _, heads, length, head_dim = like.shape
+    of_entry = max(1, heads) * max(1, length) * head_dim
     if like.transpose(1, 2).is_contiguous():
-        return allocate((*first, entries, length, heads, head_dim), dtype, like.device).transpose(-2, -3)
-    return allocate((*first, *like.shape), dtype, like.device)
+        return of_entry, head_dim, max(1, heads) * head_dim, 1
+    return of_entry, max(1, length) * head_dim, head_dim, 1
 
 
-def tile_safe(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, copied only when the strides of its last two axes are too long for 32-bit offsets inside a tile."""
-    if tensor.numel() and max(tensor.stride()[-2:]) > _LARGEST_TILE_STRIDE:
+def tile_safe(tensor: torch.Tensor, rows: int = -2) -> torch.Tensor:
+    """`tensor`, copied only when the strides of axis `rows` or the last are too long for 32-bit offsets in a tile."""
+    strides = tensor.stride()
+    if max(strides[rows], strides[-1]) > _LARGEST_TILE_STRIDE and tensor.numel():
         return tensor.contiguous()
     return tensor
 

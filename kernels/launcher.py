@@ -148,13 +148,15 @@ def _has_changed(plan: _Plan) -> bool:
 def _plan(kernel: Any, compiled: Any, constants: Constants, tensors: Sequence[torch.Tensor | None],
           device: int) -> _Plan | None:
     """How to repeat a launch that Triton has just made with `compiled`; None where it cannot be."""
-    others = kernel.arg_names[len(tensors):]
     if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
         return None
-    # Addresses are handed over as they are: nobody asks afterwards whether the device can read them.
-    if {tensor.get_device() for tensor in tensors if tensor is not None} not in ({device}, {-1}):
+    # Addresses are handed over as they are: nobody asks afterwards whether the device can read them. Where they lie is
+    # no matter without a device, to a driver that stands in for one.
+    places = {tensor.get_device() for tensor in tensors if tensor is not None}
+    if places != {device} and (places != {-1} or torch.cuda.is_initialized()):
         return None
-    if any(name not in constants.values for name in others):
+    others = kernel.arg_names[len(tensors):]
+    if not constants.values.keys() >= set(others):
         return None
     return _Plan(
         kernel, compiled, compiled.run, compiled.function, compiled.packed_metadata,

@@ -31,6 +31,14 @@ def strides_of(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return NO_STRIDES if tensor is None else tensor.stride()
 
 
+def heads_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides along (B, H, N, d) of such a tensor, or of a packed (T, H, d) one, where B is 1."""
+    if tensor.dim() == 4:
+        return tensor.stride()
+    of_token, of_head, of_element = tensor.stride()
+    return tensor.shape[1] * of_head, of_head, of_token, of_element
+
+
 @dataclass(frozen=True, eq=False)
 class Form:
     """Everything of a call but its addresses, which is worked out once and kept for the calls that follow.
@@ -39,20 +47,21 @@ class Form:
         arch: what `launch.architecture` says of q's device.
         dtype: of q.
         packed: whether the rows stand one after the other in one token axis.
-        views: shape and strides of q, k and v in four dimensions, where they have to be viewed so.
+        tokens: N, or T in packed form.
         long_strides: whether a tensor has to be copied for `launch.tile_safe`.
         num_rows: B, or the number of packed sequences.
         num_queries, num_keys: N and M; the longest row's in packed form.
         num_heads, num_kv_heads, head_dim, prompt_length: H, Hkv, d and P.
         causal, window, softcap, scale, dropout_p: as in `prompt_attention_forward`.
         crowded: which of bias, prompt_bias, and seed or softcap are there; see `launch.choose_config`.
+        prompt_strides: of gradients of prompts, `launch.prompt_strides`.
         strides: of each input of a kernel, by the name of its parameter.
     """
 
     arch: int
     dtype: torch.dtype
     packed: bool
-    views: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] | None
+    tokens: int
     long_strides: bool
     num_rows: int
     num_queries: int
@@ -67,8 +76,14 @@ class Form:
     scale: float
     dropout_p: float
     crowded: tuple[bool, bool, bool]
+    prompt_strides: tuple[int, ...]
     strides: dict[str, tuple[int, ...]]
     _configs: dict[tuple[str, Any], launch.LaunchConfig] = field(default_factory=dict, init=False)
+
+    @property
+    def token_axis(self) -> int:
+        """The axis of q, k and v that tokens stand along."""
+        return 0 if self.packed else 2
 
     def config(self, kernel_pass: str) -> launch.LaunchConfig:
         """The launch configuration for a pass."""
@@ -110,16 +125,14 @@ class Form:
     @functools.cached_property
     def joined(self) -> Form:
         """The same with all packed rows as one."""
-        assert self.views is not None
-        (_, _, tokens, _), _ = self.views[0]
-        return replace(self, packed=False, num_rows=1, num_queries=tokens)
+        return replace(self, packed=False, num_rows=1, num_queries=self.tokens)
 
 
 class Problem(NamedTuple):
     """Inputs of one call, normalised; built by `Problem.of`. Shapes as in `kernels/README.md`, section 1.
 
-    q (B, H, N, d), k and v (B, Hkv, M, d) and prompt_k, prompt_v (R, Hkv, P, d) are views with any strides; in packed
-    form B is 1 in memory, `num_rows` is the number of sequences, and `num_queries` bounds the longest.
+    q (B, H, N, d), k and v (B, Hkv, M, d) and prompt_k, prompt_v (R, Hkv, P, d) have any strides; in packed form q is
+    (T, H, d) and k, v are (T, Hkv, d), `num_rows` is the number of sequences, and `num_queries` bounds the longest.
     """
 
     q: torch.Tensor
@@ -154,10 +167,8 @@ class Problem(NamedTuple):
         if form is None:
             form = launcher.remember(_forms, key, _form(tensors, *numbers), launcher.MOST_REMEMBERED)
         if form.long_strides:
+            q, k, v = (launch.tile_safe(x, form.token_axis) for x in (q, k, v))
             prompt_k, prompt_v = launch.tile_safe(prompt_k), launch.tile_safe(prompt_v)
-            q, k, v = (_as_heads(x, form.packed) for x in (q, k, v))
-        elif form.views is not None:
-            q, k, v = (x.as_strided(*view) for x, view in zip((q, k, v), form.views))
         return cls(
             q, k, v, prompt_k, prompt_v, key_mask, cu_seqlens, prompt_index, prompt_lens, prompt_bias, bias, seed, form)
 
@@ -274,30 +285,22 @@ def _form(
     if window is not None:
         # One that reaches past both ends hides nothing, and positions plus a window must fit 32 bits.
         window = min(int(window), num_queries + num_keys)
-    heads = [_as_heads(x, packed) for x in (q, k, v)]
-    prompts = [launch.tile_safe(x) for x in (prompt_k, prompt_v)]
-    inputs = dict(zip(("q", "k", "v", "prompt_k", "prompt_v"), (*heads, *prompts)))
-    strides = {f"{name}_strides": tuple(x.stride()) for name, x in inputs.items()}
-    # A view of a tensor's own memory, or a copy.
-    given = (q, k, v, prompt_k, prompt_v)
-    long_strides = any(x.data_ptr() != tensor.data_ptr() for x, tensor in zip(inputs.values(), given))
+    given = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
+    safe = {
+        name: launch.tile_safe(x, 0 if packed and not name.startswith("prompt") else 2) for name, x in given.items()}
     return Form(
-        arch=arch, dtype=q.dtype, packed=packed,
-        views=tuple((tuple(x.shape), tuple(x.stride())) for x in heads) if packed else None, long_strides=long_strides,
-        num_rows=num_rows, num_queries=num_queries, num_keys=num_keys, num_heads=heads[0].shape[1],
-        num_kv_heads=heads[1].shape[1], head_dim=q.shape[-1], prompt_length=prompt_k.shape[2], causal=bool(causal),
-        window=window, softcap=None if softcap is None else float(softcap), scale=float(scale),
-        dropout_p=float(dropout_p),
+        arch=arch, dtype=q.dtype, packed=packed, tokens=q.shape[0 if packed else 2],
+        long_strides=any(safe[name] is not x for name, x in given.items()), num_rows=num_rows,
+        num_queries=num_queries, num_keys=num_keys, num_heads=q.shape[1], num_kv_heads=k.shape[1],
+        head_dim=q.shape[-1], prompt_length=prompt_k.shape[2], causal=bool(causal), window=window,
+        softcap=None if softcap is None else float(softcap), scale=float(scale), dropout_p=float(dropout_p),
         crowded=(bias is not None, prompt_bias is not None, seed is not None or softcap is not None),
-        strides=strides | {
+        prompt_strides=launch.prompt_strides(safe["prompt_k"]),
+        strides={
+            **{f"{name}_strides": heads_strides(x) for name, x in safe.items()},
             "key_mask_strides": strides_of(key_mask), "bias_strides": _broadcast_strides(bias),
             "prompt_bias_strides": strides_of(prompt_bias),
         })
-
-
-def _as_heads(tensor: torch.Tensor, packed: bool) -> torch.Tensor:
-    """(B, H, N, d) of a dense tensor; (1, H, T, d) of a packed (T, H, d) one."""
-    return launch.tile_safe(tensor.transpose(0, 1).unsqueeze(0) if packed else tensor)
 
 
 def _broadcast_strides(bias: torch.Tensor | None) -> tuple[int, ...]:

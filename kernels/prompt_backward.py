@@ -24,7 +24,7 @@ from ptv2_fast.kernels.key_gradients import (
     _prompt_attention_backward_text_kernel,
     _sum_slots_kernel,
 )
-from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem, strides_of
+from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem, heads_strides, strides_of
 from ptv2_fast.kernels.tiles import (
     LOG2E,
     block_start,
@@ -235,10 +235,10 @@ def prompt_attention_backward(
     problem = Problem.of(q, k, v, prompt_k, prompt_v, **arguments)
     if not any(needs):
         return Gradients()
-    grad_output, output = (
-        launch.tile_safe(x.transpose(0, 1).unsqueeze(0) if problem.packed else x) for x in (grad_output, output))
+    token_axis = problem.form.token_axis
+    grad_output, output = launch.tile_safe(grad_output, token_axis), launch.tile_safe(output, token_axis)
     delta, lse2 = _row_statistics(problem, grad_output, output, lse, config)
-    saved = _Saved(grad_output, lse2, delta, grad_output.stride(), problem.row_stride(lse2))
+    saved = _Saved(grad_output, lse2, delta, heads_strides(grad_output), problem.row_stride(lse2))
     dq = _query_gradient(problem, saved, config) if needs.query else None
     dk = dv = dbias = None
     if needs.text or needs.bias:
@@ -246,8 +246,6 @@ def prompt_attention_backward(
     prompt: _ThreeGradients = (None, None, None)
     if needs.prompt or needs.prompt_bias:
         prompt = _prompt_gradients(problem, saved, needs.prompt_bias, config)
-    if problem.packed:
-        dq, dk, dv = (None if x is None else x[0].transpose(0, 1) for x in (dq, dk, dv))
     return Gradients(dq, dk, dv, *prompt, dbias)
 
 
@@ -257,7 +255,7 @@ def _row_statistics(problem: Problem, grad_output: torch.Tensor, output: torch.T
     delta, lse2 = launch.allocate_like(lse), launch.allocate_like(lse)
     block_m = (config or problem.config("backward_query")).block_m
     grid, constants = _statistics_launch(
-        problem.form, block_m, output.stride(), grad_output.stride(), problem.row_stride(lse))
+        problem.form, block_m, heads_strides(output), heads_strides(grad_output), problem.row_stride(lse))
     launch.run(
         _prompt_attention_delta_kernel, grid, lse.device,
         (output, grad_output, lse, problem.cu_seqlens, delta, lse2), constants)
@@ -279,7 +277,7 @@ def _query_gradient(problem: Problem, saved: _Saved, config: launch.LaunchConfig
     """dq, laid out as the output is."""
     dq = launch.allocate_heads(problem.q)
     config = config or problem.config("backward_query")
-    grid, constants = _query_launch(problem.form, config, saved.do_strides, saved.lse_strides, dq.stride())
+    grid, constants = _query_launch(problem.form, config, saved.do_strides, saved.lse_strides, heads_strides(dq))
     launch.run(
         _prompt_attention_backward_query_kernel, grid, dq.device,
         (*problem.tensors("backward_query"), *saved.tensors, dq), constants)
@@ -310,7 +308,8 @@ def _text_gradients(problem: Problem, saved: _Saved, wants_bias: bool,
         dbias = torch.zeros(shape, dtype=bias.dtype if whole else torch.float32, device=problem.q.device)
     config = config or problem.config("backward_text")
     grid, constants = _text_launch(
-        problem.form, config, saved.do_strides, saved.lse_strides, dk.stride(), dv.stride(), strides_of(dbias))
+        problem.form, config, saved.do_strides, saved.lse_strides, heads_strides(dk), heads_strides(dv),
+        strides_of(dbias))
     launch.run(
         _prompt_attention_backward_text_kernel, grid, dk.device,
         (*problem.tensors("backward_text"), *saved.tensors, dk, dv, dbias), constants)
@@ -331,11 +330,11 @@ def _text_launch(form: Form, config: launch.LaunchConfig, do_strides: tuple[int,
 
 def _prompt_gradients(problem: Problem, saved: _Saved, wants_bias: bool,
                       config: launch.LaunchConfig | None) -> _ThreeGradients:
-    """(d prompt_k, d prompt_v, d prompt_bias or None); the first two laid out as `launch.allocate_prompts` says."""
-    device = problem.q.device
+    """(d prompt_k, d prompt_v, d prompt_bias or None); the first two laid out as `launch.prompt_strides` says."""
+    device, dtype, strides = problem.q.device, problem.prompt_k.dtype, problem.form.prompt_strides
     shape = tuple(problem.prompt_k.shape)  # (R, Hkv, P, d)
     bias_shape = (shape[0], problem.num_heads, shape[2])
-    dk, dv = launch.allocate_prompts(problem.prompt_k), launch.allocate_prompts(problem.prompt_k)
+    dk, dv = (launch.allocate_strided(shape, strides, dtype, device) for _ in range(2))
     bias = problem.prompt_bias if wants_bias else None
     dbias = None if bias is None else launch.allocate(bias_shape, bias.dtype, device)
     if dk.numel() == 0:
@@ -347,10 +346,11 @@ def _prompt_gradients(problem: Problem, saved: _Saved, wants_bias: bool,
 
     config = config or problem.config("backward_prompt")
     plan = _prompt_launch(
-        problem.form, config, launch.target_programs(device), saved.do_strides, saved.lse_strides, dk.stride(),
+        problem.form, config, launch.target_programs(device), saved.do_strides, saved.lse_strides,
         None if dbias is None else dbias.stride(), shape[0])
     # Slots lie in memory as their sum does.
-    dk_slots, dv_slots = (launch.allocate_prompts(problem.prompt_k, torch.float32, plan.num_slots) for _ in range(2))
+    slots, slot_strides = (plan.num_slots, *shape), (dk.numel(), *strides)
+    dk_slots, dv_slots = (launch.allocate_strided(slots, slot_strides, torch.float32, device) for _ in range(2))
     dbias_slots = None if dbias is None else launch.allocate((plan.num_splits, *bias_shape), torch.float32, device)
     launch.run(
         _prompt_attention_backward_prompt_kernel, plan.grid, device,
@@ -373,7 +373,7 @@ class _PromptLaunch(NamedTuple):
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
 def _prompt_launch(form: Form, config: launch.LaunchConfig, target: int, do_strides: tuple[int, ...],
-                   lse_strides: tuple[int, ...], dk_strides: tuple[int, ...], dbias_strides: tuple[int, ...] | None,
+                   lse_strides: tuple[int, ...], dbias_strides: tuple[int, ...] | None,
                    num_entries: int) -> _PromptLaunch:
     """For `target` programs; without dbias_strides the prompt's bias has no gradient."""
     block_p = form.prompt_block(config.block_n)
@@ -389,7 +389,7 @@ def _prompt_launch(form: Form, config: launch.LaunchConfig, target: int, do_stri
         (num_programs * num_splits,),
         launcher.Constants({
             **form.constants("backward_prompt"), "do_strides": do_strides, "lse_strides": lse_strides,
-            "slot_strides": dk_strides, "dbias_strides": dbias_strides or (0, 0, 0), "num_tiles": num_tiles,
+            "slot_strides": form.prompt_strides, "dbias_strides": dbias_strides or (0, 0, 0), "num_tiles": num_tiles,
             "num_rows": form.num_rows, "num_entries": num_entries, "num_splits": num_splits,
             "slot_size": positions * form.num_kv_heads * form.head_dim,
             "bias_slot_size": 0 if dbias_strides is None else positions * form.num_heads,

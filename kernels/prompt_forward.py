@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem
+from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem, heads_strides
 from ptv2_fast.kernels.tiles import (
     block_start,
     count_blocks,
@@ -186,11 +186,10 @@ def prompt_attention_forward(
     problem = Problem.of(q, k, v, prompt_k, prompt_v, **arguments)
     form = problem.form
     output = launch.allocate_heads(problem.q)
-    tokens = problem.q.shape[2]
-    lse_shape = (form.num_heads, tokens) if form.packed else (form.num_rows, form.num_heads, tokens)
+    lse_shape = (form.num_heads, form.tokens) if form.packed else (form.num_rows, form.num_heads, form.tokens)
     lse = launch.allocate_statistics(lse_shape, q.device)
     config = config or form.config("forward")
-    grid, constants = _forward_launch(form, config, output.stride(), problem.row_stride(lse))
+    grid, constants = _forward_launch(form, config, heads_strides(output), problem.row_stride(lse))
     launch.run(
         _prompt_attention_forward_kernel, grid, q.device, (*problem.tensors("forward"), output, lse), constants)
-    return (output[0].transpose(0, 1) if form.packed else output), lse
+    return output, lse

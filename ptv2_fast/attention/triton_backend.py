@@ -214,7 +214,7 @@ def _empty_like_heads(tensor: Tensor, packed: bool) -> Tensor:
 
 
 def _empty_like_prompts(prompt_k: Tensor) -> Tensor:
-    """What the kernels allocate for gradients of prompts, `launch.allocate_prompts`."""
+    """What the kernels allocate for gradients of prompts, `launch.prompt_strides`."""
     if prompt_k.transpose(1, 2).is_contiguous():
         entries, heads, length, head_dim = prompt_k.shape
         return prompt_k.new_empty(entries, length, heads, head_dim).transpose(1, 2)

@@ -428,10 +428,17 @@ def check_what_lies_elsewhere_is_tritons_to_refuse() -> None:
             return 1
 
     kernel, grid, constants, (x, y, mask) = small()
-    with counted() as through:
-        for _ in range(2):
-            noted(lambda: launcher.launch(kernel, grid, constants, (x, y.as_subclass(Elsewhere), mask)))
-    assert len(through) == 2 and not constants.plans
+    usual = torch.cuda.is_initialized
+    try:
+        with counted() as through:
+            for _ in range(2):
+                noted(lambda: launcher.launch(kernel, grid, constants, (x, y.as_subclass(Elsewhere), mask)))
+            torch.cuda.is_initialized = lambda: True
+            for _ in range(2):
+                noted(lambda: launcher.launch(kernel, grid, constants, (x, y, mask)))
+    finally:
+        torch.cuda.is_initialized = usual
+    assert len(through) == 4 and not constants.plans
 
 
 def check_a_compiled_kernel_lives_as_long_as_its_launches() -> None:
