@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ptv2_fast.kernels import launch
+from ptv2_fast.kernels import launch, launcher
 
 _BLOCK = 64
 
@@ -43,6 +43,6 @@ def rows_by_entry(index: torch.Tensor, num_entries: int) -> tuple[torch.Tensor, 
     order = launch.allocate((num_rows,), torch.int32, index.device)
     bounds = launch.allocate((num_entries + 1,), torch.int32, index.device)
     launch.run(
-        _rows_by_entry_kernel, (triton.cdiv(max(num_rows, num_entries + 1), _BLOCK),), index.device, index_ptr=index,
-        order_ptr=order, bounds_ptr=bounds, num_rows=num_rows, num_entries=num_entries, BLOCK=_BLOCK)
+        _rows_by_entry_kernel, (triton.cdiv(max(num_rows, num_entries + 1), _BLOCK),), index.device,
+        (index, order, bounds), launcher.constants(num_rows=num_rows, num_entries=num_entries, BLOCK=_BLOCK))
     return order, bounds

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from ptv2_fast.kernels.tiles import dropout_keep, widen
 
-from ptv2_fast.kernels import launch
+from ptv2_fast.kernels import launch, launcher
 
 
 @triton.jit
@@ -32,6 +32,7 @@ def dropout_keep_mask(batch: int, heads: int, num_queries: int, num_columns: int
     """
     keep = launch.allocate((batch, heads, num_queries, num_columns), torch.int8, seed.device)
     launch.run(
-        _dropout_keep_mask_kernel, (num_queries, batch * heads), seed.device, seed_ptr=seed, keep_ptr=keep,
-        num_queries=num_queries, num_columns=num_columns, dropout_p=float(dropout_p), BLOCK=128)
+        _dropout_keep_mask_kernel, (num_queries, batch * heads), seed.device, (seed, keep),
+        launcher.constants(
+            num_queries=num_queries, num_columns=num_columns, dropout_p=float(dropout_p), BLOCK=128))
     return keep.bool()

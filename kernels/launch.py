@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ptv2_fast.kernels import interpreter
+from ptv2_fast.kernels import interpreter, launcher
 
 interpreter.repair()
 
@@ -241,16 +240,26 @@ def record(arch: int) -> Iterator[list[Launch]]:
         _recorder = before
 
 
-def run(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
-    """Launch a kernel on `device`; an empty grid launches nothing."""
+def run(kernel: Any, grid: tuple[int, ...], device: torch.device, tensors: Sequence[torch.Tensor | None],
+        constants: launcher.Constants) -> None:
+    """Launch a kernel on `device`; an empty grid launches nothing.
+
+    Args:
+        tensors: its first arguments.
+        constants: the others, an object that is kept from call to call: that makes a launch cheap.
+    """
     if _recorder is not None:
-        _recorder.launches.append(Launch(kernel, arguments))
+        names = kernel.arg_names
+        _recorder.launches.append(Launch(kernel, {**dict(zip(names, tensors)), **constants.values}))
         return
-    if math.prod(grid) == 0:
+    if 0 in grid:
         return
     # Triton launches on the current device, which need not be the tensors' one.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments)
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            launcher.launch(kernel, grid, constants, tensors)
+    else:
+        launcher.launch(kernel, grid, constants, tensors)
 
 
 def architecture(device: torch.device) -> int:
@@ -274,6 +283,13 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
+def allocate_strided(
+    shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The same, laid out by strides that give every element a place of its own."""
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 def allocate_statistics(shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """Fresh float32 numbers of each query, (..., N), in rows that begin at multiples of 16.
 
@@ -281,45 +297,51 @@ def allocate_statistics(shape: Sequence[int], device: torch.device) -> torch.Ten
     batch, and the second kind would stop a training run for seconds.
     """
     *rows, tokens = shape
-    return allocate((*rows, -(-tokens // 16) * 16), torch.float32, device)[..., :tokens]
+    width = -(-tokens // 16) * 16
+    made = allocate((*rows, width), torch.float32, device)
+    return made if width == tokens else made[..., :tokens]
 
 
 def allocate_like(tensor: torch.Tensor) -> torch.Tensor:
     """Fresh memory with the shape, strides and dtype of a tensor whose elements lie in places of their own."""
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    fresh = allocate((reach if tensor.numel() else 0,), tensor.dtype, tensor.device)
-    return fresh.as_strided(tensor.shape, tensor.stride())
+    return allocate_strided(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 def allocate_heads(like: torch.Tensor) -> torch.Tensor:
-    """A fresh (B, H, N, d) tensor laid out as (B, N, H, d), so that merging the heads is a free reshape."""
+    """A fresh (B, H, N, d) tensor laid out as (B, N, H, d), so that merging the heads is free; or (T, H, d) packed."""
+    if like.dim() == 3:
+        return allocate(like.shape, like.dtype, like.device)
     batch, heads, tokens, head_dim = like.shape
-    return allocate((batch, tokens, heads, head_dim), like.dtype, like.device).transpose(1, 2)
+    width = heads * head_dim
+    return allocate_strided(like.shape, (max(1, tokens) * width, head_dim, width, 1), like.dtype, like.device)
 
 
-def allocate_prompts(
-    like: torch.Tensor, dtype: torch.dtype | None = None, slots: int | None = None
-) -> torch.Tensor:
-    """Fresh memory for gradients of prompts (R, Hkv, P, d), or for `slots` of them one after the other.
+def prompt_strides(like: torch.Tensor) -> tuple[int, ...]:
+    """Strides of gradients of prompts (R, Hkv, P, d).
 
     A prompt that is a view of (R, P, Hkv, d), as projected ones are, gets its gradient laid out so: what made it a view
     is undone without a copy. Others are contiguous.
     """
-    entries, heads, length, head_dim = like.shape
-    first = () if slots is None else (slots,)
-    dtype = like.dtype if dtype is None else dtype
+    _, heads, length, head_dim = like.shape
+    of_entry = max(1, heads) * max(1, length) * head_dim
     if like.transpose(1, 2).is_contiguous():
-        return allocate((*first, entries, length, heads, head_dim), dtype, like.device).transpose(-2, -3)
-    return allocate((*first, *like.shape), dtype, like.device)
+        return of_entry, head_dim, max(1, heads) * head_dim, 1
+    return of_entry, max(1, length) * head_dim, head_dim, 1
 
 
-def tile_safe(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, copied only when the strides of its last two axes are too long for 32-bit offsets inside a tile."""
-    if tensor.numel() and max(tensor.stride()[-2:]) > _LARGEST_TILE_STRIDE:
+def tile_safe(tensor: torch.Tensor, rows: int = -2) -> torch.Tensor:
+    """`tensor`, copied only when the strides of axis `rows` or the last are too long for 32-bit offsets in a tile."""
+    strides = tensor.stride()
+    if max(strides[rows], strides[-1]) > _LARGEST_TILE_STRIDE and tensor.numel():
         return tensor.contiguous()
     return tensor
 
 
+def split(target: int, programs: int, most: int) -> int:
+    """Into how many parts to split each of `programs` programs, at most `most`, so that there are `target`."""
+    return max(1, min(most, -(-target // max(1, programs))))
+
+
 def split_for(device: torch.device, programs: int, most: int) -> int:
-    """Into how many parts to split each of `programs` programs, at most `most`, to keep the device busy."""
-    return max(1, min(most, -(-target_programs(device) // max(1, programs))))
+    """The same with as many programs as keep the device busy."""
+    return split(target_programs(device), programs, most)

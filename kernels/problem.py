@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 
-from ptv2_fast.kernels import launch
+from ptv2_fast.kernels import launch, launcher
 
 NO_STRIDES = (0, 0, 0, 0)
+
+# What the kernels of a pass do not read must not make another version of them; tensors: see `Problem.tensors`.
+_UNREAD_CONSTANTS: dict[str, dict[str, Any]] = {
+    "backward_text": {"prompt_bias_strides": NO_STRIDES, "HAS_PROMPT": True},
+    "backward_prompt": {
+        "key_mask_strides": NO_STRIDES, "bias_strides": NO_STRIDES, "window": 0, "IS_CAUSAL": False,
+        "HAS_WINDOW": False},
+}
 
 
 def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -17,22 +26,113 @@ def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
 
 
-def _as_heads(tensor: torch.Tensor, packed: bool) -> torch.Tensor:
-    """(B, H, N, d) of a dense tensor; (1, H, T, d) of a packed (T, H, d) one."""
-    return launch.tile_safe(tensor.transpose(0, 1).unsqueeze(0) if packed else tensor)
-
-
 def strides_of(tensor: torch.Tensor | None) -> tuple[int, ...]:
     """A tensor's strides, or four zeros."""
     return NO_STRIDES if tensor is None else tensor.stride()
 
 
-@dataclass(frozen=True)
-class Problem:
+def heads_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides along (B, H, N, d) of such a tensor, or of a packed (T, H, d) one, where B is 1."""
+    if tensor.dim() == 4:
+        return tensor.stride()
+    of_token, of_head, of_element = tensor.stride()
+    return tensor.shape[1] * of_head, of_head, of_token, of_element
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """Everything of a call but its addresses, which is worked out once and kept for the calls that follow.
+
+    Attributes:
+        arch: what `launch.architecture` says of q's device.
+        dtype: of q.
+        packed: whether the rows stand one after the other in one token axis.
+        tokens: N, or T in packed form.
+        long_strides: whether a tensor has to be copied for `launch.tile_safe`.
+        num_rows: B, or the number of packed sequences.
+        num_queries, num_keys: N and M; the longest row's in packed form.
+        num_heads, num_kv_heads, head_dim, prompt_length: H, Hkv, d and P.
+        causal, window, softcap, scale, dropout_p: as in `prompt_attention_forward`.
+        crowded: which of bias, prompt_bias, and seed or softcap are there; see `launch.choose_config`.
+        prompt_strides: of gradients of prompts, `launch.prompt_strides`.
+        strides: of each input of a kernel, by the name of its parameter.
+    """
+
+    arch: int
+    dtype: torch.dtype
+    packed: bool
+    tokens: int
+    long_strides: bool
+    num_rows: int
+    num_queries: int
+    num_keys: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    prompt_length: int
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+    dropout_p: float
+    crowded: tuple[bool, bool, bool]
+    prompt_strides: tuple[int, ...]
+    strides: dict[str, tuple[int, ...]]
+    _configs: dict[tuple[str, Any], launch.LaunchConfig] = field(default_factory=dict, init=False)
+
+    @property
+    def token_axis(self) -> int:
+        """The axis of q, k and v that tokens stand along."""
+        return 0 if self.packed else 2
+
+    def config(self, kernel_pass: str) -> launch.LaunchConfig:
+        """The launch configuration for a pass."""
+        # The tuner puts another function in place of this one.
+        key = (kernel_pass, launch.choose_config)
+        config = self._configs.get(key)
+        if config is None:
+            bias, prompt_bias, other = self.crowded
+            crowded = (
+                other or bias and kernel_pass != "backward_prompt" or prompt_bias and kernel_pass != "backward_text")
+            config = launch.choose_config(self.arch, self.head_dim, self.dtype, kernel_pass, crowded)
+            self._configs[key] = config
+        return config
+
+    def constants(self, kernel_pass: str) -> dict[str, Any]:
+        """Strides, numbers and compile-time values that every attention kernel takes, by the names of parameters."""
+        return {
+            **self.strides, "num_queries": self.num_queries, "num_keys": self.num_keys,
+            "prompt_length": self.prompt_length, "num_heads": self.num_heads, "scale": self.scale,
+            "softcap": self.softcap or 1.0, "window": self.window or 0, "dropout_p": self.dropout_p,
+            **self.switches(), **_UNREAD_CONSTANTS.get(kernel_pass, {}),
+        }
+
+    def prompt_block(self, block: int) -> int:
+        """The number of prompt keys in a tile: `block`, or less when the whole prompt fits less."""
+        return min(block, max(16, 1 << (max(1, self.prompt_length) - 1).bit_length()))
+
+    def switches(self) -> dict[str, Any]:
+        """Compile-time values that every attention kernel takes."""
+        return {
+            "GROUP": self.num_heads // self.num_kv_heads, "HEAD_DIM": self.head_dim,
+            "BLOCK_D": launch.padded_head_dim(self.head_dim),
+            "HAS_PROMPT": self.prompt_length > 0, "IS_CAUSAL": self.causal, "HAS_WINDOW": self.window is not None,
+            "HAS_SOFTCAP": self.softcap is not None, "HAS_DROPOUT": self.dropout_p > 0.0,
+            # Exact products for float32; without meaning for 16-bit operands.
+            "PRECISION": "ieee",
+        }
+
+    @functools.cached_property
+    def joined(self) -> Form:
+        """The same with all packed rows as one."""
+        return replace(self, packed=False, num_rows=1, num_queries=self.tokens)
+
+
+class Problem(NamedTuple):
     """Inputs of one call, normalised; built by `Problem.of`. Shapes as in `kernels/README.md`, section 1.
 
-    q (B, H, N, d), k and v (B, Hkv, M, d) and prompt_k, prompt_v (R, Hkv, P, d) are views with any strides; in packed
-    form B is 1 in memory, `num_rows` is the number of sequences, and `num_queries` bounds the longest.
+    q (B, H, N, d), k and v (B, Hkv, M, d) and prompt_k, prompt_v (R, Hkv, P, d) have any strides; in packed form q is
+    (T, H, d) and k, v are (T, Hkv, d), `num_rows` is the number of sequences, and `num_queries` bounds the longest.
     """
 
     q: torch.Tensor
@@ -47,14 +147,7 @@ class Problem:
     prompt_bias: torch.Tensor | None
     bias: torch.Tensor | None
     seed: torch.Tensor | None
-    num_rows: int
-    num_queries: int
-    num_keys: int
-    causal: bool
-    window: int | None
-    softcap: float | None
-    scale: float
-    dropout_p: float
+    form: Form
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt_k: torch.Tensor, prompt_v: torch.Tensor, *,
@@ -64,109 +157,150 @@ class Problem:
            window: int | None = None, softcap: float | None = None, scale: float | None = None,
            dropout_p: float = 0.0, seed: torch.Tensor | None = None) -> Problem:
         """Normalise the arguments of `prompt_attention_forward`, whose docstring describes them."""
-        if q.dtype == torch.bfloat16 and launch.architecture(q.device) == 0:
-            raise ValueError(
-                "q must be float32 or float16 under Triton's interpreter, whose matrix product misreads bfloat16; "
-                f"got {q.dtype}"
-            )
-        if scale is None:
-            scale = q.shape[-1] ** -0.5
-        if not scale > 0.0:
-            raise ValueError(f"scale must be positive; got {scale!r}")
-        if dropout_p > 0.0 and seed is None:
-            raise ValueError(f"seed must be given when dropout_p is positive; got dropout_p={dropout_p!r}")
-        if prompt_index is None and prompt_k.shape[0] != 1:
-            raise ValueError(f"prompt_index must be given for a bank of {prompt_k.shape[0]} prompts; got None")
-        packed = cu_seqlens is not None
-        if cu_seqlens is not None:
-            longest = q.shape[0] if max_seqlen is None else max_seqlen
-            num_rows, num_queries, num_keys = cu_seqlens.shape[0] - 1, longest, longest
-        else:
-            num_rows, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
-        if window is not None:
-            # One that reaches past both ends hides nothing, and positions plus a window must fit 32 bits.
-            window = min(window, num_queries + num_keys)
+        key_mask = _as_bytes(key_mask)
+        seed = seed if dropout_p > 0.0 else None
+        tensors = (q, k, v, prompt_k, prompt_v, key_mask, cu_seqlens, prompt_index, prompt_lens, prompt_bias, bias,
+                   seed)
+        numbers = (launch.architecture(q.device), max_seqlen, causal, window, softcap, scale, dropout_p)
+        key = (numbers, *[None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
+        form = _forms.get(key)
+        if form is None:
+            form = launcher.remember(_forms, key, _form(tensors, *numbers), launcher.MOST_REMEMBERED)
+        if form.long_strides:
+            q, k, v = (launch.tile_safe(x, form.token_axis) for x in (q, k, v))
+            prompt_k, prompt_v = launch.tile_safe(prompt_k), launch.tile_safe(prompt_v)
         return cls(
-            q=_as_heads(q, packed), k=_as_heads(k, packed), v=_as_heads(v, packed),
-            prompt_k=launch.tile_safe(prompt_k), prompt_v=launch.tile_safe(prompt_v),
-            key_mask=_as_bytes(key_mask), cu_seqlens=cu_seqlens, prompt_index=prompt_index, prompt_lens=prompt_lens,
-            prompt_bias=prompt_bias, bias=bias, seed=seed if dropout_p > 0.0 else None, num_rows=num_rows,
-            num_queries=num_queries, num_keys=num_keys, causal=causal, window=window, softcap=softcap,
-            scale=float(scale), dropout_p=float(dropout_p),
-        )
+            q, k, v, prompt_k, prompt_v, key_mask, cu_seqlens, prompt_index, prompt_lens, prompt_bias, bias, seed, form)
 
     @property
     def packed(self) -> bool:
         """Whether the rows stand one after the other in one token axis."""
-        return self.cu_seqlens is not None
+        return self.form.packed
+
+    @property
+    def num_rows(self) -> int:
+        """B, or the number of packed sequences."""
+        return self.form.num_rows
+
+    @property
+    def num_queries(self) -> int:
+        """N, or the length of the longest packed sequence."""
+        return self.form.num_queries
+
+    @property
+    def num_keys(self) -> int:
+        """M, or the length of the longest packed sequence."""
+        return self.form.num_keys
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability of dropping an attention weight."""
+        return self.form.dropout_p
 
     @property
     def num_heads(self) -> int:
         """H, the number of query heads."""
-        return self.q.shape[1]
+        return self.form.num_heads
 
     @property
     def num_kv_heads(self) -> int:
         """Hkv, the number of key/value heads."""
-        return self.k.shape[1]
+        return self.form.num_kv_heads
 
     @property
     def group(self) -> int:
         """Query heads that share a key/value head."""
-        return self.num_heads // self.num_kv_heads
+        return self.form.num_heads // self.form.num_kv_heads
 
     @property
     def head_dim(self) -> int:
         """d, the head size."""
-        return self.q.shape[-1]
+        return self.form.head_dim
 
     @property
     def prompt_length(self) -> int:
         """P, the length of the longest prompt of the bank."""
-        return self.prompt_k.shape[2]
+        return self.form.prompt_length
 
     def config(self, kernel_pass: str) -> launch.LaunchConfig:
         """The launch configuration for a pass over this problem."""
-        bias = None if kernel_pass == "backward_prompt" else self.bias
-        prompt_bias = None if kernel_pass == "backward_text" else self.prompt_bias
-        crowded = any(extra is not None for extra in (self.seed, self.softcap, bias, prompt_bias))
-        return launch.choose_config(
-            launch.architecture(self.q.device), self.head_dim, self.q.dtype, kernel_pass, crowded)
+        return self.form.config(kernel_pass)
 
     def prompt_block(self, block: int) -> int:
         """The number of prompt keys in a tile: `block`, or less when the whole prompt fits less."""
-        return min(block, max(16, 1 << (max(1, self.prompt_length) - 1).bit_length()))
+        return self.form.prompt_block(block)
 
     def row_stride(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """Strides of a per-(row, head, query) float tensor such as lse: (B, H, N), or (H, T) in packed form."""
-        return (0, *tensor.stride()) if self.packed else tensor.stride()
+        return (0, *tensor.stride()) if self.form.packed else tensor.stride()
 
-    def inputs(self) -> dict[str, Any]:
-        """Keyword arguments that every attention kernel takes: tensors, strides and scalars."""
-        return {
-            "q_ptr": self.q, "k_ptr": self.k, "v_ptr": self.v,
-            "prompt_k_ptr": self.prompt_k, "prompt_v_ptr": self.prompt_v,
-            "key_mask_ptr": self.key_mask, "bias_ptr": self.bias, "prompt_bias_ptr": self.prompt_bias,
-            "prompt_index_ptr": self.prompt_index, "prompt_lens_ptr": self.prompt_lens,
-            "cu_seqlens_ptr": self.cu_seqlens, "seed_ptr": self.seed,
-            "q_strides": self.q.stride(), "k_strides": self.k.stride(), "v_strides": self.v.stride(),
-            "prompt_k_strides": self.prompt_k.stride(), "prompt_v_strides": self.prompt_v.stride(),
-            "key_mask_strides": strides_of(self.key_mask), "bias_strides": _broadcast_strides(self.bias),
-            "prompt_bias_strides": strides_of(self.prompt_bias),
-            "num_queries": self.num_queries, "num_keys": self.num_keys, "prompt_length": self.prompt_length,
-            "num_heads": self.num_heads, "scale": self.scale, "softcap": float(self.softcap or 1.0),
-            "window": self.window or 0, "dropout_p": self.dropout_p,
-        }
+    def joined(self) -> Problem:
+        """The same with all packed rows as one, for what does not ask where a row ends."""
+        return self._replace(cu_seqlens=None, form=self.form.joined)
 
-    def switches(self) -> dict[str, Any]:
-        """Compile-time keyword arguments that every attention kernel takes."""
-        return {
-            "GROUP": self.group, "HEAD_DIM": self.head_dim, "BLOCK_D": launch.padded_head_dim(self.head_dim),
-            "HAS_PROMPT": self.prompt_length > 0, "IS_CAUSAL": self.causal, "HAS_WINDOW": self.window is not None,
-            "HAS_SOFTCAP": self.softcap is not None, "HAS_DROPOUT": self.dropout_p > 0.0,
-            # Exact products for float32; without meaning for 16-bit operands.
-            "PRECISION": "ieee",
-        }
+    def tensors(self, kernel_pass: str) -> tuple[torch.Tensor | None, ...]:
+        """The first arguments of every attention kernel; None also where a pass does not read a tensor."""
+        key_mask, bias, prompt_bias = self.key_mask, self.bias, self.prompt_bias
+        prompt_index, prompt_lens = self.prompt_index, self.prompt_lens
+        if kernel_pass == "backward_text":
+            prompt_index = prompt_lens = prompt_bias = None
+        elif kernel_pass == "backward_prompt":
+            prompt_index = key_mask = bias = None
+        return (self.q, self.k, self.v, self.prompt_k, self.prompt_v, key_mask, bias, prompt_bias, prompt_index,
+                prompt_lens, self.cu_seqlens, self.seed)
+
+
+_forms: dict[tuple[Any, ...], Form] = {}
+
+
+def _form(
+    tensors: tuple[torch.Tensor | None, ...], arch: int, max_seqlen: int | None, causal: bool, window: int | None,
+    softcap: float | None, scale: float | None, dropout_p: float,
+) -> Form:
+    """The form of a call of `Problem.of`, whose arguments are refused here.
+
+    What is equal there has to be the same here: 1, 1.0 and True make one key.
+    """
+    q, k, v, prompt_k, prompt_v, key_mask, cu_seqlens, prompt_index, _, prompt_bias, bias, seed = tensors
+    assert q is not None and k is not None and v is not None and prompt_k is not None and prompt_v is not None
+    if q.dtype == torch.bfloat16 and arch == 0:
+        raise ValueError(
+            "q must be float32 or float16 under Triton's interpreter, whose matrix product misreads bfloat16; "
+            f"got {q.dtype}"
+        )
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if not scale > 0.0:
+        raise ValueError(f"scale must be positive; got {scale!r}")
+    if dropout_p > 0.0 and seed is None:
+        raise ValueError(f"seed must be given when dropout_p is positive; got dropout_p={dropout_p!r}")
+    if prompt_index is None and prompt_k.shape[0] != 1:
+        raise ValueError(f"prompt_index must be given for a bank of {prompt_k.shape[0]} prompts; got None")
+    packed = cu_seqlens is not None
+    if cu_seqlens is not None:
+        longest = q.shape[0] if max_seqlen is None else int(max_seqlen)
+        num_rows, num_queries, num_keys = cu_seqlens.shape[0] - 1, longest, longest
+    else:
+        num_rows, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
+    if window is not None:
+        # One that reaches past both ends hides nothing, and positions plus a window must fit 32 bits.
+        window = min(int(window), num_queries + num_keys)
+    given = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
+    safe = {
+        name: launch.tile_safe(x, 0 if packed and not name.startswith("prompt") else 2) for name, x in given.items()}
+    return Form(
+        arch=arch, dtype=q.dtype, packed=packed, tokens=q.shape[0 if packed else 2],
+        long_strides=any(safe[name] is not x for name, x in given.items()), num_rows=num_rows,
+        num_queries=num_queries, num_keys=num_keys, num_heads=q.shape[1], num_kv_heads=k.shape[1],
+        head_dim=q.shape[-1], prompt_length=prompt_k.shape[2], causal=bool(causal), window=window,
+        softcap=None if softcap is None else float(softcap), scale=float(scale), dropout_p=float(dropout_p),
+        crowded=(bias is not None, prompt_bias is not None, seed is not None or softcap is not None),
+        prompt_strides=launch.prompt_strides(safe["prompt_k"]),
+        strides={
+            **{f"{name}_strides": heads_strides(x) for name, x in safe.items()},
+            "key_mask_strides": strides_of(key_mask), "bias_strides": _broadcast_strides(bias),
+            "prompt_bias_strides": strides_of(prompt_bias),
+        })
 
 
 def _broadcast_strides(bias: torch.Tensor | None) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ of float32 partials, and one more launch adds the slots in a fixed order. Deriva
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from ptv2_fast.kernels.key_gradients import (
     _prompt_attention_backward_text_kernel,
     _sum_slots_kernel,
 )
-from ptv2_fast.kernels.problem import NO_STRIDES, UNSPECIALIZED, Problem, strides_of
+from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem, heads_strides, strides_of
 from ptv2_fast.kernels.tiles import (
     LOG2E,
     block_start,
@@ -43,7 +43,7 @@ from ptv2_fast.kernels.tiles import (
     widen,
 )
 
-from ptv2_fast.kernels import launch
+from ptv2_fast.kernels import launch, launcher
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -172,16 +172,6 @@ def _prompt_attention_backward_query_kernel(
                num_queries - start_m, dq * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
-# What a kernel does not read must not make another version of it.
-_UNREAD_BY_TEXT = {
-    "prompt_index_ptr": None, "prompt_lens_ptr": None, "prompt_bias_ptr": None, "prompt_bias_strides": NO_STRIDES,
-    "HAS_PROMPT": True,
-}  # fmt: skip
-_UNREAD_BY_PROMPT = {
-    "prompt_index_ptr": None, "key_mask_ptr": None, "key_mask_strides": NO_STRIDES, "bias_ptr": None,
-    "bias_strides": NO_STRIDES, "window": 0, "IS_CAUSAL": False, "HAS_WINDOW": False,
-}  # fmt: skip
-
 _ThreeGradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -193,6 +183,21 @@ class Needs(NamedTuple):
     prompt: bool = False
     prompt_bias: bool = False
     bias: bool = False
+
+
+class _Saved(NamedTuple):
+    """What every pass reads besides the problem: grad_output, lse in powers of two, delta; their strides."""
+
+    grad_output: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
+    do_strides: tuple[int, ...]
+    lse_strides: tuple[int, ...]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The arguments that follow the problem's."""
+        return self.grad_output, self.lse, self.delta
 
 
 class Gradients(NamedTuple):
@@ -230,11 +235,10 @@ def prompt_attention_backward(
     problem = Problem.of(q, k, v, prompt_k, prompt_v, **arguments)
     if not any(needs):
         return Gradients()
-    grad_output, output = (
-        launch.tile_safe(x.transpose(0, 1).unsqueeze(0) if problem.packed else x) for x in (grad_output, output))
+    token_axis = problem.form.token_axis
+    grad_output, output = launch.tile_safe(grad_output, token_axis), launch.tile_safe(output, token_axis)
     delta, lse2 = _row_statistics(problem, grad_output, output, lse, config)
-    saved = {"do_ptr": grad_output, "lse_ptr": lse2, "delta_ptr": delta, "do_strides": grad_output.stride(),
-             "lse_strides": problem.row_stride(lse2)}
+    saved = _Saved(grad_output, lse2, delta, heads_strides(grad_output), problem.row_stride(lse2))
     dq = _query_gradient(problem, saved, config) if needs.query else None
     dk = dv = dbias = None
     if needs.text or needs.bias:
@@ -242,8 +246,6 @@ def prompt_attention_backward(
     prompt: _ThreeGradients = (None, None, None)
     if needs.prompt or needs.prompt_bias:
         prompt = _prompt_gradients(problem, saved, needs.prompt_bias, config)
-    if problem.packed:
-        dq, dk, dv = (None if x is None else x[0].transpose(0, 1) for x in (dq, dk, dv))
     return Gradients(dq, dk, dv, *prompt, dbias)
 
 
@@ -252,32 +254,48 @@ def _row_statistics(problem: Problem, grad_output: torch.Tensor, output: torch.T
     """rowsum(grad_output * output) and lse in powers of two, with lse's strides: kernels read both by one offset."""
     delta, lse2 = launch.allocate_like(lse), launch.allocate_like(lse)
     block_m = (config or problem.config("backward_query")).block_m
-    num_tiles = triton.cdiv(problem.num_queries, block_m)
-    num_programs = num_tiles * problem.num_heads * problem.num_rows
-    switches = problem.switches()
+    grid, constants = _statistics_launch(
+        problem.form, block_m, heads_strides(output), heads_strides(grad_output), problem.row_stride(lse))
     launch.run(
-        _prompt_attention_delta_kernel, (num_programs,), lse.device, o_ptr=output, do_ptr=grad_output, lse_ptr=lse,
-        cu_seqlens_ptr=problem.cu_seqlens, delta_ptr=delta, lse2_ptr=lse2, o_strides=output.stride(),
-        do_strides=grad_output.stride(), lse_strides=problem.row_stride(lse), num_queries=problem.num_queries,
-        num_heads=problem.num_heads, num_tiles=num_tiles, HEAD_DIM=switches["HEAD_DIM"],
-        BLOCK_D=switches["BLOCK_D"], BLOCK_M=block_m)
+        _prompt_attention_delta_kernel, grid, lse.device,
+        (output, grad_output, lse, problem.cu_seqlens, delta, lse2), constants)
     return delta, lse2
 
 
-def _query_gradient(problem: Problem, saved: dict[str, Any], config: launch.LaunchConfig | None) -> torch.Tensor:
+@functools.lru_cache(launcher.MOST_REMEMBERED)
+def _statistics_launch(form: Form, block_m: int, o_strides: tuple[int, ...], do_strides: tuple[int, ...],
+                       lse_strides: tuple[int, ...]) -> tuple[tuple[int, ...], launcher.Constants]:
+    """The grid and the arguments that are no tensors."""
+    num_tiles = triton.cdiv(form.num_queries, block_m)
+    return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants({
+        "o_strides": o_strides, "do_strides": do_strides, "lse_strides": lse_strides,
+        "num_queries": form.num_queries, "num_heads": form.num_heads, "num_tiles": num_tiles,
+        "HEAD_DIM": form.head_dim, "BLOCK_D": launch.padded_head_dim(form.head_dim), "BLOCK_M": block_m})
+
+
+def _query_gradient(problem: Problem, saved: _Saved, config: launch.LaunchConfig | None) -> torch.Tensor:
     """dq, laid out as the output is."""
     dq = launch.allocate_heads(problem.q)
     config = config or problem.config("backward_query")
-    num_tiles = triton.cdiv(problem.num_queries, config.block_m)
-    num_programs = num_tiles * problem.num_heads * problem.num_rows
+    grid, constants = _query_launch(problem.form, config, saved.do_strides, saved.lse_strides, heads_strides(dq))
     launch.run(
-        _prompt_attention_backward_query_kernel, (num_programs,), dq.device, **problem.inputs(), **saved, dq_ptr=dq,
-        dq_strides=dq.stride(), num_tiles=num_tiles, **problem.switches(), BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_P=problem.prompt_block(config.block_n), **config.options)
+        _prompt_attention_backward_query_kernel, grid, dq.device,
+        (*problem.tensors("backward_query"), *saved.tensors, dq), constants)
     return dq
 
 
-def _text_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
+@functools.lru_cache(launcher.MOST_REMEMBERED)
+def _query_launch(form: Form, config: launch.LaunchConfig, do_strides: tuple[int, ...], lse_strides: tuple[int, ...],
+                  dq_strides: tuple[int, ...]) -> tuple[tuple[int, ...], launcher.Constants]:
+    """The grid and the arguments that are no tensors."""
+    num_tiles = triton.cdiv(form.num_queries, config.block_m)
+    return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants({
+        **form.constants("backward_query"), "do_strides": do_strides, "lse_strides": lse_strides,
+        "dq_strides": dq_strides, "num_tiles": num_tiles, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_P": form.prompt_block(config.block_n), **config.options})
+
+
+def _text_gradients(problem: Problem, saved: _Saved, wants_bias: bool,
                     config: launch.LaunchConfig | None) -> _ThreeGradients:
     """dk and dv, laid out as the output is, and dbias or None, contiguous."""
     dk, dv = launch.allocate_heads(problem.k), launch.allocate_heads(problem.v)
@@ -289,23 +307,34 @@ def _text_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
         whole = bias.shape == shape
         dbias = torch.zeros(shape, dtype=bias.dtype if whole else torch.float32, device=problem.q.device)
     config = config or problem.config("backward_text")
-    num_tiles = triton.cdiv(problem.num_keys, config.block_n)
-    num_programs = num_tiles * problem.num_kv_heads * problem.num_rows
+    grid, constants = _text_launch(
+        problem.form, config, saved.do_strides, saved.lse_strides, heads_strides(dk), heads_strides(dv),
+        strides_of(dbias))
     launch.run(
-        _prompt_attention_backward_text_kernel, (num_programs,), dk.device,
-        **problem.inputs() | problem.switches() | _UNREAD_BY_TEXT, **saved, dk_ptr=dk, dv_ptr=dv, dbias_ptr=dbias,
-        dk_strides=dk.stride(), dv_strides=dv.stride(), dbias_strides=strides_of(dbias), num_tiles=num_tiles,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, **config.options)
+        _prompt_attention_backward_text_kernel, grid, dk.device,
+        (*problem.tensors("backward_text"), *saved.tensors, dk, dv, dbias), constants)
     return dk, dv, None if bias is None or dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
-def _prompt_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
+@functools.lru_cache(launcher.MOST_REMEMBERED)
+def _text_launch(form: Form, config: launch.LaunchConfig, do_strides: tuple[int, ...], lse_strides: tuple[int, ...],
+                 dk_strides: tuple[int, ...], dv_strides: tuple[int, ...],
+                 dbias_strides: tuple[int, ...]) -> tuple[tuple[int, ...], launcher.Constants]:
+    """The grid and the arguments that are no tensors."""
+    num_tiles = triton.cdiv(form.num_keys, config.block_n)
+    return (num_tiles * form.num_kv_heads * form.num_rows,), launcher.Constants({
+        **form.constants("backward_text"), "do_strides": do_strides, "lse_strides": lse_strides,
+        "dk_strides": dk_strides, "dv_strides": dv_strides, "dbias_strides": dbias_strides, "num_tiles": num_tiles,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **config.options})
+
+
+def _prompt_gradients(problem: Problem, saved: _Saved, wants_bias: bool,
                       config: launch.LaunchConfig | None) -> _ThreeGradients:
-    """(d prompt_k, d prompt_v, d prompt_bias or None); the first two laid out as `launch.allocate_prompts` says."""
-    device = problem.q.device
+    """(d prompt_k, d prompt_v, d prompt_bias or None); the first two laid out as `launch.prompt_strides` says."""
+    device, dtype, strides = problem.q.device, problem.prompt_k.dtype, problem.form.prompt_strides
     shape = tuple(problem.prompt_k.shape)  # (R, Hkv, P, d)
     bias_shape = (shape[0], problem.num_heads, shape[2])
-    dk, dv = launch.allocate_prompts(problem.prompt_k), launch.allocate_prompts(problem.prompt_k)
+    dk, dv = (launch.allocate_strided(shape, strides, dtype, device) for _ in range(2))
     bias = problem.prompt_bias if wants_bias else None
     dbias = None if bias is None else launch.allocate(bias_shape, bias.dtype, device)
     if dk.numel() == 0:
@@ -313,34 +342,59 @@ def _prompt_gradients(problem: Problem, saved: dict[str, Any], wants_bias: bool,
     row_order, row_bounds = _rows_by_entry(problem)
     if problem.packed and row_order is None and problem.seed is None:
         # One prompt for all and no dropout counter: where a row ends does not matter, so no tile is cut there.
-        problem = dataclasses.replace(problem, cu_seqlens=None, num_rows=1, num_queries=problem.q.shape[2])
+        problem = problem.joined()
 
     config = config or problem.config("backward_prompt")
-    block_p = problem.prompt_block(config.block_n)
-    # A bias gradient belongs to one query head; the others are sums over the heads of a group.
-    heads_in_loop = problem.group if dbias is None else 1
-    num_tiles = triton.cdiv(problem.prompt_length, block_p)
-    num_programs = num_tiles * (problem.num_heads // heads_in_loop) * shape[0]
-    most = max(1, problem.num_rows * triton.cdiv(problem.num_queries, config.block_m))
-    num_splits = launch.split_for(device, num_programs, most)
-    num_slots = num_splits * (problem.group // heads_in_loop)
+    plan = _prompt_launch(
+        problem.form, config, launch.target_programs(device), saved.do_strides, saved.lse_strides,
+        None if dbias is None else dbias.stride(), shape[0])
     # Slots lie in memory as their sum does.
-    dk_slots, dv_slots = (launch.allocate_prompts(problem.prompt_k, torch.float32, num_slots) for _ in range(2))
-    dbias_slots = None if dbias is None else launch.allocate((num_splits, *bias_shape), torch.float32, device)
+    slots, slot_strides = (plan.num_slots, *shape), (dk.numel(), *strides)
+    dk_slots, dv_slots = (launch.allocate_strided(slots, slot_strides, torch.float32, device) for _ in range(2))
+    dbias_slots = None if dbias is None else launch.allocate((plan.num_splits, *bias_shape), torch.float32, device)
     launch.run(
-        _prompt_attention_backward_prompt_kernel, (num_programs * num_splits,), device,
-        **problem.inputs() | problem.switches() | _UNREAD_BY_PROMPT, **saved, row_order_ptr=row_order,
-        row_bounds_ptr=row_bounds,
-        dk_slots_ptr=dk_slots, dv_slots_ptr=dv_slots, dbias_slots_ptr=dbias_slots,
-        slot_strides=dk_slots.stride()[1:],
-        dbias_strides=(0, 0, 0) if dbias_slots is None else dbias_slots.stride()[1:],
-        num_tiles=num_tiles, num_rows=problem.num_rows, num_entries=shape[0], num_splits=num_splits,
-        slot_size=dk.numel(), bias_slot_size=0 if dbias is None else dbias.numel(),
-        HEADS_IN_LOOP=heads_in_loop, BLOCK_M=config.block_m, BLOCK_P=block_p, **config.options)
+        _prompt_attention_backward_prompt_kernel, plan.grid, device,
+        (*problem.tensors("backward_prompt"), *saved.tensors, row_order, row_bounds, dk_slots, dv_slots, dbias_slots),
+        plan.constants)
     _sum_slots(dk_slots, dv_slots, dk, dv)
     if dbias_slots is not None and dbias is not None:
         _sum_slots(dbias_slots, None, dbias, None)
     return dk, dv, dbias
+
+
+class _PromptLaunch(NamedTuple):
+    """How the prompt's gradients are computed: grid, arguments that are no tensors, parts that are summed later."""
+
+    grid: tuple[int, ...]
+    constants: launcher.Constants
+    num_splits: int
+    num_slots: int
+
+
+@functools.lru_cache(launcher.MOST_REMEMBERED)
+def _prompt_launch(form: Form, config: launch.LaunchConfig, target: int, do_strides: tuple[int, ...],
+                   lse_strides: tuple[int, ...], dbias_strides: tuple[int, ...] | None,
+                   num_entries: int) -> _PromptLaunch:
+    """For `target` programs; without dbias_strides the prompt's bias has no gradient."""
+    block_p = form.prompt_block(config.block_n)
+    group = form.num_heads // form.num_kv_heads
+    # A bias gradient belongs to one query head; the others are sums over the heads of a group.
+    heads_in_loop = group if dbias_strides is None else 1
+    num_tiles = triton.cdiv(form.prompt_length, block_p)
+    num_programs = num_tiles * (form.num_heads // heads_in_loop) * num_entries
+    most = max(1, form.num_rows * triton.cdiv(form.num_queries, config.block_m))
+    num_splits = launch.split(target, num_programs, most)
+    positions = num_entries * form.prompt_length
+    return _PromptLaunch(
+        (num_programs * num_splits,),
+        launcher.Constants({
+            **form.constants("backward_prompt"), "do_strides": do_strides, "lse_strides": lse_strides,
+            "slot_strides": form.prompt_strides, "dbias_strides": dbias_strides or (0, 0, 0), "num_tiles": num_tiles,
+            "num_rows": form.num_rows, "num_entries": num_entries, "num_splits": num_splits,
+            "slot_size": positions * form.num_kv_heads * form.head_dim,
+            "bias_slot_size": 0 if dbias_strides is None else positions * form.num_heads,
+            "HEADS_IN_LOOP": heads_in_loop, "BLOCK_M": config.block_m, "BLOCK_P": block_p, **config.options}),
+        num_splits, num_splits * (group // heads_in_loop))
 
 
 def _rows_by_entry(problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -357,6 +411,6 @@ def _sum_slots(first_slots: torch.Tensor, second_slots: torch.Tensor | None, fir
     pair = second is not None
     block = 256
     launch.run(
-        _sum_slots_kernel, (triton.cdiv(first.numel(), block), 1 + pair), first.device, first_slots_ptr=first_slots,
-        second_slots_ptr=second_slots if pair else first_slots, first_ptr=first, second_ptr=second if pair else first,
-        slot_size=first.numel(), num_slots=first_slots.shape[0], BLOCK=block, SLOTS=16)
+        _sum_slots_kernel, (-(-first.numel() // block), 1 + pair), first.device,
+        (first_slots, second_slots if pair else first_slots, first, second if pair else first),
+        launcher.constants(slot_size=first.numel(), num_slots=first_slots.shape[0], BLOCK=block, SLOTS=16))

@@ -8,16 +8,17 @@ launch merges: o = sum_c exp(lse_c - lse) o_c with lse = log sum_c exp(lse_c). G
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
+from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem
 from ptv2_fast.kernels.prompt_forward import attend_range
 from ptv2_fast.kernels.tiles import finish_softmax, offset_of, prompt_entry, visible_keys, widen
 
-from ptv2_fast.kernels import launch
+from ptv2_fast.kernels import launch, launcher
 
 
 @triton.jit
@@ -191,17 +192,26 @@ def prompt_attention_decode(
     partial_lse = launch.allocate((num_chunks, num_rows), torch.float32, q.device)
     num_programs = prompt_tiles * prompt_chunks * problem.num_kv_heads + text_programs * text_chunks
     launch.run(
-        _prompt_attention_decode_kernel, (num_programs,), q.device, **problem.inputs(), partial_o_ptr=partial_o,
-        partial_lse_ptr=partial_lse, batch=batch, prompt_chunks=prompt_chunks, prompt_tiles=prompt_tiles,
-        prompt_chunk=prompt_chunk, text_chunks=text_chunks, text_chunk=text_chunk, **problem.switches(),
-        BLOCK_SHARED=block_shared, BLOCK_OWN=block_own, BLOCK_N=config.block_n, BLOCK_P=block_p, **config.options)
+        _prompt_attention_decode_kernel, (num_programs,), q.device,
+        (*problem.tensors("decode"), partial_o, partial_lse),
+        _decode_constants(
+            problem.form, batch=batch, prompt_chunks=prompt_chunks, prompt_tiles=prompt_tiles,
+            prompt_chunk=prompt_chunk, text_chunks=text_chunks, text_chunk=text_chunk, BLOCK_SHARED=block_shared,
+            BLOCK_OWN=block_own, BLOCK_N=config.block_n, BLOCK_P=block_p, **config.options))
     launch.run(
-        _merge_chunks_kernel, (num_rows,), q.device, partial_o_ptr=partial_o, partial_lse_ptr=partial_lse,
-        o_ptr=output, lse_ptr=lse, o_strides=output.stride(), num_rows=num_rows, num_chunks=num_chunks,
-        num_heads=heads, num_queries=queries, HEAD_DIM=head_dim, BLOCK_D=launch.padded_head_dim(head_dim),
-        # The number of chunks grows with the cache: not one version of the kernel for each power of two.
-        BLOCK_C=max(64, triton.next_power_of_2(num_chunks)), num_warps=1)
+        _merge_chunks_kernel, (num_rows,), q.device, (partial_o, partial_lse, output, lse),
+        launcher.constants(
+            o_strides=output.stride(), num_rows=num_rows, num_chunks=num_chunks, num_heads=heads, num_queries=queries,
+            HEAD_DIM=head_dim, BLOCK_D=launch.padded_head_dim(head_dim),
+            # The number of chunks grows with the cache: not one version of the kernel for each power of two.
+            BLOCK_C=max(64, triton.next_power_of_2(num_chunks)), num_warps=1))
     return output, lse
+
+
+@functools.lru_cache(launcher.MOST_REMEMBERED)
+def _decode_constants(form: Form, **others: int) -> launcher.Constants:
+    """The arguments that are no tensors."""
+    return launcher.Constants({**form.constants("decode"), **others})
 
 
 def _chunks(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:

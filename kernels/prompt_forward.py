@@ -8,12 +8,13 @@ running softmax; neither the concatenation nor the mask exists in memory. Deriva
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
+from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem, heads_strides
 from ptv2_fast.kernels.tiles import (
     block_start,
     count_blocks,
@@ -31,7 +32,7 @@ from ptv2_fast.kernels.tiles import (
     widen,
 )
 
-from ptv2_fast.kernels import launch
+from ptv2_fast.kernels import launch, launcher
 
 
 @triton.jit
@@ -138,6 +139,17 @@ def _prompt_attention_forward_kernel(
     tl.store(lse_ptr + offset_of(lse_strides, memory_row, head, first_token + rows), lse, mask=rows < num_queries)
 
 
+@functools.lru_cache(launcher.MOST_REMEMBERED)
+def _forward_launch(form: Form, config: launch.LaunchConfig, o_strides: tuple[int, ...],
+                    lse_strides: tuple[int, ...]) -> tuple[tuple[int, ...], launcher.Constants]:
+    """The grid and the arguments that are no tensors."""
+    num_tiles = triton.cdiv(form.num_queries, config.block_m)
+    return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants({
+        **form.constants("forward"), "o_strides": o_strides, "lse_strides": lse_strides, "num_tiles": num_tiles,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_P": form.prompt_block(config.block_n),
+        **config.options})
+
+
 def prompt_attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt_k: torch.Tensor, prompt_v: torch.Tensor, *,
     config: launch.LaunchConfig | None = None, **arguments: Any,
@@ -172,16 +184,12 @@ def prompt_attention_forward(
         ValueError: scale is not positive, or prompt_index or seed is missing where it is needed.
     """
     problem = Problem.of(q, k, v, prompt_k, prompt_v, **arguments)
+    form = problem.form
     output = launch.allocate_heads(problem.q)
-    tokens = problem.q.shape[2]
-    lse_shape = (problem.num_heads, tokens) if problem.packed else (q.shape[0], problem.num_heads, tokens)
+    lse_shape = (form.num_heads, form.tokens) if form.packed else (form.num_rows, form.num_heads, form.tokens)
     lse = launch.allocate_statistics(lse_shape, q.device)
-    config = config or problem.config("forward")
-    num_tiles = triton.cdiv(problem.num_queries, config.block_m)
-    num_programs = num_tiles * problem.num_heads * problem.num_rows
+    config = config or form.config("forward")
+    grid, constants = _forward_launch(form, config, heads_strides(output), problem.row_stride(lse))
     launch.run(
-        _prompt_attention_forward_kernel, (num_programs,), q.device, **problem.inputs(), o_ptr=output, lse_ptr=lse,
-        o_strides=output.stride(), lse_strides=problem.row_stride(lse), num_tiles=num_tiles, **problem.switches(),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=problem.prompt_block(config.block_n),
-        **config.options)
-    return (output[0].transpose(0, 1) if problem.packed else output), lse
+        _prompt_attention_forward_kernel, grid, q.device, (*problem.tensors("forward"), output, lse), constants)
+    return output, lse

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from ptv2_fast.kernels.tiles import widen
 
-from ptv2_fast.kernels import launch
+from ptv2_fast.kernels import launch, launcher
 
 _POINTER_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -65,11 +65,12 @@ def _layered_matmul(x: torch.Tensor, weight_table: torch.Tensor, bias_table: tor
     config = launch.choose_projection_config(launch.architecture(x.device), x.dtype, rows)
     programs = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
     launch.run(
-        _layered_matmul_kernel, (programs, layers), x.device, x_ptr=x, weight_table_ptr=weight_table,
-        bias_table_ptr=bias_table, out_ptr=out, x_strides=x.stride(), inner_stride=inner_stride,
-        column_stride=column_stride, out_strides=out.stride(), rows=rows, inner=inner, columns=columns,
-        DTYPE=_POINTER_TYPES[x.dtype], ALIGNED=aligned, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages)
+        _layered_matmul_kernel, (programs, layers), x.device, (x, weight_table, bias_table, out),
+        launcher.constants(
+            x_strides=x.stride(), inner_stride=inner_stride, column_stride=column_stride, out_strides=out.stride(),
+            rows=rows, inner=inner, columns=columns, DTYPE=_POINTER_TYPES[x.dtype], ALIGNED=aligned,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, PRECISION="ieee",
+            num_warps=config.num_warps, num_stages=config.num_stages))
     return out
 
 

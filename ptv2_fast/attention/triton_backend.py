@@ -140,8 +140,9 @@ class _PromptAttention(torch.autograd.Function):
         none = (None,) * (len(ctx.needs_input_grad) - _TRAINED)
         if grad_output is None:
             return (None,) * _TRAINED + none
-        *inputs, output, lse = ctx.saved_tensors[:8]
-        rest = ctx.saved_tensors[8:]
+        saved = ctx.saved_tensors
+        *inputs, output, lse = saved[:8]
+        rest = saved[8:]
         needs = ctx.needs_input_grad[:_TRAINED]
         grads = _backward(grad_output, *inputs, output, lse, needs, *rest, *ctx.numbers)
         asked = (grad if need else None for grad, need in zip(grads, needs))
@@ -213,7 +214,7 @@ def _empty_like_heads(tensor: Tensor, packed: bool) -> Tensor:
 
 
 def _empty_like_prompts(prompt_k: Tensor) -> Tensor:
-    """What the kernels allocate for gradients of prompts, `launch.allocate_prompts`."""
+    """What the kernels allocate for gradients of prompts, `launch.prompt_strides`."""
     if prompt_k.transpose(1, 2).is_contiguous():
         entries, heads, length, head_dim = prompt_k.shape
         return prompt_k.new_empty(entries, length, heads, head_dim).transpose(1, 2)

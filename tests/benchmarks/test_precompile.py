@@ -115,9 +115,10 @@ def test_a_few_layers_launch_what_a_whole_model_does(model, peers, names, monkey
         seen = set()
         usual = launch.run
 
-        def run(kernel, grid, device, **arguments):
+        def run(kernel, grid, device, tensors, constants):
             # What is launched does not depend on what was computed: nothing is.
-            flags = tuple((k, v) for k, v in sorted(arguments.items()) if isinstance(v, bool) or k.startswith("BLOCK"))
+            named = sorted(constants.values.items())
+            flags = tuple((k, v) for k, v in named if isinstance(v, bool) or k.startswith("BLOCK"))
             seen.add((kernel.fn.__name__, flags))
 
         monkeypatch.setattr(launch, "run", run)

@@ -42,7 +42,12 @@ def _poisoned_outputs(monkeypatch):
     def poisoned(shape, dtype, device):
         return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else -1, dtype=dtype, device=device)
 
+    def poisoned_strided(shape, strides, dtype, device):
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides)) if 0 not in shape else 0
+        return poisoned((reach,), dtype, device).as_strided(shape, strides)
+
     monkeypatch.setattr(launch, "allocate", poisoned)
+    monkeypatch.setattr(launch, "allocate_strided", poisoned_strided)
 
 
 class ErrorBudget:

@@ -34,6 +34,8 @@ def _hopper(monkeypatch):
     monkeypatch.setattr(launch, "target_programs", lambda device: PROGRAMS)
     monkeypatch.setattr(launch, "allocate", lambda shape, dtype, device: torch.zeros(
         tuple(shape), dtype=dtype, device=device))  # fmt: skip
+    monkeypatch.setattr(launch, "allocate_strided", lambda shape, strides, dtype, device: torch.empty_strided(
+        shape, strides, dtype=dtype, device=device).zero_())  # fmt: skip
 
 
 def check(launches, compiled):

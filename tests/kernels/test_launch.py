@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ptv2_fast.kernels import launch
+from ptv2_fast.kernels import launch, problem
 
 ARCHITECTURES = (80, 86, 90, 100, 120, launch.GFX942)
 
@@ -59,6 +59,33 @@ def test_tile_safe_copies_only_strides_that_overflow():
     assert launch.tile_safe(tensor) is tensor
     wide = torch.zeros(2**24 + 1, dtype=torch.int8).as_strided((1, 1, 2, 1), (1, 1, 2**24, 1))
     assert launch.tile_safe(wide).stride(2) == 1
+    assert launch.tile_safe(wide.transpose(0, 2), 0).stride(0) == 1
+
+
+@pytest.mark.parametrize("form", [{}, {"packed": (20, 0, 33)}], ids=["dense", "packed"])
+def test_strides_that_overflow_change_no_result(make_call, monkeypatch, form):
+    call = make_call(layout="columns", kv_heads=2, **form)
+    if call.packed:
+        call.tensors[:3] = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in call.tensors[:3])
+
+    def results():
+        output, lse = call.kernel()
+        return output, lse, *call.kernel_gradients(output.flip(0), output, lse)[:5]
+
+    expected = results()
+    copied = []
+    monkeypatch.setattr(launch, "_LARGEST_TILE_STRIDE", 8)
+    monkeypatch.setattr(problem, "_forms", {})
+    usual = launch.tile_safe
+
+    def counting(tensor, *rows):
+        copied.append(usual(tensor, *rows) is not tensor)
+        return usual(tensor, *rows)
+
+    monkeypatch.setattr(launch, "tile_safe", counting)
+    for result, other in zip(results(), expected, strict=True):
+        assert torch.equal(result, other)
+    assert sum(copied) > 5
 
 
 def test_split_fills_the_device_but_not_more(monkeypatch):

@@ -1,0 +1,164 @@
+"""A launch that was made before, made again: without Triton's binder, which asks every argument of every call.
+
+From layer to layer and from step to step only addresses change. The first launch of a kind goes through Triton, which
+says what it compiled or found. Everything Triton decided by then stands still or is compared: kernel and constants are
+the same objects, and a key holds driver, device, and every tensor's dtype, device and address modulo 16. Later launches
+hand their addresses to the same compiled kernel. What the key does not cover goes through Triton every time: hooks,
+debugging, instrumentation, other backends than CUDA, other versions than those that were read for this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
+
+# Versions whose `JITFunction.run` is known to return the compiled kernel, and to launch it as `launch` does here.
+KNOWN_TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
+
+# What is remembered is bounded: a training run over packed rows has other sizes every step.
+MOST_REMEMBERED = 512
+_MOST_PLANS = 64
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+class Constants:
+    """The arguments of a launch that are no tensors, kept for all launches that share them; never changed.
+
+    Attributes:
+        values: numbers, tuples of integers, compile-time values and Triton's options, by name.
+        plans: how such launches are repeated, by what is compared.
+    """
+
+    __slots__ = ("plans", "values")
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = dict(values)
+        self.plans: dict[tuple[Any, ...], _Plan] = {}
+
+
+@functools.lru_cache(MOST_REMEMBERED, typed=True)
+def constants(**values: Any) -> Constants:
+    """The same object for the same values and types; tuples hold integers."""
+    return Constants(values)
+
+
+class _Plan(NamedTuple):
+    """What repeats a launch.
+
+    Attributes:
+        kernel: the kernel it is of.
+        compiled: what Triton made of it, kept because the device forgets the code of one that is gone.
+        run: its launcher.
+        function, metadata: what the launcher has to be given.
+        arguments: what it has to be given after the tensors.
+        globals: (name, value, namespace) of each constant of a module that was compiled in.
+    """
+
+    kernel: Any
+    compiled: Any
+    run: Any
+    function: Any
+    metadata: Any
+    arguments: tuple[Any, ...]
+    globals: tuple[tuple[str, Any, dict[str, Any]], ...]
+
+
+def remember(memory: dict[_Key, _Value], key: _Key, value: _Value, most: int) -> _Value:
+    """Put a value into a memory that is emptied when it is full, and give the value back; threads may do so at once."""
+    if len(memory) >= most:
+        memory.clear()
+    memory[key] = value
+    return value
+
+
+def is_known(version: str) -> bool:
+    """Whether launches of this version of Triton can be repeated."""
+    return any(version.startswith(f"{major}.{minor}.") for major, minor in KNOWN_TRITON)
+
+
+_is_known = is_known(triton.__version__)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], constants: Constants, tensors: Sequence[torch.Tensor | None]) -> None:
+    """Launch a kernel on the current device and stream, as `kernel[grid](*tensors, **constants.values)` does.
+
+    Args:
+        kernel: a `triton.jit` function, interpreted or not, whose first parameters are the tensors.
+        grid: one to three numbers of programs, none of them 0.
+        constants: all other arguments.
+        tensors: tensors, or None where there is none.
+    """
+    if not _is_known or type(kernel) is not JITFunction or kernel.pre_run_hooks or _is_watched():
+        kernel[grid](*tensors, **constants.values)
+        return
+    active = driver.active
+    device = active.get_current_device()
+    addresses: list[int | None] = []
+    kinds: list[Any] = [active, device]
+    for tensor in tensors:
+        if tensor is None:
+            addresses.append(None)
+            kinds.append(None)
+        else:
+            address = tensor.data_ptr()
+            addresses.append(address)
+            kinds += tensor.dtype, tensor.get_device(), address % 16
+    key = tuple(kinds)
+    plan = constants.plans.get(key)
+    if plan is None or plan.kernel is not kernel or _has_changed(plan):
+        plan = _plan(kernel, kernel[grid](*tensors, **constants.values), constants, tensors, device)
+        if plan is not None:
+            remember(constants.plans, key, plan, _MOST_PLANS)
+        return
+    width, height, depth = (*grid, 1, 1)[:3]
+    plan.run(width, height, depth, active.get_current_stream(device), plan.function, plan.metadata, None, None, None,
+             *addresses, *plan.arguments)
+
+
+def _is_watched() -> bool:
+    """Whether somebody looks at launches or changes how kernels are compiled."""
+    knobs = triton.knobs
+    runtime = knobs.runtime
+    return bool(
+        runtime.debug or knobs.compilation.instrumentation_mode or runtime.add_stages_inspection_hook is not None
+        or _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook))
+
+
+def _calls(hook: Any) -> bool:
+    """Whether a hook does anything: an empty chain of hooks does not."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def _has_changed(plan: _Plan) -> bool:
+    """Whether a constant that was compiled in has another value by now, which Triton refuses."""
+    for name, value, namespace in plan.globals:
+        if namespace.get(name) is not value:
+            return True
+    return False
+
+
+def _plan(kernel: Any, compiled: Any, constants: Constants, tensors: Sequence[torch.Tensor | None],
+          device: int) -> _Plan | None:
+    """How to repeat a launch that Triton has just made with `compiled`; None where it cannot be."""
+    if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
+        return None
+    # Addresses are handed over as they are: nobody asks afterwards whether the device can read them. Where they lie is
+    # no matter without a device, to a driver that stands in for one.
+    places = {tensor.get_device() for tensor in tensors if tensor is not None}
+    if places != {device} and (places != {-1} or torch.cuda.is_initialized()):
+        return None
+    others = kernel.arg_names[len(tensors):]
+    if not constants.values.keys() >= set(others):
+        return None
+    return _Plan(
+        kernel, compiled, compiled.run, compiled.function, compiled.packed_metadata,
+        tuple(constants.values[name] for name in others),
+        tuple((name, namespace.get(name), namespace) for (name, _), (_, namespace) in kernel.used_global_vals.items()))
