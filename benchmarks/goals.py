@@ -199,9 +199,14 @@ class Standing:
 
 
 def standing(goal: Goal, cells: Iterable[Cell]) -> Standing:
-    """A goal over all cells that judge it; the worst is the one furthest from what it must be."""
-    judged = [(goal.figure(cell), cell) for cell in cells]
-    judged = [(figure, cell) for figure, cell in judged if figure is not None]
+    """A goal over all cells that judge it; the worst is the one furthest from what it must be.
+
+    Args:
+        cells: oldest first. Of a cell that was measured several times the newest counts that has both sides: a ratio is
+            taken inside one run.
+    """
+    figures = ((goal.figure(cell), cell) for cell in cells)
+    judged = list({cell["id"]: (figure, cell) for figure, cell in figures if figure is not None}.values())
     if not judged:
         return Standing(goal)
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import plots, step_report
+from benchmarks import plots, predictions, step_report
 from benchmarks.goals import KERNEL_GOALS, Standing, milliseconds, standing
 from benchmarks.record import check_schema
 from benchmarks.untried import untried
@@ -55,15 +55,20 @@ def parts(data: Mapping) -> list[dict]:
     return found
 
 
+def measured_cells(results: Iterable[Mapping], suite: str, device: str = "cuda") -> list[dict]:
+    """Every measurement of the cells of a suite, oldest first."""
+    return [
+        {**cell, "file": data.get("file")}
+        for data in results
+        if data["suite"] == suite and data["environment"].get("device") == device
+        for cell in data["cells"]
+        if _measured(cell)
+    ]
+
+
 def latest_cells(results: Iterable[Mapping], suite: str, device: str = "cuda") -> list[dict]:
-    """The newest measurement of each cell of a suite; ratios are taken inside one cell, so inside one run."""
-    cells = {}
-    for data in results:
-        if data["suite"] == suite and data["environment"].get("device") == device:
-            for cell in data["cells"]:
-                if _measured(cell):
-                    cells[cell["id"]] = {**cell, "file": data.get("file")}
-    return list(cells.values())
+    """The newest measurement of each cell of a suite, whoever took part in it."""
+    return list({cell["id"]: cell for cell in measured_cells(results, suite, device)}.values())
 
 
 def _measured(cell: Mapping) -> bool:
@@ -147,6 +152,13 @@ def untried_table(results: list[Mapping]) -> str:
     return table(head, rows) if rows else "A card has run all of it."
 
 
+def predictions_table(results: list[Mapping]) -> str:
+    """What was expected of a card, and what came."""
+    found = predictions.rows(results)
+    head = ["what", "expected", "measured", "measured over expected", "file"]
+    return table(head, found) if found else UNMEASURED
+
+
 def sources_table(results: list[Mapping]) -> str:
     """Which runs the tables come from."""
     rows = []
@@ -179,7 +191,7 @@ def step_goals_table(results: list[Mapping]) -> str:
         for cell in data["cells"]
     ]
     head = ["goal", "what", "must", "reach", "geomean", "worst cell", "met", "reached"]
-    return table(head, step_report.goals_rows(lambda suite: _fixed(latest_cells(results, suite)), checks))
+    return table(head, step_report.goals_rows(lambda suite: _fixed(measured_cells(results, suite)), checks))
 
 
 def _fixed(cells: Iterable[Mapping]) -> list[Mapping]:
@@ -204,10 +216,11 @@ SECTIONS = {
     "cpu-streams": _step_section(step_report.stream_table, "steps", "cpu"),
     "cpu-memory": _step_section(step_report.memory_table, "memory", "cpu"),
     "plots": lambda results: plots.links(plots.drawable(results, latest_cells)) or UNMEASURED,
-    "kernel-goals": lambda results: goals_table(latest_cells(results, "kernels")),
+    "kernel-goals": lambda results: goals_table(measured_cells(results, "kernels")),
     "kernel-cells": lambda results: cells_table(latest_cells(results, "kernels")),
     "parity-checks": checks_table,
     "untried": untried_table,
+    "predictions": predictions_table,
     "sources": sources_table,
 }
 

@@ -102,6 +102,9 @@ class GroupBench:
             self.kit.restart()
             for case, batch in self.batches.items():
                 records[case] = self._judge(bound, batch, self._expected[provider.form, case])
+            if self.group.first.dropout:
+                bound.forget()
+                self._settle(bound)
             self.bound[provider.name] = bound
         except Exception as error:
             failed = entry_of(error, self.context.device)
@@ -122,6 +125,13 @@ class GroupBench:
         layer = max(layer_seconds[-4:], default=_SMALL_FIRST_LAYER if self.context.small else _FIRST_LAYER)
         timing = len(self.batches) * (effort_of(self.context).seconds + _BESIDE)
         return layer * sizes_of(self.base).num_layers + timing
+
+    def _settle(self, bound: Bound) -> None:
+        """Record anew what was forgotten, before the clock is there."""
+        for batch in self.batches.values():
+            arguments = bound.prepare(batch)
+            for _ in range(bound.settle):
+                run_once(bound, arguments)
 
     def _judge(self, bound: Bound, batch: Batch, expected: Expected) -> dict:
         arguments = bound.prepare(batch)

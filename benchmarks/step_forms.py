@@ -41,6 +41,7 @@ class Bound:
             `forward`. It learns nothing before `learn(rate)` is called, and leaves its gradient behind.
         learn: sets the learning rate of `take`.
         facts: what the record says of this provider beside its times.
+        forget: drops what was recorded of earlier steps: they were judged without dropout.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Bound:
     learn: Callable[[float], None] = field(default=lambda rate: None)
     logits: Callable[..., Tensor] | None = None
     facts: Callable[[], dict[str, object]] = field(default=dict)
+    forget: Callable[[], None] = field(default=lambda: None)
 
 
 def task_loss(base: nn.Module, hidden: Tensor, labels: Tensor, head: Tensor | None) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-from benchmarks import report
+from benchmarks import predictions, report
 from benchmarks.cases import case_of
 from benchmarks.goals import KERNEL_GOALS, standing
 from benchmarks.record import ResultFile
@@ -103,6 +104,31 @@ def test_the_newest_measurement_of_a_cell_stands(tmp_path):
     _run(tmp_path, [_cell(_k1(), ours=1.0, cudnn=2.0)], name="a.json", date="2026-02-01T00:00:00+00:00")
     _run(tmp_path, [_cell(_k1(), ours=1.0, cudnn=1.0)], name="b.json", date="2026-01-01T00:00:00+00:00")
     assert "2.00×" in _row(report.render(TEXT, report.load(tmp_path)), "K1")
+
+
+def test_a_goal_keeps_its_figure_when_a_newer_run_lacks_the_peer(tmp_path):
+    _run(tmp_path, [_cell(_k1(), ours=1.0, cudnn=2.0)], name="a.json", date="2026-01-01T00:00:00+00:00")
+    _run(tmp_path, [_cell(_k1(), ours=0.5)], name="b.json", date="2026-02-01T00:00:00+00:00")
+    results = report.load(tmp_path)
+    # A ratio is taken inside one run; the table of cells shows the newest one.
+    assert "2.00×" in _row(report.render(TEXT, results), "K1")
+    assert [cell["peers"]["ours"]["ms"] for cell in report.latest_cells(results, "kernels")] == [0.5]
+
+
+def test_predictions_stand_beside_what_came(tmp_path, monkeypatch):
+    expected = predictions.Prediction("forward", 4.0, "ms", "a.json", _k1().id, "ours", "ms")
+    ratio = dataclasses.replace(expected, what="over cuDNN", predicted=2.0, unit="×", over="cudnn")
+    gone = dataclasses.replace(expected, what="gone", file="b.json")
+    monkeypatch.setattr(predictions, "PREDICTIONS", (expected, ratio, gone))
+    _run(tmp_path, [_cell(_k1(), ours=3.0, cudnn=1.0)], name="a.json")
+    assert predictions.rows(report.load(tmp_path)) == [
+        ["forward", "4 ms", "3 ms", "0.75", "a.json"], ["over cuDNN", "2 ×", "3 ×", "1.50", "a.json"]
+    ]  # fmt: skip
+
+
+def test_every_prediction_was_measured():
+    results = report.load(report.HERE / "results")
+    assert [one.what for one in predictions.PREDICTIONS if one.measured(results) is None] == []
 
 
 def test_a_cpu_says_nothing_about_the_goals(tmp_path):
