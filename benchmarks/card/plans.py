@@ -195,7 +195,7 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         _steps("steps", 75, 250, bert, (*_STEP_PEERS, "ours_graph_compiled")),
         Phase("decode", "decode", 45, 280, timed=True, when=GREEN, arguments=decode, tiny=_TINY_DECODE),
         _steps("qwen3", 45, 295, qwen, (*few, "peft_compiled"), _TINY_QWEN),
-        _steps("profile", 30, 300, (bert[0], *qwen), (*few, "ours_graph_compiled", "floor"), profile=True),
+        _steps("profile", 30, 300, (bert[0], *qwen), (*few, "ours_graph_compiled", "floor"), _TINY_QWEN, profile=True),
         _steps("llama", 40, 305, ("llama-3-8b-B8-N512-P128-*",), few, _TINY_PADDED),
         replace(memcheck, latest=310.0),
     )

@@ -48,6 +48,7 @@ def test_a_refused_capture_is_over_for_the_allocator_too(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     ended = lambda device, pool: told.append(("ended", pool))  # noqa: E731
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     with pytest.raises(RuntimeError, match="previous error"):
         measure.capture(lambda: None)
     assert told == [("begun", (0, 1)), ("stream", stream), ("ended", (0, 1))]
