@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import plots, predictions, step_report
+from benchmarks import headline, plots, predictions, step_report
 from benchmarks.goals import KERNEL_GOALS, Standing, milliseconds, standing
 from benchmarks.record import check_schema
 from benchmarks.untried import untried
@@ -159,6 +159,13 @@ def predictions_table(results: list[Mapping]) -> str:
     return table(head, found) if found else UNMEASURED
 
 
+def headline_table(results: list[Mapping]) -> str:
+    """The rows of the front page."""
+    found = headline.rows(lambda suite: measured_cells(results, suite))
+    head = ["what", "ours", "peer", "the peer", "peer over ours"]
+    return table(head, found) if found else UNMEASURED
+
+
 def sources_table(results: list[Mapping]) -> str:
     """Which runs the tables come from."""
     rows = []
@@ -221,6 +228,7 @@ SECTIONS = {
     "parity-checks": checks_table,
     "untried": untried_table,
     "predictions": predictions_table,
+    "headline": headline_table,
     "sources": sources_table,
 }
 
@@ -278,15 +286,17 @@ def main(words: list[str] | None = None) -> int:
     """Rewrite the tables; gives the exit status, 1 with --check where they were stale."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    parser.add_argument("--readme", type=Path, action="append", help="a page with tables; the project's when absent")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the tables are stale")
     options = parser.parse_args(words)
-    before = options.readme.read_text()
     results = load(options.results)
-    after = render(before, results)
+    pages = options.readme or [HERE / "README.md", HERE.parent / "README.md"]
+    before = [page.read_text() for page in pages]
+    after = [render(text, results) for text in before]
     if options.check:
         return int(before != after)
-    options.readme.write_text(after)
+    for page, text in zip(pages, after):
+        page.write_text(text)
     plots.draw(plots.drawable(results, latest_cells), options.results / "plots")
     return 0
 

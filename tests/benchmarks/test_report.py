@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from benchmarks import predictions, report
+from benchmarks import headline, predictions, report
 from benchmarks.cases import case_of
 from benchmarks.goals import KERNEL_GOALS, standing
 from benchmarks.record import ResultFile
@@ -113,6 +113,17 @@ def test_a_goal_keeps_its_figure_when_a_newer_run_lacks_the_peer(tmp_path):
     # A ratio is taken inside one run; the table of cells shows the newest one.
     assert "2.00×" in _row(report.render(TEXT, results), "K1")
     assert [cell["peers"]["ours"]["ms"] for cell in report.latest_cells(results, "kernels")] == [0.5]
+
+
+def test_the_front_page_compares_inside_one_run(tmp_path, monkeypatch):
+    row = headline.Row("forward", "kernels", _k1().id, "ours", "cudnn", "cuDNN")
+    gone = dataclasses.replace(row, what="gone", peer="flash")
+    monkeypatch.setattr(headline, "ROWS", (row, gone))
+    _run(tmp_path, [_cell(_k1(), ours=1.0, cudnn=0.5)], name="a.json", date="2026-01-01T00:00:00+00:00")
+    _run(tmp_path, [_cell(_k1(), ours=0.1)], name="b.json", date="2026-02-01T00:00:00+00:00")
+    results = report.load(tmp_path)
+    found = headline.rows(lambda suite: report.measured_cells(results, suite))
+    assert found == [["forward", "1 ms", "0.5 ms", "cuDNN", "0.50×"]]
 
 
 def test_predictions_stand_beside_what_came(tmp_path, monkeypatch):
