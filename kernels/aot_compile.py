@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from ptv2_fast.kernels.machine_code import local_memory_in_loops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -144,20 +145,25 @@ def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]
     return types, constants, attributes
 
 
-def compile_launch(recorded: launch.Launch, arch: int) -> dict[str, int]:
-    """Compile one recorded launch for a card and measure what came out; keys as the last fields of `aot.Report`."""
+def compiled_launch(recorded: launch.Launch, arch: int) -> Any:
+    """What Triton compiles of one recorded launch for a card."""
     arguments = dict(recorded.arguments)
     options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
     types, constants, attributes = signature(recorded.kernel, arguments)
     source = ASTSource(recorded.kernel, types, constants, attributes)
-    compiled = triton.compile(source, target=target_of(arch), options=options)
+    return triton.compile(source, target=target_of(arch), options=options)
+
+
+def compile_launch(recorded: launch.Launch, arch: int) -> dict[str, int]:
+    """Compile one recorded launch for a card and measure what came out; keys as the last fields of `aot.Report`."""
+    compiled = compiled_launch(recorded, arch)
     measure = _measure_amd if arch == launch.GFX942 else _measure_nvidia
     return {"shared_bytes": compiled.metadata.shared, **measure(compiled.asm)}
 
 
 def _measure_nvidia(asm: dict[str, Any]) -> dict[str, int]:
-    registers, stack = _resource_usage(asm["cubin"])
-    in_loops = local_memory_in_loops(_cuobjdump(asm["cubin"], "-sass")) if stack else 0
+    registers, stack = resource_usage(asm["cubin"])
+    in_loops = local_memory_in_loops(cuobjdump(asm["cubin"], "-sass")) if stack else 0
     return {
         "registers": registers, "spill_bytes": stack, "spills_in_loops": in_loops, "binary_bytes": len(asm["cubin"]),
         "tensor_core_instructions": len(re.findall(_TENSOR_CORE, asm["ptx"])),
@@ -179,37 +185,19 @@ def _measure_amd(asm: dict[str, Any]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
+def resource_usage(cubin: bytes) -> tuple[int, int]:
     """(registers a thread, bytes of stack a thread). These kernels keep no arrays, so stack means spilled registers."""
-    registers, stack = _found(r"REG:(\d+) STACK:(\d+)", _cuobjdump(cubin, "-res-usage")).groups()
+    registers, stack = _found(r"REG:(\d+) STACK:(\d+)", cuobjdump(cubin, "-res-usage")).groups()
     return int(registers), int(stack)
 
 
-def _cuobjdump(cubin: bytes, what: str) -> str:
+def cuobjdump(cubin: bytes, what: str) -> str:
+    """What Triton's own copy of the tool says of a binary."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
-
-
-def local_memory_in_loops(listing: str) -> int:
-    """How many loads and stores of spilled registers stand in the innermost loops of a disassembled kernel.
-
-    Those before and after a loop cost a program some tens of cycles once; those within cost each iteration.
-
-    Args:
-        listing: of `cuobjdump -sass`.
-    """
-    found = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", listing)]
-    branches = [(address, re.search(r"\bBRA\S*\s.*?(?:0x)([0-9a-f]+)", text)) for address, text in found]
-    back = [(int(target.group(1), 16), at) for at, target in branches if target and int(target.group(1), 16) < at]
-    loops = [
-        (start, end) for start, end in back
-        if not any((start, end) != (s, e) and start <= s and e <= end for s, e in back)
-    ]  # fmt: skip
-    spilled = [address for address, text in found if re.search(r"\b(?:LDL|STL)\b", text)]
-    return sum(any(start <= address <= end for start, end in loops) for address in spilled)
 
 
 def _found(pattern: str, text: str) -> re.Match[str]:

@@ -91,27 +91,6 @@ def test_rules_can_be_broken(table, change, message):
     assert [message in text for text in aot.problems(dataclasses.replace(good, **change))] == [True]
 
 
-LISTING = """
-        /*0000*/                   LDL R3, [R1] ;
-        /*0010*/                   HGMMA.64x64x16.F32 R24, gdesc[UR4], R24 ;
-        /*0020*/                   STL [R1+0x4], R3 ;
-        /*0030*/              @!P0 BRA 0x10 ;
-        /*0040*/                   LDL.LU R3, [R1+0x4] ;
-        /*0050*/               @P1 BRA 0x0 ;
-        /*0060*/                   BRA 0x80 ;
-        /*0070*/                   STL [R1], R3 ;
-        /*0080*/                   EXIT ;
-"""
-
-
-def test_spills_are_counted_in_innermost_loops():
-    # One within the inner loop; those of the outer loop, before and after it, and behind a jump forward are none.
-    assert aot_compile.local_memory_in_loops(LISTING) == 1
-    another = LISTING.replace("HGMMA.64x64x16.F32 R24, gdesc[UR4], R24", "LDL R1, [R2]")
-    assert aot_compile.local_memory_in_loops(another) == 2
-    assert aot_compile.local_memory_in_loops("") == 0
-
-
 @triton.jit
 def _doubled(x, FACTOR: tl.constexpr):
     return x * FACTOR

@@ -1,0 +1,124 @@
+"""The hot loops of Hopper's kernels: the kept table, its rules, and that each of them can be broken."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ptv2_fast.kernels import hot_loops, machine_code
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "kernels" / "hot_loops.json"
+
+
+@pytest.fixture(scope="module")
+def table() -> list[hot_loops.Report]:
+    """The kept loops."""
+    return hot_loops.read_table(TABLE)[1]
+
+
+def test_kept_loops_break_no_rule(table):
+    assert [text for report in table for text in hot_loops.problems(report)] == []
+
+
+def test_kept_loops_are_those_of_the_kernels_as_they_are(table):
+    kept = {(r.kernel, r.dtype, r.head_dim, r.features, r.tile, r.num_warps, r.num_stages, r.source) for r in table}
+    now = {
+        (row.kernel, row.case.dtype, row.case.head_dim, row.case.features, row.tile, row.num_warps, row.num_stages,
+         row.source)
+        for row in hot_loops.rows()
+    }  # fmt: skip
+    assert kept == now, "run python -m ptv2_fast.kernels.hot_loops --out kernels/hot_loops.json"
+
+
+def test_every_kernel_has_its_loops(table):
+    loops = {}
+    for report in table:
+        loops.setdefault((report.kernel, report.head_dim, report.dtype, report.features), []).append(report.loop)
+    # Full and partial blocks, of prompt and text; of the text alone with a sight; all in one.
+    count = {"forward": 4, "backward_query": 4, "backward_prompt": 1}
+    for (kernel, _, _, features), found in loops.items():
+        name = kernel.removeprefix("prompt_attention_")
+        assert found == list(range(count.get(name, 2 if features == "causal" else 1))), (kernel, features)
+
+
+def test_readme_shows_the_kept_loops(table):
+    _, shown, _ = (ROOT / "kernels" / "README.md").read_text().split(hot_loops.MARK)
+    assert shown.strip() == hot_loops.digest(table)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"executed_flops": 1}, "1 operations are done where"),
+        ({"warp_products": 48}, "48 products of single warps, though the sums have 128 rows"),
+        ({"arrivals": 8}, "2 products are handed over 8 times"),
+        ({"spills": 25}, "25 instructions touch spilled registers"),
+        ({"wide_loads": 8}, "8 loads of a tile are waited for"),
+        ({"above_step": 1, "maxnreg": None}, "1 registers fewer would make room"),
+    ],
+)
+def test_rules_can_be_broken(table, change, message):
+    good = next(r for r in table if r.kernel == "prompt_attention_forward" and r.head_dim == 64)
+    assert hot_loops.problems(good) == []
+    found = hot_loops.problems(dataclasses.replace(good, **change))
+    assert len(found) == 1 and message in found[0]
+
+
+def test_a_tile_too_small_for_a_group_of_warps_may_do_without(table):
+    small = [r for r in table if r.warp_products]
+    assert small and {r.kernel for r in small} == {"prompt_attention_backward_prompt"}
+    assert all("P32" in r.tile for r in small)
+
+
+def test_what_got_worse_is_told(table):
+    longer = [dataclasses.replace(r, instructions=r.instructions * 2) for r in table[:1]]
+    fewer = [dataclasses.replace(r, blocks=r.blocks - 1) for r in table[:1]]
+    assert hot_loops.worse(table, table) == []
+    assert "instructions for 100,000 useful operations" in hot_loops.worse(longer, table)[0]
+    assert "blocks a multiprocessor" in hot_loops.worse(fewer, table)[0]
+    # A loop that was not there before is compared with nothing, and a better one is welcome.
+    assert hot_loops.worse(longer, []) == hot_loops.worse(table, longer) == []
+
+
+def test_blocks_are_counted_as_a_multiprocessor_has_room():
+    # 129 registers are given as 136, and 256 threads of them fill more than half of it.
+    assert [hot_loops.blocks_of(n, 256, 65536) for n in (128, 129)] == [2, 1]
+    assert [hot_loops.registers_above_step(n, 256, 65536) for n in (128, 129, 140)] == [48, 1, 12]
+    assert hot_loops.blocks_of(32, 128, 100 * 1024) == 2, "shared memory"
+    assert hot_loops.registers_above_step(32, 128, 100 * 1024) == 0
+    assert hot_loops.blocks_of(16, 1024, 0) == 2, "threads"
+
+
+LISTING = """
+        /*0000*/                   LDL R3, [R1] ;                                /* 0x1 */
+        /*0010*/                   WARPGROUP.ARRIVE ;
+        /*0020*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0040*/              @!P2 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0050*/                   LDG.E R9, desc[UR4][R2.64] ;
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R9], desc[UR28][R4.64], P2 ;
+        /*0070*/                   STL [R1+0x4], R3 ;
+        /*0080*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0090*/              @!P0 BRA 0x10 ;
+        /*00a0*/                   LDL.LU R3, [R1+0x4] ;
+        /*00b0*/               @P1 BRA 0x0 ;
+        /*00c0*/                   BRA 0xe0 ;
+        /*00d0*/                   STL [R1], R3 ;
+        /*00e0*/                   EXIT ;
+        /*00f0*/                   BRA 0xf0 ;
+"""
+
+
+def test_a_listing_is_read():
+    (loop,) = machine_code.innermost_loops(LISTING)
+    assert len(loop.instructions) == 9 and len(machine_code.instructions_of(LISTING)) == 16
+    assert (loop.group_products, loop.warp_products) == (1, 1)
+    # A group of four warps: 64 x 32 x 16; each of the eight warps: 16 x 8 x 16.
+    assert loop.flops(8) == 2 * (2 * 64 * 32 * 16) + 8 * (2 * 16 * 8 * 16)
+    # One word is no tile, and a copy ahead is no load; what is spilled around the loop does not count.
+    assert (loop.wide_loads, loop.local_memory, loop.count("BAR")) == (1, 1, 1)
+    assert machine_code.local_memory_in_loops(LISTING) == 1
+    assert machine_code.innermost_loops("") == []
