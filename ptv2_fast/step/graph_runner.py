@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ptv2_fast.models.gathered import device_of, is_sharded
 from ptv2_fast.prompts.source import count_step
 from ptv2_fast.step.capture import CAPTURES, Capture
-from ptv2_fast.step.held import HeldGradients, HeldOptimizer, trained_by
+from ptv2_fast.step.held import HeldGradients, HeldModel, HeldOptimizer, trained_by
 from ptv2_fast.step.options import StepPlan, logger
 from ptv2_fast.step.packed import INPUTS, Buckets, PackedBatch, pack
 from ptv2_fast.step.staging import Staging
@@ -40,11 +40,12 @@ class GraphRunner:
     Lengths stay on the device, so nothing in a step waits for the host. What cannot be captured or packed runs eagerly
     and gives the same losses; why is logged once. In a distributed job gradients are averaged over the processes.
 
-    A step begins with zeroed gradients and leaves its own behind, averaged and clipped, as an eager loop does. Captured
-    passes add to gradients at one address: if something else takes their place, as after `zero_grad()`, they are put
-    back. Learning rates may change at every step. What was captured is dropped, and the log says why, when another
-    adapter, other switches, moved weights or other trained parameters would make it wrong; of the optimizer's update
-    alone, when its state was replaced (`load_state_dict`) or its betas, weight decay and the like changed.
+    A step begins with zeroed gradients and leaves its own behind, averaged and clipped, as an eager loop does.
+    Captured passes add to gradients at one address: if something else takes their place, as after `zero_grad()`, they
+    are put back. Learning rates may change at every step. What was captured is dropped, and the log says why, when
+    another adapter, other switches, moved weights, replaced modules or other trained parameters would make it wrong;
+    of the optimizer's update alone, when its state was replaced (`load_state_dict`) or its betas, weight decay and
+    the like changed.
 
         runner = GraphRunner(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
         for batch in batches:        # padded, on the CPU
@@ -92,8 +93,7 @@ class GraphRunner:
         # Known after the first step.
         self._gradients: HeldGradients | None = None
         self._seen: dict[str, object] = {}
-        # Where each weight of the model is found by its module, and its name there.
-        self._weights: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._held_model: HeldModel | None = None
         self._after_eager = False
         self._known: dict[tuple, _Bucket] = {}
         self._updates = 0
@@ -138,12 +138,7 @@ class GraphRunner:
         loss = self._eager([batch.to(self._device) for batch in packed], self._model.packed_loss)
         if reason is None:
             self._gradients = HeldGradients(self._model, self._optimizer)
-            self._weights = [
-                (module._parameters, name)
-                for module in self._model.modules()
-                for name, parameter in module._parameters.items()
-                if type(parameter) is nn.Parameter
-            ]
+            self._held_model = HeldModel(self._model)
             self._seen = self._taken_for_granted(plan)
         return loss
 
@@ -248,15 +243,12 @@ class GraphRunner:
     def _taken_for_granted(self, plan: StepPlan) -> dict[str, object]:
         """What the captured passes have taken the addresses of, or otherwise rely on, by what to say if it changes."""
         trained = trained_by(self._optimizer)
-        weights = [parameters.get(name) for parameters, name in self._weights]
         return {
             "another adapter is active": self._model.active_adapter,
             "the model's switches changed": replace(plan, reasons=()),
             # Held gradients keep the parameters alive, so that no other one can have their ids.
             "the optimizer trains other parameters": [(id(p), p.requires_grad) for p in trained],
-            "weights were moved, cast or replaced": [None if p is None else p.data_ptr() for p in weights],
-            # Those of another optimizer, or of none: a captured pass computes the gradients that it was captured with.
-            "other parameters train": [p is not None and p.requires_grad for p in weights],
+            **({} if self._held_model is None else self._held_model.state()),
         }
 
     def _drop(self, why: str) -> None:

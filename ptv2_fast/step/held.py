@@ -98,6 +98,32 @@ class HeldOptimizer:
         return reason
 
 
+class HeldModel:
+    """Where captured passes find a model: its modules by name, and the addresses of weights and buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Note where everything is found."""
+        # Kept alive, so that no other module can have the id of one.
+        self._modules = modules = list(model.modules())
+        self._children = [(m._modules, name) for m in modules for name in m._modules]
+        self._weights = [
+            (m._parameters, name) for m in modules for name, p in m._parameters.items() if type(p) is nn.Parameter
+        ]
+        self._buffers = [(m._buffers, name) for m in modules for name, b in m._buffers.items() if type(b) is Tensor]
+
+    def state(self) -> dict[str, object]:
+        """What passes rely on, by what to say if it changes."""
+        weights = [place.get(name) for place, name in self._weights]
+        buffers = [place.get(name) for place, name in self._buffers]
+        return {
+            "a module was replaced": [id(place.get(name)) for place, name in self._children],
+            "weights were moved, cast or replaced": [None if p is None else p.data_ptr() for p in weights],
+            "buffers were moved, cast or replaced": [None if b is None else b.data_ptr() for b in buffers],
+            # Those of another optimizer, or of none: a captured pass computes the gradients that it was captured with.
+            "other parameters train": [p is not None and p.requires_grad for p in weights],
+        }
+
+
 def trained_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters of all groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -173,6 +173,21 @@ def _replaced_weight(model, optimizer):
     norm.weight = torch.nn.Parameter(norm.weight.detach() * 1.5, requires_grad=False)
 
 
+def _replaced_module(model, optimizer):
+    layer = next(m for m in model.backbone.modules() if type(m) is torch.nn.Linear)
+    parent, name = next((m, n) for m in model.backbone.modules() for n, child in m._modules.items() if child is layer)
+    other = torch.nn.Linear(layer.in_features, layer.out_features).requires_grad_(False)
+    with torch.no_grad():
+        other.weight.copy_(layer.weight * 1.5)
+        other.bias.copy_(layer.bias)
+    setattr(parent, name, other)
+
+
+def _moved_buffer(model, optimizer):
+    module, name = next((m, n) for m in model.backbone.modules() for n in m._buffers)
+    module._buffers[name] = module._buffers[name].clone()
+
+
 def _frozen_head(model, optimizer):
     for head in model.adapters["default"].heads.values():
         head.requires_grad_(False)
@@ -184,6 +199,8 @@ def _frozen_head(model, optimizer):
         (_other_switches, "the model's switches changed"),
         (_moved_weights, "weights were moved, cast or replaced"),
         (_replaced_weight, "weights were moved, cast or replaced"),
+        (_replaced_module, "a module was replaced"),
+        (_moved_buffer, "buffers were moved, cast or replaced"),
         (_frozen_head, "the optimizer trains other parameters"),
     ],
 )
