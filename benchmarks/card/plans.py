@@ -112,9 +112,9 @@ def _beside(name: str, work: str, arguments, tiny) -> Phase:
     return Phase(name, work, 100, 130, beside=True, when=GREEN, arguments=arguments, tiny=tiny)
 
 
-def _compiled(name: str, only, *ours: str) -> Phase:
+def _compiled(name: str, only, *ours: str, tiny=_TINY_COMPILED) -> Phase:
     arguments = {"only": only, "providers": ("peft_compiled", "floor_compiled", *ours)}
-    return _beside(name, "compile_steps", arguments, _TINY_COMPILED)
+    return _beside(name, "compile_steps", arguments, tiny)
 
 
 def first() -> Plan:
@@ -187,12 +187,13 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         # All that times nothing comes first, so that models are compiled beside it.
         _compiled("compile-bert", bert[:1], "ours_graph_compiled"),
         _beside("compile-decode", "compile_decode", decode, _TINY_DECODE),
-        _compiled("compile-qwen3", qwen),
+        _compiled("compile-qwen3", qwen, tiny={"only": ()}),
         _gates(90, 70, large=False),
         replace(_native(120, 60), arguments={"failed": True}),
         tune,
         again,
-        _steps("steps", 75, 250, bert, (*_STEP_PEERS, "ours_graph_compiled")),
+        # Compiled peers are rehearsed in the first plan.
+        _steps("steps", 75, 250, bert, (*_STEP_PEERS, "ours_graph_compiled"), _TINY_QWEN),
         Phase("decode", "decode", 45, 280, timed=True, when=GREEN, arguments=decode, tiny=_TINY_DECODE),
         _steps("qwen3", 45, 295, qwen, (*few, "peft_compiled"), _TINY_QWEN),
         _steps("profile", 30, 300, (bert[0], *qwen), (*few, "ours_graph_compiled", "floor"), _TINY_QWEN, profile=True),
