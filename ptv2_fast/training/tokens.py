@@ -307,9 +307,10 @@ def _best_spans(
     first = inside[np.argsort(-start[inside], kind="stable")[:n_best]]
     last = inside[np.argsort(-end[inside], kind="stable")[:n_best]]
     spans = [(i, j) for i in first for j in last if i <= j < i + max_answer_length]
-    # Where no good end follows a good start, the best of all spans.
-    spans = spans or [max(((i, j) for i in inside for j in inside if i <= j < i + max_answer_length),
-                          key=lambda span: start[span[0]] + end[span[1]])]  # fmt: skip
+    if not spans:
+        # No good end follows a good start: the best of all spans.
+        every = ((i, j) for at, i in enumerate(inside) for j in inside[at : at + max_answer_length])
+        spans = sorted(every, key=lambda span: -(start[span[0]] + end[span[1]]))[:1]
     return [(float(start[i] + end[j]), context[offsets[i][0] : offsets[j][1]]) for i, j in spans]
 
 
