@@ -175,11 +175,12 @@ class TestErrors:
         [
             (OSError(28, "No space left on device", "/out/x"), 2, "/out/x: No space left on device"),
             (PermissionError(13, "Permission denied", "/out"), 2, "/out: Permission denied"),
+            (RuntimeError("[enforce fail at inline_container.cc:672]"), 1, "could not be written; is the disk full?"),
             (RuntimeError("two\nlines"), 1, "RuntimeError: two lines (PTV2_FAST_TRACEBACK=1"),
             (StopIteration(), 1, "StopIteration (PTV2_FAST_TRACEBACK=1"),
             (KeyboardInterrupt(), 130, "stopped; the same command with --resume goes on"),
         ],
-        ids=["full", "read-only", "runtime", "bare", "ctrl-c"],
+        ids=["full", "read-only", "full-in-torch", "runtime", "bare", "ctrl-c"],
     )
     def test_what_fails_in_training_is_one_line(self, encoder, tmp_path, monkeypatch, error, code, part):
         def failing(*arguments, **options):

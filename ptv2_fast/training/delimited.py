@@ -137,8 +137,11 @@ def _unlike(first: list[str], columns: list[list[str]]) -> bool:
 def _usual_names(lines: Sequence[Line], task: str, labelled: bool) -> list[str]:
     where, first = lines[0]
     if len(first) == 1:
+        _refuse_other_separator(lines)
         return ["text"]
-    if task != "SEQ_CLS":
+    if task not in ("SEQ_CLS", "CAUSAL_LM"):
+        raise ValueError(f"{where}: expected a header row with the columns of {task}; got {first}")
+    if task == "CAUSAL_LM":
         raise ValueError(
             f"{where}: two columns without a header; name them by their numbers: --text-column 1, or"
             " --prompt-column 1 --completion-column 2 (text_column, prompt_column, completion_column)"
@@ -152,6 +155,20 @@ def _usual_names(lines: Sequence[Line], task: str, labelled: bool) -> list[str]:
             " like text; name them by their numbers, as in --text-column 2 --label-column 1 (text_column, label_column)"
         )
     return ["sentence", "label"]
+
+
+def _refuse_other_separator(lines: Sequence[Line]) -> None:
+    """Refuses a table that another sign separates, which would be read as one text a line."""
+    where, first = lines[0]
+    for sign in ";\t|,":
+        parts = [part.strip().strip('"').lower() for part in first[0].split(sign)]
+        counts = {cells[0].count(sign) for _, cells in lines if len(cells) == 1}
+        alike = sign != "," and len(lines) > 1 and counts == {len(parts) - 1}
+        if len(parts) > 1 and (alike or any(part in HEADER_NAMES for part in parts)):
+            raise ValueError(
+                f"{where}: {first[0]!r} looks like {len(parts)} columns between {sign!r}; a .csv has commas, a .tsv"
+                " tabs (--text-column 1 reads each line as one text)"
+            )
 
 
 def _words(cells: Sequence[str]) -> int:

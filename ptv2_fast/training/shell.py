@@ -56,6 +56,8 @@ def _message(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if "PytorchStreamWriter" in text or "inline_container" in text:
+        return f"a checkpoint could not be written; is the disk full? ({text})"
     # Our own errors say everything; of the others the kind is half of the message.
     own = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("ptv2_fast")
     if own and text:

@@ -97,6 +97,30 @@ class TestHeaders:
         assert pairs[0] == {"text": "it rains today here", "text_pair": "the street is wet"}
 
 
+    @pytest.mark.parametrize(
+        ("name", "text", "task"),
+        [
+            ("a.csv", "text;summary\na long story;short\n", "CAUSAL_LM"),
+            ("a.csv", "question;answer\nwho is it;anna\n", "CAUSAL_LM"),
+            ("a.csv", "text\tlabel\ngood\tx\n", "SEQ_CLS"),
+            ("a.tsv", "text,label\ngood,x\n", "SEQ_CLS"),
+            ("a.tsv", '"text","label"\n"good","x"\n', "SEQ_CLS"),
+            ("a.csv", "body|mood\ngood film|x\nbad film|y\n", "SEQ_CLS"),
+        ],
+    )
+    def test_columns_between_other_signs_are_not_one_text(self, tmp_path, name, text, task):
+        refused(write(tmp_path, name, text), task, "line 1", "2 columns between", "--text-column 1")
+
+    def test_lines_with_other_signs_are_texts(self, tmp_path):
+        path = write(tmp_path, "a.csv", "once upon a time; or so\nthere was a king\n")
+        assert len(read_examples(path, "CAUSAL_LM")) == 2
+        alike = write(tmp_path, "b.csv", "a; b\nc; d\n")
+        assert read_examples(alike, "CAUSAL_LM", text_column="1") == [{"text": "a; b"}, {"text": "c; d"}]
+
+    def test_a_csv_for_other_tasks_needs_a_header(self, tmp_path):
+        refused(write(tmp_path, "a.csv", "anna,O\n"), "TOKEN_CLS", "line 1", "header row", "TOKEN_CLS")
+
+
 class TestCells:
     def test_a_tsv_with_a_quoted_header_is_quoted(self, tmp_path):
         text = b'\xef\xbb\xbf"text"\t"label"\r\n"he said ""hi""\tto me"\t"good"\r\n\r\n"two\nlines"\t"bad"\r\n'
