@@ -68,6 +68,8 @@ class TestColumns:
         one_line(run("eval", tmp_path / "out", "--data", tmp_path / "dev.csv"), "['body', 'mood']")
         other = ("--text-column", "said", "--label-column", "label")
         assert run("eval", tmp_path / "out", "--data", tmp_path / "dev.csv", *other).exit_code == 0
+        (tmp_path / "half.csv").write_text("body,label\ngood film,positive\n")
+        assert run("eval", tmp_path / "out", "--data", tmp_path / "half.csv", "--label-column", "label").exit_code == 0
         result = run("predict", tmp_path / "out", "--file", tmp_path / "dev.csv", "--text-column", "said")
         assert result.exit_code == 0 and "good film" in result.stdout
         # Lines of text have no columns.
@@ -93,6 +95,8 @@ class TestColumns:
         columns = ("--prompt-column", "content", "--completion-column", "summary")
         assert train(writer, "CAUSAL_LM", tmp_path / "train.jsonl", tmp_path / "out", *columns).exit_code == 0
         assert json.loads(run("eval", tmp_path / "out", "--data", tmp_path / "train.jsonl").stdout)["examples"] == 8
+        as_text = ("eval", tmp_path / "out", "--data", tmp_path / "train.jsonl", "--text-column", "summary")
+        assert run(*as_text).exit_code == 0, "a named text stands against the remembered prompt"
         said = run("predict", tmp_path / "out", "--file", tmp_path / "train.jsonl", "--json", "--max-new-tokens", 2)
         assert json.loads(said.stdout.splitlines()[0])["prompt"] == record["content"]
 

@@ -70,6 +70,9 @@ def _numbered(where: str, first: list[str], named: Sequence[str]) -> list[str] |
     """The columns' numbers where the caller names columns by them."""
     if not named or not all(name.isdecimal() for name in named) or set(named) <= {cell.strip() for cell in first}:
         return None
+    cells = [cell.strip() for cell in first]
+    if all(map(_IDENTIFIER.fullmatch, cells)) and any(cell.lower() in HEADER_NAMES for cell in cells):
+        raise ValueError(f"{where}: expected no header where columns go by number, {list(named)}; got {first}")
     numbers = [str(number) for number in range(1, len(first) + 1)]
     unknown = [name for name in named if name not in numbers]
     if unknown:

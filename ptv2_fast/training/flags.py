@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_WITHOUT_COLUMNS = (".txt", ".conll", ".iob", ".iob2", ".bio")
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 
 
 def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any] | None = None) -> Any:
-    """The `DataSource` of a path with the columns that flags name; without any, those that training was told to read.
+    """The `DataSource` of a path with the columns that flags name; of the others, those that training was told to read.
 
     Plain text and CoNLL files have no names of columns, so that nothing is remembered for them.
     """
@@ -23,9 +24,12 @@ def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any]
     given = {name: flags[name] for name in COLUMNS if flags.get(name)}
     if "text_column" in given:
         given["text_column"] = tuple(given["text_column"])
-    if not given and Path(path).suffix.lower() not in (".txt", ".conll", ".iob", ".iob2", ".bio"):
-        given = dict(remembered or {})
-    return DataSource(path, flags.get("split"), **given)
+    # A text stands against a prompt with its completion.
+    against = {"text_column": COLUMNS[2:], "prompt_column": COLUMNS[:1], "completion_column": COLUMNS[:1]}
+    dropped = {other for name in given for other in against.get(name, ())}
+    named = Path(path).suffix.lower() not in _WITHOUT_COLUMNS
+    kept = {name: value for name, value in (remembered or {}).items() if named and name not in dropped}
+    return DataSource(path, flags.get("split"), **{**kept, **given})
 
 
 def request_of(flags: dict[str, Any]) -> Any:

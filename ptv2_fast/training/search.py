@@ -129,11 +129,18 @@ def _study(output: Path, request: TrainRequest, asked: dict[str, Any]) -> Any:
     kept = study.user_attrs.get(_ASKED)
     if kept is None and study.get_trials(deepcopy=False):
         raise ValueError(f"{output} holds a search that does not say what it was asked for; name another folder")
-    differing = differences(kept, asked) if kept is not None else []
+    differing = _differences(kept, asked) if kept is not None else []
     if differing:
         raise ValueError(f"{output} holds a search that was asked for something else: {'; '.join(differing)}")
     study.set_user_attr(_ASKED, asked)
     return study
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is asked for that was not; of data there is nothing to show but that it is not the same."""
+    before, after = (asked.get("digests", {}) for asked in (was, now))
+    data = [f"other examples of {name}" for name in after if before.get(name) != after[name]]
+    return differences({**was, "digests": None}, {**now, "digests": None}) + data
 
 
 def _run_trial(
@@ -179,6 +186,8 @@ def _keep_best(study: Any, output: Path, metric: Metric) -> None:
                 shutil.rmtree(replaced, ignore_errors=True)
                 best.rename(replaced)
             folder.rename(best)
+    if replaced.is_dir() and not best.is_dir():
+        replaced.rename(best)
     for leftover in (replaced, *output.glob("trial-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 

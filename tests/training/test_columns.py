@@ -47,6 +47,11 @@ class TestHeaders:
         ]
         assert caplog.text.count("columns left out: 1 ('1')") == 1
 
+    def test_a_header_is_no_example_where_columns_go_by_number(self, tmp_path):
+        path = write(tmp_path, "a.tsv", "Label\ttext\nspam\tcall me now\n")
+        refused(path, "SEQ_CLS", "line 1", "no header", "['Label', 'text']", text_column="2", label_column="1")
+        refused(path, "SEQ_CLS", "line 1", "no header", text_column="2", labelled=False)
+
     def test_a_header_of_numbers_is_a_header(self, tmp_path):
         path = write(tmp_path, "a.csv", "0,1\ngood film,x\n")
         expected = [{"text": "good film", "label": "x"}]

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from ptv2_fast.cli import app
 from ptv2_fast.training import search as search_module
 from ptv2_fast.training.metrics import metric_for
+from ptv2_fast.training.runs import PreparedRun
 from ptv2_fast.training.search import SearchSpace, Trial, table
 
 pytest.importorskip("optuna")
@@ -21,10 +22,14 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def search(place: Path, *more: object, trials: int = 3):
+def _arguments(place: Path, output: Path, trials: int) -> tuple[object, ...]:
     fixed = ("--model", place / "bert", "--task", "SEQ_CLS", "--data", place / "train.tsv", "--dev", place / "dev.tsv")
     small = ("--epochs", 1, "--batch-size", 8, "--num-virtual-tokens", "2,3", "--injection", "deep,prefix")
-    return run("search", *fixed, *small, "--output", place / "out", "--trials", trials, *more)
+    return ("search", *fixed, *small, "--output", output, "--trials", trials)
+
+
+def search(place: Path, *more: object, trials: int = 3):
+    return run(*_arguments(place, place / "out", trials), *more)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def test_a_search_for_something_else_is_not_gone_on_with(searched, place, tmp_pa
     more = tmp_path / "more.tsv"
     more.write_text((place / "train.tsv").read_text() + "good film\tpositive\n")
     result = search(place, "--data", more, trials=5)
-    assert result.exit_code == 2 and "digests.--data was" in result.stderr
+    assert result.exit_code == 2 and "something else: other examples of --data" in result.stderr
 
 
 def test_a_trial_that_diverges_is_said_and_counts(place, tmp_path):
@@ -135,3 +140,43 @@ def test_the_table_has_a_line_for_each_trial():
 def test_lengths_must_be_positive():
     with pytest.raises(ValueError, match="lengths must be positive"):
         SearchSpace(lengths=())
+
+
+@pytest.mark.parametrize("moment", ["training", "recorded", "moved"])
+def test_a_search_that_is_killed_keeps_its_best_whole(place, tmp_path, monkeypatch, moment):
+    class Killed(BaseException):
+        pass
+
+    output = tmp_path / "out"
+    assert search(place, "--output", output, trials=1).exit_code == 0
+    before = (output / "best" / "ptv2_model.safetensors").read_bytes()
+
+    owner, name, when = {
+        # After the first look; after the score is written down; when the new best takes the old one's place.
+        "training": (PreparedRun, "execute", lambda *arguments: True),
+        "recorded": (search_module, "_keep_best", lambda *arguments: (output / "trial-1").is_dir()),
+        "moved": (Path, "rename", lambda source, target: source.name == "trial-1"),
+    }[moment]
+    real, reached = getattr(owner, name), []
+
+    def killed(*arguments, **options):
+        if when(*arguments):
+            reached.append(moment)
+            raise Killed
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, killed)
+    if moment == "moved":
+        monkeypatch.setattr(search_module, "_finished", lambda study: [Trial(1, "deep", 2, 1e-2, 2.0)])
+    with pytest.raises(Killed):
+        CliRunner().invoke(app, list(map(str, _arguments(place, output, 2))), catch_exceptions=False)
+    monkeypatch.undo()
+    assert reached
+    kept = output / ("best" if moment != "moved" else ".best.old")
+    assert (kept / "ptv2_model.safetensors").read_bytes() == before, "one of them is whole, and the next call ends it"
+    again = search(place, "--output", output, trials=2)
+    assert again.exit_code == 0, again.output
+    assert {path.name for path in output.iterdir()} == {"trials.log", "trials.md", "trials.png", "best"}
+    rows = [line.split(" | ") for line in (output / "trials.md").read_text().splitlines()[2:]]
+    metrics = json.loads((output / "best" / "metrics.json").read_text())
+    assert len(rows) == 2 and metrics["dev"]["accuracy"] == pytest.approx(float(rows[0][-1].strip(" |")), abs=1e-4)
