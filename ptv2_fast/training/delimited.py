@@ -57,6 +57,8 @@ def delimited_rows(
     if header is None:
         _refuse_likely_header(lines)
         header = _usual_names(lines, task, labelled)
+        if not labelled and len(header) == 2:
+            notes.append(f"{where}: no header; the second of two columns is taken for the label and left out")
     body = lines if own is None else lines[1:]
     for where, cells in body:
         if len(cells) != len(header):
@@ -84,7 +86,8 @@ def _header(lines: Sequence[Line], named: Sequence[str]) -> list[str] | None:
     where, first = lines[0]
     if not named and not _holds_a_name(lines):
         return None
-    header = [_column_name(cell.strip(), named) for cell in first]
+    # A column without a name goes by its number.
+    header = [_column_name(cell.strip(), named) or str(number) for number, cell in enumerate(first, start=1)]
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise ValueError(f"{where}: column names must differ; repeated: {repeated}")

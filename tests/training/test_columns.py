@@ -81,6 +81,18 @@ class TestHeaders:
         path = write(tmp_path, "a.tsv", "text\tlabel\nwhat is it\tlabel\nand this\tother\n")
         assert [e["label"] for e in read_examples(path, "SEQ_CLS")] == ["label", "other"]
 
+    def test_columns_without_a_name_go_by_number(self, tmp_path, caplog):
+        path = write(tmp_path, "a.csv", "v1,v2,,\nham,hello there,,\nspam,buy now, or else,\n")
+        refused(path, "SEQ_CLS", "line 1", "header", "text_column")
+        examples = read_examples(path, "SEQ_CLS", text_column="v2", label_column="v1")
+        assert examples[1] == {"text": "buy now", "label": "spam"}
+        assert "columns left out: 2 ('3', '4')" in caplog.text
+
+    def test_a_second_column_that_prediction_leaves_out_is_said(self, tmp_path, caplog):
+        path = write(tmp_path, "a.tsv", "good film\tx\nbad film\ty\n")
+        assert read_examples(path, "SEQ_CLS", labelled=False) == [{"text": "good film"}, {"text": "bad film"}]
+        assert caplog.text.count("the second of two columns is taken for the label and left out") == 1
+
     def test_a_header_in_the_middle_is_no_example(self, tmp_path):
         path = write(tmp_path, "a.csv", "text,label\na,x\ntext,label\nb,y\n")
         refused(path, "SEQ_CLS", "line 3", "repeats the header")
@@ -228,7 +240,7 @@ class TestColumns:
     def test_marks_and_single_words_are_left_out_with_a_note(self, tmp_path, caplog):
         path = write(tmp_path, "a.csv", ",text,topic,label\n0,a fine film,art,1\n1,a bad film,art,0\n")
         assert read_examples(path, "SEQ_CLS")[0] == {"text": "a fine film", "label": "1"}
-        assert "columns left out: 2 ('', 'topic')" in caplog.text
+        assert "columns left out: 2 ('1', 'topic')" in caplog.text
 
     def test_labels_are_not_needed_and_not_read_for_prediction(self, tmp_path):
         path = write(tmp_path, "a.jsonl", lines_of({"text": "a", "label": 0.5, "class": "x"}, {"text": "b"}))
