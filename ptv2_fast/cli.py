@@ -1,6 +1,6 @@
 """The command line: ptv2-fast train | search | eval | predict | export | info.
 
-Bad input is one line on standard error and exit code 2, before anything is written. Everything
+Errors are one line on standard error; bad input has exit code 2, before anything is written. Everything
 heavy is imported inside the commands, so that help is instant.
 """
 
@@ -9,18 +9,22 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 try:
     import typer
 except ModuleNotFoundError as error:  # pragma: no cover
     raise SystemExit("ptv2-fast: the command line needs `pip install ptv2-fast[train]`") from error
 
+from ptv2_fast.training.flags import numbers
+from ptv2_fast.training.flags import request_of as _request
+from ptv2_fast.training.shell import OneLineGroup, quiet
+
 app = typer.Typer(
+    cls=OneLineGroup,
     help="P-Tuning v2: train, score and use prompts for frozen transformers models.",
     no_args_is_help=True,
     add_completion=False,
@@ -75,13 +79,13 @@ class Schedule(str, Enum):
     exponential = "exponential"
 
 
-T = TypeVar("T")
-
 ModelOption = Annotated[str | None, typer.Option(help="Hub name, folder, or .gguf file.", metavar="NAME_OR_PATH")]
 DataOption = Annotated[str, typer.Option(help="CSV, TSV, JSON(L), CoNLL or text file; or a `datasets` name.")]
 SplitOption = Annotated[str | None, typer.Option(help="Split of a `datasets` name.")]
-TextColumns = Annotated[list[str] | None, typer.Option("--text-column", help="Twice for pairs of texts.")]
+TextColumns = Annotated[list[str] | None, typer.Option("--text-column", help="Twice for pairs; a number (no header).")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column with the label or the tags.")]
+PromptColumn = Annotated[str | None, typer.Option(help="Column to go on from (CAUSAL_LM).")]
+CompletionColumn = Annotated[str | None, typer.Option(help="Column to go on with (CAUSAL_LM).")]
 LengthOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of a row.")]
 AdapterArgument = Annotated[str, typer.Argument(help="Folder of a trained adapter.")]
 HeadOption = Annotated[str | None, typer.Option(help="Which head, where there are several.")]
@@ -117,18 +121,19 @@ def train(
     dev_split: Annotated[str | None, typer.Option(help="Split for --dev; without --dev, of --data.")] = None,
     text_column: TextColumns = None,
     label_column: LabelColumn = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew in --output.")] = False,
 ) -> None:
     """Train a prompt (and a head) for a frozen model; leave the adapter folder, metrics and curves."""
     chosen = dict(locals())
-    with _one_line_errors():
-        _quiet()
-        from ptv2_fast.training.runs import prepare
+    quiet()
+    from ptv2_fast.training.runs import prepare
 
-        request = _request(chosen)
-        run = prepare(request, output, resume=resume, overwrite=overwrite)
-        run.model.print_trainable_parameters()
+    request = _request(chosen)
+    run = prepare(request, output, resume=resume, overwrite=overwrite)
+    run.model.print_trainable_parameters()
     result = run.execute(title=request.task_type)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result.scores.items())
     typer.echo(
@@ -156,20 +161,21 @@ def search(
     bf16: Annotated[bool, typer.Option("--bf16", help="Arithmetic in bfloat16.")] = False,
     text_column: TextColumns = None,
     label_column: LabelColumn = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
 ) -> None:
     """Search P, learning rate and injection by the dev metric; leave a table, a plot and the best run."""
     asked = {name: value for name, value in locals().items() if name in _SHARED_WITH_TRAIN}
-    with _one_line_errors():
-        _quiet()
-        from ptv2_fast.training.search import SearchSpace
-        from ptv2_fast.training.search import search as run_search
+    quiet()
+    from ptv2_fast.training.search import SearchSpace
+    from ptv2_fast.training.search import search as run_search
 
-        lengths, rates = _numbers("--num-virtual-tokens", num_virtual_tokens, int), _numbers("--lr", lr, float)
-        if len(rates) != 2:
-            raise ValueError(f"--lr must be two numbers, as in 1e-3,5e-2; got {lr!r}")
-        space = SearchSpace(lengths, rates, tuple(injection.split(",")))
-        request = _request({**_TRAIN_DEFAULTS, **asked})
-        found = run_search(request, output, space, trials=trials, say=typer.echo)
+    lengths, rates = numbers("--num-virtual-tokens", num_virtual_tokens, int), numbers("--lr", lr, float)
+    if len(rates) != 2:
+        raise ValueError(f"--lr must be two numbers, as in 1e-3,5e-2; got {lr!r}")
+    space = SearchSpace(lengths, rates, tuple(injection.split(",")))
+    request = _request({**_TRAIN_DEFAULTS, **asked})
+    found = run_search(request, output, space, trials=trials, say=typer.echo)
     best = found[0]
     chosen = f"{best.injection}, P {best.num_virtual_tokens}, lr {best.learning_rate:.2e}"
     typer.echo(f"{output / 'best'}: {chosen}: {best.score:.4f}")
@@ -183,22 +189,27 @@ def evaluate_adapter(
     split: SplitOption = None,
     text_column: TextColumns = None,
     label_column: LabelColumn = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
     max_length: LengthOption = None,
     batch_size: BatchOption = 32,
     head: HeadOption = None,
 ) -> None:
     """Score an adapter on labelled data; metrics as JSON on standard output."""
-    with _one_line_errors():
-        _quiet()
-        from ptv2_fast.training.predict import evaluate
-        from ptv2_fast.training.runs import DataSource, load_trained
+    quiet()
+    from ptv2_fast.training.flags import source_of
+    from ptv2_fast.training.loading import load_trained
+    from ptv2_fast.training.predict import evaluate
+    from ptv2_fast.training.run_folder import plain_json
 
-        loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
-        source = DataSource(data, split, tuple(text_column or ()), label_column)
-        examples = source.read(loaded.codec.task_type, loaded.codec.labels)
-        features = loaded.codec.encode(examples)
+    given = dict(locals())
+    loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
+    examples = source_of(data, given, loaded.columns).read(loaded.codec.task_type, loaded.codec.labels)
+    loaded.check_parts(data, examples)
+    features = loaded.codec.encode(examples)
     options: dict[str, Any] = {"features": features, "batch_size": batch_size, "head": head}
-    typer.echo(json.dumps({**evaluate(loaded.model, loaded.codec, examples, **options), "examples": len(examples)}))
+    scores = evaluate(loaded.model, loaded.codec, examples, **options)
+    typer.echo(plain_json({**scores, "examples": len(examples)}))
 
 
 @app.command()
@@ -210,28 +221,35 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     model: ModelOption = None,
     max_length: LengthOption = None,
+    split: SplitOption = None,
+    text_column: TextColumns = None,
+    label_column: LabelColumn = None,
+    prompt_column: PromptColumn = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of generated text.")] = 64,
     batch_size: BatchOption = 32,
     head: HeadOption = None,
 ) -> None:
     """Classes, tags, answers or continued text for texts, a file or standard input."""
-    with _one_line_errors():
-        if texts and file:
-            raise ValueError("give texts or --file, not both")
-        _quiet()
-        from ptv2_fast.training.records import examples_of, line_of, records_of
-        from ptv2_fast.training.runs import DataSource, load_trained
+    given = dict(locals())
+    if texts and file:
+        raise ValueError("give texts or --file, not both")
+    quiet()
+    from ptv2_fast.training.flags import source_of
+    from ptv2_fast.training.loading import load_trained
+    from ptv2_fast.training.records import examples_of, line_of, records_of
+    from ptv2_fast.training.run_folder import plain_json
 
-        loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
-        task_type = loaded.codec.task_type
-        if file is not None:
-            examples = DataSource(file).read(task_type, labelled=False)
-        else:
-            where = "text" if texts else "standard input"
-            examples = examples_of(texts or sys.stdin, task_type, where=where, context=context)
-        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        for record in records_of(loaded, examples, **options):
-            typer.echo(json.dumps(record, ensure_ascii=False) if as_json else line_of(record))
+    loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
+    task_type = loaded.codec.task_type
+    if file is not None:
+        examples = source_of(file, given, loaded.columns).read(task_type, labelled=False)
+    else:
+        where = "text" if texts else "standard input"
+        examples = examples_of(texts or sys.stdin, task_type, where=where, context=context)
+    loaded.check_parts(file or "text", examples)
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    for record in records_of(loaded, examples, **options):
+        typer.echo(plain_json(record) if as_json else line_of(record))
 
 
 @app.command()
@@ -242,12 +260,11 @@ def export(
     model: ModelOption = None,
 ) -> None:
     """Trained prompts as plain tensors, for servers that know nothing of this package."""
-    with _one_line_errors():
-        _quiet()
-        from ptv2_fast.export import export_prompts
-        from ptv2_fast.training.runs import load_trained
+    quiet()
+    from ptv2_fast.export import export_prompts
+    from ptv2_fast.training.loading import load_trained
 
-        export_prompts(load_trained(adapter, model=model).model, output, content.value)
+    export_prompts(load_trained(adapter, model=model).model, output, content.value)
     typer.echo(f"{output}: {content.value} of {adapter}")
 
 
@@ -257,11 +274,10 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """What an adapter is, or what prompts for a model would cost; no weights are loaded."""
-    with _one_line_errors():
-        _quiet()
-        from ptv2_fast.training.info import facts_of
+    quiet()
+    from ptv2_fast.training.info import facts_of
 
-        facts = facts_of(name)
+    facts = facts_of(name)
     for one in facts:
         if as_json:
             typer.echo(json.dumps(one, ensure_ascii=False))
@@ -272,66 +288,10 @@ def info(
             typer.echo(f"{key:<{width}}  {shown}")
 
 
-def _request(flags: dict[str, Any]) -> Any:
-    """The run that flags and recipe describe; a flag that was given wins over the recipe."""
-    from ptv2_fast.training.fit import FitSettings
-    from ptv2_fast.training.recipes import get_recipe
-    from ptv2_fast.training.runs import DataSource, TrainRequest
-
-    recipe = get_recipe(flags["recipe"]) if flags["recipe"] is not None else None
-
-    def value(flag: str, attribute: str, default: T) -> T:
-        if flags[flag] is not None:
-            return flags[flag].value if isinstance(flags[flag], Enum) else flags[flag]
-        return default if recipe is None else getattr(recipe, attribute)
-
-    def needed(flag: str, attribute: str) -> str:
-        found: str | None = value(flag, attribute, None)
-        if found is None:
-            raise ValueError(f"--{flag} is needed where no --recipe gives it")
-        return found
-
-    model, task_type = needed("model", "base"), needed("task", "task_type")
-    columns = (tuple(flags["text_column"] or ()), flags["label_column"])
-    dev = None
-    if flags["dev"] is not None or flags["dev_split"] is not None:
-        dev = DataSource(flags["dev"] or flags["data"], flags["dev_split"], *columns)
-    fit = FitSettings(
-        learning_rate=value("lr", "learning_rate", 1e-2),
-        epochs=value("epochs", "epochs", 10),
-        batch_size=value("batch_size", "batch_size", 32),
-        gradient_accumulation=flags["gradient_accumulation"],
-        schedule=value("schedule", "lr_schedule", "linear"),
-        decay=recipe.lr_decay if recipe is not None else 0.95,
-        weight_decay=recipe.weight_decay if recipe is not None else 0.0,
-        max_grad_norm=recipe.max_grad_norm if recipe is not None else 1.0,
-        early_stopping=flags["early_stopping"],
-        seed=flags["seed"],
-        bf16=flags["bf16"],
-    )
-    return TrainRequest(
-        model=model,
-        task_type=task_type,
-        data=DataSource(flags["data"], flags["split"], *columns),
-        dev=dev,
-        fit=fit,
-        num_virtual_tokens=value("num_virtual_tokens", "num_virtual_tokens", 20),
-        injection=flags["injection"].value,
-        layers=_layers(flags["layers"]),
-        init=flags["init"].value if flags["init"] is not None else None,
-        reparameterization=value("reparameterization", "reparameterization_hidden_size", None),
-        prompt_dropout=flags["prompt_dropout"],
-        pooling=flags["pooling"].value if flags["pooling"] is not None else None,
-        max_length=value("max_length", "max_length", None),
-        doc_stride=value("doc_stride", "doc_stride", None) or 128,
-        dropout=recipe.dropout if recipe is not None else None,
-    )
-
-
 # Flags of `search` that mean what they mean in `train`, and what `train` has where `search` has no flag.
 _SHARED_WITH_TRAIN = (
     "data", "dev", "model", "task", "recipe", "epochs", "batch_size", "max_length", "seed", "bf16", "text_column",
-    "label_column",
+    "label_column", "prompt_column", "completion_column",
 )  # fmt: skip
 _TRAIN_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(inspect.signature(train).parameters),
@@ -339,43 +299,6 @@ _TRAIN_DEFAULTS: dict[str, Any] = {
     "prompt_dropout": 0.0,
     "gradient_accumulation": 1,
 }
-
-
-def _numbers(flag: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{flag} must be numbers between commas; got {text!r}") from None
-
-
-def _layers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--layers must be integers between commas, as in 0,1,-1; got {text!r}") from None
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Errors that the user can mend become one line and exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"ptv2-fast: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-    except ModuleNotFoundError as error:
-        typer.echo(f"ptv2-fast: {error}; `pip install ptv2-fast[train,search]` brings what is needed", err=True)
-        raise typer.Exit(2) from None
-
-
-def _quiet() -> None:
-    """Loading says nothing: what matters is said by the commands themselves."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 main: Callable[[], None] = app

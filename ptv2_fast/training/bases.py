@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ _DROPOUTS = ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop")
 
 
 def load_base(
-    name: str | Path, task_type: str, *, own_head: bool = False, dropout: float | None = None
+    name: str | Path,
+    task_type: str,
+    *,
+    own_head: bool = False,
+    num_labels: int | None = None,
+    dropout: float | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A float32 model and its tokenizer.
 
@@ -33,6 +39,7 @@ def load_base(
         task_type: CAUSAL_LM loads a language model; the others the backbone, or with `own_head` the
             transformers model that has a head for the task.
         own_head: see task_type.
+        num_labels: outputs of that head; None means as the base's configuration says.
         dropout: of the base's hidden states while training; None keeps the model's own.
 
     Raises:
@@ -43,6 +50,8 @@ def load_base(
     kind = _AUTO[task_type] if own_head or task_type == "CAUSAL_LM" else "AutoModel"
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        if num_labels is not None and config.num_labels != num_labels:
+            config.num_labels = num_labels
         family = families().get(config.model_type)
         if family is not None and not reads_text(family):
             raise ValueError(f"it reads {family.reads}; the command line and ptv2_fast.training serve texts")
@@ -60,6 +69,25 @@ def load_base(
         base.is_quantized = False
     base.config.name_or_path = str(Path(source, *options.values()))
     return base.eval(), tokenizer
+
+
+def head_size(name: str | Path, task_type: str, shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """How many outputs a saved copy of a base's head has; None where no tensor tells.
+
+    Args:
+        shapes: of the saved tensors, by their names in the adapter file ("base_heads.classifier.bias").
+    """
+    source, options = locate(name)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        # A number that no other size of the model is: the tensors that have it are the outputs'.
+        config.num_labels = mark = 7919
+        with torch.device("meta"):
+            model = getattr(transformers, _AUTO[task_type]).from_config(config)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+    outputs = (f"base_heads.{key}" for key, tensor in model.named_parameters() if tensor.shape[0] == mark)
+    return next((shapes[key][0] for key in outputs if key in shapes), None)
 
 
 def locate(name: str | Path) -> tuple[str, dict[str, str]]:

@@ -6,10 +6,9 @@ by a factor each epoch, rows of similar length in one batch, the best epoch on d
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ptv2_fast.training.checkpoints import last_whole
 from ptv2_fast.training.metrics import Metric, metric_for
 from ptv2_fast.training.predict import evaluate
 from ptv2_fast.training.progress import TrainingProgress
@@ -121,6 +121,17 @@ class FitResult:
     tokens_per_second: float
 
 
+class Diverged(RuntimeError):
+    """The loss or the weights are no numbers any more.
+
+    `kept` describes the epoch before that whose weights the model has got back; None where there was none.
+    """
+
+    def __init__(self, message: str, kept: FitResult | None = None):
+        super().__init__(message)
+        self.kept = kept
+
+
 def fit(
     model: nn.Module,
     codec: TaskCodec,
@@ -147,13 +158,15 @@ def fit(
 
     Raises:
         ValueError: early stopping without dev rows, or rows that the codec refuses.
+        Diverged: the loss or the weights are no numbers any more.
     """
     if settings.early_stopping is not None and not dev:
         raise ValueError(f"early_stopping needs dev rows to watch; got {settings.early_stopping!r} and none")
     metric = metric_for(codec.task_type)
     features = codec.encode(train)
     clock = _Clock()
-    watchers: list[TrainerCallback] = [clock, *callbacks]
+    guard = _Guard(settings)
+    watchers: list[TrainerCallback] = [clock, guard, *callbacks]
     if settings.early_stopping is not None:
         watchers.append(EarlyStoppingCallback(settings.early_stopping))
     with ExitStack() as stack:
@@ -168,19 +181,34 @@ def fit(
             callbacks=watchers,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.settings, trainer.codec, trainer.clock = settings, codec, clock
+        trainer.settings, trainer.codec, trainer.clock, trainer.guard = settings, codec, clock, guard
         trainer.dev_features = codec.encode(dev) if dev else []
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=_last_whole(Path(checkpoints)) if resume else None)
+        guard.saved = last_whole(Path(checkpoints)) if resume else None
+        diverged: Diverged | None = None
+        try:
+            trainer.train(resume_from_checkpoint=guard.saved)
+        except Diverged as error:
+            diverged = error
+            best = trainer.state.best_model_checkpoint if settings.restore_best else None
+            if guard.saved is not None:
+                trainer._load_from_checkpoint(best or guard.saved, model)
         seconds = time.perf_counter() - start
         # Under bf16 accelerate has put autocast around the module's forward; the caller gets it bare.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    state = trainer.state
+    result = _result(trainer, metric, seconds)
+    if diverged is not None:
+        raise Diverged(str(diverged), result if guard.saved is not None else None) from diverged
+    return result
+
+
+def _result(trainer: _Trainer, metric: Metric, seconds: float) -> FitResult:
+    state, clock = trainer.state, trainer.clock
     epochs = float(state.epoch or 0)
-    best_epoch, scores = _best(state.log_history, metric, last=not settings.restore_best)
+    best_epoch, scores = _best(state.log_history, metric, last=not trainer.settings.restore_best)
     return FitResult(
         metric=metric.name,
-        best_epoch=best_epoch if scores else round(epochs),
+        best_epoch=best_epoch if scores else trainer.guard.epoch,
         scores=scores,
         history=state.log_history,
         epochs=epochs,
@@ -238,6 +266,7 @@ class _Trainer(Trainer):
     settings: FitSettings
     codec: TaskCodec
     clock: _Clock
+    guard: _Guard
     dev_features: list[dict[str, Any]]
     # What `fit` gives it, of the many kinds that Trainer takes.
     model: nn.Module
@@ -273,7 +302,9 @@ class _Trainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's step, with its real tokens counted."""
         self.clock.tokens += int(inputs["attention_mask"].sum())
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.guard.check(self.state, "the loss", [loss])
+        return loss
 
 
 class _Clock(TrainerCallback):
@@ -293,6 +324,37 @@ class _Clock(TrainerCallback):
         self.seconds += time.perf_counter() - self._started
 
 
+class _Guard(TrainerCallback):
+    """Stops a run whose loss or weights are no numbers any more, before they are saved; knows what was saved last."""
+
+    def __init__(self, settings: FitSettings) -> None:
+        self.settings = settings
+        self.saved: str | None = None
+        self.epoch = 0
+
+    def check(self, state: Any, what: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Raise Diverged where a number is NaN or infinite."""
+        if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            return
+        raise Diverged(
+            f"{what} became NaN or infinite in epoch {float(state.epoch or 0):.2f}, step {state.global_step}: training"
+            f" stopped; try a smaller learning rate than {self.settings.learning_rate:g} (--lr)"
+            f"{', or without --bf16' if self.settings.bf16 else ''}"
+        )
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.check(state, "a weight", (p.detach() for p in model.parameters() if p.requires_grad))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = round(state.epoch or 0)
+        if state.best_model_checkpoint:
+            # A resumed run may have been moved, or be called from another folder.
+            state.best_model_checkpoint = str(Path(args.output_dir) / Path(state.best_model_checkpoint).name)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved, self.epoch = str(Path(args.output_dir) / f"checkpoint-{state.global_step}"), round(state.epoch)
+
+
 def _best(history: Sequence[Mapping[str, Any]], metric: Metric, *, last: bool) -> tuple[int, dict[str, float]]:
     """The first of the best epochs, as Trainer chooses, or the last one, and its scores; (0, {}) without scores."""
     key = f"eval_{metric.name}"
@@ -303,15 +365,3 @@ def _best(history: Sequence[Mapping[str, Any]], metric: Metric, *, last: bool) -
     best = records[-1] if last else max(records, key=lambda record: sign * record[key])
     scores = {name[5:]: value for name, value in best.items() if name.startswith("eval_")}
     return round(best["epoch"]), scores
-
-
-def _last_whole(checkpoints: Path) -> str | None:
-    """The newest checkpoint that was written to its end: Trainer writes its state last."""
-    found = []
-    for folder in checkpoints.glob("checkpoint-*"):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((int(folder.name.removeprefix("checkpoint-")), str(folder)))
-        except (OSError, ValueError):
-            continue
-    return max(found)[1] if found else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -11,12 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# A first row that holds one of these (any case) names its columns; any other first row is data.
-HEADER_NAMES = frozenset(
-    "text sentence text_pair text_a text_b sentence1 sentence2 premise hypothesis question"
-    " question1 question2 passage context review comment content label labels class category"
-    " sentiment target prompt completion".split()
-)
 DELIMITED_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 CONLL_SUFFIXES = (".conll", ".iob", ".iob2", ".bio")
@@ -26,10 +18,14 @@ FILE_SUFFIXES = (*DELIMITED_SUFFIXES, *JSON_SUFFIXES, *CONLL_SUFFIXES, *TEXT_SUF
 
 @dataclass(frozen=True)
 class Row:
-    """One record as the file has it; `where` names the file and the line for error messages."""
+    """One record as the file has it; `where` names the file and the line for error messages.
+
+    `lines` are those of the record's tokens, where each has its own.
+    """
 
     where: str
     values: dict[str, Any]
+    lines: tuple[int, ...] | None = None
 
 
 def read_text(path: Path) -> str:
@@ -69,64 +65,6 @@ def text_rows(path: Path) -> Iterator[Row]:
             yield Row(f"{path}, line {number}", {"text": line})
 
 
-def delimited_rows(path: Path, named: tuple[str, ...] = ()) -> Iterator[Row]:
-    """Rows of a CSV (quotes as in RFC 4180) or TSV (no quoting: a tab always ends a column).
-
-    The first row is a header when it holds a name of `HEADER_NAMES`, or when the caller named
-    columns; without a header the columns are `sentence<TAB>label`, or one column `text`.
-
-    Raises:
-        ValueError: a row has more or fewer columns than the first one, or the quoting is broken.
-    """
-    header: list[str] | None = None
-    for where, cells in _delimited_cells(path):
-        if header is None:
-            if named or any(cell.strip().lower() in HEADER_NAMES for cell in cells):
-                header = [_column_name(cell.strip(), named) for cell in cells]
-                repeated = sorted({name for name in header if header.count(name) > 1})
-                if repeated:
-                    raise ValueError(f"{where}: column names must differ; repeated: {repeated}")
-                missing = [name for name in named if name not in header]
-                if missing:
-                    raise ValueError(f"{where}: expected the columns {missing}; got {header}")
-                continue
-            if len(cells) > 2:
-                raise ValueError(
-                    f"{where}: expected a header row or sentence<separator>label;"
-                    f" got {len(cells)} columns without a known name: {cells}"
-                )
-            header = ["sentence", "label"] if len(cells) == 2 else ["text"]
-        if len(cells) != len(header):
-            raise ValueError(f"{where}: expected {len(header)} columns {header}; got {len(cells)}: {cells}")
-        yield Row(where, dict(zip(header, cells, strict=True)))
-
-
-def _column_name(cell: str, named: tuple[str, ...]) -> str:
-    known = cell not in named and cell.lower() in HEADER_NAMES
-    return cell.lower() if known else cell
-
-
-def _delimited_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
-    text = read_text(path)
-    separator = DELIMITED_SUFFIXES[path.suffix.lower()]
-    if separator == "\t":
-        for number, line in lines_of(text):
-            if line.strip():
-                yield f"{path}, line {number}", line.split("\t")
-        return
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    while True:
-        where = f"{path}, line {reader.line_num + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(f"{where}: expected comma-separated values; {error}") from error
-        if any(cell.strip() for cell in cells):
-            yield where, cells
-
-
 def json_rows(path: Path) -> Iterator[Row]:
     """Rows of JSON lines, of a JSON list of objects, or of SQuAD's nested JSON.
 
@@ -136,7 +74,7 @@ def json_rows(path: Path) -> Iterator[Row]:
     text = read_text(path)
     if path.suffix.lower() == ".json":
         try:
-            root = json.loads(text)
+            root = _parsed(text)
         except json.JSONDecodeError as error:
             # "Extra data" after a whole object: JSON lines under the suffix .json.
             if not error.msg.startswith("Extra data"):
@@ -153,7 +91,7 @@ def json_rows(path: Path) -> Iterator[Row]:
             continue
         where = f"{path}, line {number}"
         try:
-            values = json.loads(line)
+            values = _parsed(line)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{where}: expected one JSON object a line; {error.msg} at column {error.colno}"
@@ -162,6 +100,20 @@ def json_rows(path: Path) -> Iterator[Row]:
             # What JSON allows and Python does not read: numbers of thousands of digits, endless nesting.
             raise ValueError(f"{where}: expected one JSON object a line; {error}") from error
         yield Row(where, _json_object(where, values))
+
+
+def _parsed(text: str) -> Any:
+    """JSON, with a name twice in one object refused: one of its two values would be lost."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"names in an object must differ; repeated: {repeated}")
+    return values
 
 
 def _json_object(where: str, values: object) -> dict[str, Any]:
@@ -200,12 +152,13 @@ def _member(where: str, values: object, key: str) -> list[Any]:
     return member
 
 
-def conll_rows(path: Path, tagged: bool = True) -> Iterator[Row]:
-    """Sentences of a CoNLL file as rows with `tokens`, `tags` and `lines` (of each token).
+def conll_rows(path: Path, tagged: bool = True, *, notes: list[str]) -> Iterator[Row]:
+    """Sentences of a CoNLL file as rows with `tokens`, `tags` and the line of each token.
 
     A line is `token<TAB or spaces>...<tag>`: the first column is the token, the last the tag. A
     line of white space ends a sentence; `-DOCSTART-` lines are skipped; spaces around a column are
-    tolerated. With `tagged=False` a line may hold the token alone.
+    tolerated. With `tagged=False` a line may hold the token alone. `notes` is given a line that
+    counts the columns between them.
 
     Raises:
         ValueError: a line has no token or, when `tagged`, no tag.
@@ -213,14 +166,16 @@ def conll_rows(path: Path, tagged: bool = True) -> Iterator[Row]:
     tokens: list[str] = []
     tags: list[str] = []
     lines: list[int] = []
+    between = starts = 0
 
     def sentence() -> Row:
-        return Row(f"{path}, line {lines[0]}", {"tokens": tokens, "tags": tags, "lines": lines})
+        return Row(f"{path}, line {lines[0]}", {"tokens": tokens, "tags": tags}, tuple(lines))
 
     for number, line in lines_of(read_text(path)):
         # Only ASCII blanks separate: a no-break space or an emoji selector can be a token.
         content = line.strip(" \t\r")
         if content and content.split("\t")[0].split(" ")[0] == "-DOCSTART-":
+            starts += 1
             content = ""
         if not content:
             if tokens:
@@ -232,10 +187,15 @@ def conll_rows(path: Path, tagged: bool = True) -> Iterator[Row]:
             raise ValueError(f"{path}, line {number}: expected token<TAB>tag; got {line!r}")
         tokens.append(columns[0])
         lines.append(number)
+        between = max(between, len(columns) - 2)
         if len(columns) > 1:
             tags.append(columns[-1])
     if tokens:
         yield sentence()
+    columns_between = f"up to {between} columns between token and tag"
+    left = [text for count, text in ((between, columns_between), (starts, f"{starts} document marks")) if count > 0]
+    if left:
+        notes.append(f"{path}: left out: {' and '.join(left)}")
 
 
 def _conll_columns(line: str) -> list[str]:
@@ -273,7 +233,7 @@ def _load_dataset(name: str) -> Any:
             return datasets.load_dataset(name)
         repository, _, configuration = name.partition(":")
         return datasets.load_dataset(repository, configuration or None)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its loaders raise what they like; the message is theirs
         raise FileNotFoundError(
             f"{name}: expected a data file ({', '.join(FILE_SUFFIXES)}), a `datasets` folder or the"
             f" name of a dataset; it could not be loaded: {error}"

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from ptv2_fast.training.runs import read_description
+from ptv2_fast.training.loading import read_description
 
 
 def facts_of(name: str) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptv2_fast.training.tags import stray_insides
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -72,7 +74,8 @@ def entity_scores(
 
     An entity counts when its type and both of its ends are right. Strict IOB2: only B-x begins an
     entity, a stray I-x is none. With strict=False a stray I-x begins one, as in the script of the
-    CoNLL-2003 task, by which most published numbers are computed.
+    CoNLL-2003 task, by which most published numbers are computed. References in which an entity
+    begins with I-x are IOB1, and both sides are read in that way.
 
     Raises:
         ValueError: not as many sentences, or not as many tags in a sentence.
@@ -87,7 +90,7 @@ def entity_scores(
 
     truth, guess = [list(tags) for tags in references], [list(tags) for tags in predictions]
     options: dict[str, Any] = {"zero_division": 0}
-    if strict:
+    if strict and not any(map(stray_insides, truth)):
         options |= {"mode": "strict", "scheme": IOB2}
     return {
         "f1": float(f1_score(truth, guess, **options)),

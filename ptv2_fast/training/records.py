@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ptv2_fast.training.data import check_text
+from ptv2_fast.training.loading import LoadedAdapter
 from ptv2_fast.training.predict import predict
-from ptv2_fast.training.runs import LoadedAdapter
 
 # Words with inner apostrophes and hyphens, numbers with inner points and commas, other signs alone.
 _WORD = re.compile(r"\w+(?:['’\-.,]\w+)*|[^\w\s]")
@@ -34,6 +35,7 @@ def examples_of(
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        check_text(f"{where}, line {number}", line)
         if task_type == "SEQ_CLS":
             examples.append({"text": line.strip()})
         elif task_type == "TOKEN_CLS":
@@ -50,13 +52,18 @@ def examples_of(
 
 def _question(line: str, where: str, context: str | None) -> dict[str, str]:
     if context is not None:
+        if not check_text("--context", context).strip():
+            raise ValueError(f"--context (context) must be the text that the questions are about; got {context!r}")
         return {"question": line.strip(), "context": context}
     try:
         values = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict) or not all(isinstance(values.get(k), str) for k in ("question", "context")):
         raise ValueError(f"{where}: expected a context, or a JSON object with 'question' and 'context'")
+    for key in ("question", "context"):
+        if not check_text(where, values[key]).strip():
+            raise ValueError(f"{where}: expected text in {key!r}; got {values[key]!r}")
     return {"question": values["question"], "context": values["context"]}
 
 

@@ -1,13 +1,4 @@
-"""Whole runs, as the command line starts them: check everything, train, and leave a folder behind.
-
-A run's folder holds
-
-    ptv2_model.safetensors, ptv2_config.json   the adapter at its best epoch
-    settings.json                              what the run was asked for; `--resume` compares it
-    metrics.json                               dev scores, history, speed
-    curves.png                                 losses and metrics over the steps
-    checkpoints/                               Trainer's checkpoints: the best and the last epoch
-"""
+"""Whole runs, as the command line starts them: check everything, train, and leave a folder behind (`run_folder`)."""
 
 from __future__ import annotations
 
@@ -20,18 +11,17 @@ from typing import Any
 import torch
 
 from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
-from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_whole
-from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig
+from ptv2_fast.config import HEAD_TASKS, HeadConfig
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
 from ptv2_fast.training.bases import load_base
 from ptv2_fast.training.batches import PadCollator
 from ptv2_fast.training.curves import plot_curves
 from ptv2_fast.training.data import LabelSet, read_examples
-from ptv2_fast.training.fit import FitResult, FitSettings, fit
+from ptv2_fast.training.fit import Diverged, FitResult, FitSettings, fit
+from ptv2_fast.training.loading import load_trained as load_trained
+from ptv2_fast.training.run_folder import CURVES_NAME, RunFolder, digest_of
 from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec, starting_texts
-
-SETTINGS_NAME, METRICS_NAME, CURVES_NAME, CHECKPOINTS = "settings.json", "metrics.json", "curves.png", "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -42,6 +32,8 @@ class DataSource:
     split: str | None = None
     text_column: tuple[str, ...] = ()
     label_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
 
     def read(self, task_type: str, labels: LabelSet | None = None, *, labelled: bool = True) -> list[dict[str, Any]]:
         """The examples, checked; see `read_examples`."""
@@ -50,6 +42,8 @@ class DataSource:
             task_type,
             text_column=self.text_column or None,
             label_column=self.label_column,
+            prompt_column=self.prompt_column,
+            completion_column=self.completion_column,
             split=self.split,
             labels=labels,
             labelled=labelled,
@@ -99,26 +93,45 @@ class PreparedRun:
     codec: TaskCodec
     train: Sequence[Mapping[str, Any]]
     dev: Sequence[Mapping[str, Any]] | None
-    output: Path
+    folder: RunFolder
     resume: bool
 
     def execute(self, title: str | None = "training") -> FitResult:
-        """Train and write the folder; the adapter is written last but for the picture."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        found = {"no_answer": self.codec.no_answer, "row_length": self.codec.max_length}
-        settings = {**_plain(self.request), **found}
-        _write_json(self.output / SETTINGS_NAME, settings)
-        result = fit(
-            self.model,
-            self.codec,
-            self.train,
-            self.dev,
-            settings=self.request.fit,
-            checkpoints=self.output / CHECKPOINTS,
-            resume=self.resume,
-            title=title,
-        )
-        self.model.save_pretrained(self.output)
+        """Train and write the folder; what was in it is replaced when the run has something better to give.
+
+        Raises:
+            Diverged: the loss or the weights are no numbers any more. The best epoch before that is in the folder,
+                where there was one; else the folder's adapter is what it was.
+        """
+        if self.resume:
+            self.folder.clean()
+        else:
+            self.folder.begin(_asked(self.request), _digests(self.train, self.dev))
+        try:
+            result = fit(
+                self.model,
+                self.codec,
+                self.train,
+                self.dev,
+                settings=self.request.fit,
+                checkpoints=self.folder.checkpoints,
+                resume=self.resume,
+                title=title,
+            )
+        except Diverged as error:
+            if error.kept is None:
+                raise Diverged(f"{error}; no epoch was good, nothing was saved") from error
+            self._finish(error.kept)
+            kept = f"{error}; epoch {error.kept.best_epoch}, the best before, is kept in {self.folder.path}"
+            raise Diverged(kept, error.kept) from error
+        self._finish(result)
+        return result
+
+    def identity(self) -> dict[str, Any]:
+        """What the run was asked for and digests of its data, as plain JSON values; paths do not matter."""
+        return {**_asked(self.request), "digests": _digests(self.train, self.dev)}
+
+    def _finish(self, result: FitResult) -> None:
         trained, total = self.model.trainable_parameters()
         metrics = {
             "metric": result.metric,
@@ -131,9 +144,13 @@ class PreparedRun:
             "tokens_per_second": round(result.tokens_per_second, 1),
             "history": list(result.history),
         }
-        _write_json(self.output / METRICS_NAME, metrics)
-        plot_curves(result.history, self.output / CURVES_NAME)
-        return result
+        found = {
+            "no_answer": self.codec.no_answer,
+            "row_length": self.codec.max_length,
+            "reads": sorted(self.train[0]),
+        }
+        self.folder.finish(self.model.save_pretrained, {**_plain(self.request), **found}, metrics)
+        plot_curves(result.history, self.folder.path / CURVES_NAME)
 
 
 def prepare(
@@ -150,8 +167,8 @@ def prepare(
         FileNotFoundError: a file, folder or dataset does not exist.
         ValueError: data, model and settings do not fit together; the message names what.
     """
-    output = Path(output)
-    _check_output(output, request, resume, overwrite)
+    folder = RunFolder(Path(output))
+    folder.check(_asked(request), resume=resume, overwrite=overwrite)
     train = request.data.read(request.task_type)
     labels = None
     if request.task_type in ("SEQ_CLS", "TOKEN_CLS"):
@@ -159,8 +176,11 @@ def prepare(
         if len(labels) < 2:
             raise ValueError(f"{request.data.path}: expected at least two classes; got {list(labels.names)}")
     dev = request.dev.read(request.task_type, labels) if request.dev is not None else None
+    _check_alike(request, train, dev)
     if request.fit.early_stopping is not None and dev is None:
         raise ValueError("early stopping needs dev data to watch; got none")
+    if resume:
+        folder.check_data(_digests(train, dev))
     base, tokenizer = load_base(request.model, request.task_type, dropout=request.dropout)
     codec = TaskCodec(
         request.task_type,
@@ -173,25 +193,42 @@ def prepare(
     torch.manual_seed(request.fit.seed)
     model = _build(request, base, codec, train)
     _try_longest(model, codec, [*train, *(dev or ())])
-    return PreparedRun(request, model, codec, train, dev, output, resume)
+    return PreparedRun(request, model, codec, train, dev, folder, resume)
 
 
-def _check_output(output: Path, request: TrainRequest, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise ValueError("resume and overwrite contradict each other; give one of them")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output must be a folder; {output} is a file")
-    if resume:
-        kept, asked = read_settings(output), json.loads(json.dumps(_plain(request)))
-        if kept is None:
-            raise ValueError(f"{output} holds no run to resume: there is no {SETTINGS_NAME}")
-        differing = [f"{key} was {kept.get(key)!r}, is {asked[key]!r}" for key in asked if kept.get(key) != asked[key]]
-        if differing:
-            raise ValueError(f"{output} holds a run that was asked for something else: {'; '.join(differing)}")
-    elif output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ValueError(f"output {output} is not empty; resume the run in it, overwrite it, or name another folder")
-    elif output.is_dir() and overwrite and any(output.iterdir()) and read_settings(output) is None:
-        raise ValueError(f"output {output} holds something else than a run; it is not overwritten")
+def _check_alike(
+    request: TrainRequest, train: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """Refuse dev examples that have other parts than those of training: pairs and single texts, say."""
+    if request.dev is None or not dev:
+        return
+    there, here = (set(examples[0]) - {"id"} for examples in (train, dev))
+    if there != here:
+        raise ValueError(
+            f"{request.dev.path}: expected {' and '.join(sorted(there))} as in {request.data.path};"
+            f" got {' and '.join(sorted(here))}; name the columns (--text-column, --prompt-column, --completion-column)"
+        )
+
+
+def _digests(
+    train: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]] | None
+) -> dict[str, str | None]:
+    return {"--data": digest_of(train), "--dev": digest_of(dev) if dev is not None else None}
+
+
+def _plain(request: TrainRequest) -> dict[str, Any]:
+    """The request as plain JSON values."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(request)))
+    return plain
+
+
+def _asked(request: TrainRequest) -> dict[str, Any]:
+    """What a resumed run must be asked for again; where its data lies does not matter, what it holds does."""
+    asked = _plain(request)
+    for source in (asked["data"], asked["dev"]):
+        if source is not None:
+            del source["path"]
+    return asked
 
 
 def _usual_length(request: TrainRequest, base: Any) -> int:
@@ -240,126 +277,3 @@ def _try_longest(model: PTuningV2Model, codec: TaskCodec, examples: Sequence[Map
     batch = PadCollator(codec.tokenizer, padding_side="right")([longest])
     model.eval()
     model(**batch)
-
-
-def read_settings(folder: str | Path) -> dict[str, Any] | None:
-    """What the run in a folder was asked for; None where the folder holds no run.
-
-    Raises:
-        ValueError: the file is not JSON.
-    """
-    path = Path(folder) / SETTINGS_NAME
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(values).__name__}")
-    return values
-
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """A trained adapter on its base, ready to predict."""
-
-    model: PTuningV2Model
-    codec: TaskCodec
-    head: str | None
-
-
-def load_trained(
-    folder: str | Path, *, model: str | None = None, max_length: int | None = None, head: str | None = None
-) -> LoadedAdapter:
-    """Load an adapter folder on the base it was trained on.
-
-    Args:
-        folder: what `prepare(...).execute()` or `save_pretrained` wrote.
-        model: the base, where it is not where it was.
-        max_length: tokens of a row; None means as in training, where the folder says it.
-        head: which head, where there are several.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no such base.
-        ValueError: the folder holds no whole adapter, or the base is another one.
-    """
-    description = read_description(folder)
-    config = PTuningV2Config.from_dict(description["config"])
-    name = model or description["base"].get("name_or_path")
-    if not name:
-        raise ValueError(f"{folder} does not say which base it was trained on; name it")
-    chosen = _chosen_head(config, head)
-    task_type = chosen.task_type if chosen is not None else config.task_type
-    if task_type in FEATURE_TASKS:
-        raise ValueError(f"{folder} is an adapter for {task_type}; the command line and ptv2_fast.training serve texts")
-    if task_type not in DEFAULT_MAX_LENGTH:
-        raise ValueError(f"{folder} is an adapter for {task_type}, which predicts nothing by itself")
-    own_head = config.heads is None and task_type in HEAD_TASKS
-    base, tokenizer = load_base(name, task_type, own_head=own_head)
-    adapter = PTuningV2Model.from_pretrained(base, folder)
-    settings = read_settings(folder) or {}
-    codec = TaskCodec(
-        task_type,
-        tokenizer,
-        _labels(chosen, base, task_type),
-        max_length=max_length or settings.get("row_length") or DEFAULT_MAX_LENGTH[task_type],
-        doc_stride=settings.get("doc_stride", 128),
-        no_answer=settings.get("no_answer", False),
-    )
-    return LoadedAdapter(adapter, codec, head)
-
-
-def read_description(folder: str | Path) -> dict[str, Any]:
-    """The description of the single adapter in a folder.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no adapter, or its description is damaged.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"adapter folder {folder} does not exist")
-    if not (folder / WEIGHTS_NAME).is_file() or not (folder / CONFIG_NAME).is_file():
-        below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-        hint = f"; name one of its folders {', '.join(below)}" if below else ""
-        raise ValueError(f"{folder} holds no adapter ({WEIGHTS_NAME} and {CONFIG_NAME}){hint}")
-    path = folder / CONFIG_NAME
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON: {error}") from error
-    parts = {"config": dict, "base": dict}
-    if not isinstance(description, dict) or not all(isinstance(description.get(k), t) for k, t in parts.items()):
-        raise ValueError(f"{path} must hold a description with 'config' and 'base'")
-    return description
-
-
-def _chosen_head(config: PTuningV2Config, head: str | None) -> HeadConfig | None:
-    if not config.heads:
-        if head is not None:
-            raise ValueError(f"head must be None for an adapter without named heads; got {head!r}")
-        return None
-    if head is None and len(config.heads) == 1:
-        return next(iter(config.heads.values()))
-    if head not in config.heads:
-        raise ValueError(f"head must be one of {', '.join(config.heads)}; got {head!r}")
-    return config.heads[head]
-
-
-def _labels(head: HeadConfig | None, base: Any, task_type: str) -> LabelSet | None:
-    if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
-        return None
-    if head is None:
-        names = base.config.id2label
-        return LabelSet(tuple(names[index] for index in range(len(names))))
-    return LabelSet(tuple(head.labels or (str(index) for index in range(head.num_labels))))
-
-
-def _plain(request: TrainRequest) -> dict[str, Any]:
-    return asdict(request)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

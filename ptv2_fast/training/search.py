@@ -2,7 +2,8 @@
 
 A search's folder holds
 
-    trials.log      every trial, written as it ends; a search that is started again goes on with it
+    trials.log      every trial, written as it ends; a search that is started again goes on with it,
+                    and draws what it would have drawn without the stop
     trials.md       the table of all trials, best first
     trials.png      metric against learning rate, a colour for each P and a marker for each injection
     best/           the run folder of the best trial so far
@@ -10,19 +11,23 @@ A search's folder holds
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ptv2_fast.checkpoint import write_whole
-from ptv2_fast.training.metrics import metric_for
+from ptv2_fast.training.fit import Diverged
+from ptv2_fast.training.metrics import Metric, metric_for
+from ptv2_fast.training.run_folder import differences
 from ptv2_fast.training.runs import TrainRequest, prepare
 
 LOG_NAME, TABLE_NAME, PLOT_NAME, BEST_NAME = "trials.log", "trials.md", "trials.png", "best"
 INJECTIONS = ("deep", "shallow", "prefix")
+_ASKED = "asked"
 _MARKERS = dict(zip(INJECTIONS, "os^"))
 
 
@@ -74,56 +79,117 @@ def search(
 
     Args:
         request: everything that is the same in all trials; it must have dev data.
-        output: the search's folder, absent, empty or a search's with the same space.
+        output: the search's folder, absent, empty or one of a search for the same: settings, space and data.
         say: is given a line for every trial.
 
     Raises:
         ValueError: there is no dev data, the folder holds something else, or a run is refused.
     """
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
     output = Path(output)
     _check(request, output, trials)
-    # A first look at data and model: what cannot run is refused before anything is written.
-    prepare(_variant(request, space.injections[0], max(space.lengths), space.learning_rates[0]), output / BEST_NAME,
-            overwrite=(output / BEST_NAME).is_dir())  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = _study(output, request, _first_look(request, output, space))
     metric = metric_for(request.task_type)
-    study = optuna.create_study(
-        study_name="search",
-        storage=JournalStorage(JournalFileBackend(str(output / LOG_NAME))),
-        sampler=optuna.samplers.TPESampler(seed=request.fit.seed),
-        direction="maximize" if metric.greater_is_better else "minimize",
-        load_if_exists=True,
-    )
-
-    def run(trial: optuna.Trial) -> float:
-        injection = trial.suggest_categorical("injection", list(space.injections))
-        length = trial.suggest_categorical("num_virtual_tokens", list(space.lengths))
-        rate = trial.suggest_float("learning_rate", *space.learning_rates, log=True)
-        folder = output / f"trial-{trial.number}"
-        shutil.rmtree(folder, ignore_errors=True)
-        result = prepare(_variant(request, injection, length, rate), folder).execute(title=None)
-        score = float(result.scores[metric.name])
-        say(f"trial {trial.number}: {injection}, P {length}, lr {rate:.2e}: {metric.name} {score:.4f}")
-        if _is_best(_finished(study), score, metric.greater_is_better):
-            shutil.rmtree(output / BEST_NAME, ignore_errors=True)
-            folder.rename(output / BEST_NAME)
-        else:
-            shutil.rmtree(folder)
-        return score
-
-    left = trials - len(_finished(study))
-    if left > 0:
-        study.optimize(run, n_trials=left)
+    _keep_best(study, output, metric)
+    while len(_ended(study)) < trials:
+        _run_trial(study, request, output, space, say)
+        _keep_best(study, output, metric)
     found = sorted(_finished(study), key=lambda t: t.score, reverse=metric.greater_is_better)
+    if not found:
+        raise ValueError(f"{output}: all {trials} trials diverged; choose from smaller learning rates (--lr)")
     text = table(found, metric.name)
     write_whole(output / TABLE_NAME, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     plot(found, metric.name, output / PLOT_NAME)
     return found
+
+
+def _first_look(request: TrainRequest, output: Path, space: SearchSpace) -> dict[str, Any]:
+    """Refuses what cannot run, before anything is written; what the search is asked for, as plain JSON values."""
+    first = _variant(request, space.injections[0], max(space.lengths), space.learning_rates[0])
+    asked: dict[str, Any] = {**prepare(first, output / "trial").identity(), "space": asdict(space)}
+    # The trials choose these.
+    del asked["fit"]["learning_rate"], asked["injection"], asked["num_virtual_tokens"]
+    plain: dict[str, Any] = json.loads(json.dumps(asked))
+    return plain
+
+
+def _study(output: Path, request: TrainRequest, asked: dict[str, Any]) -> Any:
+    """The search in the folder, or a new one; the same was asked for."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    output.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(
+        study_name="search",
+        storage=JournalStorage(JournalFileBackend(str(output / LOG_NAME))),
+        direction="maximize" if metric_for(request.task_type).greater_is_better else "minimize",
+        load_if_exists=True,
+    )
+    kept = study.user_attrs.get(_ASKED)
+    if kept is None and study.get_trials(deepcopy=False):
+        raise ValueError(f"{output} holds a search that does not say what it was asked for; name another folder")
+    differing = _differences(kept, asked) if kept is not None else []
+    if differing:
+        raise ValueError(f"{output} holds a search that was asked for something else: {'; '.join(differing)}")
+    study.set_user_attr(_ASKED, asked)
+    return study
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is asked for that was not; of data there is nothing to show but that it is not the same."""
+    before, after = (asked.get("digests", {}) for asked in (was, now))
+    data = [f"other examples of {name}" for name in after if before.get(name) != after[name]]
+    return differences({**was, "digests": None}, {**now, "digests": None}) + data
+
+
+def _run_trial(
+    study: Any, request: TrainRequest, output: Path, space: SearchSpace, say: Callable[[str], Any]
+) -> None:
+    """One trial, into a folder of its own. What it draws follows from the seed, its number and the trials before."""
+    import optuna
+
+    number = len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=(request.fit.seed + 1_000_003 * number) % 2**32)
+    trial = study.ask()
+    injection = trial.suggest_categorical("injection", list(space.injections))
+    length = trial.suggest_categorical("num_virtual_tokens", list(space.lengths))
+    rate = trial.suggest_float("learning_rate", *space.learning_rates, log=True)
+    folder = _folder(output, trial.number)
+    shutil.rmtree(folder, ignore_errors=True)
+    chosen = f"trial {trial.number}: {injection}, P {length}, lr {rate:.2e}"
+    try:
+        result = prepare(_variant(request, injection, length, rate), folder).execute(title=None)
+    except Diverged as error:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        say(f"{chosen}: diverged, {error}")
+        return
+    score = float(result.scores[result.metric])
+    study.tell(trial, score)
+    say(f"{chosen}: {result.metric} {score:.4f}")
+
+
+def _folder(output: Path, number: int) -> Path:
+    return output / f"trial-{number}"
+
+
+def _keep_best(study: Any, output: Path, metric: Metric) -> None:
+    """The folder of the best trial becomes `best`, the others go; killed at any moment, the next call ends it."""
+    best, replaced = output / BEST_NAME, output / f".{BEST_NAME}.old"
+    found = _finished(study)
+    if found:
+        # The first of equals, as it was kept when it ran.
+        first = max(found, key=lambda t: (t.score if metric.greater_is_better else -t.score, -t.number))
+        folder = _folder(output, first.number)
+        if folder.is_dir():
+            if best.is_dir():
+                shutil.rmtree(replaced, ignore_errors=True)
+                best.rename(replaced)
+            folder.rename(best)
+    if replaced.is_dir() and not best.is_dir():
+        replaced.rename(best)
+    for leftover in (replaced, *output.glob("trial-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def table(trials: Sequence[Trial], metric: str) -> str:
@@ -171,14 +237,14 @@ def _variant(request: TrainRequest, injection: str, length: int, rate: float) ->
     return replace(request, injection=injection, num_virtual_tokens=length, fit=fit)
 
 
+def _ended(study: Any) -> list[Any]:
+    """Trials that have a score, and those that diverged; one that was killed is run again."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+
+
 def _finished(study: Any) -> list[Trial]:
     return [
         Trial(t.number, t.params["injection"], t.params["num_virtual_tokens"], t.params["learning_rate"], t.value)
-        for t in study.get_trials(deepcopy=False)
-        if t.state.is_finished() and t.value is not None
+        for t in _ended(study)
+        if t.value is not None
     ]
-
-
-def _is_best(before: Sequence[Trial], score: float, greater_is_better: bool) -> bool:
-    scores = [trial.score for trial in before]
-    return not scores or (score > max(scores) if greater_is_better else score < min(scores))

@@ -192,6 +192,8 @@ def encode_question_answering(
                 f" {max_length} that leaves {room} for the context, expected more than doc_stride"
                 f" {doc_stride}"
             )
+        if not tokenizer(example["context"], add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"examples[{example_index}]: the context has no tokens: {example['context']!r}")
         encoding = tokenizer(
             question,
             example["context"],
@@ -304,12 +306,12 @@ def _best_spans(
     inside = np.array([i for i, offset in enumerate(offsets) if offset is not None], dtype=int)
     first = inside[np.argsort(-start[inside], kind="stable")[:n_best]]
     last = inside[np.argsort(-end[inside], kind="stable")[:n_best]]
-    return [
-        (float(start[i] + end[j]), context[offsets[i][0] : offsets[j][1]])
-        for i in first
-        for j in last
-        if i <= j < i + max_answer_length
-    ]
+    spans = [(i, j) for i in first for j in last if i <= j < i + max_answer_length]
+    if not spans:
+        # No good end follows a good start: the best of all spans.
+        every = ((i, j) for at, i in enumerate(inside) for j in inside[at : at + max_answer_length])
+        spans = sorted(every, key=lambda span: -(start[span[0]] + end[span[1]]))[:1]
+    return [(float(start[i] + end[j]), context[offsets[i][0] : offsets[j][1]]) for i, j in spans]
 
 
 def encode_language_model(

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptv2_fast.training.data import LabelSet, conll_lines, read_examples
+from ptv2_fast.training.tags import to_iob2
 
 
 def write(folder, name, text):
@@ -154,7 +155,7 @@ class TestTokens:
 
     def test_jsonl(self, tmp_path):
         path = write(tmp_path, "a.jsonl", '{"words": ["a", "b"], "ner_tags": ["O", "I-x"]}\n')
-        assert read_examples(path, "TOKEN_CLS") == [{"tokens": ["a", "b"], "tags": ["O", "I-x"]}]
+        assert read_examples(path, "TOKEN_CLS") == [{"tokens": ["a", "b"], "tags": ["O", "B-x"]}]
 
     def test_tokens_without_tags_for_prediction(self, tmp_path):
         path = write(tmp_path, "a.conll", "Anna\nsings\n\nhere\n")
@@ -200,7 +201,8 @@ class TestTokens:
         path = write(tmp_path_factory.getbasetemp(), "round_trip.conll", text)
         # A file of nothing but white space characters counts as empty.
         if text.strip():
-            assert read_examples(path, "TOKEN_CLS") == examples
+            expected = [{**example, "tags": to_iob2(example["tags"])} for example in examples]
+            assert read_examples(path, "TOKEN_CLS") == expected
 
 
 class TestQuestions:

@@ -11,8 +11,9 @@ from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
 from transformers import TrainerCallback
 
 from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+from ptv2_fast.training.checkpoints import last_whole
 from ptv2_fast.training.data import LabelSet
-from ptv2_fast.training.fit import FitSettings, _last_whole, fit
+from ptv2_fast.training.fit import FitSettings, fit
 from ptv2_fast.training.predict import evaluate, predict
 from ptv2_fast.training.task_data import TaskCodec, starting_texts
 
@@ -131,7 +132,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     resumed = task("SEQ_CLS", dropout=0.2)[0]
     result = fit(resumed, codec, train, checkpoints=tmp_path / "b", resume=True, **options)
     assert result.epochs == 3
-    newest = [_last_whole(tmp_path / name) for name in "ab"]
+    newest = [last_whole(tmp_path / name) for name in "ab"]
     states = [torch.load(f"{path}/optimizer.pt", weights_only=True)["state"] for path in newest]
     for index, state in states[0].items():
         assert torch.equal(state["exp_avg"], states[1][index]["exp_avg"]), "the optimizer went another way"
@@ -142,14 +143,14 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
 def test_resume_passes_over_a_checkpoint_that_was_cut_off(tmp_path):
     model, codec, train, dev = task("SEQ_CLS", rows=32)
     fit(model, codec, train, dev, settings=short(), checkpoints=tmp_path, title=None)
-    whole = _last_whole(tmp_path)
+    whole = last_whole(tmp_path)
     cut = tmp_path / "checkpoint-9000"
     shutil.copytree(whole, cut)
     (cut / "trainer_state.json").unlink()
-    assert _last_whole(tmp_path) == whole
+    assert last_whole(tmp_path) == whole
     (cut / "trainer_state.json").write_text('{"epoch": 1,')
-    assert _last_whole(tmp_path) == whole
-    assert _last_whole(tmp_path / "absent") is None
+    assert last_whole(tmp_path) == whole
+    assert last_whole(tmp_path / "absent") is None
 
 
 @pytest.mark.parametrize("schedule", ["linear", "exponential"])

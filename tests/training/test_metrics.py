@@ -74,6 +74,21 @@ class TestEntities:
         assert entity_scores(guess, truth)["f1"] == 0.0
         assert entity_scores(guess, truth, strict=False)["f1"] == 1.0
 
+    def test_iob1_references_are_read_as_such(self):
+        truth = [["I-PER", "I-PER", "O", "I-LOC", "O"]]
+        assert entity_scores(truth, truth)["f1"] == 1.0
+        assert entity_scores([["B-PER", "I-PER", "O", "B-LOC", "O"]], truth)["f1"] == 1.0
+        # One of four found: precision 1, recall 1/4; "B-LOC" alone begins with a B in IOB1.
+        truth = [["I-PER", "O", "I-ORG", "O", "I-LOC", "B-LOC"]]
+        guess = [["O", "O", "O", "O", "O", "B-LOC"]]
+        assert entity_scores(guess, truth)["f1"] == pytest.approx(0.4)
+        assert entity_scores([["O"] * 6], truth)["f1"] == 0.0
+
+    def test_a_sentence_of_iob1_among_others(self):
+        truth, guess = [["B-PER", "O"], ["I-LOC", "O"]], [["B-PER", "O"], ["O", "O"]]
+        assert entity_scores(truth, truth)["f1"] == 1.0
+        assert entity_scores(guess, truth)["recall"] == 0.5
+
     def test_neighbours_of_one_type_are_two(self):
         truth, guess = [["B-PER", "B-PER"]], [["B-PER", "I-PER"]]
         assert entity_scores(guess, truth)["f1"] == 0.0

@@ -206,6 +206,20 @@ class TestQuestions:
         (best,) = decode_answers(start, end, features, examples, tiny_tokenizer, max_answer_length=7)
         assert best["score"] == 5.0
 
+    def test_a_span_is_found_where_all_good_ends_stand_before_the_good_starts(self, tiny_tokenizer):
+        examples = [self.example()]
+        features = encode_question_answering(examples, tiny_tokenizer)
+        start, end = self.logits(features, [(0, 12, 6, 5.0), (0, 11, 7, 4.0)])
+        (best,) = decode_answers(start, end, features, examples, tiny_tokenizer, n_best=2, max_answer_length=3)
+        # A good start with an end of 0, within three tokens; nothing is minus infinity.
+        assert best["score"] == 5.0 and best["text"] in self.context and best["text"]
+
+    @pytest.mark.parametrize("context", ["", " ", "\u200b"])
+    def test_a_context_without_tokens_is_refused(self, tiny_tokenizer, context):
+        with pytest.raises(ValueError, match=r"examples\[1\]: the context has no tokens"):
+            examples = [self.example(), {"id": "2", "question": "who", "context": context}]
+            encode_question_answering(examples, tiny_tokenizer)
+
     def test_no_answer_wins_by_the_threshold(self, tiny_tokenizer):
         examples = [self.example()]
         features = encode_question_answering(examples, tiny_tokenizer)

@@ -1,0 +1,203 @@
+"""Columns: which of a table are read, decided once for all of its rows.
+
+A column is read because the caller names it, or because it alone has one of the usual names. Where two could be meant,
+or another column holds text as well, the table is refused with the option that decides; what is left out is noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ptv2_fast.training.delimited import TEXT_WORDS
+from ptv2_fast.training.formats import Row
+
+PAIR_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "passage"),
+    ("question", "sentence"),
+    ("text_a", "text_b"),
+    ("text", "text_pair"),
+)
+TEXT_COLUMNS = ("text", "sentence", "review", "comment", "content")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "sentiment", "target")
+TAG_COLUMNS = ("tags", "ner_tags", "labels")
+TOKEN_COLUMNS = ("tokens", "words")
+QUESTION_COLUMNS = ("id", "question", "context", "answers", "is_impossible")
+# What no model is meant to read.
+_MARKS = frozenset(("id", "idx", "index", "guid", *LABEL_COLUMNS))
+_TEXT_NAMES = frozenset((*TEXT_COLUMNS, *(name for pair in PAIR_COLUMNS for name in pair), "prompt", "completion"))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The columns that the caller names, and whether labels (tags, answers, completions) are read."""
+
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    labelled: bool = True
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Every column that must be there; what is not read need not."""
+        more = (self.label, self.completion) if self.labelled else ()
+        return tuple(name for name in (*self.texts, self.prompt, *more) if name is not None)
+
+    def check(self, task: str) -> None:
+        """Refuse names of columns that the task does not have.
+
+        Raises:
+            ValueError: see above.
+        """
+        most = {"SEQ_CLS": 2, "TOKEN_CLS": 1, "QUESTION_ANS": 0, "CAUSAL_LM": 1}[task]
+        if len(self.texts) > most:
+            raise ValueError(f"text_column: {task} takes at most {most} column names; got {self.texts}")
+        if self.label is not None and task not in ("SEQ_CLS", "TOKEN_CLS"):
+            raise ValueError(f"label_column: {task} has no label column; got {self.label!r}")
+        for argument, name in (("prompt_column", self.prompt), ("completion_column", self.completion)):
+            if name is not None and task != "CAUSAL_LM":
+                raise ValueError(f"{argument}: only CAUSAL_LM has one, not {task}; got {name!r}")
+            if name is not None and self.texts:
+                raise ValueError(f"{argument}: must be None beside text_column {self.texts[0]!r}; got {name!r}")
+        every = [name for name in (*self.texts, self.label, self.prompt, self.completion) if name is not None]
+        if len(set(every)) < len(every):
+            raise ValueError(f"text_column, label_column, prompt_column, completion_column must differ; got {every}")
+
+
+def choose_columns(source: str, rows: Sequence[Row], task: str, wanted: Wanted, notes: list[str]) -> dict[str, str]:
+    """What an example has (text, text_pair, label; tokens, tags; prompt, completion; ...) -> the column that it is in.
+
+    Args:
+        source: the file's or dataset's name, for the notes.
+        rows: all rows; a column is there if one of them has it.
+        notes: is given a line that names the columns left out.
+
+    Raises:
+        ValueError: a column is missing, or it cannot be told which one is meant.
+    """
+    table = _Table(rows)
+    roles = _CHOOSERS[task](table, wanted)
+    unread = () if wanted.labelled else (*LABEL_COLUMNS, *TAG_COLUMNS, "answers", wanted.label, wanted.completion)
+    left = [name for name in table.names if name not in roles.values() and name not in unread]
+    if left:
+        notes.append(f"{source}: columns left out: {len(left)} ({', '.join(map(repr, left))})")
+    return roles
+
+
+class _Table:
+    """The columns of all rows, in the order in which they come."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows, self.where = rows, rows[0].where
+        self.names = list(dict.fromkeys(name for row in rows for name in row.values))
+
+    def need(self, name: str, argument: str) -> str:
+        if name not in self.names:
+            raise self.missing(f"the column {name!r}", argument)
+        return name
+
+    def missing(self, what: str, argument: str) -> ValueError:
+        return ValueError(f"{self.where}: expected {what} ({argument}); the columns are {self.names}")
+
+    def one_of(self, usual: Sequence[str], argument: str) -> str | None:
+        """The one column of the usual names; None where there is none."""
+        found = [name for name in usual if name in self.names]
+        self.refuse_several([(name,) for name in found], argument)
+        return found[0] if found else None
+
+    def refuse_several(self, found: Sequence[tuple[str, ...]], argument: str) -> None:
+        if len(found) > 1:
+            each = ", ".join(" and ".join(map(repr, names)) for names in found)
+            raise ValueError(
+                f"{self.where}: any of {each} could be meant; {_option(argument)} decides; the columns are {self.names}"
+            )
+
+    def refuse_other_texts(self, read: Sequence[str], argument: str, words: int) -> None:
+        """Refuse a table in which a column that is not read holds texts of so many words."""
+        others = [n for n in self.names if n not in read and n not in _MARKS and self._holds_text(n, words)]
+        if others:
+            raise ValueError(
+                f"{self.where}: {' and '.join(map(repr, read))} would be read, and {others} hold text as well;"
+                f" {_option(argument)} decides; the columns are {self.names}"
+            )
+
+    def _holds_text(self, name: str, words: int) -> bool:
+        words = 1 if name in _TEXT_NAMES else words
+        values = (row.values.get(name) for row in self.rows)
+        return any(
+            isinstance(value, str) and len(value.split()) >= words and any(map(str.isalpha, value)) for value in values
+        )
+
+
+def _option(argument: str) -> str:
+    return " or ".join(f"{name} (--{name.replace('_', '-')})" for name in argument.split(", "))
+
+
+def _classified(table: _Table, wanted: Wanted) -> dict[str, str]:
+    texts = tuple(table.need(name, "text_column") for name in wanted.texts)
+    label = _label(table, wanted, LABEL_COLUMNS)
+    if not texts:
+        usual: list[tuple[str, ...]] = [pair for pair in PAIR_COLUMNS if all(name in table.names for name in pair)]
+        usual = usual or [(name,) for name in TEXT_COLUMNS if name in table.names and name != label]
+        table.refuse_several(usual, "text_column")
+        if not usual:
+            raise table.missing(f"a column of {list(TEXT_COLUMNS)}", "text_column")
+        texts = usual[0]
+        table.refuse_other_texts([*texts, *filter(None, (label, wanted.label))], "text_column", TEXT_WORDS)
+    roles = dict(zip(("text", "text_pair"), texts))
+    return roles if label is None else {**roles, "label": label}
+
+
+def _label(table: _Table, wanted: Wanted, usual: Sequence[str]) -> str | None:
+    if not wanted.labelled:
+        return None
+    if wanted.label is not None:
+        return table.need(wanted.label, "label_column")
+    found = table.one_of([name for name in usual if name not in wanted.texts], "label_column")
+    if found is None:
+        raise table.missing(f"a column of {list(usual)}", "label_column")
+    return found
+
+
+def _tagged(table: _Table, wanted: Wanted) -> dict[str, str]:
+    if wanted.texts:
+        tokens: str | None = table.need(wanted.texts[0], "text_column")
+    else:
+        tokens = table.one_of(TOKEN_COLUMNS, "text_column")
+    if tokens is None:
+        raise table.missing(f"a column of {list(TOKEN_COLUMNS)}", "text_column")
+    tags = _label(table, wanted, TAG_COLUMNS)
+    return {"tokens": tokens} if tags is None else {"tokens": tokens, "tags": tags}
+
+
+def _asked(table: _Table, wanted: Wanted) -> dict[str, str]:
+    needed = ("question", "context", "answers") if wanted.labelled else ("question", "context")
+    for name in needed:
+        table.need(name, name)
+    return {name: name for name in QUESTION_COLUMNS if name in table.names}
+
+
+def _continued(table: _Table, wanted: Wanted) -> dict[str, str]:
+    if wanted.texts:
+        return {"text": table.need(wanted.texts[0], "text_column")}
+    parts = ("prompt", "completion") if wanted.labelled else ("prompt",)
+    if wanted.prompt is not None or wanted.completion is not None:
+        names = {"prompt": wanted.prompt or "prompt", "completion": wanted.completion or "completion"}
+        return {part: table.need(names[part], f"{part}_column") for part in parts}
+    found: list[tuple[str, ...]] = [(name,) for name in TEXT_COLUMNS if name in table.names]
+    if all(part in table.names for part in parts):
+        found.append(parts)
+    deciding = "text_column, prompt_column, completion_column"
+    table.refuse_several(found, deciding)
+    if not found:
+        raise table.missing(f"a column of {list(TEXT_COLUMNS)}, or 'prompt' and 'completion'", deciding)
+    unread = () if wanted.labelled or found[0] != parts else ("completion",)
+    table.refuse_other_texts([*found[0], *unread], deciding, 1)
+    return {"text": found[0][0]} if found[0] != parts else dict(zip(parts, parts, strict=True))
+
+
+_CHOOSERS = {"SEQ_CLS": _classified, "TOKEN_CLS": _tagged, "QUESTION_ANS": _asked, "CAUSAL_LM": _continued}

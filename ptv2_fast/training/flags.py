@@ -1,0 +1,105 @@
+"""From the flags of the command line to what a run is asked for; everything heavy is imported inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_WITHOUT_COLUMNS = (".txt", ".conll", ".iob", ".iob2", ".bio")
+COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
+
+
+def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any] | None = None) -> Any:
+    """The `DataSource` of a path with the columns that flags name; of the others, those that training was told to read.
+
+    Plain text and CoNLL files have no names of columns, so that nothing is remembered for them.
+    """
+    from ptv2_fast.training.runs import DataSource
+
+    given = {name: flags[name] for name in COLUMNS if flags.get(name)}
+    if "text_column" in given:
+        given["text_column"] = tuple(given["text_column"])
+    # A text stands against a prompt with its completion.
+    against = {"text_column": COLUMNS[2:], "prompt_column": COLUMNS[:1], "completion_column": COLUMNS[:1]}
+    dropped = {other for name in given for other in against.get(name, ())}
+    named = Path(path).suffix.lower() not in _WITHOUT_COLUMNS
+    kept = {name: value for name, value in (remembered or {}).items() if named and name not in dropped}
+    return DataSource(path, flags.get("split"), **{**kept, **given})
+
+
+def request_of(flags: dict[str, Any]) -> Any:
+    """The run that flags and recipe describe; a flag that was given wins over the recipe."""
+    from ptv2_fast.training.fit import FitSettings
+    from ptv2_fast.training.recipes import get_recipe
+    from ptv2_fast.training.runs import TrainRequest
+
+    recipe = get_recipe(flags["recipe"]) if flags["recipe"] is not None else None
+
+    def value(flag: str, attribute: str, default: T) -> T:
+        if flags[flag] is not None:
+            return flags[flag].value if isinstance(flags[flag], Enum) else flags[flag]
+        return default if recipe is None else getattr(recipe, attribute)
+
+    def needed(flag: str, attribute: str) -> str:
+        found: str | None = value(flag, attribute, None)
+        if found is None:
+            raise ValueError(f"--{flag} is needed where no --recipe gives it")
+        return found
+
+    model, task_type = needed("model", "base"), needed("task", "task_type")
+    dev = None
+    if flags["dev"] is not None or flags["dev_split"] is not None:
+        dev = replace(source_of(flags["dev"] or flags["data"], flags), split=flags["dev_split"])
+    fit = FitSettings(
+        learning_rate=value("lr", "learning_rate", 1e-2),
+        epochs=value("epochs", "epochs", 10),
+        batch_size=value("batch_size", "batch_size", 32),
+        gradient_accumulation=flags["gradient_accumulation"],
+        schedule=value("schedule", "lr_schedule", "linear"),
+        decay=recipe.lr_decay if recipe is not None else 0.95,
+        weight_decay=recipe.weight_decay if recipe is not None else 0.0,
+        max_grad_norm=recipe.max_grad_norm if recipe is not None else 1.0,
+        early_stopping=flags["early_stopping"],
+        seed=flags["seed"],
+        bf16=flags["bf16"],
+    )
+    return TrainRequest(
+        model=model,
+        task_type=task_type,
+        data=source_of(flags["data"], flags),
+        dev=dev,
+        fit=fit,
+        num_virtual_tokens=value("num_virtual_tokens", "num_virtual_tokens", 20),
+        injection=flags["injection"].value,
+        layers=layers(flags["layers"]),
+        init=flags["init"].value if flags["init"] is not None else None,
+        reparameterization=value("reparameterization", "reparameterization_hidden_size", None),
+        prompt_dropout=flags["prompt_dropout"],
+        pooling=flags["pooling"].value if flags["pooling"] is not None else None,
+        max_length=value("max_length", "max_length", None),
+        doc_stride=value("doc_stride", "doc_stride", None) or 128,
+        dropout=recipe.dropout if recipe is not None else None,
+    )
+
+
+def numbers(flag: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
+    """Numbers between commas."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{flag} must be numbers between commas; got {text!r}") from None
+
+
+def layers(text: str | None) -> tuple[int, ...] | None:
+    """Layers between commas; None for all of them."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--layers must be integers between commas, as in 0,1,-1; got {text!r}") from None

@@ -1,0 +1,100 @@
+"""Labels: the names of the classes or tags, and what two spellings of one label are."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+_INTEGER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?")
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The names of the classes, in the order of the model's outputs.
+
+    Raises:
+        ValueError: no name, or a name twice.
+    """
+
+    names: tuple[str, ...]
+    _ids: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = tuple(self.names)
+        if not names:
+            raise ValueError("names: expected at least one label; got none")
+        ids = {name: index for index, name in enumerate(names)}
+        if len(ids) != len(names):
+            raise ValueError(f"names: labels must differ; got {list(names)}")
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "_ids", ids)
+
+    @classmethod
+    def from_examples(cls, examples: Iterable[Mapping[str, Any]]) -> LabelSet:
+        """The labels (or tags) that occur in the examples.
+
+        Labels that are all integers keep numeric order, others are sorted as text. Tags are O, then
+        B-x and I-x of each type x in alphabetic order, whether or not both occur: held-out text may
+        have a long entity of a type that training text has only as single words.
+
+        Raises:
+            ValueError: the examples have neither labels nor tags.
+        """
+        labels: set[str] = set()
+        types: set[str] = set()
+        tagged = False
+        for example in examples:
+            if "tags" in example:
+                tagged = True
+                types.update(tag[2:] for tag in example["tags"] if tag != "O")
+            elif "label" in example:
+                labels.add(example["label"])
+        if tagged:
+            return cls(("O", *(f"{side}-{kind}" for kind in sorted(types) for side in "BI")))
+        if not labels:
+            raise ValueError("examples: expected 'label' or 'tags' in the examples; found neither")
+        if all(_INTEGER.fullmatch(label) for label in labels):
+            return cls(tuple(sorted(labels, key=lambda label: (int(label), label))))
+        return cls(tuple(sorted(labels)))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ids
+
+    def to_id(self, name: str) -> int:
+        """The index of a label; ValueError when it is not one of `names`."""
+        if name not in self._ids:
+            raise ValueError(f"label: must be one of {list(self.names)}; got {name!r}")
+        return self._ids[name]
+
+    def to_name(self, index: int) -> str:
+        """The label at an index; ValueError when it is out of range."""
+        if not 0 <= index < len(self.names):
+            raise ValueError(f"index: must be in [0, {len(self.names)}); got {index!r}")
+        return self.names[index]
+
+
+def same_spelled_twice(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two labels that are one number (`1` and `1.0`) or one word in two encodings of it, if there are two."""
+    seen: dict[object, str] = {}
+    for name in sorted(names):
+        plain = unicodedata.normalize("NFC", name)
+        earlier = seen.setdefault(Decimal(plain) if _NUMBER.fullmatch(plain) else plain, name)
+        if earlier != name:
+            return earlier, name
+    return None
+
+
+def differing_by_case(names: Iterable[str]) -> list[str]:
+    """The labels that differ from another one by upper and lower case alone."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(name.casefold(), []).append(name)
+    return [name for group in groups.values() if len(group) > 1 for name in group]

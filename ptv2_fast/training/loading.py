@@ -1,0 +1,164 @@
+"""Trained adapters, ready to predict: from a folder to a model on its base, with the settings of its training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ptv2_fast import PTuningV2Config, PTuningV2Model
+from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig
+from ptv2_fast.training.bases import head_size, load_base
+from ptv2_fast.training.data import LabelSet
+from ptv2_fast.training.run_folder import RunFolder, read_object
+from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """A trained adapter on its base, ready to predict."""
+
+    model: PTuningV2Model
+    codec: TaskCodec
+    head: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns that training was told to read, as arguments of `DataSource`."""
+        source = self.settings.get("data")
+        source = source if isinstance(source, dict) else {}
+        names = ("text_column", "label_column", "prompt_column", "completion_column")
+        return {name: _hashable(source[name]) for name in names if source.get(name)}
+
+    def check_parts(self, where: str, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse single texts where training read pairs, and pairs where it read single texts.
+
+        Raises:
+            ValueError: see above.
+        """
+        reads = self.settings.get("reads")
+        if self.codec.task_type != "SEQ_CLS" or not isinstance(reads, list) or not examples:
+            return
+        there, here = ("pairs of texts" if "text_pair" in parts else "single texts" for parts in (reads, examples[0]))
+        if there != here:
+            raise ValueError(f"{where}: expected {there} as in training; got {here} (--file, --text-column)")
+
+
+def load_trained(
+    folder: str | Path, *, model: str | None = None, max_length: int | None = None, head: str | None = None
+) -> LoadedAdapter:
+    """Load an adapter folder on the base it was trained on.
+
+    Args:
+        folder: what `prepare(...).execute()` or `save_pretrained` wrote.
+        model: the base, where it is not where it was.
+        max_length: tokens of a row; None means as in training, where the folder says it.
+        head: which head, where there are several.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no such base.
+        ValueError: the folder holds no whole adapter, or the base is another one.
+    """
+    description = read_description(folder)
+    config = PTuningV2Config.from_dict(description["config"])
+    name = model or description["base"].get("name_or_path")
+    if not name:
+        raise ValueError(f"{folder} does not say which base it was trained on; name it")
+    chosen = _chosen_head(config, head)
+    task_type = chosen.task_type if chosen is not None else config.task_type
+    if task_type in FEATURE_TASKS:
+        raise ValueError(f"{folder} is an adapter for {task_type}; the command line and ptv2_fast.training serve texts")
+    if task_type not in DEFAULT_MAX_LENGTH:
+        raise ValueError(f"{folder} is an adapter for {task_type}, which predicts nothing by itself")
+    own_head = config.heads is None and task_type in HEAD_TASKS
+    saved = description.get("labels")
+    count = None
+    if own_head and task_type != "QUESTION_ANS":
+        shapes = _shapes(Path(folder) / WEIGHTS_NAME)
+        count = len(saved) if isinstance(saved, list) else head_size(name, task_type, shapes)
+    base, tokenizer = load_base(name, task_type, own_head=own_head, num_labels=count)
+    adapter = PTuningV2Model.from_pretrained(base, folder)
+    settings = RunFolder(Path(folder)).settings()
+    codec = TaskCodec(
+        task_type,
+        tokenizer,
+        _labels(chosen, base, task_type, saved),
+        max_length=max_length or settings.get("row_length") or DEFAULT_MAX_LENGTH[task_type],
+        doc_stride=settings.get("doc_stride", 128),
+        no_answer=settings.get("no_answer", False),
+    )
+    return LoadedAdapter(adapter, codec, head, settings)
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """The description of the single adapter in a folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no adapter, or its description is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"adapter folder {folder} does not exist")
+    if not (folder / WEIGHTS_NAME).is_file():
+        below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+        hint = f"; name one of its folders {', '.join(below)}" if below else ""
+        raise ValueError(f"{folder} holds no adapter ({WEIGHTS_NAME}){hint}")
+    _checked(folder / CONFIG_NAME, read_object(folder / CONFIG_NAME))
+    path = folder / WEIGHTS_NAME
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("ptv2")
+        description = json.loads(text) if text is not None else None
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole adapter: {error}") from error
+    if description is None:
+        raise ValueError(f"{path} was not written by ptv2_fast: its metadata has no 'ptv2' entry")
+    found: dict[str, Any] = _checked(path, description)
+    return found
+
+
+def _checked(path: Path, description: Any) -> Any:
+    parts = {"config": dict, "base": dict}
+    whole = isinstance(description, dict) and all(isinstance(description.get(k), t) for k, t in parts.items())
+    if description is not None and not whole:
+        raise ValueError(f"{path} must hold a description with 'config' and 'base'")
+    return description
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}
+
+
+def _chosen_head(config: PTuningV2Config, head: str | None) -> HeadConfig | None:
+    if not config.heads:
+        if head is not None:
+            raise ValueError(f"head must be None for an adapter without named heads; got {head!r}")
+        return None
+    if head is None and len(config.heads) == 1:
+        return next(iter(config.heads.values()))
+    if head not in config.heads:
+        raise ValueError(f"head must be one of {', '.join(config.heads)}; got {head!r}")
+    return config.heads[head]
+
+
+def _labels(head: HeadConfig | None, base: Any, task_type: str, saved: Any) -> LabelSet | None:
+    if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    if head is not None:
+        return LabelSet(tuple(head.labels or (str(index) for index in range(head.num_labels))))
+    if isinstance(saved, list) and saved:
+        return LabelSet(tuple(map(str, saved)))
+    names = base.config.id2label
+    return LabelSet(tuple(names[index] for index in range(len(names))))
+
+
+def _hashable(names: Any) -> Any:
+    return tuple(names) if isinstance(names, list) else names
