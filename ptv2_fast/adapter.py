@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig, PTuningV2Config
-from ptv2_fast.heads import Head, copied_heads
+from ptv2_fast.heads import Head, copied_heads, labels_of, resize_heads, with_labels
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
 from ptv2_fast.models.family import Family
@@ -17,6 +18,7 @@ from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.limits import text_limit
 from ptv2_fast.models.module_dict import ModuleDictOf
+from ptv2_fast.models.view import view_of
 from ptv2_fast.prompts.encoder import PromptEncoder
 
 _BASE_SUFFIX = {
@@ -37,10 +39,22 @@ class Adapter(nn.Module):
         heads: our heads by name, where `config.heads` asks for them.
         base_heads: trainable copies of the base's own head, where it has one and `config.heads` is
             None.
+        labels: names of the classes of `base_heads`, where they are not what the base's configuration says.
     """
 
-    def __init__(self, base: PreTrainedModel, config: PTuningV2Config):
-        """Create the adapter's parameters for `base`, on its device.
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: PTuningV2Config,
+        labels: Sequence[str] | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ):
+        """Create the adapter's parameters for `base`.
+
+        Args:
+            labels: names of the classes of the copied head, which gets as many outputs; None means the base's own.
+            device: None means the base's.
 
         Raises:
             ValueError: the base and the task do not fit together, or a layer does not exist.
@@ -64,7 +78,24 @@ class Adapter(nn.Module):
         self.heads: ModuleDictOf[Head] = ModuleDictOf(heads)
         uses_base_head = config.task_type in HEAD_TASKS and not heads
         self.base_heads = copied_heads(base) if uses_base_head else nn.ModuleDict()
-        self.to(device_of(backbone))
+        self.labels: tuple[str, ...] | None = None
+        if uses_base_head and labels is not None and tuple(labels) != labels_of(base.config):
+            self.labels = tuple(labels)
+            before = len(labels_of(base.config))
+            if len(self.labels) != before:
+                resize_heads(self.base_heads, before, len(self.labels))
+        self.to(device_of(backbone) if device is None else device)
+
+    def base_with_head(self, base: PreTrainedModel) -> PreTrainedModel:
+        """A view of the base with this adapter's copy of its head, and as many classes as that has."""
+        attributes: dict[str, Any] = {}
+        if self.labels is not None:
+            attributes = {"config": with_labels(base.config, self.labels), "num_labels": len(self.labels)}
+        return view_of(base, children=dict(self.base_heads.items()), attributes=attributes)
+
+    def saved_labels(self, base: PreTrainedModel) -> tuple[str, ...] | None:
+        """The names of the copied head's classes; None where there is no such head."""
+        return (self.labels or labels_of(base.config)) if self.base_heads else None
 
     def head(self, task: str | None) -> Head:
         """The head named `task`; None where there is only one.

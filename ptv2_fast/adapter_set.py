@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention import hook
-from ptv2_fast.checkpoint import check_name
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
@@ -21,6 +20,7 @@ from ptv2_fast.models.module_dict import ModuleDictOf
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 from ptv2_fast.step.layers import StepLayers
+from ptv2_fast.storage.names import check_name, namesake
 
 BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
 
@@ -49,7 +49,8 @@ class AdapterSet(nn.Module):
         Adapters of one model share a task type, or all have heads of their own (`config.heads`), of any kind.
 
         Args:
-            name: a name that no adapter has and that can be a folder's: no dots, slashes or blanks at its ends.
+            name: a name that no adapter has, in any case, and that can be a folder's everywhere: no dots, slashes or
+                blanks at its ends, no device of Windows.
             config: its configuration.
             tokenizer, init_text: the text for `prompt_init="text"`, and what splits it into tokens.
 
@@ -187,6 +188,12 @@ class AdapterSet(nn.Module):
         check_name(name)
         if name in self.adapters or name == BASE_ROW:
             raise ValueError(f"name must be unused; got {name!r}, adapters are {', '.join(self.adapters)}")
+        other = namesake(name, self.adapters)
+        if other is not None:
+            raise ValueError(
+                f"name must differ from {other!r} in more than case or Unicode's form: not every file system tells "
+                f"their folders apart; got {name!r}"
+            )
 
     def _check_name(self, name: str) -> None:
         if name not in self.adapters:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
-from ptv2_fast.checkpoint import describe, write_whole
+from ptv2_fast.checkpoint import describe
+from ptv2_fast.storage.files import write_whole
+from ptv2_fast.storage.tensors import read_metadata, write_tensors
 
 if TYPE_CHECKING:
     from ptv2_fast.model import PTuningV2Model
@@ -81,18 +82,36 @@ def export_prompts(
 ) -> None:
     """Write `prompt_tensors` as a safetensors file whose metadata describes the adapter and its base.
 
+    An earlier export is replaced, nothing else is.
+
     Raises:
-        ValueError: as `prompt_tensors`, or `path` is a folder.
+        ValueError: as `prompt_tensors`, or `path` is there and no earlier export, or cannot be in its folder.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"path must name a file; {path} is a folder")
+    _check_free(path)
     name = model.active_adapter if adapter_name is None else adapter_name
     tensors = prompt_tensors(model, what, adapter_name)
     description = describe(name, model.adapters[name].config, model.base_model)
-    metadata = {"format": "pt", "content": what, "ptv2": json.dumps(description)}
+    metadata = {"content": what, "ptv2": json.dumps(description)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
+    write_whole(path, lambda file: write_tensors(file, tensors, metadata))
+
+
+def _check_free(path: Path) -> None:
+    """Refuse a path whose file an export must not replace."""
+    if path.is_dir():
+        raise ValueError(f"path must name a file; {path} is a folder")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"path must name a file in a folder; {above} is a file")
+    if not path.exists():
+        return
+    try:
+        is_export = path.is_file() and {"content", "ptv2"} <= set(read_metadata(path))
+    except ValueError:
+        is_export = False
+    if not is_export:
+        raise ValueError(f"path must be free or an earlier export; {path} is something else and is not overwritten")
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +17,11 @@ from transformers.modeling_outputs import (
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.config import ROW_TASKS
-from ptv2_fast.heads import base_targets, classification_loss, span_loss
+from ptv2_fast.heads import base_targets, classification_loss, span_loss, with_labels
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.features import features_read, input_size, reads_text
 from ptv2_fast.models.pooling import tokens_read
 from ptv2_fast.models.slots import HIDDEN_STATES, change_states, tokens_first, turn_rows
-from ptv2_fast.models.view import view_of
 from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
 
 
@@ -32,19 +30,21 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
 
     @property
     def config(self) -> Any:
-        """The base's configuration; with the active adapter's label names where it has a single head of its own.
+        """The base's configuration; with the active adapter's label names where they are its own.
 
         A pipeline reads label names from here.
         """
-        config = self.base_model.config
-        heads = list(self.adapters[self.active_adapter].heads.values())
-        if len(heads) != 1:
-            return config
-        config = copy.copy(config)
-        labels = heads[0].config.labels or [f"LABEL_{i}" for i in range(heads[0].config.num_labels)]
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-        return config
+        config, adapter = self.base_model.config, self.adapters[self.active_adapter]
+        labels: Sequence[str] | None = adapter.labels
+        heads = list(adapter.heads.values())
+        if len(heads) == 1:
+            labels = heads[0].config.labels or [f"LABEL_{i}" for i in range(heads[0].config.num_labels)]
+        return config if labels is None else with_labels(config, labels)
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes `config` names."""
+        return int(self.config.num_labels)
 
     def _run_task(
         self,
@@ -75,7 +75,6 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
     ) -> Any:
         """The base's own forward, with the adapter's copy of the base's head in its place."""
         task_type = self.adapters[self.active_adapter].config.task_type
-        targets = base_targets(self.base_model, task_type, input_size(self._family, inputs), targets)
         target = self.base_model
         if adapters and not self._disabled:
             if len(adapters) > 1:
@@ -83,7 +82,8 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
                     "adapter_names must name one adapter where each has its own copy of the base's head; configure "
                     f"heads={{...}} on the backbone to mix them in one batch; got {len(adapters)} adapters"
                 )
-            target = view_of(target, children=dict(adapters[0].base_heads.items()))
+            target = adapters[0].base_with_head(target)
+        targets = base_targets(target, task_type, input_size(self._family, inputs), targets)
         read = back = None
         if adapters and adapters[0].config.task_type in ROW_TASKS and self._family.reads_first:
             if not self._disabled and reads_text(self._family):

@@ -71,6 +71,38 @@ def copied_heads(base: PreTrainedModel) -> nn.ModuleDict:
     return copies.requires_grad_(True)
 
 
+def resize_heads(heads: nn.Module, before: int, count: int) -> None:
+    """Give a copied head another number of classes: its last layer of `before` outputs is replaced by a fresh one.
+
+    Raises:
+        ValueError: no layer has as many outputs.
+    """
+    found = [(m, name) for m in heads.modules() for name, c in m.named_children() if _counts(c, before)]
+    if not found:
+        raise ValueError(f"base must have a head of {before} classes, whose number can be changed to {count}")
+    parent, name = found[-1]
+    old: Any = getattr(parent, name)
+    fresh = nn.Linear(old.in_features, count, bias=old.bias is not None, dtype=old.weight.dtype)
+    setattr(parent, name, fresh)
+
+
+def _counts(module: nn.Module, count: int) -> bool:
+    return isinstance(module, nn.Linear) and module.out_features == count
+
+
+def with_labels(config: Any, labels: Sequence[str]) -> Any:
+    """A copy of a model's configuration with other label names, and as many classes."""
+    config = copy.copy(config)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    return config
+
+
+def labels_of(config: Any) -> tuple[str, ...]:
+    """The label names that a model's configuration has, in the order of their ids."""
+    return tuple(str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels))
+
+
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of logits (..., C) and labels (...), over labels other than -100; 0 where
     there is none.

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,6 @@ from ptv2_fast import HeadConfig, PTuningV2Model, get_ptv2_model
 from ptv2_fast.checkpoint import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME
 
 HEADS = {"topic": HeadConfig("SEQ_CLS", 3, labels=["a", "b", "c"])}
-ROOT = Path(__file__).parents[1]
 
 
 def _base():
@@ -276,53 +272,3 @@ def test_only_the_main_process_writes(tmp_path):
     model = tiny_model("bert", "deep", "SEQ_CLS", heads=HEADS)
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other").exists()
-
-
-_KILLED_WHILE_SAVING = """
-import os, signal, sys, torch
-sys.path[:0] = {paths}
-from tiny_models import tiny_model
-from ptv2_fast import HeadConfig, checkpoint
-
-model = tiny_model("bert", "deep", "SEQ_CLS", heads={{"topic": HeadConfig("SEQ_CLS", 3)}}, seed=1)
-with torch.no_grad():
-    model.adapters["default"].encoder.prompts.fill_(7.0)
-
-def killed_here(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-if sys.argv[2] == "while writing":
-    real = checkpoint.save_file
-    def save_file(tensors, path, metadata):
-        real(tensors, path, metadata=metadata)
-        os.truncate(path, 50)
-        killed_here()
-    checkpoint.save_file = save_file
-elif sys.argv[2] == "before renaming":
-    checkpoint.os.replace = killed_here
-else:  # after the weights, before the description beside them
-    real_replace, calls = os.replace, []
-    def replace(*args):
-        if calls:
-            killed_here()
-        calls.append(args)
-        real_replace(*args)
-    checkpoint.os.replace = replace
-model.save_pretrained(sys.argv[1])
-"""
-
-
-@pytest.mark.parametrize("moment", ["while writing", "before renaming", "between the files"])
-def test_killed_in_the_middle_of_a_save_the_folder_holds_a_whole_adapter(tmp_path, moment):
-    old = _saved(tmp_path)
-    paths = [str(ROOT), str(ROOT / "tests" / "support")]
-    script = _KILLED_WHILE_SAVING.format(paths=paths)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path), moment], env=environment, capture_output=True)
-    assert run.returncode == -9, run.stderr.decode()
-    loaded = PTuningV2Model.from_pretrained(_base(), tmp_path)
-    prompts = loaded.adapters["default"].encoder.prompts
-    if moment == "between the files":
-        assert torch.all(prompts == 7.0)
-    else:
-        assert torch.equal(prompts, old.adapters["default"].encoder.prompts)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from batches import padded, text_rows
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_folders import bert_folder, toy_file
 from tiny_models import tiny_model
 from tolerances import assert_equal
@@ -85,6 +87,33 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_an_earlier_export_is_replaced(tmp_path):
+    model = tiny_model("bert", "deep")
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "empty").write_text("")
+    save_file({"a": torch.ones(1)}, tmp_path / "base.safetensors")
+    (tmp_path / "link").symlink_to(tmp_path / "config.json")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+    taken = ["config.json", "empty", "base.safetensors", "link", "adapter/ptv2_model.safetensors"]
+    before = {name: (tmp_path / name).read_bytes() for name in taken}
+    for name in [*taken, *(["pipe"] if hasattr(os, "mkfifo") else [])]:
+        with pytest.raises(ValueError, match=f"{name} is something else and is not overwritten"):
+            export_prompts(model, tmp_path / name)
+    for name in ("config.json/below", "config.json/below/more"):
+        with pytest.raises(ValueError, match="config.json is a file"):
+            export_prompts(model, tmp_path / name)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    path = tmp_path / "prompt.safetensors"
+    export_prompts(model, path)
+    first = path.read_bytes()
+    with torch.no_grad():
+        model.adapters["default"].encoder.prompts.mul_(2)
+    export_prompts(model, path)
+    assert path.read_bytes() != first
+
+
 @pytest.mark.parametrize(("injection", "what"), [("deep", "kv"), ("shallow", "embeddings")])
 def test_exporting_leaves_the_model_in_the_mode_it_was_in(injection, what):
     model = tiny_model("bert", injection).train()
@@ -108,3 +137,7 @@ def test_the_command_exports_a_trained_folder(tmp_path):
     refused = run("export", tmp_path / "a", "--output", tmp_path / "e.safetensors", "--content", "embeddings")
     assert refused.exit_code == 2 and "shallow" in refused.stderr
     assert not (tmp_path / "e.safetensors").exists()
+    whole = (model / "config.json").read_bytes()
+    refused = run("export", tmp_path / "a", "--output", model / "config.json")
+    assert refused.exit_code == 2 and "not overwritten" in refused.stderr and refused.stderr.count("\n") == 1
+    assert (model / "config.json").read_bytes() == whole

@@ -13,7 +13,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from tiny_models import tiny_base, tiny_model, tiny_prompts
 from tolerances import assert_equal
 
-from ptv2_fast import PTuningV2Model, hub
+from ptv2_fast import PTuningV2Model, get_ptv2_model, hub
 
 IDS = torch.randint(3, 30, (2, 5), generator=torch.Generator().manual_seed(0))
 
@@ -36,8 +36,10 @@ class LocalHub:
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         return SimpleNamespace(repo_id=name)
 
-    def upload_folder(self, *, repo_id, folder_path, revision, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, revision, commit_message, delete_patterns):
         self.asked.append({"revision": revision, "message": commit_message})
+        for path in [p for pattern in delete_patterns for p in (self.folder / repo_id).glob(pattern)]:
+            path.unlink()
         shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
         return SimpleNamespace(commit_url=f"hub/{repo_id}")
 
@@ -75,6 +77,8 @@ def test_several_adapters_and_a_chosen_one(local_hub):
     model.push_to_hub("me/both")
     loaded = PTuningV2Model.from_pretrained(tiny_base("bert"), "me/both")
     assert set(loaded.adapters) == {"default", "other"}
+    model.push_to_hub("me/both", adapter_names=["default"])
+    assert set(PTuningV2Model.from_pretrained(tiny_base("bert"), "me/both").adapters) == {"default"}
     model.push_to_hub("me/one", adapter_names=["other"])
     loaded.delete_adapter("other")
     loaded.load_adapter("me/one", "other")
@@ -92,6 +96,25 @@ def test_the_card_is_one_that_the_hub_reads():
     assert data["library_name"] == "ptv2-fast" and "deep" in data["tags"]
     assert card.data.eval_results[0].metric_value == 0.875
     assert "| default | SEQ_CLS | deep | 5 |" in card.text and "BertForSequenceClassification" in card.text
+
+
+@pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM"), ("bert", "TOKEN_CLS"), ("bert", "SEQ_CLS")])
+def test_the_card_s_example_runs(local_hub, tmp_path, monkeypatch, family, task):
+    base = tiny_base(family, task)
+    base.save_pretrained(tmp_path / "base")
+    model = get_ptv2_model(type(base).from_pretrained(tmp_path / "base"), tiny_prompts("deep", task)).eval()
+    model.push_to_hub("prompts")
+    for folder in (tmp_path, local_hub.folder / "me" / "prompts"):
+        text = str(hub.model_card(model)) if folder != tmp_path else None
+        text = text or (local_hub.folder / "me" / "prompts" / "README.md").read_text()
+        code = text.split("```python\n")[1].split("```")[0]
+        monkeypatch.chdir(folder)
+        names: dict = {}
+        exec(code, names)
+        state = names["model"].adapters.state_dict()
+        assert_equal(state["default.encoder.prompts"], model.adapters["default"].encoder.prompts, code)
+    model.base_model.config.name_or_path = ""
+    assert "```" not in str(hub.model_card(model)) and "the base model" not in str(hub.model_card(model))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ MAX_LINES = 400
 LAYERS = (
     ("kernels", "reference"),
     ("attention",),
-    ("models", "config"),
+    ("models", "config", "storage"),
     ("prompts", "heads"),
     ("step",),
     ("adapter", "checkpoint"),

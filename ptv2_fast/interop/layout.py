@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.checkpoint import read_safetensors
 from ptv2_fast.config import HEAD_TASKS
 from ptv2_fast.heads import own_heads
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import sizes_of
+from ptv2_fast.storage.tensors import check_float, read_safetensors
 
 # The suffixes of transformers' class names, and the task that each of them is for.
 _TASK_OF_CLASS = {
@@ -41,8 +41,9 @@ def check_flat(where: str, name: str, flat: Tensor, sizes: Dimensions) -> None:
     """Refuse a flat prefix of another base.
 
     Raises:
-        ValueError: it is no matrix with L * 2 * Hkv * d columns.
+        ValueError: it is no matrix with L * 2 * Hkv * d columns, or not of floating point.
     """
+    check_float(where, name, flat)
     width = sizes.num_layers * 2 * sizes.num_kv_heads * sizes.head_dim
     if flat.dim() != 2 or flat.shape[1] != width:
         raise ValueError(

@@ -17,6 +17,7 @@ from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.families import sizes_of
 from ptv2_fast.persistence import assembled
+from ptv2_fast.storage.tensors import check_float
 
 WEIGHTS_NAME = "model.safetensors"
 _EMBEDDING = "prefix_encoder.embedding.weight"
@@ -111,14 +112,17 @@ def _mlp(where: str, state: Mapping[str, Tensor], embedding: Tensor, sizes: Dime
     """Weight and bias of the MLP's two layers.
 
     Raises:
-        ValueError: one is missing, or they do not fit.
+        ValueError: one is missing or not of floating point, or they do not fit.
     """
     missing = [name for name in _LAYERS if name not in state]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     first, first_bias, second, second_bias = parts = [state[name] for name in _LAYERS]
+    for name in (_EMBEDDING, *_LAYERS):
+        check_float(where, name, state[name])
     fits = embedding.dim() == first.dim() == second.dim() == 2 and embedding.shape[1] == sizes.hidden_size
     fits = fits and first.shape[1] == embedding.shape[1] and second.shape[1] == first.shape[0]
+    fits = fits and second.shape[0] == sizes.num_layers * 2 * sizes.num_kv_heads * sizes.head_dim
     if not fits or first_bias.shape != first.shape[:1] or second_bias.shape != second.shape[:1]:
         shapes = ", ".join(str(tuple(part.shape)) for part in (embedding, *parts))
         raise ValueError(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ptv2_fast.adapter import Adapter
-from ptv2_fast.checkpoint import write_whole
+from ptv2_fast.checkpoint import LABELS_KEY, Part, save_adapters
 from ptv2_fast.interop.layout import flat_of
 from ptv2_fast.interop.peft_import import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.interop.rotation import turned
@@ -28,8 +26,9 @@ from ptv2_fast.prompts.projection import LayerProjections
 _LEARNED = ("bert", "electra", "gpt2", "opt", "roberta", "xlm-roberta")
 
 
-def save_peft(model: PTuningV2Model, folders: Mapping[str, Path]) -> None:
-    """Write adapters of a model, each into its folder, so that PEFT gives the logits that they give here.
+def save_peft(model: PTuningV2Model, folder: Path, names: Sequence[str]) -> None:
+    """Write adapters of a model so that PEFT gives the logits that they give here: one into the folder itself, several
+    into a sub-folder each, all switched at once.
 
     prefix: as PREFIX_TUNING, a reparameterisation's MLP merged. deep: as the prefix K_p, V_p = the layers' projections
     of the prompts. In PEFT a prefix stands at positions 0..P-1 and the text at P..P+N-1: rotary keys are turned to
@@ -37,31 +36,19 @@ def save_peft(model: PTuningV2Model, folders: Mapping[str, Path]) -> None:
     shallow: as PROMPT_TUNING, whose outputs have P rows more in PEFT. A causal sequence classifier reads the last slot
     there, padding or not, so its logits are those here for texts without padding only.
 
-    Args:
-        folders: adapter name -> where it goes.
-
     Raises:
         ValueError: PEFT cannot do what an adapter does; nothing is written then.
     """
-    made = {folder: _contents(model, name) for name, folder in folders.items()}
-    for folder in made:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"save_directory must be a folder; {folder} is a file")
-    for folder, (config, tensors) in made.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Weights never stand beside the description of others: killed in between, the folder is no adapter.
-        (folder / CONFIG_NAME).unlink(missing_ok=True)
-        write_whole(folder / WEIGHTS_NAME, functools.partial(save_file, tensors, metadata={"format": "pt"}))
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        write_whole(folder / CONFIG_NAME, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+    parts = {name: _contents(model, name) for name in names}
+    save_adapters(folder, parts, list(model.adapters), weights_name=WEIGHTS_NAME, config_name=CONFIG_NAME)
 
 
-def _contents(model: PTuningV2Model, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _contents(model: PTuningV2Model, name: str) -> Part:
     """What stands in `adapter_config.json` and in `adapter_model.safetensors`."""
     adapter = model.adapters[name]
     config, sizes = adapter.config, sizes_of(model.backbone)
     _check(model, name, adapter)
-    description = {
+    description: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": model.base_model.config.name_or_path or None,
         "inference_mode": True,
@@ -92,7 +79,9 @@ def _contents(model: PTuningV2Model, name: str) -> tuple[dict[str, Any], dict[st
         }
     heads = {f"base_model.{key}": tensor for key, tensor in adapter.base_heads.state_dict().items()}
     tensors = {"prompt_embeddings": prompts, **heads}
-    return description, {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    labels = adapter.saved_labels(model.base_model)
+    metadata = {} if labels is None else {LABELS_KEY: json.dumps(labels)}
+    return Part(json.dumps(description, indent=2, sort_keys=True), tensors, metadata)
 
 
 @torch.no_grad()

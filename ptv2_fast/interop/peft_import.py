@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.checkpoint import Saved, read_labels
 from ptv2_fast.config import TASK_TYPES, PTuningV2Config
 from ptv2_fast.interop.layout import check_flat, head_tensors, keys_values_of, read_weights, task_of
 from ptv2_fast.model import PTuningV2Model
@@ -20,6 +20,8 @@ from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of, sizes_of
 from ptv2_fast.models.view import view_of
 from ptv2_fast.persistence import assembled
+from ptv2_fast.storage.files import locked
+from ptv2_fast.storage.tensors import check_float, read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -41,12 +43,14 @@ class _Source:
         config: what `adapter_config.json` holds.
         tensors: what `adapter_model.safetensors` holds.
         mlp: the embeddings' and the MLP's tensors that still make the prefix, named as a PromptEncoder names them.
+        labels: names of the head's classes, where the file was written here.
     """
 
     where: str
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     mlp: dict[str, Tensor] | None = None
+    labels: tuple[str, ...] | None = None
 
     @property
     def peft_type(self) -> str:
@@ -59,6 +63,7 @@ class _Source:
     def tensor(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise ValueError(f"{self.where} lacks the tensor {name!r}; it has {sorted(self.tensors)}")
+        check_float(self.where, name, self.tensors[name])
         return self.tensors[name]
 
 
@@ -121,9 +126,10 @@ def from_peft(
         base = _without_wrappers(model.get_base_model())
     else:
         raise ValueError(f"model must be a PeftModel or a transformers PreTrainedModel; got {type(model).__name__}")
-    adapters: dict[str, Parts] = {}
+    adapters: dict[str, Saved] = {}
     for name, source in sources.items():
-        made = _adapters(name, source, base, task_type, task_id)
+        parts = _adapters(name, source, base, task_type, task_id)
+        made = {own: Saved(*part, source.labels) for own, part in parts.items()}
         if name == active:
             active = next(iter(made))
         adapters |= made
@@ -141,19 +147,17 @@ def _read(folder: Path) -> _Source:
     if not folder.is_dir():
         raise ValueError(f"adapter folder {folder} does not exist")
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no {CONFIG_NAME}: it is not a PEFT adapter folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold an object; got {type(config).__name__}")
-    _check_config(str(path), config)
-    weights = folder / WEIGHTS_NAME
-    if not weights.is_file() and (folder / _PICKLE_NAME).is_file():
-        weights = folder / _PICKLE_NAME
-    return _Source(str(folder), config, read_weights(weights))
+    with locked(folder, shared=True):
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {CONFIG_NAME}: it is not a PEFT adapter folder")
+        config = read_json(path, path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} must hold an object; got {type(config).__name__}")
+        _check_config(str(path), config)
+        weights = folder / WEIGHTS_NAME
+        if not weights.is_file() and (folder / _PICKLE_NAME).is_file():
+            weights = folder / _PICKLE_NAME
+        return _Source(str(folder), config, read_weights(weights), labels=read_labels(weights))
 
 
 def _check_config(where: str, config: Mapping[str, Any]) -> None:
@@ -165,7 +169,7 @@ def _check_config(where: str, config: Mapping[str, Any]) -> None:
             "change the base's own weights, such as LoRA, can be merged into the base before it is wrapped"
         )
     length = config.get("num_virtual_tokens")
-    if not isinstance(length, int) or length < 1:
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise ValueError(f"{where} must have an integer num_virtual_tokens of at least 1; got {length!r}")
 
 

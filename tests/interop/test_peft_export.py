@@ -221,25 +221,6 @@ def test_positions_that_are_no_rotation(tmp_path, monkeypatch):
     _refused(model, tmp_path / "new", "layer 0 of LlamaModel must turn its keys by rotary positions")
 
 
-@pytest.mark.parametrize("killed_at", ["adapter_model.safetensors", "adapter_config.json"])
-def test_killed_in_between(tmp_path, monkeypatch, killed_at):
-    """The folder never has weights beside the description of others."""
-    _model("llama", "shallow").save_pretrained(tmp_path, format="peft")
-    write_whole = peft_export.write_whole
-
-    def killed(path, write):
-        if path.name == killed_at:
-            raise KeyboardInterrupt
-        write_whole(path, write)
-
-    monkeypatch.setattr(peft_export, "write_whole", killed)
-    with pytest.raises(KeyboardInterrupt):
-        _model("llama", "prefix").save_pretrained(tmp_path, format="peft")
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter_model.safetensors"}
-    with pytest.raises(ValueError, match="it is not a PEFT adapter folder"):
-        from_peft(tiny_base("llama", "CAUSAL_LM"), tmp_path)
-
-
 def test_what_stands_in_the_folder_is_plain_json(tmp_path):
     model = _model("bert", "prefix", position_offset=LENGTH)
     model.save_pretrained(tmp_path, format="peft")
