@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig, PTuningV2Config
-from ptv2_fast.heads import Head, copied_heads
+from ptv2_fast.heads import Head, at_least_float32, copied_heads
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
 from ptv2_fast.models.family import Family
@@ -64,7 +65,7 @@ class Adapter(nn.Module):
         self.heads: ModuleDictOf[Head] = ModuleDictOf(heads)
         uses_base_head = config.task_type in HEAD_TASKS and not heads
         self.base_heads = copied_heads(base) if uses_base_head else nn.ModuleDict()
-        self.to(device_of(backbone))
+        at_least_float32(self.to(device_of(backbone)))
 
     def head(self, task: str | None) -> Head:
         """The head named `task`; None where there is only one.
@@ -78,6 +79,27 @@ class Adapter(nn.Module):
         if task not in names:
             raise ValueError(f"task must be one of {', '.join(names)}; got {task!r}")
         return self.heads[task]
+
+
+    def label_names(self) -> dict[int, str]:
+        """The names of the classes of the adapter's single head, by id."""
+        (head,) = self.heads.values()
+        names = head.config.labels or [f"LABEL_{i}" for i in range(head.config.num_labels)]
+        return dict(enumerate(names))
+
+    def rename_labels(self, names: Mapping[int, str]) -> None:
+        """Give the classes of the adapter's single head other names; they are saved with it.
+
+        Raises:
+            ValueError: there is not one name for every class.
+        """
+        ((task, head),) = self.heads.items()
+        count = head.config.num_labels
+        by_id = {int(i): name for i, name in names.items()} if isinstance(names, Mapping) else {}
+        if set(by_id) != set(range(count)):
+            raise ValueError(f"id2label must name the head's {count} classes, by ids 0 to {count - 1}; got {names!r}")
+        head.config = replace(head.config, labels=[by_id[i] for i in range(count)])
+        self.config = replace(self.config, heads={task: head.config})
 
 
 def _heads(config: PTuningV2Config) -> Mapping[str, HeadConfig]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import (
     ImageClassifierOutput,
     QuestionAnsweringModelOutput,
@@ -18,9 +17,10 @@ from transformers.modeling_outputs import (
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.config import ROW_TASKS
-from ptv2_fast.heads import base_targets, classification_loss, span_loss
+from ptv2_fast.heads import base_targets, chosen_loss, classification_loss, in_own_dtype, span_loss
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.features import features_read, input_size, reads_text
+from ptv2_fast.models.labelled_config import labelled
 from ptv2_fast.models.pooling import tokens_read
 from ptv2_fast.models.slots import HIDDEN_STATES, change_states, tokens_first, turn_rows
 from ptv2_fast.models.view import view_of
@@ -34,17 +34,19 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
     def config(self) -> Any:
         """The base's configuration; with the active adapter's label names where it has a single head of its own.
 
-        A pipeline reads label names from here.
+        What is set on it is set on the base's, and label names in the adapter. A pipeline reads label names from here.
         """
-        config = self.base_model.config
-        heads = list(self.adapters[self.active_adapter].heads.values())
-        if len(heads) != 1:
+        config, adapter = self.base_model.config, self.adapters[self.active_adapter]
+        if len(adapter.heads) != 1:
             return config
-        config = copy.copy(config)
-        labels = heads[0].config.labels or [f"LABEL_{i}" for i in range(heads[0].config.num_labels)]
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-        return config
+        return labelled(config, adapter.label_names, adapter.rename_labels)
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.base_model.config = config
+
+    def _own_heads(self) -> Mapping[str, nn.Module]:
+        return dict(self.adapters[self.active_adapter].base_heads.items())
 
     def _run_task(
         self,
@@ -83,7 +85,8 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
                     "adapter_names must name one adapter where each has its own copy of the base's head; configure "
                     f"heads={{...}} on the backbone to mix them in one batch; got {len(adapters)} adapters"
                 )
-            target = view_of(target, children=dict(adapters[0].base_heads.items()))
+            heads = {name: in_own_dtype(head, target.dtype) for name, head in adapters[0].base_heads.items()}
+            target = view_of(target, children=heads)
         read = back = None
         if adapters and adapters[0].config.task_type in ROW_TASKS and self._family.reads_first:
             if not self._disabled and reads_text(self._family):
@@ -113,7 +116,8 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         mask = mask if mask is not None and mask.dim() == 2 and reads_text(self._family) else None
         if len(names) == 1:
             head = self.adapters[names[0]].head(task)
-            return _task_output(head.config.task_type, head(hidden, mask), targets, output)
+            chosen = chosen_loss(self.base_model)
+            return _task_output(head.config.task_type, head(hidden, mask), targets, output, chosen)
         if BASE_ROW in names:
             raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
         if targets:
@@ -149,6 +153,8 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         adapter = self.adapters[self.active_adapter]
         if len(adapter.heads) > 1:
             return "the adapter has several heads"
+        if adapter.heads and chosen_loss(self.base_model) is not None:
+            return "the loss is another one than its task's"
         task_type, pooling = self.packed_task()
         if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
             return f"a {task_type} loss is over whole rows"
@@ -177,19 +183,24 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         return classification_loss(head(states, None).reshape(-1, head.config.num_labels), packed.targets)
 
 
-def _task_output(task_type: str, logits: Any, targets: Mapping[str, Tensor], output: Any) -> Any:
-    """The output class of a task, with its loss where there are targets."""
+def _task_output(
+    task_type: str, logits: Any, targets: Mapping[str, Tensor], output: Any, chosen: Callable[..., Any] | None = None
+) -> Any:
+    """The output class of a task, with its loss where there are targets: its own, or the one that somebody chose."""
     expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
     if targets and set(targets) != expected:
         raise ValueError(
             f"{' and '.join(sorted(expected))} must be given for a {task_type} head; got {', '.join(targets)}"
         )
     states = {"hidden_states": output.hidden_states}
+    loss = None
     if task_type == "QUESTION_ANS":
         start, end = logits.unbind(-1)
-        loss = span_loss(logits, **targets) if targets else None
+        if targets:
+            loss = chosen(start, end, **targets) if chosen else span_loss(logits, **targets)
         return QuestionAnsweringModelOutput(loss, start_logits=start, end_logits=end, **states)
-    loss = classification_loss(logits, targets["labels"]) if targets else None
+    if targets:
+        loss = chosen(logits=logits, **targets) if chosen else classification_loss(logits, targets["labels"])
     classes = {"TOKEN_CLS": TokenClassifierOutput, "IMAGE_CLS": ImageClassifierOutput}
     cls = classes.get(task_type, SequenceClassifierOutput)
     return cls(loss, logits=logits, **states)
