@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.models.arguments import check_read
+
 
 class BaseAttributes(nn.Module):
     """What a PTuningV2Model knows of its base's attributes; mixed into it.
@@ -32,6 +34,14 @@ class BaseAttributes(nn.Module):
         if name in parts or any(name in parts[kind] for kind in ("_modules", "_parameters", "_buffers")):
             return False
         return not hasattr(type(self), name) and hasattr(base, name)
+
+    def _check_read(self, given: Mapping[str, Any]) -> None:
+        """Refuse keyword arguments of a forward that nobody reads; `given` are those without a name in its signature.
+
+        Raises:
+            ValueError: the message names one, and the nearest name that is read.
+        """
+        check_read(given, type(self).forward, self.base_model)
 
     def __getattr__(self, name: str) -> Any:
         """What this class does not define is the base's: config, device, dtype, generation_config, ..."""

@@ -130,6 +130,7 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
                 all rows.
             kwargs: whatever else the base takes.
         """
+        self._check_read(kwargs)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

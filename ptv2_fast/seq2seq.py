@@ -40,6 +40,7 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
                 kept, at the right where one is.
             adapter_names: one name per row, "__base__" for none; None runs the active adapter on all rows.
         """
+        self._check_read(kwargs)
         if kwargs.pop("task", None) is not None:
             raise ValueError("task must be None: an encoder-decoder has the one head of its base")
         if labels is not None:
