@@ -23,6 +23,7 @@ from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.arguments import named_arguments
 from ptv2_fast.models.cache import with_cache_name
 from ptv2_fast.models.inputs import text_size
+from ptv2_fast.models.other_forward import with_prompted_backbone
 from ptv2_fast.models.pipelines import name_in_pipelines
 from ptv2_fast.models.view import view_of
 from ptv2_fast.seq2seq import PTuningV2ModelForSeq2SeqLM
@@ -144,6 +145,10 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         head = self.base_model.get_output_embeddings()
         loss = labelled_rows_loss(output.last_hidden_state, tokens, targets, head, count)
         return CausalLMOutputWithPast(loss=loss, hidden_states=output.hidden_states)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As everywhere; a forward that trl's trainers set gets the backbone with the prompts."""
+        super().__setattr__(name, with_prompted_backbone(self, value) if name == "forward" else value)
 
     @property
     def loss_type(self) -> str:
