@@ -80,7 +80,6 @@ class Adapter(nn.Module):
             raise ValueError(f"task must be one of {', '.join(names)}; got {task!r}")
         return self.heads[task]
 
-
     def label_names(self) -> dict[int, str]:
         """The names of the classes of the adapter's single head, by id."""
         (head,) = self.heads.values()

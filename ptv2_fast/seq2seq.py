@@ -37,7 +37,8 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
             attention_mask: (B, N) of the encoder's text, padding anywhere.
             decoder_input_ids: (B, M); left out with labels, from which the base derives them.
             decoder_attention_mask: (B, M), or with a cache of everything in it too; padding anywhere where no cache is
-                kept, at the right where one is.
+                kept, at the right where one is, or in front too where only distances count (T5). Or (B, 1, M, L) over
+                the L cached and new tokens, bool or additive, whose positions are slots.
             adapter_names: one name per row, "__base__" for none; None runs the active adapter on all rows.
         """
         self._check_read(kwargs)

@@ -19,7 +19,8 @@ from ptv2_fast.models.cache import CACHE_NAMES
 _COMMON = frozenset(TransformersKwargs.__annotations__) | {
     *CACHE_NAMES, "cache_position", "end_positions", "head_mask", "input_ids", "labels", "logits_to_keep",
     "max_length_k", "max_length_q", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
-    "shift_labels", "start_positions", "task", "use_cache",
+    "shift_labels", "start_positions", "task", "token_type_ids",
+    "use_cache",
 }  # fmt: skip
 
 

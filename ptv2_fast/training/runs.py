@@ -293,6 +293,11 @@ def load_trained(
     task_type = chosen.task_type if chosen is not None else config.task_type
     if task_type in FEATURE_TASKS:
         raise ValueError(f"{folder} is an adapter for {task_type}; the command line and ptv2_fast.training serve texts")
+    if task_type == "SEQ_2_SEQ_LM":
+        raise ValueError(
+            f"{folder} is an adapter for SEQ_2_SEQ_LM, which the command line and ptv2_fast.training do not serve; "
+            "PTuningV2Model.from_pretrained loads it, and its generate writes"
+        )
     if task_type not in DEFAULT_MAX_LENGTH:
         raise ValueError(f"{folder} is an adapter for {task_type}, which predicts nothing by itself")
     own_head = config.heads is None and task_type in HEAD_TASKS

@@ -14,7 +14,8 @@ from tiny_seq2seq import tiny_model as tiny_seq2seq
 from torch.nn.functional import log_softmax
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments, pipeline
 
-from ptv2_fast import PTuningV2Model, get_ptv2_model
+from ptv2_fast import get_ptv2_model
+from ptv2_fast.training.runs import load_trained
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [0, 0, 11, 12, 13, 14]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
@@ -22,7 +23,7 @@ LABELS_OF = IDS.masked_fill(MASK == 0, -100)
 SMOOTHING = 0.1
 
 
-def trainer_of(model: PTuningV2Model, rows: list[dict], folder, **arguments) -> Trainer:
+def trainer_of(model, rows: list[dict], folder, **arguments) -> Trainer:
     settings = {
         "max_steps": 1, "per_device_train_batch_size": len(rows), "per_device_eval_batch_size": len(rows),
         "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True,
@@ -178,3 +179,10 @@ def test_a_pipeline_for_another_task_is_still_told(caplog, monkeypatch):
     with caplog.at_level(logging.ERROR, logger="transformers"):
         pipeline("text-classification", model=model, tokenizer=tiny_tokenizer())
     assert "not supported" in caplog.text
+
+
+@pytest.mark.skipif(not T5_SERVED, reason="this transformers' T5 has an attention of its own")
+def test_the_command_line_says_who_serves_an_encoder_decoder(tmp_path):
+    tiny_seq2seq("t5").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="SEQ_2_SEQ_LM, which the command line .* its generate writes"):
+        load_trained(tmp_path, model="any")
