@@ -35,7 +35,6 @@ from ptv2_fast.models.module_dict import ModuleDictOf
 from ptv2_fast.models.own_attention import given_prompts
 from ptv2_fast.models.rows import gather_rows
 from ptv2_fast.models.slots import by_slots
-from ptv2_fast.models.view import install_hooks_once
 from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.source import PromptSource
@@ -108,7 +107,6 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         self._attach()
         self._initialise(adapter, tokenizer, init_text)
         self._take(adapter_name, adapter)
-        install_hooks_once(base)
         self._is_made = True
 
     def forward(

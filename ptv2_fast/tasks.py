@@ -165,6 +165,9 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         name = self.base_model._get_name()
         return name if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "LlamaForCausalLM"
 
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
     def packed_task(self) -> tuple[str, str]:
         """The task type and pooling by which a batch is packed for the active adapter."""
         return "CAUSAL_LM", "last"

@@ -118,3 +118,4 @@ def test_a_model_can_be_traced(family, task_type, injection):
 def test_a_wrapper_says_which_causal_model_it_is():
     model = get_ptv2_model(tiny_base("gpt2", "CAUSAL_LM"), tiny_prompts("deep", "CAUSAL_LM"))
     assert model._get_name() == "GPT2LMHeadModel"
+    assert repr(model).startswith("PTuningV2ModelForCausalLM(\n  (base_model): GPT2LMHeadModel(")

@@ -37,14 +37,14 @@ def view_of(
     Returns:
         A module of type(module), or of a subclass with the same name and forward signature.
     """
-    if isinstance(module, PreTrainedModel):
-        install_hooks_once(module)
     seen = module.__dict__.get(_LOOKS_AT)
     if seen is not None and (children or attributes):
         # What the view's forward runs is the module behind it: children and attributes are replaced there.
         module = view_of(view_of(seen[0], children=children, attributes=attributes), forward=seen[1])
         return module if forward is None else view_of(module, forward=forward)
     view: Any = _shallow_copy(module, type(module))
+    if isinstance(module, PreTrainedModel):
+        view.__dict__.setdefault(_HOOKED, _HookedWhenAsked(module))
     view._modules = {**module._modules, **(children or {})}
     view.__dict__.update(attributes or {})
     if forward is None:
@@ -57,23 +57,6 @@ def view_of(
     outer._view_forward = functools.partial(forward, view.forward)
     outer.__dict__[_LOOKS_AT] = (view, forward)
     return outer
-
-
-def install_hooks_once(model: PreTrainedModel) -> None:
-    """Let transformers hook the layers for their outputs here and not when a view is run, or a forward compiled.
-
-    It does so the first time that outputs are asked for, and layers are shared: every fresh view would hook them again.
-    So would a model around another one that is hooked already (OPT around its decoder): the innermost has the layers.
-    """
-    if getattr(model, _HOOKED, False):
-        return
-    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
-    for one in inner:
-        install_hooks_once(one)
-    if inner:
-        setattr(model, _HOOKED, True)
-    else:
-        maybe_install_capturing_hooks(model)
 
 
 def with_modules(module: M, replacements: Mapping[str, nn.Module]) -> M:
@@ -100,6 +83,34 @@ def numbered(module: M, path: str, count: int) -> M:
     paths = [path.format(index) for index in range(count)]
     views = {p: view_of(module.get_submodule(p), attributes={"layer_idx": i}) for i, p in enumerate(paths)}
     return with_modules(module, views)
+
+
+class _HookedWhenAsked:
+    """transformers' mark of a view: true, and once it is looked at, so it is of the model behind the view.
+
+    transformers hooks the layers for their outputs the first time that outputs are asked for, and layers are shared:
+    through every fresh view it would hook them again. So would a model around another one that is hooked already (OPT
+    around its decoder): the innermost has the layers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __bool__(self) -> bool:
+        _install_hooks_once(self._model)
+        return True
+
+
+def _install_hooks_once(model: PreTrainedModel) -> None:
+    if getattr(model, _HOOKED, False):
+        return
+    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
+    for one in inner:
+        _install_hooks_once(one)
+    if inner:
+        setattr(model, _HOOKED, True)
+    else:
+        maybe_install_capturing_hooks(model)
 
 
 def _shallow_copy(module: M, cls: type[M]) -> M:
