@@ -44,6 +44,11 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
         self._check_read(kwargs)
         if kwargs.pop("task", None) is not None:
             raise ValueError("task must be None: an encoder-decoder has the one head of its base")
+        if self.training and labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError(
+                "labels or decoder_input_ids must be given in training; where Trainer takes the labels away (label "
+                "smoothing), DataCollatorForSeq2Seq(tokenizer, model=model) makes decoder_input_ids of them"
+            )
         if labels is not None:
             beside = [x for x in (decoder_input_ids, decoder_inputs_embeds, labels) if isinstance(x, Tensor)]
             check_labels("labels", labels, self.base_model.config.vocab_size, beside[0].shape[:2] if beside else ())

@@ -87,6 +87,20 @@ def test_label_smoothing_of_an_encoder_decoder_compares_the_token_itself(tmp_pat
     assert train_loss(trainer) == pytest.approx(smoothed(logits, targets), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_label_smoothing_of_an_encoder_decoder_needs_what_its_decoder_reads(kind, tmp_path):
+    """BART would derive it from the text, and train on that; the collator that knows the model makes it of labels."""
+    model = tiny_seq2seq(kind)
+    rows = rows_of(input_ids=IDS, attention_mask=MASK, labels=IDS)
+    trainer = trainer_of(model, rows, tmp_path, label_smoothing_factor=SMOOTHING)
+    with pytest.raises(ValueError, match="labels or decoder_input_ids must be given in training; .*DataCollatorForSeq"):
+        trainer.train()
+    trainer.data_collator = transformers.DataCollatorForSeq2Seq(tiny_tokenizer(), model=model)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=IDS, attention_mask=MASK, labels=IDS).logits
+    assert train_loss(trainer) == pytest.approx(smoothed(logits, IDS), rel=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_loss_is_a_mean_over_the_tokens_that_are_predicted(family, side, tmp_path):
