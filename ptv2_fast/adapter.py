@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig, PTuningV2Config
-from ptv2_fast.heads import Head, copied_heads, labels_of, resize_heads, with_labels
+from ptv2_fast.heads import Head, at_least_float32, copied_heads, in_own_dtype, labels_of, resize_heads, with_labels
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
 from ptv2_fast.models.family import Family
@@ -84,14 +85,15 @@ class Adapter(nn.Module):
             before = len(labels_of(base.config))
             if len(self.labels) != before:
                 resize_heads(self.base_heads, before, len(self.labels))
-        self.to(device_of(backbone) if device is None else device)
+        at_least_float32(self.to(device_of(backbone) if device is None else device))
 
     def base_with_head(self, base: PreTrainedModel) -> PreTrainedModel:
         """A view of the base with this adapter's copy of its head, and as many classes as that has."""
         attributes: dict[str, Any] = {}
         if self.labels is not None:
             attributes = {"config": with_labels(base.config, self.labels), "num_labels": len(self.labels)}
-        return view_of(base, children=dict(self.base_heads.items()), attributes=attributes)
+        heads = {name: in_own_dtype(head, base.dtype) for name, head in self.base_heads.items()}
+        return view_of(base, children=heads, attributes=attributes)
 
     def saved_labels(self, base: PreTrainedModel) -> tuple[str, ...] | None:
         """The names of the copied head's classes; None where there is no such head."""
@@ -109,6 +111,31 @@ class Adapter(nn.Module):
         if task not in names:
             raise ValueError(f"task must be one of {', '.join(names)}; got {task!r}")
         return self.heads[task]
+
+    def label_names(self) -> dict[int, str]:
+        """The names of the classes, by id: of the adapter's single head, else of its copy of the base's."""
+        if self.labels is not None:
+            return dict(enumerate(self.labels))
+        (head,) = self.heads.values()
+        return dict(enumerate(head.config.labels or [f"LABEL_{i}" for i in range(head.config.num_labels)]))
+
+    def rename_labels(self, names: Mapping[int, str]) -> None:
+        """Give the classes of `label_names` other names; they are saved with the adapter.
+
+        Raises:
+            ValueError: there is not one name for every class.
+        """
+        count = len(self.label_names())
+        by_id = {int(i): name for i, name in names.items()} if isinstance(names, Mapping) else {}
+        if set(by_id) != set(range(count)):
+            raise ValueError(f"id2label must name the head's {count} classes, by ids 0 to {count - 1}; got {names!r}")
+        labels = [by_id[i] for i in range(count)]
+        if self.labels is not None:
+            self.labels = tuple(labels)
+            return
+        ((task, head),) = self.heads.items()
+        head.config = replace(head.config, labels=labels)
+        self.config = replace(self.config, heads={task: head.config})
 
 
 def _heads(config: PTuningV2Config) -> Mapping[str, HeadConfig]:

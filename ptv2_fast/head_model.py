@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import (
     ImageClassifierOutput,
     QuestionAnsweringModelOutput,
@@ -17,9 +17,10 @@ from transformers.modeling_outputs import (
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.config import ROW_TASKS
-from ptv2_fast.heads import base_targets, classification_loss, span_loss, with_labels
+from ptv2_fast.heads import base_targets, chosen_loss, classification_loss, span_loss
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.features import features_read, input_size, reads_text
+from ptv2_fast.models.labelled_config import labelled
 from ptv2_fast.models.pooling import tokens_read
 from ptv2_fast.models.slots import HIDDEN_STATES, change_states, tokens_first, turn_rows
 from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
@@ -32,19 +33,24 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
     def config(self) -> Any:
         """The base's configuration; with the active adapter's label names where they are its own.
 
-        A pipeline reads label names from here.
+        What is set on it is set on the base's, and label names in the adapter. A pipeline reads label names from here.
         """
         config, adapter = self.base_model.config, self.adapters[self.active_adapter]
-        labels: Sequence[str] | None = adapter.labels
-        heads = list(adapter.heads.values())
-        if len(heads) == 1:
-            labels = heads[0].config.labels or [f"LABEL_{i}" for i in range(heads[0].config.num_labels)]
-        return config if labels is None else with_labels(config, labels)
+        if len(adapter.heads) != 1 and adapter.labels is None:
+            return config
+        return labelled(config, adapter.label_names, adapter.rename_labels)
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.base_model.config = config
 
     @property
     def num_labels(self) -> int:
         """How many classes `config` names."""
         return int(self.config.num_labels)
+
+    def _own_heads(self) -> Mapping[str, nn.Module]:
+        return dict(self.adapters[self.active_adapter].base_heads.items())
 
     def _run_task(
         self,
@@ -113,7 +119,8 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         mask = mask if mask is not None and mask.dim() == 2 and reads_text(self._family) else None
         if len(names) == 1:
             head = self.adapters[names[0]].head(task)
-            return _task_output(head.config.task_type, head(hidden, mask), targets, output)
+            chosen = chosen_loss(self.base_model)
+            return _task_output(head.config.task_type, head(hidden, mask), targets, output, chosen)
         if BASE_ROW in names:
             raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
         if targets:
@@ -149,6 +156,8 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         adapter = self.adapters[self.active_adapter]
         if len(adapter.heads) > 1:
             return "the adapter has several heads"
+        if adapter.heads and chosen_loss(self.base_model) is not None:
+            return "the loss is another one than its task's"
         task_type, pooling = self.packed_task()
         if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
             return f"a {task_type} loss is over whole rows"
@@ -177,19 +186,24 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         return classification_loss(head(states, None).reshape(-1, head.config.num_labels), packed.targets)
 
 
-def _task_output(task_type: str, logits: Any, targets: Mapping[str, Tensor], output: Any) -> Any:
-    """The output class of a task, with its loss where there are targets."""
+def _task_output(
+    task_type: str, logits: Any, targets: Mapping[str, Tensor], output: Any, chosen: Callable[..., Any] | None = None
+) -> Any:
+    """The output class of a task, with its loss where there are targets: its own, or the one that somebody chose."""
     expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
     if targets and set(targets) != expected:
         raise ValueError(
             f"{' and '.join(sorted(expected))} must be given for a {task_type} head; got {', '.join(targets)}"
         )
     states = {"hidden_states": output.hidden_states}
+    loss = None
     if task_type == "QUESTION_ANS":
         start, end = logits.unbind(-1)
-        loss = span_loss(logits, **targets) if targets else None
+        if targets:
+            loss = chosen(start, end, **targets) if chosen else span_loss(logits, **targets)
         return QuestionAnsweringModelOutput(loss, start_logits=start, end_logits=end, **states)
-    loss = classification_loss(logits, targets["labels"]) if targets else None
+    if targets:
+        loss = chosen(logits=logits, **targets) if chosen else classification_loss(logits, targets["labels"])
     classes = {"TOKEN_CLS": TokenClassifierOutput, "IMAGE_CLS": ImageClassifierOutput}
     cls = classes.get(task_type, SequenceClassifierOutput)
     return cls(loss, logits=logits, **states)

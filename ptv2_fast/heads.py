@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from ptv2_fast.config import ROW_TASKS, HeadConfig
 from ptv2_fast.models.backbone import backbone_name
 from ptv2_fast.models.pooling import pool
+from ptv2_fast.models.view import view_of
+
+M = TypeVar("M", bound=nn.Module)
 
 IGNORED_LABEL = -100
 
@@ -101,6 +104,32 @@ def with_labels(config: Any, labels: Sequence[str]) -> Any:
 def labels_of(config: Any) -> tuple[str, ...]:
     """The label names that a model's configuration has, in the order of their ids."""
     return tuple(str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels))
+
+
+def at_least_float32(module: M) -> M:
+    """`module`, its half-precision parameters and buffers made float32: what trains is never narrower."""
+    narrow = (torch.float16, torch.bfloat16)
+    return module._apply(lambda tensor: tensor.float() if tensor.dtype in narrow else tensor)
+
+
+def in_own_dtype(head: M, given: torch.dtype) -> M:
+    """`head`; where its parameters are not of the dtype that it is given, a view that casts its inputs to theirs."""
+    dtype = next(head.parameters()).dtype
+    if dtype == given:
+        return head
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return original(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+    return view_of(head, forward=forward)
+
+
+def chosen_loss(base: PreTrainedModel) -> Callable[..., Any] | None:
+    """The loss function that somebody set on the base (`model.loss_function = f`); None where nobody did."""
+    return base.__dict__.get("_loss_function")
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import Account, LayerPrompt, LazyPrompt, PromptBatch
+from ptv2_fast.base_attributes import BaseAttributes
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.encoder_decoder import EncoderDecoder
 from ptv2_fast.models.backbone import backbone_of, with_backbone
@@ -45,7 +46,7 @@ from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.step.unpad import Packing, can_unpad, unpadded
 
 
-class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.Module):
+class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Recomputation):
     """A frozen transformers model whose attention layers also see trained prompts.
 
     The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values
@@ -106,6 +107,7 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         self._attach()
         self._initialise(adapter, tokenizer, init_text)
         self._take(adapter_name, adapter)
+        self._is_made = True
 
     def forward(
         self,
@@ -126,6 +128,7 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
                 all rows.
             kwargs: whatever else the base takes.
         """
+        self._check_read(kwargs)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -379,12 +382,3 @@ class PTuningV2Model(AdapterSet, Persistence, EncoderDecoder, Recomputation, nn.
         """How far the text's positions shift; rotary ones need no room for a shallow prompt."""
         is_shallow = adapter.config.injection == "shallow"
         return 0 if is_shallow and self._family.rotary else adapter.config.text_offset
-
-    def __getattr__(self, name: str) -> Any:
-        """What this class does not define is the base's: config, device, dtype, generation_config, ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)

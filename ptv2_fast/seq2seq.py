@@ -37,11 +37,18 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
             attention_mask: (B, N) of the encoder's text, padding anywhere.
             decoder_input_ids: (B, M); left out with labels, from which the base derives them.
             decoder_attention_mask: (B, M), or with a cache of everything in it too; padding anywhere where no cache is
-                kept, at the right where one is.
+                kept, at the right where one is, or in front too where only distances count (T5). Or (B, 1, M, L) over
+                the L cached and new tokens, bool or additive, whose positions are slots.
             adapter_names: one name per row, "__base__" for none; None runs the active adapter on all rows.
         """
+        self._check_read(kwargs)
         if kwargs.pop("task", None) is not None:
             raise ValueError("task must be None: an encoder-decoder has the one head of its base")
+        if self.training and labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError(
+                "labels or decoder_input_ids must be given in training; where Trainer takes the labels away (label "
+                "smoothing), DataCollatorForSeq2Seq(tokenizer, model=model) makes decoder_input_ids of them"
+            )
         if labels is not None:
             beside = [x for x in (decoder_input_ids, decoder_inputs_embeds, labels) if isinstance(x, Tensor)]
             check_labels("labels", labels, self.base_model.config.vocab_size, beside[0].shape[:2] if beside else ())

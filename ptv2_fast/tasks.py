@@ -12,17 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.head_model import PTuningV2ModelWithHeads
 from ptv2_fast.heads import IGNORED_LABEL, check_labels
 from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.models.arguments import named_arguments
 from ptv2_fast.models.cache import with_cache_name
 from ptv2_fast.models.inputs import text_size
+from ptv2_fast.models.other_forward import with_prompted_backbone
+from ptv2_fast.models.pipelines import name_in_pipelines
 from ptv2_fast.models.view import view_of
 from ptv2_fast.seq2seq import PTuningV2ModelForSeq2SeqLM
-from ptv2_fast.step.labelled_rows import labelled_rows_loss, labelled_tokens, predictable_labels, why_not_labelled_rows
+from ptv2_fast.step.labelled_rows import (
+    kept_items,
+    labelled_rows_loss,
+    labelled_tokens,
+    predictable_labels,
+    why_not_labelled_rows,
+)
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import PackedBatch
@@ -44,6 +55,7 @@ class PTuningV2ModelForSequenceClassification(PTuningV2ModelWithHeads):
         **kwargs: Any,
     ) -> Any:
         """Logits (B, C) and, with labels (B,), the mean cross-entropy; `task` picks one of several heads."""
+        self._check_read(kwargs)
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         spans = {name: inputs.pop(name, None) for name in ("start_positions", "end_positions")}
         return self._run_task(inputs, adapter_names, task, {"labels": labels, **spans})
@@ -70,6 +82,7 @@ class PTuningV2ModelForQuestionAnswering(PTuningV2ModelWithHeads):
         **kwargs: Any,
     ) -> Any:
         """Start and end logits (B, N) over the text's own tokens and, with positions (B,), their mean loss."""
+        self._check_read(kwargs)
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         targets = {
             "labels": inputs.pop("labels", None),
@@ -99,16 +112,23 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         """The base's output: logits (B, N, V), the cache of the text alone, and the loss of shifted labels (B, N).
 
         A row's first token has nothing before it: its label counts nowhere, on whichever side the padding is.
+
+        Args:
+            kwargs: whatever else the base takes; num_items_in_batch is Trainer's count of the labels behind the first
+                column, in this batch and in those that are accumulated with it.
         """
         if kwargs.pop("task", None) is not None:
             raise ValueError("task must be None: a causal language model has the one head of its base")
+        self._check_read(kwargs)
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         if labels is None:
             output = self.run(self.base_model, inputs, adapter_names)
             return self._as_asked(output, kwargs.get("return_dict"))
         check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size, text_size(inputs))
         if not self._disabled:
-            labels = predictable_labels(labels, attention_mask)
+            given, labels = labels, predictable_labels(labels, attention_mask)
+            if inputs.get("shift_labels") is None:
+                inputs["num_items_in_batch"] = kept_items(inputs.get("num_items_in_batch"), given, labels)
         plan = self.step_plan()
         if plan.labelled_rows_loss and not self._disabled and why_not_labelled_rows(self.base_model, inputs) is None:
             output = self._run_labelled_rows(inputs, labels, adapter_names)
@@ -125,6 +145,28 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         head = self.base_model.get_output_embeddings()
         loss = labelled_rows_loss(output.last_hidden_state, tokens, targets, head, count)
         return CausalLMOutputWithPast(loss=loss, hidden_states=output.hidden_states)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As everywhere; a forward that trl's trainers set gets the backbone with the prompts."""
+        super().__setattr__(name, with_prompted_backbone(self, value) if name == "forward" else value)
+
+    @property
+    def loss_type(self) -> str:
+        """The base's, or the one that transformers takes where it knows no other; Trainer counts labels by it."""
+        own = getattr(self.base_model, "loss_type", None)
+        return own if own in LOSS_MAPPING else "ForCausalLM"
+
+    @loss_type.setter
+    def loss_type(self, loss_type: str) -> None:
+        self.base_model.loss_type = loss_type
+
+    def _get_name(self) -> str:
+        """The base's name, by which Trainer's label smoothing knows that labels are one token ahead of logits."""
+        name = self.base_model._get_name()
+        return name if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "LlamaForCausalLM"
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
     def packed_task(self) -> tuple[str, str]:
         """The task type and pooling by which a batch is packed for the active adapter."""
@@ -155,9 +197,9 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         if self._disabled:
             return self.base_model.generate(*args, **with_cache_name(kwargs))
 
-        def forward(_: Any, *call_args: Any, **inputs: Any) -> Any:
-            # generate calls with keywords; what it leaves out stays out.
-            return self.run(self.base_model, inputs, adapter_names)
+        def forward(original: Any, *args: Any, **inputs: Any) -> Any:
+            # generate calls with keywords, logits processors with positions too; what they leave out stays out.
+            return self.run(self.base_model, {**named_arguments(original, args), **inputs}, adapter_names)
 
         with torch.no_grad():
             return view_of(self.base_model, forward=forward).generate(*args, **with_cache_name(kwargs))
@@ -184,6 +226,7 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
 
         Images and sounds are given by name, as pixel_values and input_features.
         """
+        self._check_read(kwargs)
         inputs = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         if task is not None:
@@ -206,6 +249,7 @@ class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):
         **kwargs: Any,
     ) -> Any:
         """Logits (B, C) of images (B, C, H, W) and, with labels (B,), the mean cross-entropy."""
+        self._check_read(kwargs)
         return self._run_task({"pixel_values": pixel_values, **kwargs}, adapter_names, task, {"labels": labels})
 
 
@@ -221,6 +265,7 @@ class PTuningV2ModelForAudioClassification(PTuningV2ModelWithHeads):
         **kwargs: Any,
     ) -> Any:
         """Logits (B, C) of spectrograms (B, M, F) and, with labels (B,), the mean cross-entropy."""
+        self._check_read(kwargs)
         return self._run_task({"input_features": input_features, **kwargs}, adapter_names, task, {"labels": labels})
 
 
@@ -234,6 +279,22 @@ MODEL_CLASSES: dict[str, type[PTuningV2Model]] = {
     "IMAGE_CLS": PTuningV2ModelForImageClassification,
     "AUDIO_CLS": PTuningV2ModelForAudioClassification,
 }
+
+# transformers' pipelines know models by their class's name.
+name_in_pipelines(
+    {
+        PTuningV2ModelForSequenceClassification: (
+            "text-classification", "sentiment-analysis", "zero-shot-classification",
+        ),
+        PTuningV2ModelForTokenClassification: ("token-classification", "ner"),
+        PTuningV2ModelForQuestionAnswering: ("question-answering",),
+        PTuningV2ModelForCausalLM: ("text-generation",),
+        PTuningV2ModelForSeq2SeqLM: ("summarization", "translation", "text2text-generation"),
+        PTuningV2ModelForFeatureExtraction: ("feature-extraction",),
+        PTuningV2ModelForImageClassification: ("image-classification",),
+        PTuningV2ModelForAudioClassification: ("audio-classification",),
+    }
+)  # fmt: skip
 
 
 def get_ptv2_model(

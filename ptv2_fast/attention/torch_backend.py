@@ -96,7 +96,7 @@ def _dense(
     elif softcap is None and not return_lse:
         out = F.scaled_dot_product_attention(
             q, row_k, row_v, attn_mask=mask, dropout_p=dropout_p, scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=bool(q.shape[1] != k.shape[1]),  # sizes are tensors under torch.jit.trace
         )  # fmt: skip
         lse = None
     else:
@@ -178,7 +178,7 @@ def _join(
     for part, length in sides:
         if part is None:
             shape = (1, 1, 1, length)
-            fill = 0.0 if additive else True
+            fill = 0 if additive else 1  # a number: torch.jit.trace knows no other
             part = torch.full(shape, fill, dtype=dtype if additive else torch.bool, device=like.device)
         elif part.dim() == 2:
             part = part[None, None]

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values")
 # What the installed transformers calls it, in arguments and in outputs.
-CACHE = next(name for name in _NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
 
 
 def with_cache_name(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,10 +20,10 @@ def with_cache_name(inputs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it is given under both names.
     """
-    given = [name for name in _NAMES if inputs.get(name) is not None]
+    given = [name for name in CACHE_NAMES if inputs.get(name) is not None]
     if len(given) > 1:
         raise ValueError(f"{CACHE} must be given once; got {' and '.join(given)}")
-    renamed = {name: value for name, value in inputs.items() if name not in _NAMES}
+    renamed = {name: value for name, value in inputs.items() if name not in CACHE_NAMES}
     return {**renamed, CACHE: inputs[given[0]]} if given else renamed
 
 

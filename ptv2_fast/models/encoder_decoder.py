@@ -129,7 +129,10 @@ class BoundPrompts:
         inputs_embeds: Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """The decoder; its own padding may stand anywhere where no cache is kept."""
+        """The decoder; its own padding may stand anywhere where no cache is kept.
+
+        A mask (B, 1, M, L) is taken as it is, with positions that are slots.
+        """
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         rows, _ = self._check(original.__self__, given, others, cached_tokens(others), "decoder")
         call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -194,8 +197,9 @@ class BoundPrompts:
         mask = given["attention_mask"]
         if getattr(others.get(CACHE), "is_compileable", False):
             mask = None  # `generate` makes one over all slots of a static cache
-        if isinstance(mask, Tensor) and mask.dim() != 2:
-            raise ValueError(f"{prefix}attention_mask must have shape (B, N); got {tuple(mask.shape)}")
+        if stack == "encoder" and isinstance(mask, Tensor) and mask.dim() != 2:
+            # The decoder reads the encoder's tokens through the same mask.
+            raise ValueError(f"attention_mask must have shape (B, N); got {tuple(mask.shape)}")
         rows, tokens = check_inputs(given["input_ids"], given["inputs_embeds"], mask, past, prefix)
         check_beside(given, rows, tokens, self.base, prefix)
         if rows % self.named:
@@ -223,10 +227,9 @@ class BoundPrompts:
         """Refuse padding that would count where the decoder's keys are kept in the order of their slots."""
         if mask.dim() != 2 or torch.compiler.is_compiling():
             return
-        steps = mask.bool().int().diff(dim=1)
-        wrong = (steps > 0).any(1)
-        if self.family.positioned is not None:
-            wrong &= (steps < 0).any(1)  # only distances count, and padding in front of all tokens changes none
+        starts = F.pad(mask.bool().int(), (1, 0)).diff(dim=1) > 0  # (B, N), of runs of tokens
+        # Where only distances count, padding around a row's tokens changes none.
+        wrong = starts.sum(1) > 1 if self.family.positioned is not None else starts[:, 1:].any(1)
         if bool(wrong.any()):
             raise ValueError(
                 "decoder_attention_mask must have its padding at the right where a cache is kept (use_cache=False runs "

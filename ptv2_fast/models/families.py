@@ -33,7 +33,7 @@ from ptv2_fast.models import (
 )
 from ptv2_fast.models.dimensions import Dimensions
 from ptv2_fast.models.family import Family
-from ptv2_fast.models.unlisted import recognise
+from ptv2_fast.models.unlisted import recognise, why_not_tried
 
 
 def _from_zero(backbone: PreTrainedModel) -> int:
@@ -252,17 +252,28 @@ def family_of(backbone: PreTrainedModel) -> Family:
         raise ValueError(f"base must be one tower: wrap the vision_model or the text_model of {whole}")
     family = _FAMILIES.get(model_type) or recognise(backbone, _FAMILIES)
     if family is None:
+        untried = why_not_tried(backbone)
+        tried = f"; it was not tried: {untried}" if untried else ", or make its keys and values as one of them does"
         raise ValueError(
-            f"base must be of a supported family ({', '.join(sorted(_FAMILIES))}), or make its keys and values as one "
-            f"of them does; got {type(backbone).__name__} with model_type {model_type!r}"
+            f"base must be of a supported family ({', '.join(sorted(_FAMILIES))}){tried}; got "
+            f"{type(backbone).__name__} with model_type {model_type!r}"
         )
-    if getattr(backbone.config, "is_decoder", False) and not family.causal:
+    if not family.causal and _decodes_alone(backbone):
         raise ValueError(
             f"base must be an encoder; got {type(backbone).__name__} configured with is_decoder=True"
         )
     if family.refuse is not None:
         family.refuse(backbone)
     return family
+
+
+def _decodes_alone(backbone: PreTrainedModel) -> bool:
+    """Whether a stack by itself is configured as a decoder; one beside a decoder is an encoder whatever its
+    configuration says, and so is one whose own configuration says so (T5's)."""
+    if hasattr(backbone, "decoder"):
+        return False
+    own = getattr(getattr(backbone, "encoder", backbone), "config", backbone.config)
+    return bool(getattr(own, "is_decoder", False))
 
 
 def sizes_of(backbone: PreTrainedModel) -> Dimensions:

@@ -38,7 +38,7 @@ def recognise(backbone: PreTrainedModel, listed: Mapping[str, Family]) -> Family
         backbone: on a device, with weights.
         listed: the families to try, by name.
     """
-    if backbone.device.type == "meta" or backbone.dtype not in _ALIKE or not _reads_text(backbone):
+    if why_not_tried(backbone) is not None:
         return None
     if backbone not in _recognised:
         known: list[Family] = []
@@ -55,9 +55,17 @@ def recognise(backbone: PreTrainedModel, listed: Mapping[str, Family]) -> Family
     return _recognised[backbone]
 
 
-def _reads_text(backbone: PreTrainedModel) -> bool:
-    config = backbone.config
-    return backbone.main_input_name == "input_ids" and not getattr(config, "is_encoder_decoder", False)
+def why_not_tried(backbone: PreTrainedModel) -> str | None:
+    """Why a backbone of a model type that is not listed is not compared with the listed ones; None where it is."""
+    if getattr(backbone.config, "is_encoder_decoder", False):
+        return "an encoder-decoder must be of a listed family itself"
+    if backbone.main_input_name != "input_ids":
+        return f"what it reads is {backbone.main_input_name} and no text"
+    if backbone.device.type == "meta":
+        return "it has no weights"
+    if backbone.dtype not in _ALIKE:
+        return f"its weights are {backbone.dtype}"
+    return None
 
 
 @contextmanager

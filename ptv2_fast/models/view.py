@@ -37,14 +37,14 @@ def view_of(
     Returns:
         A module of type(module), or of a subclass with the same name and forward signature.
     """
-    if isinstance(module, PreTrainedModel):
-        _install_hooks_once(module)
     seen = module.__dict__.get(_LOOKS_AT)
     if seen is not None and (children or attributes):
         # What the view's forward runs is the module behind it: children and attributes are replaced there.
         module = view_of(view_of(seen[0], children=children, attributes=attributes), forward=seen[1])
         return module if forward is None else view_of(module, forward=forward)
     view: Any = _shallow_copy(module, type(module))
+    if isinstance(module, PreTrainedModel):
+        view.__dict__.setdefault(_HOOKED, _HookedWhenAsked(module))
     view._modules = {**module._modules, **(children or {})}
     view.__dict__.update(attributes or {})
     if forward is None:
@@ -85,12 +85,23 @@ def numbered(module: M, path: str, count: int) -> M:
     return with_modules(module, views)
 
 
-def _install_hooks_once(model: PreTrainedModel) -> None:
-    """Let transformers hook the layers for their outputs here and not when a view is run.
+class _HookedWhenAsked:
+    """transformers' mark of a view: true, and once it is looked at, so it is of the model behind the view.
 
-    It does so the first time that outputs are asked for, and layers are shared: every fresh view would hook them again.
-    So would a model around another one that is hooked already (OPT around its decoder): the innermost has the layers.
+    transformers hooks the layers for their outputs the first time that outputs are asked for, and layers are shared:
+    through every fresh view it would hook them again. So would a model around another one that is hooked already (OPT
+    around its decoder): the innermost has the layers.
     """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __bool__(self) -> bool:
+        _install_hooks_once(self._model)
+        return True
+
+
+def _install_hooks_once(model: PreTrainedModel) -> None:
     if getattr(model, _HOOKED, False):
         return
     inner = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]

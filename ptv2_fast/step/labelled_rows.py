@@ -58,6 +58,22 @@ def predictable_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     return labels.masked_fill(after_padding, IGNORED_LABEL)
 
 
+def kept_items(count: Tensor | int | None, labels: Tensor, kept: Tensor) -> Tensor | None:
+    """Trainer's count of labels without those that nothing predicts, which it counts too, by their share in this batch.
+
+    Exact where a step is one batch; where it accumulates several of them, a batch weighs as Trainer counted its labels.
+
+    Args:
+        count: labels of all accumulated batches behind the first column; None gives None.
+        labels: (B, N), this batch's.
+        kept: (B, N), what `predictable_labels` left of them.
+    """
+    if count is None:
+        return None
+    counted, left = ((one[:, 1:] != IGNORED_LABEL).sum().clamp(min=1) for one in (labels, kept))
+    return count * (left / counted)
+
+
 def labelled_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Which tokens predict a label, and the labels: (R,) positions in the flattened (B, N), and (R,) targets.
 

@@ -3,7 +3,6 @@ computes what is read."""
 
 from __future__ import annotations
 
-import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -39,8 +38,9 @@ class StepLayers:
         self._family = family
         self._fused: FusedProjections | None = None
         self._compiled: Callable | None = None
-        # Found once: every step asks, and a configuration is slow to read.
+        # Found once: every step asks, a configuration is slow to read, and a compiler can trace no search.
         self.without = self._find_without()
+        self._layers_path = self._find_layers()
 
     def gathered_by(self, *above: nn.Module) -> str | None:
         """Who brings the weights of the backbone, or of modules above it, while they run; None where they stay."""
@@ -110,8 +110,8 @@ class StepLayers:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}
 
-    @functools.cached_property
-    def _layers_path(self) -> str:
+    def _find_layers(self) -> str:
+        """The path of the backbone's layers in it."""
         layers = self._family.layers(self._backbone)
         return next(path for path, module in self._backbone.named_modules() if module is layers)
 

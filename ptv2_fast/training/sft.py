@@ -11,9 +11,9 @@ from transformers import Trainer
 class SFTTrainer(trl.SFTTrainer):
     """`trl.SFTTrainer`, but the loss comes from the model's forward.
 
-    trl computes the loss beside the forward, from what `model.base_model` and the output embeddings give: that is the
-    bare model, without prompts. A wrapped model's forward computes the same loss with them, and of labelled rows alone
-    (`StepOptions.labelled_rows_loss`). trl's token accuracy and entropy are not logged.
+    trl computes the loss in a forward of its own, for every token and in tiles. A wrapped model's forward computes the
+    same loss of labelled rows alone (`StepOptions.labelled_rows_loss`), without the labels of tokens that follow
+    padding in front. trl's token accuracy and entropy are not logged.
     """
 
     def compute_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -91,3 +92,16 @@ def test_views_of_transformers_models_hook_their_layers_once(family):
         output = view_of(base)(**batch.inputs, output_hidden_states=True)
         counts.append((len(output.hidden_states), len(layer._forward_hooks)))
     assert set(counts) == {(3, counts[0][1])}
+
+
+@pytest.mark.parametrize("family", ["bert", "opt"])
+def test_a_view_leaves_the_layers_unhooked_until_outputs_are_asked_for(family):
+    base = tiny_base(family)
+    layer = family_of(base).layers(base)[0]
+    batch = padded(text_rows(), "right")
+    view_of(view_of(base), forward=lambda original, *args, **call: original(*args, **call))(**batch.inputs)
+    assert not layer._forward_hooks and pickle.dumps(base), "hooks of transformers cannot be pickled"
+    for _ in range(2):
+        output = view_of(base)(**batch.inputs, output_hidden_states=True)
+        assert len(output.hidden_states) == 3 and len(layer._forward_hooks) > 0
+    assert len(base(**batch.inputs, output_hidden_states=True).hidden_states) == 3
