@@ -99,7 +99,7 @@ def test_the_recipe_of_accelerate(tmp_path):
         {"adapter_names": []},
         {"adapter_names": "default"},
     ],
-    ids=str,
+    ids=lambda arguments: " ".join(f"{name}={getattr(v, '__name__', v)}" for name, v in arguments.items()),
 )
 def test_what_does_not_happen_is_refused_by_name(tmp_path, arguments):
     (name,) = arguments
