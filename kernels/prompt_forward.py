@@ -21,6 +21,7 @@ from ptv2_fast.kernels.tiles import (
     dropout_keep,
     finish_softmax,
     key_blocks,
+    load_keys,
     load_tile,
     offset_of,
     online_softmax_step,
@@ -60,7 +61,7 @@ def attend_range(acc, row_max, row_sum, q, queries, shift, k_ptr, v_ptr, k_strid
         if HAS_DROPOUT:
             keep = dropout_keep(seed, stream, queries, first_column + keys, dropout_p)
             probs = tl.where(keep, probs, 0.0)
-        v = load_tile(v_ptr + widen(start) * v_strides[2], v_strides[2], v_strides[3], end - start,
+        v = load_keys(v_ptr, v_strides[2], v_strides[3], start, end, key_mask_ptr, key_mask_stride,
                       BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max, row_sum

@@ -13,6 +13,7 @@ from ptv2_fast.kernels.tiles import (
     count_blocks,
     dropout_keep,
     key_blocks,
+    load_keys,
     load_statistics,
     load_tile,
     offset_of,
@@ -62,9 +63,9 @@ def query_gradient_range(dq, q, do, lse, delta, queries, shift, k_ptr, v_ptr, k_
     num_blocks, head_blocks = count_blocks(begin, head_end, body_end, end, BLOCK_N, CHECK)
     for block in range(num_blocks):
         start = block_start(block, head_blocks, begin, head_end, body_end, BLOCK_N, CHECK)
-        k = load_tile(k_ptr + widen(start) * k_strides[2], k_strides[2], k_strides[3], end - start,
+        k = load_keys(k_ptr, k_strides[2], k_strides[3], start, end, key_mask_ptr, key_mask_stride,
                       BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptr + widen(start) * v_strides[2], v_strides[2], v_strides[3], end - start,
+        v = load_keys(v_ptr, v_strides[2], v_strides[3], start, end, key_mask_ptr, key_mask_stride,
                       BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         keys = start + tl.arange(0, BLOCK_N)[None, :]

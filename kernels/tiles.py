@@ -85,6 +85,24 @@ def load_tile(ptr, row_stride, col_stride, rows_left, BLOCK: tl.constexpr, HEAD_
 
 
 @triton.jit
+def load_keys(ptr, row_stride, col_stride, start, end, key_mask_ptr, key_mask_stride, BLOCK: tl.constexpr,
+              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+    """A [BLOCK, BLOCK_D] tile of keys or values start..; masked ones and those from `end` on (if CHECK) read as 0.
+
+    What stands in a masked row is not loaded: a weight of 0 would not undo a NaN.
+    """
+    first = ptr + widen(start) * row_stride
+    if not CHECK or key_mask_ptr is None:
+        return load_tile(first, row_stride, col_stride, end - start, BLOCK, HEAD_DIM, BLOCK_D, CHECK)
+    else:
+        rows = tl.arange(0, BLOCK)[:, None]
+        cols = tl.arange(0, BLOCK_D)[None, :]
+        keys = start + rows
+        attended = tl.load(key_mask_ptr + widen(keys) * key_mask_stride, mask=keys < end, other=0) != 0
+        return tl.load(first + rows * row_stride + cols * col_stride, mask=attended & (cols < HEAD_DIM), other=0.0)
+
+
+@triton.jit
 def store_tile(ptr, row_stride, col_stride, rows_left, tile, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
                BLOCK_D: tl.constexpr):
     """Write a [BLOCK, BLOCK_D] tile at `ptr`, rows before `rows_left` and real columns only."""

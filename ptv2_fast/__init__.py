@@ -1,7 +1,7 @@
 """P-Tuning v2: deep prompt tuning of frozen transformers at the price of the frozen model."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,8 +27,21 @@ _HOME = {
     "get_ptv2_model": "ptv2_fast.tasks",
 }
 
+if TYPE_CHECKING:
+    from ptv2_fast.config import HeadConfig, PTuningV2Config
+    from ptv2_fast.interop.paper import from_paper
+    from ptv2_fast.interop.peft_import import from_peft
+    from ptv2_fast.model import PTuningV2Model
+    from ptv2_fast.step.graph_runner import GraphRunner
+    from ptv2_fast.step.options import StepOptions
+    from ptv2_fast.tasks import get_ptv2_model
+else:
+    # Unknown to type checkers, to which every other name of the module would be Any.
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOME[name]), name)
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ptv2_fast.attention.checks import BACKENDS, check_arguments
@@ -36,17 +37,22 @@ def prompt_attention(
     out = softmax(scale * q [prompt_k ; k]^T) [prompt_v ; v], as one softmax. Masks, causality and
     windows apply to the text's keys only: every query sees the whole prompt.
 
+    What is hidden reaches nothing, be it NaN or infinite: neither a result nor a gradient depends on text keys and
+    values where `key_mask` is zero, on prompt keys and values past `prompt_lens`, on the biases of both, or on another
+    row of the batch. Their gradients are zero; only a prompt's, a sum over rows, needs every row of it finite. What
+    causality, a window or a bias of -inf hides from some queries alone must be finite.
+
     Args:
         q: queries, (B, H, N, D), any strides; or packed (T, H, D) with `cu_seqlens`.
         k, v: the text's keys and values, (B, Hkv, M, D) with Hkv dividing H; packed (T, Hkv, D).
         prompt_k, prompt_v: the prompt's keys and values, (Hkv, P, D), P >= 0; or a bank (R, Hkv, P,
             D) with `prompt_index`. Same dtype and device as q.
-        key_mask: (B, M) bool or integer, nonzero where a text key may be attended to.
+        key_mask: (B, M) bool or integers of any kind, nonzero where a text key may be attended to.
         cu_seqlens: (S + 1,) int32, row boundaries of the packed form; excludes `key_mask` and
             `bias`.
-        max_seqlen: the longest packed row, where the caller knows it; saves empty work.
-        prompt_index: (B,) or (S,) integers: row b uses the bank entry `prompt_index[b]`.
-        prompt_lens: (R,) integers: entry r has only its first `prompt_lens[r]` tokens; the rest is
+        max_seqlen: the longest packed row, or more, where the caller knows it; saves empty work.
+        prompt_index: (B,) or (S,) integers of any kind: row b uses the bank entry `prompt_index[b]`.
+        prompt_lens: (R,) integers of any kind: entry r has only its first `prompt_lens[r]` tokens; the rest is
             padding.
         prompt_bias: (H, P), or (R, H, P) with a bank: trainable, added to the prompt's scores.
         bias: (1 or B, 1 or H, N, M), added to the text's scores; may hold -inf, and may ask for its gradient (one that
@@ -63,7 +69,8 @@ def prompt_attention(
 
     Returns:
         (B, H, N, D), or (T, H, D) packed; with `return_lse` also float32 (B, H, N) or (H, T), any strides (the
-        reference keeps its own dtype). A query that sees no key gives zeros and -inf, never NaN.
+        reference keeps its own dtype). A query that sees no key gives zeros and -inf, never NaN. Every tensor that asks
+        for its gradient gets one, of zeros where it is empty or nothing depends on it.
 
     Raises:
         ValueError: a shape, dtype, device or value disagrees; the message names the argument, what
@@ -75,20 +82,38 @@ def prompt_attention(
     """
     check_arguments(
         q, k, v, prompt_k, prompt_v,
-        key_mask=key_mask, cu_seqlens=cu_seqlens, prompt_index=prompt_index, prompt_lens=prompt_lens,
-        prompt_bias=prompt_bias, bias=bias, dropout_p=dropout_p, window=window, softcap=softcap,
+        key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, prompt_index=prompt_index,
+        prompt_lens=prompt_lens, prompt_bias=prompt_bias, bias=bias, dropout_p=dropout_p, window=window,
+        softcap=softcap,
     )  # fmt: skip
+    trained = (q, k, v, prompt_k, prompt_v, prompt_bias, bias)
     if prompt_k.dim() == 3:
         prompt_k, prompt_v = prompt_k[None], prompt_v[None]
         prompt_bias = prompt_bias[None] if prompt_bias is not None else None
     run = _backend(backend, q)
-    return run(
+    result = run(
         q, k, v, prompt_k, prompt_v,
         key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, prompt_index=prompt_index,
         prompt_lens=prompt_lens, prompt_bias=prompt_bias, bias=bias, causal=causal,
         scale=q.shape[-1] ** -0.5 if scale is None else scale, dropout_p=dropout_p, window=window,
         softcap=softcap, return_lse=return_lse,
     )  # fmt: skip
+    if q.numel() and k.numel() and prompt_k.numel():
+        return result
+    # Nothing is computed from an empty tensor, and nothing at all where there is no query or no key.
+    constant = q.numel() == 0 or k.numel() == prompt_k.numel() == 0
+    unused = [x for x in trained if x is not None and x.requires_grad and (constant or x.numel() == 0)]
+    if isinstance(result, tuple):
+        return _in_graph(result[0], unused), result[1]
+    return _in_graph(result, unused)
+
+
+def _in_graph(out: Tensor, tensors: list[Tensor]) -> Tensor:
+    """`out` as it is, with a gradient of zeros for `tensors`."""
+    if not tensors:
+        return out
+    nothing = [tensor.reshape(-1)[:0].to(out.dtype) for tensor in tensors]
+    return torch.cat([out.reshape(-1), *nothing]).view(out.shape)
 
 
 def _backend(name: str, q: Tensor) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
@@ -103,9 +128,7 @@ def _backend(name: str, q: Tensor) -> Callable[..., Tensor | tuple[Tensor, Tenso
         case "triton":
             from ptv2_fast.attention import triton_backend
 
-            reason = triton_backend.unavailable_reason(q.device)
-            if reason is not None:
-                raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
+            triton_backend.check_available(q.device)
             run = triton_backend.prompt_attention
         case _:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")

@@ -7,7 +7,9 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = (
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def check_arguments(
@@ -19,6 +21,7 @@ def check_arguments(
     *,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     prompt_index: Tensor | None,
     prompt_lens: Tensor | None,
     prompt_bias: Tensor | None,
@@ -30,7 +33,7 @@ def check_arguments(
     """Raise ValueError where the arguments of `prompt_attention` disagree; see there for the contract."""
     _check_text(q, k, v, packed=cu_seqlens is not None)
     _check_prompt(q, k, prompt_k, prompt_v)
-    _check_rows(q, prompt_k, cu_seqlens, prompt_index, prompt_lens)
+    _check_rows(q, prompt_k, cu_seqlens, max_seqlen, prompt_index, prompt_lens)
     _check_additions(q, k, prompt_k, key_mask, cu_seqlens, prompt_bias, bias)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
@@ -75,8 +78,9 @@ def _check_prompt(q: Tensor, k: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> N
 
 
 def _check_rows(
-    q: Tensor, prompt_k: Tensor, cu_seqlens: Tensor | None, prompt_index: Tensor | None, prompt_lens: Tensor | None
-) -> None:
+    q: Tensor, prompt_k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, prompt_index: Tensor | None,
+    prompt_lens: Tensor | None,
+) -> None:  # fmt: skip
     """Row boundaries, and which prompt each row uses."""
     rows = q.shape[0]
     if cu_seqlens is not None:
@@ -86,13 +90,16 @@ def _check_rows(
             )
         _check_device("cu_seqlens", cu_seqlens, q)
         rows = cu_seqlens.numel() - 1
-        if _readable(cu_seqlens):
+        if readable(cu_seqlens):
             steps = cu_seqlens.diff()
             if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[0] or bool((steps < 0).any()):
                 raise ValueError(
                     f"cu_seqlens must rise from 0 to the number of tokens, {q.shape[0]}; "
                     f"got {cu_seqlens.tolist()}"
                 )
+            longest = int(steps.max()) if rows else 0
+            if max_seqlen is not None and max_seqlen < longest:
+                raise ValueError(f"max_seqlen must be at least the longest row's {longest}; got {max_seqlen}")
     bank = prompt_k.dim() == 4
     if bank != (prompt_index is not None):
         raise ValueError(
@@ -169,13 +176,16 @@ def _check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor
 
 
 def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
-    if _readable(tensor) and tensor.numel() and (int(tensor.min()) < low or int(tensor.max()) > high):
+    if not readable(tensor) or tensor.numel() == 0:
+        return
+    values = tensor.long()  # PyTorch compares few unsigned integers
+    if int(values.min()) < low or int(values.max()) > high:
         raise ValueError(f"{name} must lie in [{low}, {high}]; got {tensor.tolist()}")
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether values can be looked at for free: not on a device (a sync), not while tracing."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def _shape(tensor: Tensor) -> str:

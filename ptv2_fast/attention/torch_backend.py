@@ -12,6 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptv2_fast.attention.checks import readable
+
+# Integers as wide as each floating dtype, by its bytes.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def prompt_attention(
     q: Tensor,
@@ -35,6 +40,8 @@ def prompt_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Serve the contract of `ptv2_fast.attention.prompt_attention`, its arguments checked and the prompt a bank."""
+    # Indexing reads uint8 as a mask, and takes no 16-bit integers.
+    prompt_index = prompt_index.long() if prompt_index is not None else None
     options: dict[str, Any] = {
         "prompt_lens": prompt_lens,
         "prompt_bias": prompt_bias,
@@ -80,16 +87,16 @@ def _dense(
     """One padded batch: (B, H, N, D) and (B, H, N), which may be None unless it is asked for."""
     batch, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
     prompt_length = prompt_k.shape[2]
-    if prompt_length:
-        row_k = torch.cat([_rows(prompt_k, index, batch), k], dim=2)  # (B, Hkv, P+M, D)
-        row_v = torch.cat([_rows(prompt_v, index, batch), v], dim=2)
-    else:
-        row_k, row_v = k, v
-    prompt_part = _prompt_part(prompt_lens, prompt_bias, index, prompt_length, q)
-    text_part = _text_part(key_mask, bias, causal, window, num_queries, num_keys, q)
+    real = _hiding(_real_prompts(prompt_lens, index, prompt_length))
+    attended = _hiding(key_mask.bool() if key_mask is not None else None)
+    row_k, row_v = (
+        _joined(_rows(bank, index, batch), text, real, attended) for bank, text in ((prompt_k, k), (prompt_v, v))
+    )
+    prompt_part = _prompt_part(real, prompt_bias, index, q)
+    text_part = _text_part(attended, bias, causal, window, num_queries, num_keys, q)
     mask = _join(prompt_part, text_part, prompt_length, num_keys, q.dtype)
     blind = None
-    if mask is not None and (prompt_length == 0 or prompt_lens is not None):
+    if mask is not None and (prompt_length == 0 or real is not None):
         mask, blind = _open_blind_rows(mask)
     if row_k.shape[2] == 0 or q.numel() == 0:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
@@ -116,7 +123,7 @@ def _open_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     sees = mask if mask.dtype == torch.bool else mask > float("-inf")
     blind = ~sees.any(-1, keepdim=True)
     # Where looking is free, the rule is that there is no such row.
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(blind.any()):
+    if readable(mask) and not bool(blind.any()):
         return mask, None
     return mask.masked_fill(blind, True if mask.dtype == torch.bool else 0.0), blind
 
@@ -126,15 +133,52 @@ def _rows(bank: Tensor, index: Tensor | None, batch: int) -> Tensor:
     return bank.expand(batch, -1, -1, -1) if index is None else bank[index]
 
 
-def _prompt_part(
-    prompt_lens: Tensor | None, prompt_bias: Tensor | None, index: Tensor | None, prompt_length: int, q: Tensor
-) -> Tensor | None:
+def _real_prompts(prompt_lens: Tensor | None, index: Tensor | None, prompt_length: int) -> Tensor | None:
+    """(B or 1, P) bool: which of its prompt's tokens each row has; None where it has all of them."""
+    if prompt_lens is None:
+        return None
+    lens = prompt_lens.long() if index is None else prompt_lens.long()[index]
+    return torch.arange(prompt_length, device=lens.device) < lens[:, None]
+
+
+def _hiding(kept: Tensor | None) -> Tensor | None:
+    """`kept`, or None where it leaves nothing out, as far as looking is free."""
+    return None if kept is None or readable(kept) and bool(kept.all()) else kept
+
+
+def _joined(prompt: Tensor, text: Tensor, real: Tensor | None, attended: Tensor | None) -> Tensor:
+    """(B, Hkv, P + M, D): each row's prompt, then its text; zeros where `real` or `attended`, (B or 1, ...), is false.
+
+    A weight of 0 would not undo a NaN that stands there.
+    """
+    length = prompt.shape[2]
+    if length == 0 and attended is None:
+        return text
+    joined = torch.cat([prompt, text], dim=2)
+    if real is not None:
+        _keep(joined[:, :, :length], real)
+    if attended is not None:
+        _keep(joined[:, :, length:], attended)
+    return joined
+
+
+def _keep(part: Tensor, kept: Tensor) -> None:
+    """Zero the tokens of `part`, (B, Hkv, L, D), that `kept`, (B or 1, L) bool, leaves out.
+
+    Unknown to autograd: weights are 0 there, and so are gradients.
+    """
+    part, kept = part.detach(), kept[:, None, :, None]
+    if readable(part):
+        # By bits: masked_fill_ takes ten times as long on a CPU.
+        bits = _BITS[part.element_size()]
+        part.view(bits).bitwise_and_(-kept.to(bits))
+    else:
+        part.masked_fill_(~kept, 0.0)
+
+
+def _prompt_part(real: Tensor | None, prompt_bias: Tensor | None, index: Tensor | None, q: Tensor) -> Tensor | None:
     """(B or 1, H or 1, 1, P), bool or additive; None where every query sees the prompt as it is."""
-    part = None
-    if prompt_lens is not None:
-        slots = torch.arange(prompt_length, device=q.device)
-        lens = prompt_lens if index is None else prompt_lens[index]
-        part = (slots < lens[:, None])[:, None, None, :]
+    part = real[:, None, None, :] if real is not None else None
     if prompt_bias is not None:
         row_bias = (prompt_bias if index is None else prompt_bias[index])[:, :, None, :].to(q.dtype)
         part = row_bias if part is None else row_bias.masked_fill(~part, float("-inf"))
@@ -142,13 +186,11 @@ def _prompt_part(
 
 
 def _text_part(
-    key_mask: Tensor | None, bias: Tensor | None, causal: bool, window: int | None, num_queries: int, num_keys: int,
+    attended: Tensor | None, bias: Tensor | None, causal: bool, window: int | None, num_queries: int, num_keys: int,
     q: Tensor,
 ) -> Tensor | None:  # fmt: skip
     """(B or 1, H or 1, N or 1, M), bool or additive; None where every query sees every text key."""
-    part = None
-    if key_mask is not None:
-        part = key_mask.bool()[:, None, None, :]
+    part = attended[:, None, None, :] if attended is not None else None
     # One query at the end of its row sees everything that is there.
     if (causal and num_queries > 1) or window is not None:
         position = torch.arange(num_queries, device=q.device)[:, None] + num_keys - num_queries
@@ -178,8 +220,8 @@ def _join(
     for part, length in sides:
         if part is None:
             shape = (1, 1, 1, length)
-            fill = 0 if additive else 1  # a number: torch.jit.trace knows no other
-            part = torch.full(shape, fill, dtype=dtype if additive else torch.bool, device=like.device)
+            make = torch.zeros if additive else torch.ones
+            part = make(shape, dtype=dtype if additive else torch.bool, device=like.device)
         elif part.dim() == 2:
             part = part[None, None]
         if additive and part.dtype == torch.bool:

@@ -37,11 +37,26 @@ def unavailable_reason(device: torch.device | str) -> str | None:
     device = torch.device(device)
     if device.type == "cuda":
         return None
-    if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-        return "the tensors are on the CPU, where Triton only runs interpreted (TRITON_INTERPRET=1)"
-    return f"there are no Triton kernels for device type {device.type!r}"
+    if device.type != "cpu":
+        return f"there are no Triton kernels for device type {device.type!r}"
+    if os.environ.get("TRITON_INTERPRET") == "1" and _interpreted():
+        return None
+    return "the tensors are on the CPU, where Triton only runs interpreted (start Python with TRITON_INTERPRET=1)"
+
+
+def check_available(device: torch.device | str) -> None:
+    """Raise RuntimeError, naming the argument and the way out, where Triton cannot serve tensors on `device`."""
+    reason = unavailable_reason(device)
+    if reason is not None:
+        raise RuntimeError(f"backend='triton' cannot serve this call: {reason}; backend='torch' runs anywhere")
+
+
+def _interpreted() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1: its own functions are compiled for ever otherwise."""
+    import triton
+    import triton.language as tl
+
+    return not isinstance(tl.cdiv, triton.JITFunction)
 
 
 def prompt_attention(

@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(scores_table(rows))
     _write_results(options.output, rows)
     console.print("\nboth tasks, one forward pass over the one encoder:")
+    assert model is not None, "there is a task"
     _use(console, model, codecs, options.sentences or SENTENCES)
     seconds = time.perf_counter() - start
     console.print(f"\n{seconds:.0f} s in all; prompts and curves are in {options.output}. For more sentences:")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptv2_fast.attention.triton_backend import check_available, unavailable_reason
 from ptv2_fast.models.family import Family
 from ptv2_fast.models.gathered import gathered_by
 from ptv2_fast.models.projection import Projection
@@ -101,4 +102,8 @@ def _kernel_serves(normed: Tensor, per_layer: list[tuple[Projection, Projection]
     # The kernel's table keeps the addresses of weights, so they must be the base's own, of one dtype.
     projections = [projection for pair in per_layer for projection in pair]
     plain = all(p.weight is not None and p.in_place and p.weight.dtype == normed.dtype for p in projections)
-    return plain and normed.dtype in _KERNEL_DTYPES
+    if not plain or normed.dtype not in _KERNEL_DTYPES:
+        return False
+    if backend == "triton":
+        check_available(normed.device)
+    return unavailable_reason(normed.device) is None

@@ -67,7 +67,7 @@ def prompt_attention(
         "softcap": softcap,
     }
     if cu_seqlens is None:
-        index = prompt_index if prompt_index is not None else q.new_zeros(q.shape[0]).long()
+        index = prompt_index.long() if prompt_index is not None else q.new_zeros(q.shape[0]).long()
         out, lse = _dense(
             q, k, v, prompt_k, prompt_v, index, key_mask, prompt_bias, bias, dropout_keep, **options
         )
@@ -100,6 +100,9 @@ def _dense(
     group = q.shape[1] // k.shape[1]
     row_k = torch.cat([prompt_k[index], k], dim=2).repeat_interleave(group, dim=1)  # (B, H, P+M, D)
     row_v = torch.cat([prompt_v[index], v], dim=2).repeat_interleave(group, dim=1)
+    # What no query sees may be NaN, which a weight of 0 would not undo.
+    hidden = _hidden(index, prompt_lens, key_mask, prompt_length, num_keys)[:, None, :, None]
+    row_k, row_v = row_k.masked_fill(hidden, 0.0), row_v.masked_fill(hidden, 0.0)
     scores = scale * (q @ row_k.transpose(-1, -2))  # (B, H, N, P+M)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -109,14 +112,9 @@ def _dense(
     if bias is not None:
         text_scores = text_scores + bias.to(scores.dtype)
     visible = _visible(num_queries, num_keys, causal, window, q.device)  # (N, M)
-    if key_mask is not None:
-        visible = visible & key_mask.bool()[:, None, None, :]
     text_scores = text_scores.masked_fill(~visible, float("-inf"))
-    if prompt_lens is not None:
-        slots = torch.arange(prompt_length, device=q.device)
-        absent = slots >= prompt_lens[index][:, None, None, None]
-        prompt_scores = prompt_scores.masked_fill(absent, float("-inf"))
     scores = torch.cat([prompt_scores, text_scores], dim=-1)
+    scores = scores.masked_fill(hidden.transpose(-1, -2), float("-inf"))
     # Where no key is visible, softmax would be 0/0: such a query attends to nothing and gives
     # zeros.
     nothing = torch.isneginf(scores).all(dim=-1, keepdim=True)
@@ -127,6 +125,16 @@ def _dense(
     elif dropout_p > 0.0:
         probs = torch.dropout(probs, dropout_p, True)
     return probs @ row_v, lse
+
+
+def _hidden(
+    index: Tensor, prompt_lens: Tensor | None, key_mask: Tensor | None, prompt_length: int, num_keys: int
+) -> Tensor:
+    """(B, P + M) bool: the keys of each row that no query may see, prompts past their length and masked text."""
+    lens = prompt_lens.long()[index] if prompt_lens is not None else torch.full_like(index, prompt_length)
+    absent = torch.arange(prompt_length, device=index.device) >= lens[:, None]
+    masked = ~key_mask.bool() if key_mask is not None else absent.new_zeros(len(index), num_keys)
+    return torch.cat([absent, masked], dim=1)
 
 
 def _visible(num_queries: int, num_keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -143,15 +143,16 @@ def _shapes(path: Path) -> dict[str, list[int]]:
 
 
 def _chosen_head(config: PTuningV2Config, head: str | None) -> HeadConfig | None:
-    if not config.heads:
+    heads = cast("dict[str, HeadConfig]", config.heads or {})  # the configuration has made them so
+    if not heads:
         if head is not None:
             raise ValueError(f"head must be None for an adapter without named heads; got {head!r}")
         return None
-    if head is None and len(config.heads) == 1:
-        return next(iter(config.heads.values()))
-    if head not in config.heads:
-        raise ValueError(f"head must be one of {', '.join(config.heads)}; got {head!r}")
-    return config.heads[head]
+    if head is None and len(heads) == 1:
+        return next(iter(heads.values()))
+    if head not in heads:
+        raise ValueError(f"head must be one of {', '.join(heads)}; got {head!r}")
+    return heads[head]
 
 
 def _labels(head: HeadConfig | None, base: Any, task_type: str, saved: Any) -> LabelSet | None:
