@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.prompts.source import PromptSource
@@ -68,7 +67,7 @@ class KeptPrompts:
         trains = any(source is not None and source.trains for source in sources)
         if trains and not self._also_training:
             return made(sources, backend)
-        key = (*sources, backend, *_surroundings(next(s for s in sources if s is not None).weight))
+        key = (*sources, backend, *_surroundings(*next(s for s in sources if s is not None).place))
         if key not in kept:
             new = made(sources, backend)
             if any(isinstance(prompt, LazyPrompt) for prompt in new):
@@ -85,9 +84,8 @@ def made(sources: Sequence[PromptSource | None], backend: str) -> Prompts:
     return PromptSource.bank(sources, backend)
 
 
-def _surroundings(weight: Tensor) -> tuple[Any, ...]:
+def _surroundings(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     """What the same weights are made into something else by, or by somebody else who need not wait for it."""
-    device = weight.device
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    stream = torch.cuda.current_stream(device) if weight.is_cuda else None
-    return autocast, torch.is_inference_mode_enabled(), device, weight.dtype, stream
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return autocast, torch.is_inference_mode_enabled(), device, dtype, stream

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.models.family import Family
+from ptv2_fast.models.gathered import device_of
 from ptv2_fast.models.hooked import Hooked
 from ptv2_fast.prompts.bank import made_together, stack_bank
 from ptv2_fast.prompts.encoder import PromptEncoder
@@ -38,9 +39,9 @@ class PromptSource:
         return self._encoder.training
 
     @property
-    def weight(self) -> Tensor:
-        """A weight of the backbone: it tells the device and the dtype."""
-        return next(self._backbone.parameters())
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """The device that the backbone computes on, and the dtype of its weights."""
+        return device_of(self._backbone), self._backbone.dtype
 
     @staticmethod
     def bank(sources: Sequence[PromptSource | None], backend: str) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
