@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import Adapter
-from ptv2_fast.attention import hook
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
 from ptv2_fast.models.family import Family
 from ptv2_fast.models.features import reads_text
+from ptv2_fast.models.hooked import Hooked
 from ptv2_fast.models.module_dict import ModuleDictOf
+from ptv2_fast.models.view import view_of
+from ptv2_fast.prompts.kept import KeptPrompts
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.storage.names import check_name, namesake
 
+M = TypeVar("M", bound="AdapterSet")
+
 BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
+
+
+class _Disabled(threading.local):
+    """Of which models this thread has disabled the adapters, by id. Local, since others may be serving meanwhile."""
+
+    def __init__(self) -> None:
+        self.models: tuple[int, ...] = ()
+
+
+_of_this_thread = _Disabled()
 
 
 class AdapterSet(nn.Module):
@@ -33,8 +48,9 @@ class AdapterSet(nn.Module):
     active_adapter: str
     _family: Family
     _sources: dict[str, PromptSource]
+    _kept: KeptPrompts
+    _hooked: Hooked
     _step_layers: StepLayers
-    _disabled: bool
 
     def add_adapter(
         self,
@@ -83,43 +99,50 @@ class AdapterSet(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within this context the model is the bare base, with the base's own attention, bit for bit."""
-        before, self._disabled = self._disabled, True
-        self._detach()
+        """Within this context the model is the bare base, with the base's own attention, bit for bit.
+
+        It is so for the calls of the thread that opened the context; other threads go on with their adapters.
+        """
+        before = _of_this_thread.models
+        _of_this_thread.models = (*before, id(self))
         try:
             yield
         finally:
-            self._disabled = before
-            if not before:
-                self._attach()
+            _of_this_thread.models = before
+
+    @property
+    def _disabled(self) -> bool:
+        """Whether this thread runs the bare base."""
+        return id(self) in _of_this_thread.models
+
+    def frozen_prompts(self) -> AbstractContextManager[None]:
+        """Within this context the adapters' keys and values are made once, and kept from call to call in all threads.
+
+        Frozen is what they are made of: the adapters' prompts, and the base's weights with whatever others have put
+        there (LoRA, its scale, its being enabled). Who writes to one of these meanwhile may find it read or not. A call
+        under autocast keeps its own. What cannot be kept is made for each call: with gradients, by an adapter in
+        training mode, under `torch.compile`, with sharded or offloaded weights; so are virtual tokens that are rows of
+        the batch. Contexts may overlap, in one thread or several: everything is forgotten when the last one closes.
+        """
+        return self._kept.frozen()
+
+    def for_one_call(self: M) -> M:
+        """A view of the model whose prompts are made when it first runs, for all of its forwards; nobody else's."""
+        if self._disabled or self._kept.is_open:
+            return self
+        return view_of(self, attributes={"_kept": KeptPrompts.for_one_call()})
 
     def unload(self) -> PreTrainedModel:
-        """Give the base back with its own attention implementation; its parameters stay frozen."""
+        """Give the base back, which has its own attention all the time; its parameters stay frozen."""
         self._step_layers.release()
-        self._detach()
         return self.base_model
 
-    def _attach(self) -> None:
-        """Freeze the base and let its attention run through the hook."""
-        base: Any = self.base_model
-        base.requires_grad_(False)
-        if self._family.own_attention:
-            return
-        hook.register()
-        current = self.backbone.config._attn_implementation
-        if current != hook.IMPLEMENTATION:
-            base._ptv2_original_attention = current
-            _set_attention(base, hook.IMPLEMENTATION)
-        if self.backbone.config._attn_implementation != hook.IMPLEMENTATION:
-            raise ValueError(
-                f"base must use transformers' attention interface; {type(base).__name__} does not let its attention "
-                "implementation be set"
-            )
-
-    def _detach(self) -> None:
-        """Give the base its own attention back; its parameters stay frozen."""
-        if not self._family.own_attention:
-            _set_attention(self.base_model, self.base_model._ptv2_original_attention)
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise ValueError(
+            "nn.DataParallel must not be used: its copies of a model have no parameters. Start one process for each "
+            "device (`accelerate launch` or `torchrun`; Trainer works in both), or show the process one "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -163,14 +186,14 @@ class AdapterSet(nn.Module):
         by_default = config.prompt_init is None and config.reparameterization is None
         if init_text is not None and (config.prompt_init == "text" or by_default):
             ids = token_ids(tokenizer, init_text, config.num_virtual_tokens)
-            initialise_from_text(adapter.encoder, self.backbone, self._family, ids)
+            initialise_from_text(adapter.encoder, self.backbone, self._family, self._hooked, ids)
 
     def _take(self, name: str, adapter: Adapter) -> None:
         """Make an adapter one of this model's; only the active one trains."""
         adapter.requires_grad_(name == self.active_adapter)
         adapter.train(self.training)
         self.adapters[name] = adapter
-        self._sources[name] = PromptSource(adapter.encoder, self.backbone, self._family)
+        self._sources[name] = PromptSource(adapter.encoder, self.backbone, self._family, self._hooked)
 
     def _check_alike(self, config: PTuningV2Config) -> None:
         """Refuse an adapter that no forward could serve beside the ones that are there."""
@@ -198,13 +221,3 @@ class AdapterSet(nn.Module):
     def _check_name(self, name: str) -> None:
         if name not in self.adapters:
             raise ValueError(f"adapter must be one of {', '.join(self.adapters)}; got {name!r}")
-
-
-def _set_attention(base: PreTrainedModel, name: str) -> None:
-    """Set the attention implementation of a model, and of models inside it that have a configuration of their own."""
-    base.set_attn_implementation(name)
-    for inner in base.modules():
-        # Up to transformers 5.17 a copy of the model's own configuration (T5's stacks have one each) is passed over.
-        if isinstance(inner, PreTrainedModel) and type(inner.config) is type(base.config):
-            if inner.config._attn_implementation != name:
-                inner.set_attn_implementation(name)

@@ -15,6 +15,7 @@ from ptv2_fast.config import HEAD_TASKS, PTuningV2Config
 from ptv2_fast.models.cache import CACHE
 from ptv2_fast.models.encoder_decoder import BoundPrompts
 from ptv2_fast.models.gathered import device_of
+from ptv2_fast.models.hooked import Hooked
 
 _BY_DEFAULT = ("encoder", "decoder")
 
@@ -23,6 +24,7 @@ class EncoderDecoder(nn.Module):
     """What a PTuningV2Model knows of encoders with decoders; mixed into it."""
 
     _has_decoder: bool
+    _hooked: Hooked
 
     def _run_stacks(
         self, target: PreTrainedModel, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None
@@ -64,6 +66,7 @@ class EncoderDecoder(nn.Module):
         return BoundPrompts(
             self.backbone,
             self._family,
+            self._hooked,
             PromptBatch(layers, index, backend=backend),
             {stack: self._offsets(configs, stack) for stack in ("encoder", "decoder")},
             virtual,

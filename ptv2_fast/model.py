@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
-from ptv2_fast.attention.prompt_batch import Account, LayerPrompt, LazyPrompt, PromptBatch
+from ptv2_fast.attention.prompt_batch import Account, PromptBatch
 from ptv2_fast.base_attributes import BaseAttributes
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.encoder_decoder import EncoderDecoder
@@ -21,6 +21,7 @@ from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
 from ptv2_fast.models.families import family_of
 from ptv2_fast.models.features import check_features, input_size, reads_text
 from ptv2_fast.models.gathered import device_of
+from ptv2_fast.models.hooked import Hooked
 from ptv2_fast.models.inputs import (
     check_beside,
     check_inputs,
@@ -37,6 +38,7 @@ from ptv2_fast.models.rows import gather_rows
 from ptv2_fast.models.slots import by_slots
 from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
 from ptv2_fast.persistence import Persistence
+from ptv2_fast.prompts.kept import KeptPrompts, Prompts
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.recomputation import Recomputation
 from ptv2_fast.step.labelled_rows import balances_experts
@@ -72,12 +74,11 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         step_options: StepOptions | None = None,
         adapter: Adapter | None = None,
     ) -> None:
-        """Freeze `base`, attach the prompt attention to it and create the first adapter.
+        """Freeze `base` and create the first adapter.
 
         Args:
-            base: a transformers model of a supported family; it is changed in two ways: its
-                parameters no longer require gradients and its attention implementation becomes
-                "ptv2_fast" (`unload` takes that back).
+            base: a transformers model of a supported family; it is changed in one way: its parameters no longer
+                require gradients. Its own calls, and other wrappers over it, go on as they were.
             config: the adapter's configuration.
             adapter_name: the adapter's name.
             tokenizer, init_text: the text for `prompt_init="text"`, and what splits it into tokens.
@@ -93,7 +94,9 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         self._family = family_of(backbone_of(base))
         self._has_decoder = self._family.sizes(backbone_of(base)).decoder_layers > 0
         hook.check_served({}, backbone_of(base).config)
-        self._disabled = self._reached = False
+        self._hooked = Hooked(backbone_of(base), self._family)
+        self._num_layers = self._family.sizes(backbone_of(base)).num_layers
+        self._kept = KeptPrompts()
         if adapter is None:
             adapter = self._build(base, config, tokenizer, init_text)
         self._sources: dict[str, PromptSource] = {}
@@ -104,7 +107,7 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         self.adapters = ModuleDictOf()
         self.active_adapter = adapter_name
         self._check_unused(adapter_name)
-        self._attach()
+        base.requires_grad_(False)
         self._initialise(adapter, tokenizer, init_text)
         self._take(adapter_name, adapter)
         self._is_made = True
@@ -181,7 +184,7 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         fused = self._step_layers.fused(plan)
         call = self.with_prompts(inputs, names)
         output = self._run_planned(target, call, read, plan, fused)
-        self._reached = self._reached or call["ptv2_prompts"].check_reached(type(self.backbone).__name__)
+        self._check_reached(call["ptv2_prompts"])
         return output
 
     def _run_planned(
@@ -190,9 +193,8 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         """Call `target` with its backbone run as the step's plan says."""
         if self.training and call.get(CACHE) is None and reads_text(self._family):
             call.setdefault("use_cache", False)
-        backbone = original = backbone_of(target)
-        if self._family.indexed is not None:
-            backbone = self._family.indexed(backbone)
+        original = backbone_of(target)
+        backbone = self._hooked(original)
         if self._family.by_slot:
             backbone = by_slots(backbone)
         packing = None
@@ -300,21 +302,24 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         if packing is not None:
             bounds, row_of, longest = packing
             index = index[row_of] if index is not None else None
-        # The first forward shows that the base hands its layers their prompts.
-        asked = None if self._reached or torch.compiler.is_compiling() else Account()
-        return PromptBatch(prompts, index, bounds, longest, backend, asked=asked)
+        return PromptBatch(prompts, index, bounds, longest, backend, asked=_account())
+
+    def _check_reached(self, batch: PromptBatch) -> None:
+        batch.check_reached(type(self.backbone).__name__, self._num_layers)
 
     def _run_evolving(self, target: PreTrainedModel, inputs: dict[str, Any], adapter: Adapter) -> Any:
         """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
         prompts = adapter.encoder().to(self.backbone.dtype)
         shallow_view = self._family.shallow_view
         assert shallow_view is not None, "every bidirectional family has one"
-        empty = PromptBatch(layers=(), backend=adapter.config.backend)
+        empty = PromptBatch(layers=(), backend=adapter.config.backend, asked=_account())
         if not reads_text(self._family):
             self._check_checkpointing()
             call = check_features(self._family, inputs, self.base_model)
-            backbone = shallow_view(backbone_of(target), prompts)
-            return with_backbone(target, backbone)(**call, ptv2_prompts=empty)
+            backbone = shallow_view(self._hooked.attention(backbone_of(target)), prompts)
+            output = with_backbone(target, backbone)(**call, ptv2_prompts=empty)
+            self._check_reached(empty)
+            return output
         mask = inputs.get("attention_mask")
         rows, tokens = check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), mask, 0)
         check_beside(inputs, rows, tokens, self.base_model)
@@ -331,10 +336,8 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
             rows=rows, tokens=tokens, past_length=0, device=device, offset=length,
             first=self._family.first_position(self.backbone),
         )  # fmt: skip
-        backbone = backbone_of(target)
-        if self._family.own_attention and self._family.indexed is not None:
-            backbone = self._family.indexed(backbone)
-        backbone = shallow_view(backbone, prompts)
+        hooked = self._hooked if self._family.own_attention else self._hooked.attention
+        backbone = shallow_view(hooked(backbone_of(target)), prompts)
         if self._family.by_slot:
             backbone = by_slots(backbone)
         if self._family.own_attention:
@@ -342,21 +345,18 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         view = with_backbone(target, backbone)
         inputs = {**inputs, "position_ids": positions, "attention_mask": mask, "ptv2_prompts": empty}
         output = view(**{name: value for name, value in inputs.items() if value is not None})
+        self._check_reached(empty)
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(state[:, -tokens:] for state in output.hidden_states)
         return output
 
-    def _prompts(
-        self, names: Sequence[str], backend: str
-    ) -> tuple[tuple[LayerPrompt | LazyPrompt | None, ...], list[int] | None]:
+    def _prompts(self, names: Sequence[str], backend: str) -> tuple[Prompts, list[int] | None]:
         """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""
-        if len(names) == 1 and names[0] != BASE_ROW:
-            return self._sources[names[0]](backend), None
         members = sorted(set(names))
         if members == [BASE_ROW]:
-            return (None,) * self._family.sizes(self.backbone).num_layers, [0] * len(names)
-        bank = PromptSource.bank([None if n == BASE_ROW else self._sources[n] for n in members], backend)
-        return bank, [members.index(name) for name in names]
+            return (None,) * self._num_layers, [0] * len(names)
+        prompts = self._kept.of([None if name == BASE_ROW else self._sources[name] for name in members], backend)
+        return prompts, [members.index(name) for name in names] if len(members) > 1 else None
 
     def _row_names(self, adapter_names: Sequence[str] | None, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         """The adapter of every row; a single name where all rows use the same."""
@@ -382,3 +382,8 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         """How far the text's positions shift; rotary ones need no room for a shallow prompt."""
         is_shallow = adapter.config.injection == "shallow"
         return 0 if is_shallow and self._family.rotary else adapter.config.text_offset
+
+
+def _account() -> Account | None:
+    """What every forward is checked by; the compiler cannot trace it, and what it traces is the view's own code."""
+    return None if torch.compiler.is_compiling() else Account()

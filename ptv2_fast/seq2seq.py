@@ -71,7 +71,7 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
             return self.base_model.generate(*args, **with_cache_name(kwargs))
         bound, base = self._bound_prompts(adapter_names), self.base_model
         with torch.no_grad():
-            output = bound.around(base).generate(*args, **with_cache_name(kwargs))
+            output = bound.around(self._hooked.whole(base)).generate(*args, **with_cache_name(kwargs))
         if bound.length and not isinstance(output, Tensor):
             change_states(output, ENCODER_STATES, lambda states: states[:, bound.length :])
         return output

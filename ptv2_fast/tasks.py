@@ -197,12 +197,17 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         if self._disabled:
             return self.base_model.generate(*args, **with_cache_name(kwargs))
 
+        model, target = self.for_one_call(), self._hooked.whole(self.base_model)
+
         def forward(original: Any, *args: Any, **inputs: Any) -> Any:
             # generate calls with keywords, logits processors with positions too; what they leave out stays out.
-            return self.run(self.base_model, {**named_arguments(original, args), **inputs}, adapter_names)
+            return model.run(target, {**named_arguments(original, args), **inputs}, adapter_names)
 
+        assistant = kwargs.get("assistant_model")
+        if isinstance(assistant, PTuningV2Model):
+            kwargs["assistant_model"] = assistant.for_one_call()
         with torch.no_grad():
-            return view_of(self.base_model, forward=forward).generate(*args, **with_cache_name(kwargs))
+            return view_of(target, forward=forward).generate(*args, **with_cache_name(kwargs))
 
 
 class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import tiny_models as bert
 import torch
@@ -366,11 +368,15 @@ def test_a_prompt_that_does_not_reach_its_layer_is_noticed(kind, stack):
     model, batch = _model(kind, "deep"), pair()
     part = getattr(backbone_of(model.base_model), stack)
     layer = (part.block if kind == "t5" else part.layers)[1]
-    attend = layer.forward
-    layer.forward = lambda *args, ptv2_prompts=None, **kwargs: attend(*args, **kwargs)
+    attend = type(layer).forward
+    layer.forward = MethodType(lambda self, *args, ptv2_prompts=None, **kwargs: attend(self, *args, **kwargs), layer)
     missing = r"\[1\]" if stack == "encoder" else r"\[4, 6\]"
     for call in (lambda: model(**batch.inputs), lambda: model.generate(**batch.source.inputs, max_new_tokens=2)):
         with pytest.raises(RuntimeError, match=f"did not reach layers {missing}"):
             call()
+    attend = layer.forward
+    layer.forward = lambda *args, **kwargs: attend(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="the forward of a .* was set to a function"):
+        model(**batch.inputs)
     del layer.forward
     model(**batch.inputs)

@@ -35,10 +35,11 @@ class LazyPrompt:
 
 
 class Account:
-    """Which layers have asked for their prompt; one object, however often the batch around it is copied."""
+    """Which layers have asked for their prompt, and how often any did; one object for all copies of a batch."""
 
     def __init__(self) -> None:
         self.layers: set[int] = set()
+        self.times = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class PromptBatch:
     def of(self, module: nn.Module) -> LayerPrompt | None:
         """The prompt of an attention module, by its `prompt_layer` where it has one, else by its `layer_idx`."""
         if not self.layers:
+            self._note(None)
             return None
         index = 0
         if len(self.layers) > 1:
@@ -87,22 +89,30 @@ class PromptBatch:
         prompt = self.layers[index]
         return prompt.make() if isinstance(prompt, LazyPrompt) else prompt
 
-    def check_reached(self, base: str) -> bool:
-        """Whether an account was kept, and every layer that has a prompt asked for it.
+    def check_reached(self, base: str, layers: int) -> None:
+        """Check that every layer that has a prompt asked for it, and that all `layers` asked, where an account is kept.
 
         Raises:
-            RuntimeError: a layer did not: its prompt had no effect.
+            RuntimeError: a layer did not: its prompt had no effect, or its attention was not ours.
         """
         if self.asked is None:
-            return False
-        missing = {index for index, prompt in enumerate(self.layers) if prompt is not None} - self.asked.layers
+            return
+        missing = [i for i, prompt in enumerate(self.layers) if prompt is not None and i not in self.asked.layers]
         if missing:
-            raise RuntimeError(
-                f"base must hand the keyword argument ptv2_prompts on to every attention layer; {base} did not reach "
-                f"layers {sorted(missing)}, whose prompts have no effect"
-            )
-        return True
+            raise RuntimeError(not_reached(base, f"layers {missing}"))
+        if self.asked.times < layers:
+            raise RuntimeError(not_reached(base, f"{layers - self.asked.times} of its layers"))
 
-    def _note(self, layer: int) -> None:
+    def _note(self, layer: int | None) -> None:
         if self.asked is not None:
-            self.asked.layers.add(layer)
+            self.asked.times += 1
+            if layer is not None:
+                self.asked.layers.add(layer)
+
+
+def not_reached(base: str, layers: str) -> str:
+    """What to say where a model runs layers without their prompts."""
+    return (
+        "base must hand the keyword argument ptv2_prompts on to every attention layer, and run it as a part of the "
+        f"model that it is; {base} did not reach {layers}, whose prompts have no effect"
+    )

@@ -135,11 +135,7 @@ def from_peft(
         adapters |= made
     if is_trainable and any(source.config.get("num_frozen_tokens") for source in sources.values()):
         warnings.warn("the tokens that PEFT's CARTRIDGE keeps frozen train with the others here", stacklevel=2)
-    result = assembled(base, adapters, active, is_trainable=is_trainable)
-    if not isinstance(model, PreTrainedModel):
-        # The base may be taken over a second time, as another view.
-        model.get_base_model()._ptv2_original_attention = base._ptv2_original_attention
-    return result
+    return assembled(base, adapters, active, is_trainable=is_trainable)
 
 
 def _read(folder: Path) -> _Source:

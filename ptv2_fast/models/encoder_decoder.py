@@ -21,6 +21,7 @@ from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.bert import visible_prompts
 from ptv2_fast.models.cache import CACHE, cached_tokens
 from ptv2_fast.models.family import Family
+from ptv2_fast.models.hooked import Hooked
 from ptv2_fast.models.inputs import check_beside, check_inputs
 from ptv2_fast.models.limits import check_length
 from ptv2_fast.models.rows import joined_rows
@@ -45,20 +46,20 @@ class BoundPrompts:
     Attributes:
         base: the backbone, for its sizes and its device.
         family: its family.
+        hooked: makes views of it whose attention runs through the hook.
         batch: the prompts of all layers; its index (R,) is of the rows that were named.
         offsets: "encoder" and "decoder" -> how far the text's positions are shifted, (R,) where the named rows differ.
         virtual: (P, D) virtual tokens that evolve in front of the encoder's text, or None.
         named: R, how many rows were named; 1 where all are alike.
-        account: check that each stack hands its layers their prompts.
     """
 
     base: PreTrainedModel
     family: Family
+    hooked: Hooked
     batch: PromptBatch
     offsets: Mapping[str, int | Tensor]
     virtual: Tensor | None = None
     named: int = 1
-    account: bool = True
 
     @property
     def length(self) -> int:
@@ -68,9 +69,7 @@ class BoundPrompts:
     def around(self, target: PreTrainedModel) -> PreTrainedModel:
         """A view of a model, or of its backbone, with the prompts in both stacks; what it returns stands where a call
         has its tokens."""
-        backbone = backbone_of(target)
-        if self.family.indexed is not None:
-            backbone = self.family.indexed(backbone)
+        backbone = self.hooked(backbone_of(target))
         children = {"encoder": view_of(backbone.encoder, forward=self._encode)}
         children["decoder"] = view_of(backbone.decoder, forward=self._decode)
         return with_backbone(target, view_of(view_of(backbone, children=children), forward=self._run))
@@ -159,11 +158,11 @@ class BoundPrompts:
         if index is not None:
             # Beams and several returned sequences repeat each row in place.
             index = index.repeat_interleave(rows // self.named)
-        account = Account() if self.account and not torch.compiler.is_compiling() else None
+        account = None if torch.compiler.is_compiling() else Account()
         batch = replace(self.batch, layers=layers, index=index, asked=account)
         run = self._shifted(original, rows, stack)
         output = run(**call, **others, ptv2_prompts=batch)
-        batch.check_reached(type(original.__self__).__name__)
+        batch.check_reached(type(original.__self__).__name__, len(own) if self.batch.layers else 1)
         return output
 
     def _shifted(self, original: Any, rows: int, stack: str) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
+from ptv2_fast.models.hooked import attention_view
+from ptv2_fast.models.view import in_eval
 
 if TYPE_CHECKING:
     from ptv2_fast.models.family import Family
@@ -47,8 +47,11 @@ def recognise(backbone: PreTrainedModel, listed: Mapping[str, Family]) -> Family
             candidate = replace(family, read_rows=None)
             if candidate not in known:
                 known.append(candidate)
-        with _attached(backbone):
-            found = next((family for family in known if _is_like(backbone, family)), None)
+        hooked = attention_view(backbone)
+        if hooked is None:
+            return None
+        view = in_eval(hooked)
+        found = next((family for family in known if _is_like(view, family)), None)
         if found is None:
             return None
         _recognised[backbone] = found
@@ -66,20 +69,6 @@ def why_not_tried(backbone: PreTrainedModel) -> str | None:
     if backbone.dtype not in _ALIKE:
         return f"its weights are {backbone.dtype}"
     return None
-
-
-@contextmanager
-def _attached(backbone: PreTrainedModel) -> Iterator[None]:
-    """The backbone in eval mode with its attention behind the hook, and as it was afterwards."""
-    hook.register()
-    before, was_training = backbone.config._attn_implementation, backbone.training
-    backbone.set_attn_implementation(hook.IMPLEMENTATION)
-    backbone.eval()
-    try:
-        yield
-    finally:
-        backbone.set_attn_implementation(before)
-        backbone.train(was_training)
 
 
 @torch.no_grad()

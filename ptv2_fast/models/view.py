@@ -7,14 +7,21 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 M = TypeVar("M", bound=nn.Module)
 
+# Methods that transformers hands to functions which look at their signature. The compiler can do so only where it has
+# seen them on a module that is older than the graph.
+_HANDED_ON = ("feed_forward_chunk", "ff_chunk")
+
 # transformers' mark of a model whose layers are hooked.
 _HOOKED = "_output_capturing_hooks_installed"
+# Where a view of a model keeps that model.
+_VIEW_OF = "_view_of"
 # Where a view with a forward of its own keeps the view whose forward that one calls, and itself.
 _LOOKS_AT = "_view_looks_at"
 
@@ -42,15 +49,16 @@ def view_of(
         # What the view's forward runs is the module behind it: children and attributes are replaced there.
         module = view_of(view_of(seen[0], children=children, attributes=attributes), forward=seen[1])
         return module if forward is None else view_of(module, forward=forward)
-    view: Any = _shallow_copy(module, type(module))
-    if isinstance(module, PreTrainedModel):
-        view.__dict__.setdefault(_HOOKED, _HookedWhenAsked(module))
+    kind: Any = type(module)
+    is_model = isinstance(module, PreTrainedModel)
+    view: Any = _shallow_copy(module, _class_of_view(kind) if is_model else kind)
+    if is_model:
+        view.__dict__.setdefault(_VIEW_OF, module)
     view._modules = {**module._modules, **(children or {})}
     view.__dict__.update(attributes or {})
     if forward is None:
         return view
-    kind: Any = type(module)
-    outer: Any = _shallow_copy(view, _class_with_forward(kind))
+    outer: Any = _shallow_copy(view, _model_with_forward(kind) if is_model else _class_with_forward(kind))
     outer.__dict__.pop("forward", None)  # a module may have a forward of its own (accelerate's hooks set one)
     if getattr(view, "gradient_checkpointing", False):
         view.gradient_checkpointing = False  # the outer forward recomputes the inner one
@@ -85,23 +93,18 @@ def numbered(module: M, path: str, count: int) -> M:
     return with_modules(module, views)
 
 
-class _HookedWhenAsked:
-    """transformers' mark of a view: true, and once it is looked at, so it is of the model behind the view.
-
-    transformers hooks the layers for their outputs the first time that outputs are asked for, and layers are shared:
-    through every fresh view it would hook them again. So would a model around another one that is hooked already (OPT
-    around its decoder): the innermost has the layers.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-
-    def __bool__(self) -> bool:
-        _install_hooks_once(self._model)
-        return True
+def in_eval(module: M) -> M:
+    """A view of a module, and of every module in it, in eval mode."""
+    children = {name: None if child is None else in_eval(child) for name, child in module._modules.items()}
+    return view_of(module, children=children, attributes={"training": False})
 
 
 def _install_hooks_once(model: PreTrainedModel) -> None:
+    """Let transformers hook the layers for their outputs here and not when a view is run.
+
+    Layers are shared: every fresh view that is asked for outputs would hook them again.
+    So would a model around another one that is hooked already (OPT around its decoder): the innermost has the layers.
+    """
     if getattr(model, _HOOKED, False):
         return
     inner = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
@@ -117,11 +120,22 @@ def _shallow_copy(module: M, cls: type[M]) -> M:
     """An object of `cls` with the attributes of `module`; what copy.copy does, in steps that torch.compile traces."""
     copied = object.__new__(cls)
     copied.__dict__.update(module.__dict__)
+    # What `module.compile()` made runs the module itself.
+    copied.__dict__.pop("_compiled_call_impl", None)
     if "forward" in module.__dict__:
         for name in ("forward", "_old_forward"):
             if name in module.__dict__:
                 copied.__dict__[name] = _rebound(module.__dict__[name], module, copied)
+    if torch.compiler.is_compiling():
+        for name in _handed_on(cls):
+            function = module.__dict__[name].func if name in module.__dict__ else getattr(type(module), name)
+            copied.__dict__[name] = functools.partial(function, copied)
     return copied
+
+
+def can_rebind(function: Callable[..., Any], module: nn.Module) -> bool:
+    """Whether a module's own forward can be its copy's."""
+    return _rebound(function, module, nn.Module()) is not function
 
 
 def _rebound(function: Callable[..., Any], module: nn.Module, copied: nn.Module) -> Callable[..., Any]:
@@ -133,8 +147,42 @@ def _rebound(function: Callable[..., Any], module: nn.Module, copied: nn.Module)
     return function
 
 
+class _HookedElsewhere:
+    """A view of a model; transformers asks whether its layers are hooked the first time that outputs are wanted."""
+
+    @property
+    def _output_capturing_hooks_installed(self) -> bool:
+        _install_hooks_once(self.__dict__[_VIEW_OF])
+        return True
+
+
+@torch.compiler.assume_constant_result
+def _handed_on(cls: type) -> tuple[str, ...]:
+    return tuple(name for name in _HANDED_ON if hasattr(cls, name))
+
+
+@torch.compiler.assume_constant_result
+def _class_of_view(cls: Any) -> Any:
+    """The class of a view of a model of class `cls`, which leaves the hooking to that model."""
+    return _hooked_elsewhere(cls)
+
+
+@torch.compiler.assume_constant_result
+def _model_with_forward(cls: Any) -> Any:
+    """As `_class_with_forward`, of a view of a model: the compiler cannot make that class in a graph."""
+    return _class_with_forward(_hooked_elsewhere(cls))
+
+
 @functools.cache
-def _class_with_forward(cls: type[M]) -> type[M]:
+def _hooked_elsewhere(cls: Any) -> Any:
+    if issubclass(cls, _HookedElsewhere):
+        return cls
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (_HookedElsewhere, cls), names)
+
+
+@functools.cache
+def _class_with_forward(cls: Any) -> Any:
     """The subclass of `cls` whose forward is the instance's `_view_forward`."""
 
     # Generation reads the signature of forward, which wraps() carries over.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt, PromptBatch
+from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt, PromptBatch, not_reached
 from ptv2_fast.models.family import Family
 from ptv2_fast.models.gathered import check_runs_alone, kept_together
+from ptv2_fast.models.hooked import Hooked
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.projection import LayerProjections
 
@@ -23,6 +24,8 @@ def layer_prompts(
     family: Family,
     projections: LayerProjections,
     backend: str,
+    *,
+    hooked: Hooked,
 ) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
     """The prompt of every layer of the backbone; None where a layer has none.
 
@@ -33,6 +36,7 @@ def layer_prompts(
         encoder: the trained prompts.
         projections: of the backbone's layers that the encoder prompts.
         backend: which backend of `prompt_attention` the prompts are for.
+        hooked: makes the view of the backbone that a shallow prompt runs through.
 
     Returns:
         One LayerPrompt of keys and values (Hkv, P, d) per layer, in the backbone's dtype; a lazy one where the layer's
@@ -73,7 +77,9 @@ def layer_prompts(
         case "shallow":
             if waits:
                 check_runs_alone(backbone)
-            recorded = record_keys_values(backbone, prompts[None], family, virtual=True, together=waits)
+            recorded = record_keys_values(
+                backbone, prompts[None], family, hooked, virtual=True, together=waits
+            )
             pairs = {layer: recorded[layer] for layer in encoder.layers}
     return tuple(finished(layer, *pairs[layer]) if layer in pairs else None for layer in range(count))
 
@@ -84,7 +90,13 @@ def _as_they_are(layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def record_keys_values(
-    backbone: PreTrainedModel, embeddings: Tensor, family: Family, *, virtual: bool = False, together: bool = False
+    backbone: PreTrainedModel,
+    embeddings: Tensor,
+    family: Family,
+    hooked: Hooked,
+    *,
+    virtual: bool = False,
+    together: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """Run embeddings (1, P, E) through the backbone and keep each layer's keys and values (Hkv, P, d).
 
@@ -95,6 +107,9 @@ def record_keys_values(
     Args:
         virtual: they are virtual tokens, which sliding windows never hide; else they are a text like any other.
         together: weights come and go with the layers: backward reaches every layer by its output.
+
+    Raises:
+        RuntimeError: the backbone runs attention elsewhere than in its view.
     """
     sizes = family.sizes(backbone)
     length = embeddings.shape[1]
@@ -104,15 +119,16 @@ def record_keys_values(
     mask = torch.ones(1, length, dtype=torch.bool, device=embeddings.device)
     # Wrappers of modules rebuild the lists among a call's arguments, not this.
     record: deque[tuple[Tensor, Tensor]] = deque()
-    run = backbone if family.indexed is None else family.indexed(backbone)
     decoder = {"decoder_inputs_embeds": embeddings} if sizes.decoder_layers else {}
-    output = run(
+    output = hooked(backbone)(
         inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False, **decoder,
         ptv2_record=record, ptv2_prompts=PromptBatch(layers=(), windowed=not virtual),
     )  # fmt: skip
     # A recomputation in backward (gradient checkpointing) appends again: only the first pass
     # counts.
     pairs = [(keys[0], values[0]) for keys, values in islice(record, sizes.num_layers)]
+    if len(pairs) < sizes.num_layers:
+        raise RuntimeError(not_reached(type(backbone).__name__, "all of its layers"))
     if sizes.decoder_layers:
         # A decoder's layer runs its self-attention, then its cross-attention; all of the former are numbered first.
         first = sizes.encoder_layers

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.models.family import Family
+from ptv2_fast.models.hooked import Hooked
+from ptv2_fast.models.view import in_eval
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.keys_values import record_keys_values
 
@@ -30,7 +32,7 @@ def token_ids(tokenizer: Callable[..., Any], text: str | Sequence[str], length: 
 
 @torch.no_grad()
 def initialise_from_text(
-    encoder: PromptEncoder, backbone: PreTrainedModel, family: Family, ids: Tensor
+    encoder: PromptEncoder, backbone: PreTrainedModel, family: Family, hooked: Hooked, ids: Tensor
 ) -> None:
     """Overwrite the encoder's prompts by what the backbone computes for token ids (P,).
 
@@ -47,27 +49,24 @@ def initialise_from_text(
     if encoder.injection == "shallow":
         encoder.prompts.copy_(embeddings[0])
         return
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        pieces = embeddings.split(_longest_run(backbone, family), dim=1)
-        made = [_piece(encoder, backbone, family, piece) for piece in pieces]
-    finally:
-        backbone.train(was_training)
+    evaluated = in_eval(backbone)
+    pieces = embeddings.split(_longest_run(backbone, family), dim=1)
+    made = [_piece(encoder, evaluated, family, hooked, piece) for piece in pieces]
     encoder.prompts.copy_(torch.cat(made, dim=-2))
 
 
-def _piece(encoder: PromptEncoder, backbone: PreTrainedModel, family: Family, embeddings: Tensor) -> Tensor:
+def _piece(
+    encoder: PromptEncoder, backbone: PreTrainedModel, family: Family, hooked: Hooked, embeddings: Tensor
+) -> Tensor:
     """(L', p, D) for deep, (L', 2, Hkv, p, d) for prefix."""
     if encoder.injection == "prefix":
-        pairs = record_keys_values(backbone, embeddings, family)
+        pairs = record_keys_values(backbone, embeddings, family, hooked)
         return torch.stack([torch.stack(pairs[layer]) for layer in encoder.layers])
     sizes = family.sizes(backbone)
     if not sizes.decoder_layers:
-        run = backbone if family.indexed is None else family.indexed(backbone)
-        output = run(inputs_embeds=embeddings, output_hidden_states=True)
+        output = hooked(backbone)(inputs_embeds=embeddings, output_hidden_states=True)
         return torch.stack([output.hidden_states[layer][0] for layer in encoder.layers])
-    output = backbone(
+    output = hooked(backbone)(
         inputs_embeds=embeddings, decoder_inputs_embeds=embeddings, output_hidden_states=True, use_cache=False
     )
     entering = {"encoder": output.encoder_hidden_states, "decoder": output.decoder_hidden_states}

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ptv2_fast.models.gathered import device_of, is_sharded
-from ptv2_fast.prompts.source import count_step
 from ptv2_fast.step.capture import CAPTURES, Capture
 from ptv2_fast.step.held import HeldGradients, HeldModel, HeldOptimizer, trained_by
 from ptv2_fast.step.options import StepPlan, logger
@@ -161,8 +160,6 @@ class GraphRunner:
             self._run(self._update)
         else:
             self._replay_update()
-        # An optimizer's hook does not run in a replay, and what was kept of the prompts is stale.
-        count_step()
         return sum(losses[1:], losses[0])
 
     def _pass(self, batch: PackedBatch) -> Tensor:

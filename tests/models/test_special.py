@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
 import transformers
@@ -205,11 +207,11 @@ def test_a_prompt_that_does_not_reach_its_layer_is_noticed():
     """A base that drops the keyword argument would run as if there were no prompt."""
     model = tiny_model("llama", "deep")
     layer = model.backbone.layers[1].self_attn
-    attend = layer.forward
-    layer.forward = lambda *args, ptv2_prompts=None, **kwargs: attend(*args, **kwargs)
+    attend = type(layer).forward
+    layer.forward = MethodType(lambda self, *args, ptv2_prompts=None, **kwargs: attend(self, *args, **kwargs), layer)
     with pytest.raises(RuntimeError, match=r"LlamaModel did not reach layers \[1\]"):
         model(input_ids=torch.randint(2, 40, (1, 4)))
-    layer.forward = attend
+    del layer.forward
     model(input_ids=torch.randint(2, 40, (1, 4)))
 
 
