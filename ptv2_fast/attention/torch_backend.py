@@ -152,8 +152,12 @@ def _joined(prompt: Tensor, text: Tensor, real: Tensor | None, attended: Tensor 
     A weight of 0 would not undo a NaN that stands there.
     """
     length = prompt.shape[2]
-    if length == 0 and attended is None:
-        return text
+    if length == 0:
+        if attended is None:
+            return text
+        kept = text.clone()
+        _keep(kept, attended)
+        return kept
     joined = torch.cat([prompt, text], dim=2)
     if real is not None:
         _keep(joined[:, :, :length], real)

@@ -61,7 +61,7 @@ def predictable_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
 def kept_items(count: Tensor | int | None, labels: Tensor, kept: Tensor) -> Tensor | None:
     """Trainer's count of labels without those that nothing predicts, which it counts too, by their share in this batch.
 
-    Exact where a step is one batch; where it accumulates several of them, a batch weighs as Trainer counted its labels.
+    Exact where a step is one batch of one process; where it has several, each weighs as Trainer counted its labels.
 
     Args:
         count: labels of all accumulated batches behind the first column; None gives None.

@@ -75,7 +75,7 @@ def _killed_before(step: int, save, *arguments) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("before", "stride"), [(OLD, 1), ({}, 4), ({"weights": "old"}, 4)], ids=["over a set", "first", "over one file"]
+    ("before", "stride"), [(OLD, 2), ({}, 6), ({"weights": "old"}, 6)], ids=["over a set", "first", "over one file"]
 )
 def test_killed_before_every_step(tmp_path, before, stride):
     write_set(tmp_path / "kept", _writers(before))
