@@ -17,9 +17,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m ptv2_fast.demo $(SENTENCES)
 
-# worksteal: neighbours stay together, so that what the fixtures of a file train is trained once.
+# worksteal: neighbours stay together, so that what the fixtures of a file train is trained once. Four processes for two
+# cores: many tests wait for processes of their own.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist=worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist=worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

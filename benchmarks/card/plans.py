@@ -74,6 +74,8 @@ _TINY_QWEN = {"only": ("tiny-qwen3-B3-N9-P4-pad0-fp32",), "providers": ("ours", 
 _TINY_PADDED = {**_TINY_QWEN, "only": ("tiny-qwen3-B3-N9-P4-pad40-fp32",)}
 _TINY_MEMORY = {"only": ("tiny-qwen3-B3-N9-P4-pad0-fp32",), "providers": ("ours", "floor", "literal_sdpa")}
 _TINY_DECODE = {"only": (), "providers": ("ours", "ours_compiled")}
+# What is compiled is rehearsed in the first plan.
+_TINY_EAGER_DECODE = {"only": (), "providers": ("ours",)}
 _TINY_COMPILED = {"only": _TINY_BERT["only"], "providers": ("floor_compiled",)}
 _TESTS = {"tests": "tests/kernels/test_launch.py"}
 
@@ -172,10 +174,10 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
     again = _kernels("kernels-again", 50, 240, tuned=True, providers=(*_KERNEL_PEERS, "ours_tuned"))
     if variant == "steps":
         chosen = only or ("bert-base-B32-N128-P20-*",)
-        fixed = _steps("steps-again", 100, 120, chosen, _STEP_PEERS)
+        fixed = _steps("steps-again", 100, 120, chosen, _STEP_PEERS, _TINY_QWEN)
         decode = Phase(
             "decode-again", "decode", 60, 180, timed=True, when=GREEN,
-            arguments={"only": only or _DECODE, "providers": _GENERATORS}, tiny=_TINY_DECODE,
+            arguments={"only": only or _DECODE, "providers": _GENERATORS}, tiny=_TINY_EAGER_DECODE,
         )  # fmt: skip
         after = (replace(tune, latest=260.0), replace(again, latest=290.0))
         return Plan((start, _gates(90, 70, large=False), fixed, decode, *after), 330, 200)
@@ -186,15 +188,14 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         start,
         # All that times nothing comes first, so that models are compiled beside it.
         _compiled("compile-bert", bert[:1], "ours_graph_compiled"),
-        _beside("compile-decode", "compile_decode", decode, _TINY_DECODE),
+        _beside("compile-decode", "compile_decode", decode, _TINY_EAGER_DECODE),
         _compiled("compile-qwen3", qwen, tiny={"only": ()}),
         _gates(90, 70, large=False),
         replace(_native(120, 60), arguments={"failed": True}),
         tune,
         again,
-        # Compiled peers are rehearsed in the first plan.
         _steps("steps", 75, 250, bert, (*_STEP_PEERS, "ours_graph_compiled"), _TINY_QWEN),
-        Phase("decode", "decode", 45, 280, timed=True, when=GREEN, arguments=decode, tiny=_TINY_DECODE),
+        Phase("decode", "decode", 45, 280, timed=True, when=GREEN, arguments=decode, tiny=_TINY_EAGER_DECODE),
         _steps("qwen3", 45, 295, qwen, (*few, "peft_compiled"), _TINY_QWEN),
         _steps("profile", 30, 300, (bert[0], *qwen), (*few, "ours_graph_compiled", "floor"), _TINY_QWEN, profile=True),
         _steps("llama", 40, 305, ("llama-3-8b-B8-N512-P128-*",), few, _TINY_PADDED),
