@@ -17,10 +17,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m ptv2_fast.demo $(SENTENCES)
 
-# worksteal: neighbours stay together, so that what the fixtures of a file train is trained once. Four processes for two
-# cores: many tests wait for processes of their own.
+# worksteal: neighbours stay together, so that what the fixtures of a file train is trained once. Three processes of one
+# thread for two cores: many tests wait for processes of their own.
 test: $(READY)
-	$(BIN)/python -m pytest -n 4 --dist=worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist=worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
