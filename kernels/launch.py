@@ -58,8 +58,8 @@ _HALF = {
 }
 # Hopper's own, the fastest of a sweep on an H200 (benchmarks/results): whole tensor tiles for each group of four warps
 # (the tile that is summed has 16 rows and more for each warp; with fewer, two groups compute the same product) and two
-# blocks a multiprocessor and more; with 168 registers there are three, which a mask would take two of. Crowded kernels
-# keep the table above.
+# blocks a multiprocessor and more. The bound of 168 registers was not in the sweep: without it a mask would leave two
+# blocks of three. Crowded kernels keep the table above.
 _HOPPER_HALF: _Table = {
     "forward": {64: (128, 64, 8, 3, 128), 128: (128, 32, 8, 3, 128)},
     "backward_query": {64: (64, 64, 4, 3, 168), 128: (64, 32, 4, 3)},
