@@ -19,7 +19,7 @@ class Phase:
         work: key of `work.WORK`.
         limit: seconds after which it is stopped.
         latest: seconds after the start of the run at which it is not begun any more.
-        timed: it measures time, so that it is alone: whatever runs beside is stopped meanwhile.
+        timed: it measures time or fills the card, so that it is alone: whatever runs beside is stopped meanwhile.
         beside: it is not waited for, and measures no time.
         when: `ALWAYS`, `GREEN` or `RED`.
         arguments: of the work.
@@ -75,8 +75,10 @@ _TINY_PADDED = {**_TINY_QWEN, "only": ("tiny-qwen3-B3-N9-P4-pad40-fp32",)}
 _TINY_MEMORY = {"only": ("tiny-qwen3-B3-N9-P4-pad0-fp32",), "providers": ("ours", "floor", "literal_sdpa")}
 _TINY_DECODE = {"only": (), "providers": ("ours", "ours_compiled")}
 # What is compiled is rehearsed in the first plan.
-_TINY_EAGER_DECODE = {"only": (), "providers": ("ours",)}
 _TINY_COMPILED = {"only": _TINY_BERT["only"], "providers": ("floor_compiled",)}
+_TINY_TASKS = {"only": ("tiny-bert-*-tasks16",)}
+# Somebody who compiles nothing: what is compiled is rehearsed once.
+_TINY_FLOOR, _TINY_OURS = {**_TINY_COMPILED, "providers": ("floor",)}, {"only": (), "providers": ("ours",)}
 _TESTS = {"tests": "tests/kernels/test_launch.py"}
 
 
@@ -110,47 +112,61 @@ def _kernels(name: str, limit: float, latest: float, **arguments) -> Phase:
 
 
 def _beside(name: str, work: str, arguments, tiny) -> Phase:
-    """Something compiled into the caches on disk while the native tests run, which time nothing."""
-    return Phase(name, work, 100, 130, beside=True, when=GREEN, arguments=arguments, tiny=tiny)
+    """Something compiled into the caches on disk while gates and native tests run, which time nothing."""
+    return Phase(name, work, 150, 150, beside=True, when=GREEN, arguments=arguments, tiny=tiny)
 
 
-def _compiled(name: str, only, *ours: str, tiny=_TINY_COMPILED) -> Phase:
-    arguments = {"only": only, "providers": ("peft_compiled", "floor_compiled", *ours)}
-    return _beside(name, "compile_steps", arguments, tiny)
+def _compiled(name: str, only, *providers: str, tiny=_TINY_FLOOR) -> Phase:
+    """Whole compiled models: a process for each, since tracing one keeps one core busy."""
+    return _beside(name, "compile_steps", {"only": only, "providers": providers}, tiny)
+
+
+def _checks(name: str, limit: float, latest: float, *only: str) -> Phase:
+    return Phase(name, "checks", limit, latest, arguments={"only": only})
 
 
 def first() -> Plan:
     """Is it right; then the headline of every goal, what is cheap before what is dear."""
-    bert, qwen = ("bert-base-B32-N128-P20-*", "bert-base-B8-N64-P20-*"), ("qwen3-0.6b-B8-N512-P64-*",)
-    decode = {"only": _DECODE, "providers": _GENERATORS}
-    llama = ("llama-3-8b-B8-N512-P128-*",)
+    bert, small, tasks = "bert-base-B32-N128-P20-pad*-bf16", "bert-base-B8-N64-P20-*", "bert-base-*-tasks16"
+    dropped = "bert-base-B32-N128-P20-*-drop10"
+    qwen, llama = ("qwen3-0.6b-B8-N512-P64-*",), ("llama-3-8b-B8-N512-P128-*",)
     flex = ("roberta-large-training-B32-N512-P128-*-flex",)
-    few = ("ours", "ours_graph", "peft")
+    few = ("ours_graph", "ours_graph_compiled", "peft")
+    static, generated = ({"only": _DECODE, "providers": (name,)} for name in ("static_compiled", "ours_compiled"))
     phases = (
         _start(),
+        # What takes longest to compile begins before the gates; the rest when those leave cores free.
+        _compiled("compile-qwen3", qwen, "peft_compiled"),
+        _beside("compile-static", "compile_decode", static, _TINY_OURS),
+        _compiled("compile-bert", (bert,), "peft_compiled", "floor_compiled", tiny=_TINY_COMPILED),
         # Some 60 codes are compiled before the first is judged: what takes long here costs the last phases, not all.
-        _gates(90, 100),
+        _gates(90, 110),
         _bisection(130, 70),
-        _compiled("compile-bert", bert[:1]),
-        _beside("compile-ours", "compile_ours", {"only": (*bert, *qwen, *llama, *_DECODE)}, {"only": ()}),
-        _beside("compile-decode", "compile_decode", decode, _TINY_DECODE),
+        _compiled("compile-small", (small,), "peft_compiled"),
+        _compiled("compile-layers", (*qwen, *llama), "ours_graph_compiled"),
+        _beside("compile-ours", "compile_ours", {"only": (bert, small, *_DECODE)}, {"only": ()}),
+        _beside("compile-decode", "compile_decode", generated, _TINY_DECODE),
         _beside("compile-flex", "compile_kernels", {"only": flex}, {"only": (), "providers": ("ours", "flex_concat")}),
         _native(190, 80),
-        _kernels("kernels", 50, 240),
-        _steps("steps", 95, 300, bert, _STEP_PEERS),
-        Phase("decode", "decode", 45, 335, timed=True, when=GREEN, arguments=decode, tiny=_TINY_DECODE),
-        _kernels("flex", 20, 350, only=flex, providers=("ours", "sdpa_user", "flex_concat", "flex_split")),
-        # A decoder's small operations are half of its step: layers compiled beside belong to the headline.
-        _steps("qwen3", 42, 360, qwen, (*few, "ours_graph_compiled"), _TINY_QWEN),
-        _steps("llama", 48, 380, llama, few, _TINY_PADDED),
+        _kernels("kernels", 40, 230),
+        _steps("steps", 60, 290, (bert,), _STEP_PEERS),
+        _steps("small", 30, 320, (small,), _STEP_PEERS, _TINY_PADDED),
+        _steps("tasks", 15, 335, (tasks,), ("ours", "ours_tasks16"), _TINY_TASKS),
+        Phase("decode", "decode", 60, 350, timed=True, when=GREEN, arguments={
+            "only": _DECODE, "providers": ("static_compiled", "ours_compiled"),
+        }, tiny=_TINY_DECODE),
+        _kernels("flex", 20, 380, only=flex, providers=("ours", "sdpa_user", "flex_concat", "flex_split")),
+        _steps("qwen3", 60, 390, qwen, (*few, "peft_compiled"), _TINY_QWEN),
+        _steps("llama", 60, 410, llama, few, _TINY_PADDED),
+        _steps("dropout", 15, 420, (dropped,), _EAGER, _TINY_PADDED),
         Phase(
-            "memory", "memory", 35, 390, timed=True, when=GREEN,
+            "memory", "memory", 20, 430, timed=True, when=GREEN,
             arguments={"only": ("bert-base-B32-N128-P128-*",), "providers": ("ours", "peft", "literal_sdpa", "floor")},
             tiny=_TINY_MEMORY,
         ),
-        _steps("profile", 25, 400, ("bert-base-B32-N128-P20-pad40-bf16",), few, profile=True),
+        _steps("profile", 25, 435, ("bert-base-B32-N128-P20-pad40-bf16",), ("ours", *few[::2]), profile=True),
     )  # fmt: skip
-    return Plan(phases, 420, 200)
+    return Plan(phases, 450, 200)
 
 
 def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
@@ -165,8 +181,7 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {VARIANTS}; got {variant!r}")
-    start = _start()
-    memcheck = Phase("memcheck", "memcheck", 45, 290, arguments={"tool": "memcheck"})
+    start, memcheck = _start(), _checks("memcheck", 60, 290, "sanitizer-memcheck")
     if variant == "kernels":
         native = replace(_native(200, 110), arguments={"failed": True})
         return Plan((start, _gates(90, 90), _bisection(160, 80), native, memcheck), 330, 330)
@@ -177,28 +192,29 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         fixed = _steps("steps-again", 100, 120, chosen, _STEP_PEERS, _TINY_QWEN)
         decode = Phase(
             "decode-again", "decode", 60, 180, timed=True, when=GREEN,
-            arguments={"only": only or _DECODE, "providers": _GENERATORS}, tiny=_TINY_EAGER_DECODE,
+            arguments={"only": only or _DECODE, "providers": _GENERATORS}, tiny=_TINY_OURS,
         )  # fmt: skip
         after = (replace(tune, latest=260.0), replace(again, latest=290.0))
         return Plan((start, _gates(90, 70, large=False), fixed, decode, *after), 330, 200)
-    bert = ("bert-base-B32-N128-P20-*", "bert-base-B8-N64-P20-*")
-    qwen, decode = ("qwen3-0.6b-B8-N512-P64-*",), {"only": _DECODE, "providers": _GENERATORS}
-    few = ("ours", "ours_graph", "peft")
+    llama, prompted = ("llama-3-8b-B8-N512-P128-*",), ("llama-3-8b-decode-B128-P2048-*",)
+    static, generated = ({"only": prompted, "providers": (name,)} for name in ("static_compiled", "ours_compiled"))
     phases = (
         start,
         # All that times nothing comes first, so that models are compiled beside it.
-        _compiled("compile-bert", bert[:1], "ours_graph_compiled"),
-        _beside("compile-decode", "compile_decode", decode, _TINY_EAGER_DECODE),
-        _compiled("compile-qwen3", qwen, tiny={"only": ()}),
+        _compiled("compile-llama", llama, "peft_compiled"),
+        _beside("compile-static", "compile_decode", static, _TINY_OURS),
+        _beside("compile-decode", "compile_decode", generated, _TINY_OURS),
+        _compiled("compile-layers", llama, "ours_graph_compiled"),
         _gates(90, 70, large=False),
-        replace(_native(120, 60), arguments={"failed": True}),
-        tune,
-        again,
-        _steps("steps", 75, 250, bert, (*_STEP_PEERS, "ours_graph_compiled"), _TINY_QWEN),
-        Phase("decode", "decode", 45, 280, timed=True, when=GREEN, arguments=decode, tiny=_TINY_EAGER_DECODE),
-        _steps("qwen3", 45, 295, qwen, (*few, "peft_compiled"), _TINY_QWEN),
-        _steps("profile", 30, 300, (bert[0], *qwen), (*few, "ours_graph_compiled", "floor"), _TINY_QWEN, profile=True),
-        _steps("llama", 40, 305, ("llama-3-8b-B8-N512-P128-*",), few, _TINY_PADDED),
-        replace(memcheck, latest=310.0),
-    )
+        replace(memcheck, latest=120.0),
+        replace(_native(140, 60), arguments={"failed": True}),
+        replace(tune, limit=50.0),
+        replace(again, limit=30.0, latest=200.0),
+        Phase("decode", "decode", 70, 240, timed=True, when=GREEN, arguments={
+            "only": prompted, "providers": ("ours_compiled", "static_compiled"),
+        }, tiny=_TINY_OURS),
+        _steps("llama", 70, 290, llama, ("ours_graph", "ours_graph_compiled", "peft", "peft_compiled"), _TINY_PADDED),
+        # It fills the card: alone, and last.
+        replace(_checks("offsets", 40, 310, "offsets-past-2^31*"), timed=True, when=GREEN),
+    )  # fmt: skip
     return Plan(phases, 330, 200)

@@ -83,9 +83,9 @@ def native(context: Context, arguments: Arguments, before: Arguments) -> str:
     return parity_suite.run(replace(context, tests=tests, first_tests=first, only=("pytest",)))
 
 
-def memcheck(context: Context, arguments: Arguments, before: Arguments) -> str:
-    """One tool of compute-sanitizer over small cases."""
-    return parity_suite.run(replace(context, only=(f"sanitizer-{arguments['tool']}",)))
+def checks(context: Context, arguments: Arguments, before: Arguments) -> str:
+    """The checks of the machine that the phase names."""
+    return parity_suite.run(context)
 
 
 def bisect(context: Context, arguments: Arguments, before: Arguments) -> str:
@@ -195,7 +195,7 @@ WORK: dict[str, tuple[str, Callable[[Context, Arguments, Arguments], str]]] = {
     "start": ("parity", start),
     "gates": ("parity", gates),
     "native": ("parity", native),
-    "memcheck": ("parity", memcheck),
+    "checks": ("parity", checks),
     "bisect": ("parity", bisect),
     "kernels": ("kernels", kernels),
     "steps": ("steps", steps),

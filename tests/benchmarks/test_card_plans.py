@@ -81,41 +81,44 @@ def test_what_is_timed_was_compiled_before(name):
 def test_only_what_measures_time_is_alone():
     for plan in PLANS.values():
         for phase in plan.phases:
-            assert phase.timed == (phase.work in ("kernels", "steps", "decode", "memory", "tune")), phase.name
+            alone = phase.work in ("kernels", "steps", "decode", "memory", "tune") or phase.name == "offsets"
+            assert phase.timed == alone, phase.name
             # Nothing is timed where something is wrong.
             assert not phase.timed or phase.when == plans.GREEN
 
 
 def test_plans_scale():
-    half = PLANS["first"].scaled(210)
-    assert half.seconds == 210 and half.red_seconds == 100
+    half = PLANS["first"].scaled(225)
+    assert half.seconds == 225 and half.red_seconds == 100
     assert [p.limit * 2 for p in half.phases] == pytest.approx([p.limit for p in PLANS["first"].phases])
 
 
-# Compiled Llama and Qwen3 take longer than a call has; FlexAttention split and concat are one cell.
-LATER = {"D2", "S8b", "S9b"}
+# A whole compiled Llama fits beside nothing else.
+LATER = {"D2", "S8b"}
+GOALS = {goal.id: goal for goal in (*KERNEL_GOALS, *STEP_GOALS)}
 
 
-FIRST = [goal for goal in (*KERNEL_GOALS, *STEP_GOALS) if goal.id not in LATER]
-
-
-@pytest.mark.parametrize("goal", FIRST, ids=lambda goal: goal.id)
-def test_the_first_call_judges_a_goal(goal):
-    works = {"kernels": ("kernels",), "steps": ("steps",), "memory": ("memory",), "decode": ("decode",)}[goal.suite]
-    for phase in PLANS["first"].phases:
-        if phase.work not in works or phase.arguments.get("profile"):
+def _judges(plan, goal):
+    """Whether a phase of a plan times both sides of a goal in one of its cells."""
+    for phase in plan.phases:
+        if phase.work != goal.suite or phase.arguments.get("profile"):
             continue
         named = set(phase.arguments["providers"])
-        ours = bool(named & {"ours", "ours_graph"}) if goal.ours == BEST else goal.ours in named
+        ours = bool(named & {"ours", "ours_graph", "ours_compiled"}) if goal.ours == BEST else goal.ours in named
         if ours and goal.peer in named and any(goal.judged(case.as_dict()) for case in _chosen(phase)):
-            return
-    pytest.fail(f"no phase judges {goal.id}")
+            return True
+    return False
 
 
-def test_what_the_first_call_leaves_is_judged_by_the_second():
-    found = {case.id for phase in PLANS["second-tune"].phases if phase.work == "steps" for case in _chosen(phase)}
-    (goal,) = (goal for goal in STEP_GOALS if goal.id == "S9b")
-    assert any(goal.judged(case.as_dict()) for case in STEPS if case.id in found)
+# Of PEFT's generate there are figures; eager generation takes the seconds that a compiled one needs.
+@pytest.mark.parametrize("name", sorted(GOALS.keys() - LATER - {"D3"}))
+def test_the_first_call_judges_a_goal(name):
+    assert _judges(PLANS["first"], GOALS[name])
+
+
+@pytest.mark.parametrize("name", sorted(LATER))
+def test_what_the_first_call_leaves_is_judged_by_the_second(name):
+    assert _judges(PLANS["second-tune"], GOALS[name])
 
 
 def test_an_unknown_variant_is_refused():
