@@ -103,9 +103,9 @@ def test_integers_of_any_width_choose_the_prompt(make_call, budget):
 
 
 @pytest.mark.parametrize(("dtype", "entries"), [(torch.uint8, 256), (torch.int8, 128), (torch.int64, 128)], ids=str)
-def test_rows_are_sorted_by_entry_of_the_largest_bank_an_index_can_name(dtype, entries):
-    index = torch.tensor([entries - 1, 0, entries - 1, 3]).to(dtype)
-    problem = SimpleNamespace(prompt_k=torch.empty(entries, 1, 1, 16), prompt_index=index)
+def test_rows_are_sorted_by_entry_of_the_largest_bank_an_index_can_name(dtype, entries, device):
+    index = torch.tensor([entries - 1, 0, entries - 1, 3], dtype=dtype, device=device)
+    problem = SimpleNamespace(prompt_k=torch.empty(entries, 1, 1, 16, device=device), prompt_index=index)
     order, bounds = _rows_by_entry(problem)
     assert order.tolist() == [1, 3, 0, 2]
     assert bounds.tolist() == [0, 1, 1, 1, *([2] * (entries - 4)), 4]
