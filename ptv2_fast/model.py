@@ -36,6 +36,7 @@ from ptv2_fast.models.module_dict import ModuleDictOf
 from ptv2_fast.models.own_attention import given_prompts
 from ptv2_fast.models.rows import gather_rows
 from ptv2_fast.models.slots import by_slots
+from ptv2_fast.models.view import outside_graphs
 from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.kept import KeptPrompts, Prompts
@@ -191,6 +192,14 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         self, target: PreTrainedModel, call: dict[str, Any], read: Tensor | None, plan: StepPlan, fused: Mapping
     ) -> Any:
         """Call `target` with its backbone run as the step's plan says."""
+        view, call = self._planned(target, call, read, plan, fused)
+        return view(**call)
+
+    @outside_graphs
+    def _planned(
+        self, target: PreTrainedModel, call: dict[str, Any], read: Tensor | None, plan: StepPlan, fused: Mapping
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """A view of `target` whose backbone runs as the step's plan says, and what to call it with."""
         if self.training and call.get(CACHE) is None and reads_text(self._family):
             call.setdefault("use_cache", False)
         original = backbone_of(target)
@@ -215,7 +224,7 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
             backbone = given_prompts(backbone, call["ptv2_prompts"])
         if self._family.pooled is not None:
             backbone = self._family.pooled(backbone)
-        return (target if backbone is original else with_backbone(target, backbone))(**call)
+        return (target if backbone is original else with_backbone(target, backbone)), call
 
     def packed_states(self, packed: PackedBatch) -> Tensor:
         """(R, D) the backbone's last states of the tokens that a packed batch reads; zero where it reads none."""

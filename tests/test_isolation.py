@@ -20,6 +20,7 @@ from tiny_models import (
 from tolerances import assert_differs, assert_equal, assert_same_bits
 
 from ptv2_fast import get_ptv2_model
+from ptv2_fast.models import view
 
 BATCH = padded(text_rows(), "left")
 REAL = BATCH.attention_mask.bool()
@@ -223,6 +224,16 @@ def test_autocast(family, injection):
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama", "gpt2", "mistral", "mpnet", "deberta-v2"])
 def test_compiles_without_a_graph_break(family, injection):
+    _check_compiled(family, injection, fullgraph=view.TRACES_VIEWS)
+
+
+@pytest.mark.parametrize(("family", "injection"), [("bert", "shallow"), ("llama", "deep"), ("mpnet", "prefix")])
+def test_compiles_where_views_are_made_between_two_graphs(family, injection, monkeypatch):
+    monkeypatch.setattr(view, "TRACES_VIEWS", False)
+    _check_compiled(family, injection, fullgraph=False)
+
+
+def _check_compiled(family, injection, fullgraph):
     task = _task_of(family)
     model = tiny_model(family, injection, task).train()
     inputs = {**BATCH.inputs, "labels": _labels(task)}
@@ -242,7 +253,7 @@ def test_compiles_without_a_graph_break(family, injection):
     # A fresh wrapper, in its first forward.
     # Whole graphs are found with any backend; what autograd makes of one is traced once a family.
     backend = "aot_eager" if injection == "deep" else "eager"
-    loss, grads = step(torch.compile(model, fullgraph=True, backend=backend))
+    loss, grads = step(torch.compile(model, fullgraph=fullgraph, backend=backend))
     expected_loss, expected = step(model)
     assert_equal(loss, expected_loss)
     for grad, reference in zip(grads, expected):

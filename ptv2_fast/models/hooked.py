@@ -16,7 +16,7 @@ from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import not_reached
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.family import Family
-from ptv2_fast.models.view import can_rebind, view_of
+from ptv2_fast.models.view import can_rebind, outside_graphs, view_of
 
 # A view that is hooked already has this attribute.
 _HOOKED = "_attention_is_hooked"
@@ -126,6 +126,7 @@ def _check_forward(module: nn.Module) -> None:
         )
 
 
+@outside_graphs
 def _with_hook(config: PretrainedConfig) -> PretrainedConfig:
     """A copy of a configuration that says the hook's name; in steps that torch.compile traces."""
     copied = object.__new__(type(config))

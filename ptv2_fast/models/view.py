@@ -13,6 +13,11 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 M = TypeVar("M", bound=nn.Module)
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Before 2.13 the compiler loses attributes that a graph writes into the copy of an object: copies are made between two
+# graphs there. Since then views are part of a whole graph.
+TRACES_VIEWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 # Methods that transformers hands to functions which look at their signature. The compiler can do so only where it has
 # seen them on a module that is older than the graph.
@@ -26,6 +31,20 @@ _VIEW_OF = "_view_of"
 _LOOKS_AT = "_view_looks_at"
 
 
+def outside_graphs(function: F) -> F:
+    """A function that copies modules or configurations: where the compiler cannot trace that, it runs by itself."""
+    disabled = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if TRACES_VIEWS or not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return disabled(*args, **kwargs)
+
+    return cast(F, call)
+
+
+@outside_graphs
 def view_of(
     module: M,
     *,

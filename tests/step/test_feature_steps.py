@@ -10,6 +10,7 @@ from tolerances import assert_equal
 
 from ptv2_fast import HeadConfig, StepOptions
 from ptv2_fast.models.families import family_of
+from ptv2_fast.models.view import TRACES_VIEWS
 from ptv2_fast.step import layers as step_layers
 
 pytestmark = pytest.mark.usefixtures("kernels_without_overflow_checks")
@@ -56,7 +57,7 @@ def test_a_compiled_model_is_the_model(family, injection):
     model(**features(family))  # transformers hooks the layers in its first run
     loss = model(**features(family), labels=TARGETS).loss
     expected = {"loss": loss, **gradients(loss, model)}
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=TRACES_VIEWS, backend="aot_eager")
     loss = compiled(**features(family), labels=TARGETS).loss
     for name, value in {"loss": loss, **gradients(loss, model)}.items():
         assert_equal(value, expected[name], name)
