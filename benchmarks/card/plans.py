@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 # When a phase is run: whatever the gates say, only where they are green, only where they are red.
 ALWAYS, GREEN, RED = "always", "green", "red"
-VARIANTS = ("tune", "kernels", "steps")
+VARIANTS = ("tune", "rest", "kernels", "steps")
 
 
 @dataclass(frozen=True)
@@ -150,14 +150,14 @@ def first() -> Plan:
         _native(190, 80),
         _kernels("kernels", 40, 230),
         _steps("steps", 60, 290, (bert,), _STEP_PEERS),
-        _steps("small", 30, 320, (small,), _STEP_PEERS, _TINY_PADDED),
+        _steps("small", 45, 320, (small,), _STEP_PEERS, _TINY_PADDED),
         _steps("tasks", 15, 335, (tasks,), ("ours", "ours_tasks16"), _TINY_TASKS),
         Phase("decode", "decode", 60, 350, timed=True, when=GREEN, arguments={
             "only": _DECODE, "providers": ("static_compiled", "ours_compiled"),
         }, tiny=_TINY_DECODE),
         _kernels("flex", 20, 380, only=flex, providers=("ours", "sdpa_user", "flex_concat", "flex_split")),
-        _steps("qwen3", 60, 390, qwen, (*few, "peft_compiled"), _TINY_QWEN),
-        _steps("llama", 60, 410, llama, few, _TINY_PADDED),
+        _steps("qwen3", 80, 390, qwen, (*few, "peft_compiled"), _TINY_QWEN),
+        _steps("llama", 80, 410, llama, few, _TINY_PADDED),
         _steps("dropout", 15, 420, (dropped,), _EAGER, _TINY_PADDED),
         Phase(
             "memory", "memory", 20, 430, timed=True, when=GREEN,
@@ -173,7 +173,8 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
     """What the second call does, by what the first one gave.
 
     Args:
-        variant: "tune" (all was green), "kernels" (gates or tests were red), "steps" (steps or decode were).
+        variant: "tune" (all was green), "rest" (and tuned before: what takes long to compile, and the checks of the
+            machine), "kernels" (gates or tests were red), "steps" (steps or decode were).
         only: cells that variant "steps" measures.
 
     Raises:
@@ -196,25 +197,47 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         )  # fmt: skip
         after = (replace(tune, latest=260.0), replace(again, latest=290.0))
         return Plan((start, _gates(90, 70, large=False), fixed, decode, *after), 330, 200)
-    llama, prompted = ("llama-3-8b-B8-N512-P128-*",), ("llama-3-8b-decode-B128-P2048-*",)
-    static, generated = ({"only": prompted, "providers": (name,)} for name in ("static_compiled", "ours_compiled"))
+    gates, failed = _gates(90, 70, large=False), {"failed": True}
+    if variant == "tune":
+        bert = ("bert-base-B32-N128-P20-pad*-bf16",)
+        phases = (
+            start,
+            _compiled("compile-bert", bert, "peft_compiled", "ours_graph_compiled"),
+            gates,
+            replace(_native(120, 60), arguments=failed),
+            tune,
+            again,
+            _steps("steps", 60, 260, bert, (*_STEP_PEERS, "ours_graph_compiled")),
+            _steps("profile", 30, 290, bert, ("ours_graph", "ours_graph_compiled", "peft", "floor"), profile=True),
+            replace(memcheck, latest=310.0),
+        )
+        return Plan(phases, 330, 200)
+    small, dropped = ("bert-base-B8-N64-P20-*",), ("bert-base-B32-N128-P20-*-drop10",)
+    qwen, llama = ("qwen3-0.6b-B8-N512-P64-*",), ("llama-3-8b-B8-N512-P128-*",)
+    prompted = ("llama-3-8b-decode-B128-P2048-*",)
+    generators = ("ours_compiled", "static_compiled")
     phases = (
         start,
-        # All that times nothing comes first, so that models are compiled beside it.
+        # All that times nothing comes first, so that models are compiled beside it; large ones do not fit together.
         _compiled("compile-llama", llama, "peft_compiled"),
-        _beside("compile-static", "compile_decode", static, _TINY_OURS),
-        _beside("compile-decode", "compile_decode", generated, _TINY_OURS),
-        _compiled("compile-layers", llama, "ours_graph_compiled"),
-        _gates(90, 70, large=False),
+        _compiled("compile-qwen3", qwen, "peft_compiled"),
+        _compiled("compile-small", small, "peft_compiled"),
+        _beside("compile-decode", "compile_decode", {"only": _DECODE, "providers": generators}, _TINY_OURS),
+        gates,
         replace(memcheck, latest=120.0),
-        replace(_native(140, 60), arguments={"failed": True}),
-        replace(tune, limit=50.0),
-        replace(again, limit=30.0, latest=200.0),
-        Phase("decode", "decode", 70, 240, timed=True, when=GREEN, arguments={
-            "only": prompted, "providers": ("ours_compiled", "static_compiled"),
+        _beside("compile-prompted", "compile_decode", {"only": prompted, "providers": generators}, _TINY_OURS),
+        replace(_native(190, 60), arguments=failed),
+        Phase("decode", "decode", 45, 260, timed=True, when=GREEN, arguments={
+            "only": _DECODE, "providers": generators,
         }, tiny=_TINY_OURS),
-        _steps("llama", 70, 290, llama, ("ours_graph", "ours_graph_compiled", "peft", "peft_compiled"), _TINY_PADDED),
+        _steps("small", 40, 280, small, ("ours_graph", "peft_compiled"), _TINY_QWEN),
+        _steps("qwen3", 60, 300, qwen, ("ours_graph_compiled", "peft_compiled"), _TINY_QWEN),
+        _steps("dropout", 30, 320, dropped, ("ours_graph", "peft"), _TINY_PADDED),
+        _steps("llama", 90, 330, llama, ("ours_graph_compiled", "peft_compiled"), _TINY_PADDED),
+        Phase("prompted", "decode", 70, 350, timed=True, when=GREEN, arguments={
+            "only": prompted, "providers": generators,
+        }, tiny=_TINY_OURS),
         # It fills the card: alone, and last.
-        replace(_checks("offsets", 40, 310, "offsets-past-2^31*"), timed=True, when=GREEN),
+        replace(_checks("offsets", 40, 390, "offsets-past-2^31*"), timed=True, when=GREEN),
     )  # fmt: skip
-    return Plan(phases, 330, 200)
+    return Plan(phases, 420, 200)

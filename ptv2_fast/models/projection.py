@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-# Equal by identity: comparing weights means nothing, and the compiler of torch 2.11 hashes what it sees made and called.
+# Equal by identity: comparing weights means nothing, and the compiler of torch 2.11 hashes what is made and called.
 @dataclass(frozen=True, eq=False)
 class Projection:
     """States (..., D) to some of the F features that a module of the base makes of them.

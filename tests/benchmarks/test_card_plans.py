@@ -118,7 +118,7 @@ def test_the_first_call_judges_a_goal(name):
 
 @pytest.mark.parametrize("name", sorted(LATER))
 def test_what_the_first_call_leaves_is_judged_by_the_second(name):
-    assert _judges(PLANS["second-tune"], GOALS[name])
+    assert _judges(PLANS["second-rest"], GOALS[name])
 
 
 def test_an_unknown_variant_is_refused():
