@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_FIRST, _SECOND, _THIRD = (f"2026-11-26-card-{name}-h200.json" for name in ("first", "second", "third"))
+_FIRST, _SECOND, _THIRD, _FOURTH = (
+    f"2026-11-26-card-{name}-h200.json" for name in ("first", "second", "third", "fourth")
+)
 _D64, _D128 = "roberta-large-{}-B32-N512-P128-d64-full-pad0-bf16", "t5-3b-encoder-{}-B32-N512-P128-d128-full-pad0-bf16"
 _BERT = "bert-base-B32-N128-P20-pad40-bf16"
 
@@ -65,6 +67,16 @@ PREDICTIONS = (
                "qwen3-0.6b-decode-B64-P512-N32-new32-bf16", "ours", "ms", "peft"),
     Prediction("captured step of Qwen3-0.6B with compiled layers", 30, "ms", _THIRD,
                "qwen3-0.6b-B8-N512-P64-pad40-bf16", "ours_graph_compiled", "ms"),
+    Prediction("backward, d = 64, hidden keys not loaded", 230, "TFLOP/s", _FOURTH, _D64.format("backward"),
+               "ours", "tflops"),
+    Prediction("FlexAttention with concat over training attention", 1.1, "×", _FOURTH,
+               "roberta-large-training-B32-N512-P128-d64-full-pad0-bf16-flex", "flex_concat", "ms", "ours"),
+    Prediction("captured step of BERT-base over the compiled prompt-less model", 0.9, "×", _FOURTH, _BERT,
+               "ours_graph", "ms", "floor_compiled"),
+    Prediction("PEFT over a captured step of Qwen3-0.6B with compiled layers", 2.4, "×", _FOURTH,
+               "qwen3-0.6b-B8-N512-P64-pad40-bf16", "peft", "ms", "ours_graph_compiled"),
+    Prediction("a step of 16 tasks over one of one task", 1.1, "×", _FOURTH,
+               "bert-base-B32-N128-P20-pad0-bf16-tasks16", "ours_tasks16", "ms", "ours"),
 )  # fmt: skip
 
 
