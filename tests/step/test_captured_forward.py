@@ -7,9 +7,18 @@ import logging
 import pytest
 import torch
 from captured_forwards import (
-    OPTIONS, UNTIL_CAPTURED, assert_same_gradients, assert_same_steps, captured, forward_loss, fresh, gradients,
-    packed_loss, training, warmed,
-)  # fmt: skip
+    OPTIONS,
+    UNTIL_CAPTURED,
+    assert_same_gradients,
+    assert_same_steps,
+    captured,
+    forward_loss,
+    fresh,
+    gradients,
+    packed_loss,
+    training,
+    warmed,
+)
 from graph_steps import CASES, OFF, batches_of, model_of
 from tiny_models import tiny_model
 from tolerances import assert_equal, assert_same_bits
@@ -121,7 +130,7 @@ def test_a_loss_of_the_users_own_trains_and_ends_captures(case, counts, said):
     model, batch = warmed(case)
     plain = _plain(case)
     plain.load_state_dict(model.state_dict())
-    for step in range(3):
+    for _ in range(3):
         for one in (model, plain):
             output = one(**batch)
             real = batch["attention_mask"].bool() if output.logits.dim() == 3 else slice(None)
