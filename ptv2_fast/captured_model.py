@@ -62,7 +62,9 @@ class CapturedModel(PTuningV2Model):
         if adapter_names is not None:
             inputs = {**inputs, "adapter_names": adapter_names}
         # Made by the first of several threads.
-        captured = self.__dict__.setdefault("_captured_forward", CapturedForward())
+        captured = self.__dict__.get("_captured_forward")
+        if captured is None:
+            captured = self.__dict__.setdefault("_captured_forward", CapturedForward())
         return captured(self, inputs, labels, items)
 
     def _apply(self: M, *args: Any, **kwargs: Any) -> M:
