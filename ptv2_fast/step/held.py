@@ -155,10 +155,10 @@ class _Places:
         self._dictionaries, self._names = [one for one, _ in found], [name for _, name in found]
 
     def addresses(self) -> list[int] | None:
-        """Of each; None where one is gone."""
+        """Of each; None where one is gone, or is of a kind now that has none, as a shard is."""
         try:
             return [*map(Tensor.data_ptr, map(getitem, self._dictionaries, self._names))]
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, RuntimeError):
             return None
 
     def flags(self) -> list[bool]:

@@ -108,6 +108,10 @@ def _equal_weight(model):
     model[1][1].bias = nn.Parameter(model[1][1].bias.clone(), requires_grad=False)
 
 
+def _without_address(model):
+    model[1][1].bias = nn.Parameter(torch.ones(1).to_sparse(), requires_grad=False)
+
+
 def _cast(model):
     model[1][1].bias.data = model[1][1].bias.data.double()
 
@@ -126,6 +130,7 @@ def _remove_module(model):
         (_assign_none, "weights were moved, cast or replaced"),
         (_delete, "weights were moved, cast or replaced"),
         (_equal_weight, "weights were moved, cast or replaced"),
+        (_without_address, "weights were moved, cast or replaced"),
         (_cast, "weights were moved, cast or replaced"),
         (_equal_buffer, "buffers were moved, cast or replaced"),
         (_remove_module, "a module was replaced"),

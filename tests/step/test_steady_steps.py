@@ -18,7 +18,7 @@ from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
 MOST_OPERATIONS = 4
 # Of Python functions and of others, before the pass is launched, which is when the device waits, and in all. What is
 # more by a few belongs behind the launch, or is asked for once.
-MOST_CALLS_BEFORE, MOST_CALLS = 140, 210
+MOST_CALLS_BEFORE, MOST_CALLS = 130, 205
 STEADY = ["bert tags, base head", "bert rows, first token", "llama text"]
 
 
