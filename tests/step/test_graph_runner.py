@@ -169,7 +169,7 @@ def test_filled_batches_hold_the_same_text(lengths, tokens, rows, targets):
     filled = Buckets(tokens, rows, targets).fill(packed)
     count, total = sum(lengths), filled.input_ids.shape[1]
     bounds = filled.cu_seqlens.tolist()
-    assert bounds[: len(lengths) + 1] == packed.cu_seqlens.tolist()
+    assert bounds[: len(lengths) + 1] == packed.bounds.tolist()
     assert bounds[-1] == total and total % tokens == 0 and total - count < max(tokens, count / 8)
     steps = [b - a for a, b in zip(bounds, bounds[1:])]
     assert min(steps) >= 0 and max(steps) <= filled.longest
