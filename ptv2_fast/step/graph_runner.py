@@ -119,9 +119,12 @@ class GraphRunner:
 
         Raises:
             ValueError: no batch is given, or one lacks labels or has labels that the task cannot read.
+            RuntimeError: the model's adapters are disabled.
         """
         if not batches or any(batch.get("labels") is None for batch in batches):
             raise ValueError(f"batches must be one or more, each with labels; got {len(batches)}")
+        if self._model._disabled:
+            raise RuntimeError("a step must be taken outside disable_adapter(): within it nothing that trains runs")
         look = self._look()
         if reason := look.not_packed or _why_not_packed(batches):
             self._say(f"this step is neither packed nor captured: {reason}")

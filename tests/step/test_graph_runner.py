@@ -231,6 +231,19 @@ def test_labels_of_another_kind_are_refused(labels):
         GraphRunner(model, optimizer_of(model)).step({"input_ids": ids, "labels": labels})
 
 
+def test_a_step_with_disabled_adapters_is_refused(pretend_cuda):
+    batch = batches_of("SEQ_CLS", count=1)[0]
+    model = model_of("bert rows, first token")
+    runner = GraphRunner(model, optimizer_of(model))
+    for _ in range(WARM_UP_STEPS + 2):
+        runner.step(batch)
+    # What is captured would be replayed with the prompts.
+    assert runner.captured == 1
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="outside disable_adapter"):
+        runner.step(batch)
+    assert runner.step(batch).isfinite()
+
+
 def test_float16_is_refused():
     model = model_of("llama text")
     with pytest.raises(ValueError, match="autocast must be"):
