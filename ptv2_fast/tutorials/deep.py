@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,8 @@ class P_Tuning_Model(nn.Module):
     row's first real token, which makes left padding and right padding the same.
 
     The state dict has the tutorial's names: base_model.*, prompt_encoder.prompts.{i}.weight,
-    classification_heads.{i}.weight and .bias.
+    classification_heads.{i}.weight and .bias. `prompt_encoder` may be set to another one of the same sizes, and
+    `classification_heads` to others; `base_model` stays.
 
     Args:
         base_model_name: name or folder of an encoder of any family that ptv2_fast serves, for AutoModel; it goes to the
@@ -137,10 +138,26 @@ class P_Tuning_Model(nn.Module):
         head = self._head(task_idx)
         return _classified(head, self._states(input_ids, _as_mask(attention_mask), None))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; prompts that run are the ones that are set.
+
+        Raises:
+            ValueError: it is the base, or the prompts are of other sizes.
+        """
+        if name in ("base_model", "prompt_encoder") and "_prompted" in self.__dict__:
+            if name == "base_model":
+                raise ValueError("base_model must stay what the model was made with: make another P_Tuning_Model")
+            self._embedded.replace(value)
+        super().__setattr__(name, value)
+
     def train(self: M, mode: bool = True) -> M:
         """Training or eval mode, of the base as well."""
         self._prompted[0].train(mode)
         return super().train(mode)
+
+    @property
+    def _embedded(self) -> _Embedded:
+        return cast(_Embedded, self._prompted[0].adapters["default"].encoder)
 
     def _states(self, input_ids: Tensor, mask: Tensor | None, read: Tensor | None) -> Tensor:
         """(B, N, D) the base's last states; `read` are the tokens of the flattened (B, N) that the caller reads."""
@@ -161,14 +178,29 @@ class _Embedded(PromptEncoder):
     def __init__(self, embeddings: DeepPromptEncoder) -> None:
         nn.Module.__init__(self)
         self.source = embeddings
-        first = embeddings.prompts[0].weight
-        self.layers = tuple(range(len(embeddings.prompts)))
-        self.injection, self.shape = "deep", (len(self.layers), *first.shape)
+        self.injection, self.shape = "deep", _shape_of(embeddings)
+        self.layers = tuple(range(self.shape[0]))
         self.gate = None
+
+    def replace(self, embeddings: DeepPromptEncoder) -> None:
+        """Be the embeddings of another encoder.
+
+        Raises:
+            ValueError: it is none, or has other sizes.
+        """
+        if not isinstance(embeddings, DeepPromptEncoder) or _shape_of(embeddings) != self.shape:
+            found = _shape_of(embeddings) if isinstance(embeddings, DeepPromptEncoder) else type(embeddings).__name__
+            raise ValueError(f"prompt_encoder must be a DeepPromptEncoder of sizes {self.shape}; got {found}")
+        self.source = embeddings
 
     def forward(self) -> Tensor:
         """(L, P, D)."""
         return torch.stack([self.source(layer) for layer in self.layers])
+
+
+def _shape_of(embeddings: DeepPromptEncoder) -> tuple[int, ...]:
+    """(L, P, D)."""
+    return (len(embeddings.prompts), *embeddings.prompts[0].weight.shape)
 
 
 def _prompted(base: PreTrainedModel, embeddings: DeepPromptEncoder) -> PTuningV2Model:

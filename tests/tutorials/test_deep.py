@@ -84,13 +84,14 @@ def test_every_other_encoder_is_served(family, side):
 
 
 @pytest.mark.usefixtures("kernels_without_overflow_checks")
-def test_the_kernels_agree():
+@pytest.mark.parametrize(("family", "side"), [("bert", "right"), ("distilbert", "left")])
+def test_the_kernels_agree(family, side):
     # Heads of 16 are the smallest that they take; the interpreter takes its time over more layers and rows.
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    ours, theirs = _pair(dtype=torch.float32, **sizes)
+    ours, theirs = _pair(family, torch.float32, **sizes)
+    assert ours.backend == "auto"
     ours.backend = "triton"
-    assert ours.backend == "triton"
-    _assert_alike(ours, theirs, padded(text_rows(5, 2), "right", width=6))
+    _assert_alike(ours, theirs, padded(text_rows(5, 2), side, width=6))
 
 
 def test_a_seed_gives_the_tutorials_parameters_under_its_names_and_in_its_order():
@@ -178,6 +179,24 @@ def test_two_models_share_a_base():
         alone = literal.P_Tuning_Model(tiny_base("bert", exact=True), model.prompt_length, LABELS).double()
         alone.load_state_dict(model.state_dict())
         _assert_alike(model, alone, batch)
+
+
+def test_prompts_that_were_saved_whole_are_set_and_the_base_is_not():
+    model, other = _pair()[0], _pair()[0]
+    batch = padded(text_rows(), "right")
+    args = batch.input_ids, batch.attention_mask
+    torch.nn.init.normal_(other.prompt_encoder.prompts[0].weight)
+    model.prompt_encoder = pickle.loads(pickle.dumps(other.prompt_encoder))
+    assert_equal(model(*args), other(*args))
+    model(*args).sum().backward()
+    assert model.prompt_encoder.prompts[0].weight.grad is not None
+    model.classification_heads = torch.nn.ModuleList([torch.nn.Linear(HIDDEN, 7).double()])
+    assert model(*args).shape == (3, 7)
+    for value in (DeepPromptEncoder(2, HIDDEN, P + 1, "cpu"), torch.nn.Linear(1, 1)):
+        with pytest.raises(ValueError, match=r"prompt_encoder must be .*\(2, 3, 32\); got"):
+            model.prompt_encoder = value
+    with pytest.raises(ValueError, match="base_model must stay"):
+        model.base_model = other.base_model
 
 
 def test_train_and_eval_are_the_bases_too():
