@@ -126,7 +126,7 @@ class P_Tuning_Model(nn.Module):
             ValueError: there is no such task, or a shape disagrees.
         """
         head = self._head(task_idx)
-        mask = _as_mask(attention_mask)
+        mask = _as_mask(attention_mask, input_ids)
         read = tokens_read({"input_ids": input_ids, "attention_mask": mask}, "first")
         return _classified(head, pool(self._states(input_ids, mask, read), mask, "first"))
 
@@ -136,7 +136,7 @@ class P_Tuning_Model(nn.Module):
         At padding they mean nothing.
         """
         head = self._head(task_idx)
-        return _classified(head, self._states(input_ids, _as_mask(attention_mask), None))
+        return _classified(head, self._states(input_ids, _as_mask(attention_mask, input_ids), None))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; prompts that run are the ones that are set.
@@ -237,12 +237,17 @@ def _sizes_of_encoder(base: PreTrainedModel) -> Dimensions:
     return sizes
 
 
-def _as_mask(attention_mask: Tensor | None) -> Tensor | None:
+def _as_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
     """(B, N) bool, of whatever kind of numbers the mask is: the tutorial has floating-point ones."""
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be (B, N); got {tuple(input_ids.shape)}")
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must be (B, N); got {tuple(attention_mask.shape)}")
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}; "
+            f"got {tuple(attention_mask.shape)}"
+        )
     return attention_mask != 0
 
 

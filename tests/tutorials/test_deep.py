@@ -274,7 +274,9 @@ def test_bad_inputs_are_refused():
     ids = torch.ones(1, 2).long()
     with pytest.raises(ValueError, match=r"task_idx must be in 0\.\.1; got 2"):
         model(ids, None, task_idx=2)
-    with pytest.raises(ValueError, match=r"attention_mask must be \(B, N\); got \(2,\)"):
-        model(ids, torch.ones(2))
-    with pytest.raises(ValueError, match=r"attention_mask must have shape \(1, 2\)"):
-        model.token_logits(ids, torch.ones(1, 3))
+    for call in (model, model.token_logits):
+        with pytest.raises(ValueError, match=r"input_ids must be \(B, N\); got \(2,\)"):
+            call(ids[0], None)
+        for shape in ((2,), (1, 3)):
+            with pytest.raises(ValueError, match=r"attention_mask must have the shape of input_ids, \(1, 2\); got \("):
+                call(ids, torch.ones(shape))
