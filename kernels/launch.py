@@ -63,7 +63,7 @@ _HALF = {
 _HOPPER_HALF: _Table = {
     "forward": {64: (128, 64, 8, 3, 128), 128: (128, 32, 8, 3, 128)},
     "backward_query": {64: (64, 64, 4, 3, 168), 128: (64, 32, 4, 3)},
-    "backward_text": {64: (32, 64, 4, 2), 128: (32, 64, 4, 3)},
+    "backward_text": {64: (32, 64, 4, 2, 168), 128: (32, 64, 4, 3)},
     "backward_prompt": {64: (64, 64, 4, 3), 128: (32, 64, 4, 3)},
 }
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
@@ -303,9 +303,17 @@ def allocate_statistics(shape: Sequence[int], device: torch.device) -> torch.Ten
     return made if width == tokens else made[..., :tokens]
 
 
-def allocate_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Fresh memory with the shape, strides and dtype of a tensor whose elements lie in places of their own."""
-    return allocate_strided(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+def allocate_pair_like(tensor: torch.Tensor, slack: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two tensors of fresh memory with the shape, strides and dtype of one whose elements lie in places of their own.
+
+    Args:
+        slack: elements that may be read, not written, behind the last one of each.
+    """
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+    plane = -(-(reach + slack) // 16) * 16
+    flat = allocate((2 * plane,), tensor.dtype, tensor.device)
+    first, second = flat.as_strided((2, *tensor.shape), (plane, *tensor.stride())).unbind(0)
+    return first, second
 
 
 def allocate_heads(like: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,8 @@ from ptv2_fast.kernels.query_gradients import _prompt_attention_backward_query_k
 
 from ptv2_fast.kernels import launch, launcher
 
+# Rows of queries in the largest tile that a table of launches names.
+_MOST_QUERIES = 128
 _ThreeGradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -108,8 +110,8 @@ def prompt_attention_backward(
 def _row_statistics(problem: Problem, grad_output: torch.Tensor, output: torch.Tensor, lse: torch.Tensor,
                     config: launch.LaunchConfig | None) -> tuple[torch.Tensor, torch.Tensor]:
     """rowsum(grad_output * output) and lse in powers of two, with lse's strides: kernels read both by one offset."""
-    delta, lse2 = launch.allocate_like(lse), launch.allocate_like(lse)
     block_m = (config or problem.config("backward_query")).block_m
+    delta, lse2 = launch.allocate_pair_like(lse, max(block_m, _MOST_QUERIES))
     grid, constants = _statistics_launch(
         problem.form, block_m, heads_strides(output), heads_strides(grad_output), problem.row_stride(lse))
     launch.run(

@@ -207,6 +207,31 @@ def test_vit_prompts_take_a_model_of_ones_own(tmp_path):
     assert saved["encoder.prompts"].shape == (2, 8, 32)
 
 
+def test_the_deep_tutorial_learns_both_tasks_and_loads_what_it_saved(tmp_path):
+    fast = ("--epochs", 60, "--lr", 0.03, "--prompt-length", 4)
+    output = _run(tmp_path, "tutorial_deep", "--model", bert_folder(tmp_path / "bert"), *fast)
+    losses = [float(loss) for loss in re.findall(r"Epoch \d+, Loss: (\d+\.\d+)", output)]
+    assert len(losses) == 60 and losses[-1] < 0.5 * losses[0]
+    # Of what the second model says, which has read the file.
+    assert "the film was very good: positive" in output and "a poor film: negative" in output
+    assert "anna/PER met/O bob/PER in/O paris/LOC" in output
+    saved = torch.load(tmp_path / "tutorial-deep.pt")
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items() if "prompt" in name} == {
+        f"prompt_encoder.prompts.{layer}.weight": (4, 32) for layer in (0, 1)
+    }
+    assert len(saved) == 6
+
+
+def test_the_evolving_tutorial_trains_its_prompts_alone(tmp_path):
+    names = ("vocab-size", "d-model", "num-layers", "num-heads", "d-ff", "prefix-len", "seq-len", "epochs")
+    sizes = [word for name, size in zip(names, (12, 32, 2, 4, 48, 5, 9, 12)) for word in (f"--{name}", size)]
+    output = _run(tmp_path, "tutorial_evolving", *sizes, "--lr", 0.1)
+    losses = [float(loss) for loss in re.findall(r"Epoch \d+, Loss: (\d+\.\d+)", output)]
+    assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])
+    assert re.findall(r"gradient: (.+)", output) == ["prompt_embeddings (5, 32)"]
+    assert torch.load(tmp_path / "tutorial-evolving.pt")["prompt_embeddings"].shape == (5, 32)
+
+
 def test_the_readme_lists_every_script_with_a_command_that_it_takes(monkeypatch):
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     scripts = {path.name for path in EXAMPLES.glob("*.py")}

@@ -34,7 +34,7 @@ LAYERS = (
     ("head_model", "seq2seq"),
     ("tasks",),
     ("public",),
-    ("training", "interop", "export"),
+    ("training", "tutorials", "interop", "export"),
     ("cli", "demo"),
 )
 RANK = {layer: rank for rank, row in enumerate(LAYERS) for layer in row}
@@ -48,7 +48,8 @@ LAZY_UPWARDS = {
 # Everything of ours that transformers may be imported from.
 USES_TRANSFORMERS = {
     "attention", "models", "prompts", "heads", "step", "adapter", "checkpoint", "adapter_set", "base_attributes",
-    "persistence", "encoder_decoder", "model", "head_model", "tasks", "training", "interop", "cli", "demo", "reference",
+    "persistence", "encoder_decoder", "model", "head_model", "tasks", "training", "tutorials", "interop", "cli", "demo",
+    "reference",
 }  # fmt: skip
 ATTENTION_WITHOUT_TRANSFORMERS = {"api", "checks", "prompt_batch", "torch_backend", "triton_backend", "__init__"}
 

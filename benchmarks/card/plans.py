@@ -121,6 +121,11 @@ def _compiled(name: str, only, *providers: str, tiny=_TINY_FLOOR) -> Phase:
     return _beside(name, "compile_steps", {"only": only, "providers": providers}, tiny)
 
 
+def _decode(name: str, limit: float, latest: float, only, providers) -> Phase:
+    arguments = {"only": only, "providers": providers}
+    return Phase(name, "decode", limit, latest, timed=True, when=GREEN, arguments=arguments, tiny=_TINY_OURS)
+
+
 def _checks(name: str, limit: float, latest: float, *only: str) -> Phase:
     return Phase(name, "checks", limit, latest, arguments={"only": only})
 
@@ -197,13 +202,13 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         )  # fmt: skip
         after = (replace(tune, latest=260.0), replace(again, latest=290.0))
         return Plan((start, _gates(90, 70, large=False), fixed, decode, *after), 330, 200)
-    gates, failed = _gates(90, 70, large=False), {"failed": True}
+    failed = {"failed": True}
     if variant == "tune":
         bert = ("bert-base-B32-N128-P20-pad*-bf16",)
         phases = (
             start,
             _compiled("compile-bert", bert, "peft_compiled", "ours_graph_compiled"),
-            gates,
+            _gates(90, 70, large=False),
             replace(_native(120, 60), arguments=failed),
             tune,
             again,
@@ -212,32 +217,33 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
             replace(memcheck, latest=310.0),
         )
         return Plan(phases, 330, 200)
-    small, dropped = ("bert-base-B8-N64-P20-*",), ("bert-base-B32-N128-P20-*-drop10",)
+    bert, small = ("bert-base-B32-N128-P20-pad*-bf16",), ("bert-base-B8-N64-P20-*",)
+    dropped, prompted = ("bert-base-B32-N128-P20-*-drop10",), ("llama-3-8b-decode-B128-P2048-*",)
     qwen, llama = ("qwen3-0.6b-B8-N512-P64-*",), ("llama-3-8b-B8-N512-P128-*",)
-    prompted = ("llama-3-8b-decode-B128-P2048-*",)
     generators = ("ours_compiled", "static_compiled")
     phases = (
         start,
         # All that times nothing comes first, so that models are compiled beside it; large ones do not fit together.
-        _compiled("compile-llama", llama, "peft_compiled"),
         _compiled("compile-qwen3", qwen, "peft_compiled"),
+        _compiled("compile-bert", bert, "peft_compiled", "floor_compiled"),
         _compiled("compile-small", small, "peft_compiled"),
         _beside("compile-decode", "compile_decode", {"only": _DECODE, "providers": generators}, _TINY_OURS),
-        gates,
-        replace(memcheck, latest=120.0),
-        _beside("compile-prompted", "compile_decode", {"only": prompted, "providers": generators}, _TINY_OURS),
+        _gates(90, 100, large=False),
+        _compiled("compile-layers", (*qwen, *llama), "ours_graph_compiled"),
+        replace(memcheck, limit=70.0, latest=140.0),
         replace(_native(190, 60), arguments=failed),
-        Phase("decode", "decode", 45, 260, timed=True, when=GREEN, arguments={
-            "only": _DECODE, "providers": generators,
-        }, tiny=_TINY_OURS),
-        _steps("small", 40, 280, small, ("ours_graph", "peft_compiled"), _TINY_QWEN),
-        _steps("qwen3", 60, 300, qwen, ("ours_graph_compiled", "peft_compiled"), _TINY_QWEN),
-        _steps("dropout", 30, 320, dropped, ("ours_graph", "peft"), _TINY_PADDED),
-        _steps("llama", 90, 330, llama, ("ours_graph_compiled", "peft_compiled"), _TINY_PADDED),
-        Phase("prompted", "decode", 70, 350, timed=True, when=GREEN, arguments={
-            "only": prompted, "providers": generators,
-        }, tiny=_TINY_OURS),
-        # It fills the card: alone, and last.
-        replace(_checks("offsets", 40, 390, "offsets-past-2^31*"), timed=True, when=GREEN),
+        _decode("decode", 60, 250, _DECODE, generators),
+        _steps("steps", 75, 290, bert, ("ours", "ours_graph", "peft", "peft_compiled", "floor_compiled"), _TINY_QWEN),
+        _steps("small", 60, 320, small, ("ours_graph", "peft_compiled"), _TINY_QWEN),
+        _steps("qwen3", 100, 340, qwen, ("ours_graph_compiled", "peft_compiled"), _TINY_QWEN),
+        _steps("dropout", 45, 360, dropped, ("ours_graph", "peft"), _TINY_PADDED),
+        _steps("llama", 90, 380, llama, ("ours_graph_compiled", "peft"), _TINY_PADDED),
+        replace(again, name="kernels", limit=30.0, latest=390.0, arguments={**again.arguments, "tuned": False}),
+        replace(tune, latest=395.0),
+        # It fills the card.
+        replace(_checks("offsets", 60, 405, "offsets-past-2^31*"), timed=True, when=GREEN),
+        # Compiled with nothing beside: only where there is time.
+        _steps("llama-compiled", 150, 408, llama, ("ours_graph", "peft_compiled"), _TINY_PADDED),
+        _decode("prompted", 150, 410, prompted, generators),
     )  # fmt: skip
     return Plan(phases, 420, 200)

@@ -129,7 +129,7 @@ class CapturedForward:
             return batch
         self._follow(device)
         capture = self._capturing(device)
-        if passes.is_due(batch.packed.sizes) and (why := self._capture_or_why(passes, model, batch, capture)):
+        if passes.is_due(batch.sizes) and (why := self._capture_or_why(passes, model, batch, capture)):
             return why
         return passes.run(model, batch, _share(batch, items), capture, self._refuse)
 
@@ -176,7 +176,7 @@ class CapturedForward:
         if self.captured >= MAX_GRAPHS:
             return f"more than {MAX_GRAPHS} sizes of batches: further ones run eagerly"
         try:
-            passes.capture(model, batch.packed, capture)
+            passes.capture(model, batch, capture)
         except Exception as error:
             line = (str(error).strip().splitlines() or ["no reason given"])[0]
             self._refuse(f"a pass could not be captured: {type(error).__name__}: {line}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptv2_fast.heads import IGNORED_LABEL
-from ptv2_fast.step.packed import INPUTS, Buckets, PackedBatch, pack
+from ptv2_fast.step.packed import INPUTS, Buckets, HostBatch, PackedBatch, Sizes, pack
 
 # What a call may say beside the batch, if it says this.
 _HARMLESS = {
@@ -51,14 +51,20 @@ class ForwardBatch:
     """What a captured forward needs of its arguments.
 
     Attributes:
-        packed: the batch on the host, filled up to sizes that repeat.
+        host: the batch on the host.
+        sizes: those that it is filled up to, which repeat.
         layout: of its logits.
         counted: how many labels stand behind the first column.
     """
 
-    packed: PackedBatch
+    host: HostBatch
+    sizes: Sizes
     layout: Layout
     counted: int
+
+    def packed(self) -> PackedBatch:
+        """The batch of its sizes, on the CPU."""
+        return self.host.packed(self.sizes)
 
 
 def why_not_read(inputs: Mapping[str, Any], labels: Any, task_type: str) -> str | None:
@@ -110,10 +116,10 @@ def read_batch(
         if task_type == "TOKEN_CLS" and bool(((mask == 0) & (labels != IGNORED_LABEL)).any()):
             return "there are labels at padding"
         index = mask.flatten().nonzero().flatten()
-    packed = buckets.fill(pack(host, task_type, pooling, whole=True), limit)
+    packed = pack(host, task_type, pooling, whole=True)
     layout = Layout(ids.shape[0], ids.shape[1], index, task_type == "SEQ_CLS")
     counted = 0 if labels.dim() == 1 else int((labels[:, 1:] != IGNORED_LABEL).sum())
-    return ForwardBatch(packed, layout, counted)
+    return ForwardBatch(packed, buckets.sizes(packed, limit), layout, counted)
 
 
 def on_host(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from ptv2_fast.step.capture import WARM_UP_STEPS, Capture
 from ptv2_fast.step.forward_batch import ForwardBatch
-from ptv2_fast.step.held import HeldModel
+from ptv2_fast.step.held import HeldModules
 from ptv2_fast.step.observers import Observers
-from ptv2_fast.step.packed import PackedBatch
+from ptv2_fast.step.packed import PackedBatch, Sizes
 from ptv2_fast.step.pass_loss import PassGradients, logits_of, loss_of
 from ptv2_fast.step.random_state import RandomState
 from ptv2_fast.step.staging import Staging
@@ -64,10 +65,10 @@ class ForwardPasses:
         self._autocast = autocast
         self._device = device
         self._share = torch.ones((), device=device)
-        self._sizes: dict[tuple, _Size] = {}
+        self._sizes: dict[Sizes, _Size] = {}
         # Known after the first pass, which moves weights that are run together.
-        self._held: HeldModel | None = None
-        self._seen: dict[str, object] = {}
+        self._held: HeldModules | None = None
+        self._modes: list[tuple[bool, float | None]] = []
         # Where replays leave gradients; made at the first capture.
         self._gradients: list[Tensor] = []
         self._latest: weakref.ref[PassGradients] | None = None
@@ -88,15 +89,16 @@ class ForwardPasses:
             return None
         if any(place.get(name) is not parameter for place, name, parameter in self._places):
             return "a trained parameter was replaced"
-        now = self._state(self._held)
-        return next((why for why, value in now.items() if value != self._seen[why]), None)
+        if self.observers.modes() != self._modes:
+            return "modules train, or drop, otherwise"
+        return self._held.changed() or self._held.others_changed()
 
-    def is_due(self, sizes: tuple) -> bool:
+    def is_due(self, sizes: Sizes) -> bool:
         """Whether the next pass of these sizes is to be captured first."""
         size = self._sizes.get(sizes)
         return size is not None and size.replay is None and size.passes >= WARM_UP_STEPS
 
-    def capture(self, model: LossModel, batch: PackedBatch, capture: Capture) -> None:
+    def capture(self, model: LossModel, batch: ForwardBatch, capture: Capture) -> None:
         """Capture the passes of a batch's sizes, which have run before.
 
         Raises:
@@ -105,7 +107,7 @@ class ForwardPasses:
         size = self._sizes[batch.sizes]
         if not self._gradients:
             self._gradients = [torch.empty_like(parameter) for parameter in self._trained]
-        staging = Staging(batch, self._device)
+        staging = Staging(batch.packed(), self._device)
         places = [self._gradients[i] for i in size.used]
 
         def run() -> Tensor:
@@ -132,37 +134,32 @@ class ForwardPasses:
         """
         again = _Again(model, batch, share, self._autocast, RandomState(self._device), again_said)
         self._set_share(share)
-        size = self._sizes.setdefault(batch.packed.sizes, _Size())
+        size = self._sizes.setdefault(batch.sizes, _Size())
         if size.replay is None:
-            on_device = batch.packed.to(self._device)
+            on_device = batch.packed().to(self._device)
             loss, logits, found = capture.warm_up(lambda: self._compute(model, on_device))
             size.used = [i for i, gradient in enumerate(found) if gradient is not None]
             size.logits = None if logits is None else torch.empty_like(logits)
             gradients = PassGradients([gradient for gradient in found if gradient is not None])
         else:
-            loss, logits = self._replay(size, batch.packed), size.logits
+            loss, logits = self._replay(size, batch), size.logits
             gradients = PassGradients([self._gradients[i] for i in size.used])
             self._latest = weakref.ref(gradients)
         size.passes += 1
         if self._held is None:
-            self._held = HeldModel(self._parts)
-            self._seen = self._state(self._held)
+            self._held, self._modes = HeldModules(self._parts), self.observers.modes()
         if not size.used:
             return None
         own = [self._trained[i] for i in size.used]
         placed = None if logits is None else logits_of(batch.layout(logits), again, own)
         return loss_of(loss, gradients, again, own), placed
 
-    def _state(self, held: HeldModel) -> dict[str, object]:
-        """What passes rely on, by what to say if it changes."""
-        return {"modules train, or drop, otherwise": self.observers.modes(), **held.state()}
-
-    def _replay(self, size: _Size, batch: PackedBatch) -> Tensor:
+    def _replay(self, size: _Size, batch: ForwardBatch) -> Tensor:
         """The loss of a captured pass; its gradients are in the buffers of all."""
         assert size.replay is not None and size.staging is not None
         if self._latest is not None and (latest := self._latest()) is not None:
             latest.keep()
-        size.staging.fill(batch)
+        size.staging.fill(partial(batch.host.write, batch.sizes))
         loss = size.replay()
         assert loss is not None
         return loss
@@ -223,6 +220,6 @@ class _Again:
         """The loss () and the logits, whose graphs lead to the parameters."""
         self.said(why)
         with torch.enable_grad(), self.random.again():
-            packed = self.batch.packed.to(self.random.device)
+            packed = self.batch.packed().to(self.random.device)
             loss, logits = _eager(self.model, packed, self.share, self.autocast)
             return loss, loss if logits is None else self.batch.layout(logits)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from ptv2_fast.models.gathered import device_of, is_sharded
 from ptv2_fast.step.capture import CAPTURES, WARM_UP_STEPS, Capture
 from ptv2_fast.step.held import HeldGradients, HeldModel, HeldOptimizer, trained_by
+from ptv2_fast.step.look import Attributes, Look
 from ptv2_fast.step.options import StepPlan, logger
-from ptv2_fast.step.packed import INPUTS, Buckets, PackedBatch, pack
+from ptv2_fast.step.packed import INPUTS, Buckets, HostBatch, PackedBatch, Sizes, pack
 from ptv2_fast.step.staging import Staging
 
 T = TypeVar("T")
+_INPUTS = frozenset(INPUTS)
 
 
 @dataclass
@@ -89,8 +92,10 @@ class GraphRunner:
         self._share, self._parts = torch.ones((), device=self._device), 1
         # Known after the first step.
         self._gradients: HeldGradients | None = None
-        self._seen: dict[str, object] = {}
         self._held_model: HeldModel | None = None
+        self._relies_on: tuple | None = None
+        # What is known as long as nobody changes the attributes beside it.
+        self._looked: tuple[Look, Attributes] | None = None
         self._after_eager = False
         self._known: dict[tuple, _Bucket] = {}
         self._updates = 0
@@ -112,44 +117,79 @@ class GraphRunner:
 
         Raises:
             ValueError: no batch is given, or one lacks labels or has labels that the task cannot read.
+            RuntimeError: the model's adapters are disabled.
         """
         if not batches or any(batch.get("labels") is None for batch in batches):
             raise ValueError(f"batches must be one or more, each with labels; got {len(batches)}")
-        # Asked for once in a step: it walks the model.
-        plan = self._model.step_plan()
-        if reason := self._why_not_packed(batches, plan):
+        if self._model._disabled:
+            raise RuntimeError("a step must be taken outside disable_adapter(): within it nothing that trains runs")
+        look = self._look()
+        if reason := look.not_packed or _why_not_packed(batches):
             self._say(f"this step is neither packed nor captured: {reason}")
             return self._eager([_moved(batch, self._device) for batch in batches], self._padded_loss)
-        task_type, pooling = self._model.packed_task()
-        limit = self._model.text_limit()
-        packed = [self._buckets.fill(pack(batch, task_type, pooling), limit) for batch in batches]
-        reason = self._why_not_captured(plan)
-        if reason is None:
-            self._drop_what_changed(plan)
-            if self._gradients is not None:
-                return self._captured(packed, self._gradients)
-        else:
+        packed = [pack(batch, *look.task) for batch in batches]
+        sized = [(batch, self._buckets.sizes(batch, look.limit)) for batch in packed]
+        reason = look.not_captured
+        if reason is not None:
             self._say(f"steps run eagerly: {reason}")
             if reason == self._failure:
                 self._drop(reason)
-        loss = self._eager([batch.to(self._device) for batch in packed], self._model.packed_loss)
+        elif self._gradients is not None:
+            loss = self._captured(sized, self._gradients)
+            if loss is not None:
+                return loss
+        loss = self._eager([batch.packed(sizes).to(self._device) for batch, sizes in sized], self._model.packed_loss)
         if reason is None:
             self._gradients = HeldGradients(self._model, self._optimizer)
-            self._held_model = HeldModel(self._model)
-            self._seen = self._taken_for_granted(plan)
+            self._held_model = HeldModel(self._model, self._optimizer)
+            self._relies_on = look.relies_on
         return loss
 
-    def _captured(self, packed: list[PackedBatch], gradients: HeldGradients) -> Tensor:
-        """One step of passes and an update, each replayed where it has been captured."""
+    def _look(self) -> Look:
+        """What the model says of this step; what would be wrong if it were replayed now is dropped."""
+        if self._looked is not None:
+            look, attributes = self._looked
+            if attributes.same() and self._held_model is not None and self._held_model.changed() is None:
+                return look
+        # Asked for once in a step: it walks the model.
+        plan = self._model.step_plan()
+        look = Look.at(self._model, plan, self._why_not_captured(plan))
+        self._looked = None
+        if look.not_packed is None and look.not_captured is None and self._gradients is not None:
+            if changed := self._what_changed(look):
+                self._drop(changed)
+            else:
+                self._looked = look, Attributes(self._model)
+        return look
+
+    def _what_changed(self, look: Look) -> str | None:
+        """What captured passes rely on and is not what it was; None where all is."""
+        assert self._held_model is not None and self._relies_on is not None
+        adapter, switches = self._relies_on
+        if look.relies_on[0] != adapter:
+            return "another adapter is active"
+        return "the model's switches changed" if look.relies_on[1] != switches else self._held_model.changed()
+
+    def _captured(self, packed: list[tuple[HostBatch, Sizes]], gradients: HeldGradients) -> Tensor | None:
+        """One step of passes and an update, each replayed where it has been captured; None where others train now.
+
+        Nothing has been updated then, and no gradient of the optimizer's is of use.
+        """
+        # That needs no answer before a pass which only replays, and adds to no gradient but the optimizer's.
+        late = not gradients.has_others and all(self._is_replayed(sizes) for _, sizes in packed)
+        if not late and self._others_train():
+            return None
         if gradients.begin() and not self._after_eager:
             self._say("gradients that were set to None or replaced are put back: a step zeroes them itself")
         self._after_eager = False
         if self._parts != len(packed):
             self._share.fill_(1 / len(packed))
             self._parts = len(packed)
-        losses = [self._pass(batch) for batch in packed]
-        self._average_gradients()
+        losses = [self._pass(batch, sizes) for batch, sizes in packed]
         # The device is busy with the passes by now.
+        if late and self._others_train():
+            return None
+        self._average_gradients()
         self._hold_optimizer()
         self._updates += 1
         if self._replay_update is None and self._updates > WARM_UP_STEPS:
@@ -160,21 +200,35 @@ class GraphRunner:
             self._replay_update()
         return sum(losses[1:], losses[0])
 
-    def _pass(self, batch: PackedBatch) -> Tensor:
+    def _others_train(self) -> bool:
+        """Whether passes compute gradients that nobody wants now, or lack some; what was captured is dropped then."""
+        assert self._held_model is not None
+        changed = self._held_model.others_changed()
+        if changed:
+            self._drop(changed)
+        return changed is not None
+
+    def _is_replayed(self, sizes: Sizes) -> bool:
+        bucket = self._known.get(sizes)
+        return bucket is not None and bucket.replay is not None
+
+    def _pass(self, batch: HostBatch, sizes: Sizes) -> Tensor:
         """Forward and backward of one batch; its share of the loss."""
-        bucket = self._known.setdefault(batch.sizes, _Bucket())
+        bucket = self._known.get(sizes)
+        if bucket is None:
+            bucket = self._known[sizes] = _Bucket()
         bucket.passes += 1
         if bucket.replay is None and bucket.passes > WARM_UP_STEPS:
             if self.captured >= self._max_graphs:
                 self._say(f"more than {self._max_graphs} sizes of batches: further ones run eagerly")
             else:
-                staging = Staging(batch, self._device)
+                staging = Staging(batch.packed(sizes), self._device)
                 bucket.replay = self._capture_or_say(lambda: self._accumulate(staging.batch), "a pass")
                 bucket.staging = staging if bucket.replay else None
         if bucket.replay is None or bucket.staging is None:
-            on_device = batch.to(self._device)
+            on_device = batch.packed(sizes).to(self._device)
             return self._run(lambda: self._accumulate(on_device))
-        bucket.staging.fill(batch)
+        bucket.staging.fill(partial(batch.write, sizes))
         loss = bucket.replay()
         assert loss is not None
         return loss.clone()
@@ -221,13 +275,6 @@ class GraphRunner:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
 
-    def _drop_what_changed(self, plan: StepPlan) -> None:
-        """Drop what would be wrong if it were replayed now."""
-        if self._gradients is not None:
-            now = self._taken_for_granted(plan)
-            if changed := [why for why, value in now.items() if value != self._seen[why]]:
-                self._drop(changed[0])
-
     def _hold_optimizer(self) -> None:
         """Drop an update that would be wrong if it were replayed now; bring learning rates to where it reads them."""
         if self._held is None:
@@ -235,22 +282,12 @@ class GraphRunner:
         if reason := self._held.hold():
             self._drop_update(reason)
 
-    def _taken_for_granted(self, plan: StepPlan) -> dict[str, object]:
-        """What the captured passes have taken the addresses of, or otherwise rely on, by what to say if it changes."""
-        trained = trained_by(self._optimizer)
-        return {
-            "another adapter is active": self._model.active_adapter,
-            "the model's switches changed": replace(plan, reasons=()),
-            # Held gradients keep the parameters alive, so that no other one can have their ids.
-            "the optimizer trains other parameters": [(id(p), p.requires_grad) for p in trained],
-            **({} if self._held_model is None else self._held_model.state()),
-        }
-
     def _drop(self, why: str) -> None:
         """Forget everything that was captured and the gradients it adds to: the next step is the first one again."""
         if self.captured or self._replay_update is not None:
             logger.info("graph runner: captured steps are dropped: %s", why)
         self._known, self._gradients, self._replay_update, self._updates = {}, None, None, 0
+        self._held_model = self._relies_on = self._looked = None
 
     def _drop_update(self, why: str) -> None:
         """Forget the captured update alone."""
@@ -276,6 +313,7 @@ class GraphRunner:
             return self._capturing()(call)
         except Exception as error:
             line = (str(error).strip().splitlines() or ["no reason given"])[0]
+            self._looked = None
             self._failure = f"{what} could not be captured: {type(error).__name__}: {line}"
             self._say(f"steps run eagerly: {self._failure}")
             # Nothing has run, so what was added up before is as it was, wherever the call has put it.
@@ -285,18 +323,6 @@ class GraphRunner:
 
     def _padded_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self._model(**batch).loss
-
-    def _why_not_packed(self, batches: Sequence[Mapping[str, Tensor]], plan: StepPlan) -> str | None:
-        reason = self._model.why_not_packed()
-        if reason is not None:
-            return reason
-        if plan.gathered_by:
-            return f"only the model's own forward brings the weights: {plan.gathered_by}"
-        others = {name for batch in batches for name, value in batch.items() if value is not None} - set(INPUTS)
-        if others:
-            return f"the batch has {', '.join(sorted(others))}"
-        masks = [batch.get("attention_mask") for batch in batches]
-        return "attention_mask is not (B, N)" if any(m is not None and m.dim() != 2 for m in masks) else None
 
     def _why_not_captured(self, plan: StepPlan) -> str | None:
         if self._failure is not None:
@@ -315,6 +341,19 @@ class GraphRunner:
         if line not in self._logged:
             self._logged.add(line)
             logger.info("graph runner: %s", line)
+
+
+def _why_not_packed(batches: Sequence[Mapping[str, Tensor]]) -> str | None:
+    """What batches have that packed ones do not."""
+    for batch in batches:
+        if not _INPUTS.issuperset(batch):
+            others = {name for one in batches for name, value in one.items() if value is not None} - _INPUTS
+            if others:
+                return f"the batch has {', '.join(sorted(others))}"
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            return "attention_mask is not (B, N)"
+    return None
 
 
 def _moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

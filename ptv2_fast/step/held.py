@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ class HeldGradients:
         # A captured pass adds to these too, so their memory must not be given back either.
         self._others = [(p, p.grad) for p in others if p.grad is not None]
         self._without = [p for p in own if p.grad is None]
+        self._zeroed = [gradient for _, gradient in self._own]
+
+    @property
+    def has_others(self) -> bool:
+        """Whether passes add to gradients of parameters that the optimizer does not have."""
+        return bool(self._others)
 
     def begin(self) -> bool:
         """Bring the gradients of the optimizer's parameters to zero, for a step to add to.
@@ -32,8 +39,8 @@ class HeldGradients:
             whether somebody had put something else in the place of one.
         """
         replaced = self.put_back()
-        if self._own:
-            torch._foreach_zero_([gradient for _, gradient in self._own])
+        if self._zeroed:
+            torch._foreach_zero_(self._zeroed)
         for parameter in self._without:
             parameter.grad = None
         return replaced
@@ -98,30 +105,82 @@ class HeldOptimizer:
         return reason
 
 
-class HeldModel:
-    """Where captured passes find a model: its modules by name, and the addresses of weights and buffers."""
+class HeldModules:
+    """Where captured passes find modules: by their names, the addresses of weights and buffers, and who trains.
+
+    Looked at in every step while the device has nothing to do: a few comparisons of whole lists and dictionaries.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        """Note where everything is found."""
-        # Kept alive, so that no other module can have the id of one.
-        self._modules = modules = list(model.modules())
-        self._children = [(m._modules, name) for m in modules for name in m._modules]
-        self._weights = [
-            (m._parameters, name) for m in modules for name, p in m._parameters.items() if type(p) is nn.Parameter
-        ]
-        self._buffers = [(m._buffers, name) for m in modules for name, b in m._buffers.items() if type(b) is Tensor]
+        """Note where everything is found; what is found by its identity is kept alive."""
+        modules = list(model.modules())
+        self._children = [m._modules for m in modules if m._modules]
+        self._noted_children = [dict(children) for children in self._children]
+        self._weights = _Places([m._parameters for m in modules], nn.Parameter)
+        self._buffers = _Places([m._buffers for m in modules], Tensor)
+        self._addresses = self._weights.addresses(), self._buffers.addresses()
+        self._flags = self._weights.flags()
 
-    def state(self) -> dict[str, object]:
-        """What passes rely on, by what to say if it changes."""
-        weights = [place.get(name) for place, name in self._weights]
-        buffers = [place.get(name) for place, name in self._buffers]
-        return {
-            "a module was replaced": [id(place.get(name)) for place, name in self._children],
-            "weights were moved, cast or replaced": [None if p is None else p.data_ptr() for p in weights],
-            "buffers were moved, cast or replaced": [None if b is None else b.data_ptr() for b in buffers],
-            # Those of another optimizer, or of none: a captured pass computes the gradients that it was captured with.
-            "other parameters train": [p is not None and p.requires_grad for p in weights],
-        }
+    def changed(self) -> str | None:
+        """What a pass would be wrong without, if it is not what it was; None where it is."""
+        if self._children != self._noted_children:
+            return "a module was replaced"
+        if self._weights.addresses() != self._addresses[0]:
+            return "weights were moved, cast or replaced"
+        if self._buffers.addresses() != self._addresses[1]:
+            return "buffers were moved, cast or replaced"
+        return None
+
+    def others_changed(self) -> str | None:
+        """Whether parameters of another optimizer, or of none, train or do not as they did not or did.
+
+        A captured pass computes the gradients that it was captured with. Its loss, and the gradients of the
+        optimizer's own parameters, are right all the same.
+        """
+        return "other parameters train" if self._weights.flags() != self._flags else None
+
+
+class HeldModel(HeldModules):
+    """A model as captured steps of an optimizer find it: its modules, and the parameters that the optimizer has."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Note where everything is found."""
+        super().__init__(model)
+        self._optimizer = optimizer
+        # Kept alive, so that nothing else can take their place.
+        self._trained = trained_by(optimizer)
+        self._train = _flags(self._trained)
+
+    def changed(self) -> str | None:
+        """What a pass would be wrong without, if it is not what it was; None where it is."""
+        trained = trained_by(self._optimizer)
+        if not same(trained, self._trained) or _flags(trained) != self._train:
+            return "the optimizer trains other parameters"
+        return super().changed()
+
+
+class _Places:
+    """Where modules have their tensors of one class, each found by its name at every look."""
+
+    def __init__(self, dictionaries: Sequence[Mapping[str, Any]], kind: type) -> None:
+        """Find them; those of a subclass may have no address."""
+        found = [(one, name) for one in dictionaries for name, tensor in one.items() if type(tensor) is kind]
+        self._dictionaries, self._names = [one for one, _ in found], [name for _, name in found]
+
+    def addresses(self) -> list[int] | None:
+        """Of each; None where one is gone, or is of a kind now that has none, as a shard is."""
+        try:
+            return [*map(Tensor.data_ptr, map(getitem, self._dictionaries, self._names))]
+        except (KeyError, TypeError, RuntimeError):
+            return None
+
+    def flags(self) -> list[bool]:
+        """Which of them train."""
+        return [place[name].requires_grad for place, name in zip(self._dictionaries, self._names)]
+
+
+def _flags(parameters: Sequence[nn.Parameter]) -> list[bool]:
+    return [parameter.requires_grad for parameter in parameters]
 
 
 def trained_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -131,7 +190,7 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 def same(left: Sequence[Any], right: Sequence[Any]) -> bool:
     """Whether two sequences hold the very same objects."""
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right))
+    return len(left) == len(right) and all(map(is_, left, right))
 
 
 def _setting(value: Any) -> Any:

@@ -17,6 +17,8 @@ from ptv2_fast.heads import IGNORED_LABEL
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 _TENSORS = ("input_ids", "token_type_ids", "cu_seqlens", "tokens", "targets")
 Array = NDArray[Any]
+# T, S, longest, R, and whether there are token types.
+Sizes = tuple[int, int, int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class PackedBatch:
     targets: Tensor
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, bool]:
-        """(T, S, longest, R, token types): two batches of the same sizes run the same kernels."""
+    def sizes(self) -> Sizes:
+        """Two batches of the same sizes run the same kernels."""
         return (
             self.input_ids.shape[1],
             self.cu_seqlens.shape[0] - 1,
@@ -60,10 +62,86 @@ class PackedBatch:
         return {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
 
 
-def pack(
-    batch: Mapping[str, Tensor], task_type: str, pooling: str = "first", *, whole: bool = False
-) -> PackedBatch:
-    """Pack a padded batch.
+@dataclass
+class HostBatch:
+    """A padded batch on the host and what of it is packed: whatever sizes it shall have, it is written once.
+
+    Attributes:
+        input_ids: (B N,), flattened.
+        token_type_ids: (B N,) or None.
+        index: (T,) where the real tokens stand in these.
+        bounds: (S + 1,) where each row begins among the real tokens.
+        longest: no row has more tokens.
+        tokens, targets: (R,) as those of a `PackedBatch`.
+    """
+
+    input_ids: Array
+    token_type_ids: Array | None
+    index: Array
+    bounds: Array
+    longest: int
+    tokens: Array
+    targets: Array
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of the batch itself."""
+        return self.index.size, self.bounds.size - 1, self.longest, self.targets.size, self.token_type_ids is not None
+
+    def write(self, sizes: Sizes, places: Mapping[str, Array]) -> None:
+        """Write the batch with rows that nobody reads behind its own.
+
+        Args:
+            sizes: what `Buckets.sizes` gives for this batch, or its own.
+            places: an array of one dimension for each tensor of a `PackedBatch` of these sizes.
+        """
+        count, tokens, longest = self.index.size, sizes[0], sizes[2]
+        _put(places["input_ids"], self.input_ids[self.index], 0)
+        if self.token_type_ids is not None:
+            _put(places["token_type_ids"], self.token_type_ids[self.index], 0)
+        # Tokens of no text are rows too, none longer than the longest one may be.
+        ends = places["cu_seqlens"]
+        spare = ends.size - self.bounds.size
+        ends[: self.bounds.size] = self.bounds
+        if spare:
+            np.minimum(np.arange(1, spare + 1) * longest + count, tokens, out=ends[-spare:], casting="unsafe")
+        _put(places["tokens"], self.tokens, tokens)
+        if tokens > count:
+            # "No token" was T, and is the new T.
+            np.copyto(places["tokens"], tokens, where=places["tokens"] == count)
+        _put(places["targets"], self.targets, IGNORED_LABEL)
+
+    def packed(self, sizes: Sizes | None = None) -> PackedBatch:
+        """The batch of these sizes, its own by default, in memory of its own."""
+        tokens, rows, longest, read, has_types = sizes = self.sizes if sizes is None else sizes
+        places: dict[str, Array] = {
+            "input_ids": np.empty(tokens, self.input_ids.dtype),
+            "cu_seqlens": np.empty(rows + 1, np.int32),
+            "tokens": np.empty(read, np.int64),
+            "targets": np.empty(read, np.int64),
+        }
+        if self.token_type_ids is not None:
+            places["token_type_ids"] = np.empty(tokens, self.token_type_ids.dtype)
+        self.write(sizes, places)
+        tensors = {name: torch.from_numpy(place) for name, place in places.items()}
+        return PackedBatch(
+            input_ids=tensors["input_ids"][None],
+            token_type_ids=tensors["token_type_ids"][None] if has_types else None,
+            cu_seqlens=tensors["cu_seqlens"],
+            longest=longest,
+            tokens=tensors["tokens"],
+            targets=tensors["targets"],
+        )
+
+
+def _put(place: Array, own: Array, filling: int) -> None:
+    """Write an array, and a value behind it."""
+    place[: own.size] = own
+    place[own.size :] = filling
+
+
+def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first", *, whole: bool = False) -> HostBatch:
+    """Find what of a padded batch is packed.
 
     Args:
         batch: input_ids and labels, with attention_mask and token_type_ids where there are any, on the CPU: lengths
@@ -84,11 +162,11 @@ def pack(
         raise ValueError(f"attention_mask must have input_ids' shape {tuple(ids.shape)}; got {tuple(mask.shape)}")
     # In numpy: on arrays this small a tensor's operation takes longer to call than to run.
     rows, tokens = ids.shape
-    real = np.ones((rows, tokens), bool) if mask is None else mask.bool().numpy()
+    real = np.ones((rows, tokens), bool) if mask is None else _as_bool(mask)
     index = real.ravel().nonzero()[0]
-    bounds = index.searchsorted(np.arange(rows + 1) * tokens)
+    bounds = index.searchsorted(np.arange(0, rows * tokens + 1, tokens))
     lengths = bounds[1:] - bounds[:-1]
-    targets = labels.long().numpy()
+    targets = labels.numpy().astype(np.int64, copy=False)
     if task_type == "SEQ_CLS":
         # What `pooled_tokens` gives, among the real tokens.
         places = np.where(lengths > 0, bounds[:-1] if pooling == "first" else bounds[1:] - 1, index.size)
@@ -98,20 +176,23 @@ def pack(
         read, targets = _labelled(targets) if task_type == "TOKEN_CLS" else _predicted(targets, real)
         places = _places(read, index, real.size)
     types = batch.get("token_type_ids")
-    return PackedBatch(
-        input_ids=_packed(ids, rows, index),
-        token_type_ids=None if types is None else _packed(types, rows, index),
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+    if types is not None and types.shape[0] != rows:
+        types = types.expand(rows, -1)
+    return HostBatch(
+        input_ids=ids.numpy().reshape(-1),
+        token_type_ids=None if types is None else types.numpy().reshape(-1),
+        index=index,
+        bounds=bounds,
         longest=int(lengths.max(initial=1)),
-        tokens=torch.from_numpy(places),
-        targets=torch.from_numpy(targets),
+        tokens=places,
+        targets=targets,
     )
 
 
-def _packed(padded: Tensor, rows: int, index: Array) -> Tensor:
-    """(B or 1, N) -> (1, T): the real tokens, which stand at `index` (T,) of the flattened (B, N)."""
-    whole = padded if padded.shape[0] == rows else padded.expand(rows, -1)
-    return torch.from_numpy(whole.numpy().reshape(-1)[index][None])
+def _as_bool(mask: Tensor) -> Array:
+    """What is not zero; numpy does not know every kind of fraction."""
+    whole = mask.bool() if mask.is_floating_point() else mask
+    return whole.numpy().astype(bool, copy=False)
 
 
 def _labelled(labels: Array) -> tuple[Array, Array]:
@@ -185,42 +266,23 @@ class Buckets:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field.name} must be a positive integer; got {value!r}")
 
-    def fill(self, packed: PackedBatch, limit: int | None = None) -> PackedBatch:
-        """The batch with rows that nobody reads behind its own, up to the next sizes.
+    def sizes(self, batch: HostBatch, limit: int | None = None) -> Sizes:
+        """Those that a batch is filled up to.
 
         Args:
             limit: the longest text that the model takes.
         """
-        count, rows, longest, read, _ = packed.sizes
-        longest = max(16, 1 << (longest - 1).bit_length())
-        longest = longest if limit is None else max(min(longest, limit), packed.longest)
+        count, rows, own, read, has_types = batch.sizes
+        longest = max(16, 1 << (own - 1).bit_length())
+        longest = longest if limit is None else max(min(longest, limit), own)
         tokens = _next_size(count, self.tokens)
-        # Tokens of no text are rows too, none longer than the longest one may be. How many there are may depend on
-        # the sizes alone.
-        spare = _next_size(rows, self.rows) + -(-_step(tokens, self.tokens) // longest) - rows
-        ends = np.minimum(np.arange(1, spare + 1) * longest + count, tokens)
-        targets = _next_size(read, self.targets)
-        types = packed.token_type_ids
-        places = _filled(packed.tokens, targets, tokens)
-        if tokens > count:
-            # "No token" was T, and is the new T.
-            places[places == count] = tokens
-        return PackedBatch(
-            input_ids=torch.from_numpy(_filled(packed.input_ids, tokens, 0)[None]),
-            token_type_ids=None if types is None else torch.from_numpy(_filled(types, tokens, 0)[None]),
-            cu_seqlens=torch.from_numpy(np.concatenate((packed.cu_seqlens.numpy(), ends), dtype=np.int32)),
-            longest=longest,
-            tokens=torch.from_numpy(places),
-            targets=torch.from_numpy(_filled(packed.targets, targets, IGNORED_LABEL)),
-        )
+        # Rows for the tokens of no text. How many there are may depend on the sizes alone.
+        spare = -(-_step(tokens, self.tokens) // longest)
+        return tokens, _next_size(rows, self.rows) + spare, longest, _next_size(read, self.targets), has_types
 
-
-def _filled(short: Tensor, size: int, value: int) -> Array:
-    """(size,) what a tensor (n,) or (1, n) holds, with a value behind it."""
-    own = short.numpy().reshape(-1)
-    filled = np.full(size, value, own.dtype)
-    filled[: own.size] = own
-    return filled
+    def fill(self, batch: HostBatch, limit: int | None = None) -> PackedBatch:
+        """The batch of its next sizes."""
+        return batch.packed(self.sizes(batch, limit))
 
 
 def _next_size(count: int, smallest: int) -> int:

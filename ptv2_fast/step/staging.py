@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ptv2_fast.step.packed import PackedBatch
+from ptv2_fast.step.packed import Array, PackedBatch
 
 # Tensors begin at multiples of so many bytes, as they would if each had been allocated: kernels are compiled for that.
 ALIGNMENT = 256
@@ -53,14 +53,16 @@ class Staging:
         # The oldest copy first.
         self._sources: deque[_Source] = deque()
 
-    def fill(self, batch: PackedBatch) -> None:
+    def fill(self, write: Callable[[Mapping[str, Array]], Any]) -> None:
         """Bring a batch of the same sizes to the device, in the order of the current stream.
 
         The host writes to memory whose last copy has ended; it waits for none, unless many are on their way.
+
+        Args:
+            write: puts the batch into an array of one dimension for each of its tensors.
         """
         source = self._free_source()
-        for name, tensor in batch.tensors().items():
-            source.views[name].copy_(tensor)
+        write(source.places)
         self._send(source)
         self._sources.append(source)
 
@@ -71,7 +73,8 @@ class Staging:
         if len(self._sources) < MOST_IN_FLIGHT:
             # The host allocator pins for CUDA alone.
             pinned, views = self._allocate(torch.device("cpu"), pin_memory=self._device.type == "cuda")
-            return _Source(pinned, views, self._event())
+            places = {name: view.view(-1).numpy() for name, view in views.items()}
+            return _Source(pinned, places, self._event())
         source = self._sources.popleft()
         source.copied.synchronize()
         return source
@@ -100,10 +103,10 @@ class Staging:
 
 @dataclass(frozen=True)
 class _Source:
-    """Host memory that a copy reads: its bytes, the tensors in them, and what tells that the copy has ended."""
+    """Host memory that a copy reads: its bytes, the arrays in them, and what tells that the copy has ended."""
 
     bytes: Tensor
-    views: Mapping[str, Tensor]
+    places: Mapping[str, Array]
     copied: Event
 
 

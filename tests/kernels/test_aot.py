@@ -80,7 +80,7 @@ def test_operands_are_copied_ahead_of_the_product(table, kernel):
     ("change", "message"),
     [
         ({"binary_bytes": 0}, "no binary"),
-        ({"spill_bytes": 8, "spills_in_loops": 25}, "in a loop, 8 bytes"),
+        ({"spill_bytes": 8, "spills_in_loops": aot.MOST_SPILLS_IN_LOOPS + 1}, "in a loop, 8 bytes"),
         ({"shared_bytes": launch.shared_memory_limit(90) + 1}, "shared memory"),
         ({"tensor_core_instructions": 0}, "no tensor-core instruction"),
     ],

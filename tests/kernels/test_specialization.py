@@ -130,6 +130,14 @@ def test_statistics_begin_at_multiples_of_16(device):
 @pytest.mark.parametrize("shape", [(2, 33), (0, 3), (3, 0), (1, 2, 5)], ids=str)
 def test_like_a_tensor_means_its_strides_too(shape):
     given = torch.empty(*shape[:-1], 48)[..., : shape[-1]]
-    made = launch.allocate_like(given)
-    assert made.shape == given.shape
-    assert made.stride() == given.stride()
+    pair = launch.allocate_pair_like(given, 7)
+    for made in pair:
+        assert made.shape == given.shape
+        assert made.stride() == given.stride()
+        assert made.storage_offset() % 16 == 0
+    # What may be read behind the last element of each is there, and belongs to nothing else.
+    first, second = pair
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(given.shape, given.stride())) if given.numel() else 0
+    whole = first.untyped_storage().nbytes() // first.element_size()
+    assert second.storage_offset() >= first.storage_offset() + reach + 7
+    assert whole >= second.storage_offset() + reach + 7

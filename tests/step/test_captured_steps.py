@@ -298,11 +298,38 @@ def test_a_parameter_of_nobody_is_written_where_it_was(counts):
     assert _replayed(counts, 8)
 
 
+class Recorded(StandIn):
+    """As on CUDA a replay computes the gradients that its capture recorded, whoever trains by then."""
+
+    model = None
+
+    def __call__(self, call):
+        parameters = list(self.model.parameters())
+        recorded = [p.requires_grad for p in parameters]
+        replay = super().__call__(call)
+
+        def as_recorded():
+            now = [p.requires_grad for p in parameters]
+            for parameter, flag in zip(parameters, recorded):
+                parameter.requires_grad_(flag)
+            try:
+                return replay()
+            finally:
+                for parameter, flag in zip(parameters, now):
+                    parameter.requires_grad_(flag)
+
+        return as_recorded
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("trains", [True, False])
-def test_a_parameter_of_nobody_is_frozen_or_freed(trains, counts, said):
+def test_a_parameter_of_nobody_is_frozen_or_freed(trains, accumulate, said):
     """A head of which another optimizer takes care begins to train, or ends to."""
+    recorded = type("Recorded", (Recorded,), {})
 
     def make(model):
+        # The first one is the runner's.
+        recorded.model = recorded.model or model
         return torch.optim.AdamW(model.adapters["default"].encoder.parameters(), lr=1e-2)
 
     def between(step, model, optimizer):
@@ -310,9 +337,30 @@ def test_a_parameter_of_nobody_is_frozen_or_freed(trains, counts, said):
         head.zero_grad()
         head.requires_grad_(trains == (step >= 6))
 
-    compare_steps("bert rows, first token", 12, make=make, between=between)
+    with captured_on_cpu(recorded) as counts:
+        compare_steps("bert rows, first token", 12, make=make, between=between, accumulate=accumulate)
     assert said("dropped") == ["graph runner: captured steps are dropped: other parameters train"]
     assert counts.captures == 2 * REPLAYS
+
+
+def test_who_else_trains_is_known_before_a_pass_that_is_no_replay(counts, said):
+    """The step is taken anew where it was not: such a pass would have added to the gradient of the head before."""
+    drawn = batches_of("SEQ_CLS", count=10)
+    large = {name: torch.cat([value] * 9) for name, value in drawn[6].items()}
+
+    def make(model):
+        return torch.optim.AdamW(model.adapters["default"].encoder.parameters(), lr=1e-2)
+
+    def between(step, model, optimizer):
+        head = model.adapters["default"].heads["own"]
+        head.zero_grad()
+        head.requires_grad_(step >= 6)
+
+    def batches(step):
+        return large if step == 6 else drawn[step]
+
+    compare_steps("bert rows, first token", 8, make=make, between=between, batches=batches)
+    assert said("dropped") == ["graph runner: captured steps are dropped: other parameters train"]
 
 
 class Refusal(StandIn):

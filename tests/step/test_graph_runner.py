@@ -169,7 +169,7 @@ def test_filled_batches_hold_the_same_text(lengths, tokens, rows, targets):
     filled = Buckets(tokens, rows, targets).fill(packed)
     count, total = sum(lengths), filled.input_ids.shape[1]
     bounds = filled.cu_seqlens.tolist()
-    assert bounds[: len(lengths) + 1] == packed.cu_seqlens.tolist()
+    assert bounds[: len(lengths) + 1] == packed.bounds.tolist()
     assert bounds[-1] == total and total % tokens == 0 and total - count < max(tokens, count / 8)
     steps = [b - a for a, b in zip(bounds, bounds[1:])]
     assert min(steps) >= 0 and max(steps) <= filled.longest
@@ -229,6 +229,19 @@ def test_labels_of_another_kind_are_refused(labels):
     with pytest.raises(ValueError, match="labels must be integers of shape"):
         ids = torch.ones(2, 5, dtype=torch.long)
         GraphRunner(model, optimizer_of(model)).step({"input_ids": ids, "labels": labels})
+
+
+def test_a_step_with_disabled_adapters_is_refused(pretend_cuda):
+    batch = batches_of("SEQ_CLS", count=1)[0]
+    model = model_of("bert rows, first token")
+    runner = GraphRunner(model, optimizer_of(model))
+    for _ in range(WARM_UP_STEPS + 2):
+        runner.step(batch)
+    # What is captured would be replayed with the prompts.
+    assert runner.captured == 1
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="outside disable_adapter"):
+        runner.step(batch)
+    assert runner.step(batch).isfinite()
 
 
 def test_float16_is_refused():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
-from ptv2_fast.step.held import HeldGradients, HeldOptimizer
+from ptv2_fast.step.held import HeldGradients, HeldModel, HeldOptimizer
 
 CPU = torch.device("cpu")
 
@@ -85,3 +86,89 @@ def test_without_a_gradient_there_is_nothing_to_hold():
     held = HeldGradients(model, torch.optim.SGD(model.parameters(), lr=1.0))
     model.weight.grad = torch.ones(2, 2)
     assert held.begin() is False and model.weight.grad is None
+
+
+def _small_model():
+    """Weights and a buffer of every kind, one of them trained."""
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), nn.ReLU())
+    model.register_buffer("none", None)
+    model.requires_grad_(False)[0].requires_grad_(True)
+    return model
+
+
+def _assign_none(model):
+    model[1][1].bias = None
+
+
+def _delete(model):
+    del model[1][1].bias
+
+
+def _equal_weight(model):
+    model[1][1].bias = nn.Parameter(model[1][1].bias.clone(), requires_grad=False)
+
+
+def _without_address(model):
+    model[1][1].bias = nn.Parameter(torch.ones(1).to_sparse(), requires_grad=False)
+
+
+def _cast(model):
+    model[1][1].bias.data = model[1][1].bias.data.double()
+
+
+def _equal_buffer(model):
+    model[1][0].num_batches_tracked = model[1][0].num_batches_tracked.clone()
+
+
+def _remove_module(model):
+    del model[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_assign_none, "weights were moved, cast or replaced"),
+        (_delete, "weights were moved, cast or replaced"),
+        (_equal_weight, "weights were moved, cast or replaced"),
+        (_without_address, "weights were moved, cast or replaced"),
+        (_cast, "weights were moved, cast or replaced"),
+        (_equal_buffer, "buffers were moved, cast or replaced"),
+        (_remove_module, "a module was replaced"),
+        (lambda model: model[1].add_module("1", nn.Linear(3, 1)), "a module was replaced"),
+        (lambda model: model[0].requires_grad_(False), "the optimizer trains other parameters"),
+    ],
+)
+def test_what_a_pass_relies_on_is_compared(change, why):
+    """Weights of one element too, which compare as equal where they are not the same."""
+    model = _small_model()
+    held = HeldModel(model, torch.optim.SGD(model[0].parameters(), lr=1.0))
+    assert held.changed() is None and held.others_changed() is None
+    change(model)
+    assert held.changed() == why
+
+
+def test_values_may_change_where_they_are():
+    model = _small_model()
+    held = HeldModel(model, torch.optim.SGD(model[0].parameters(), lr=1.0))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model[1][0].running_mean):
+            tensor.add_(1.0)
+    model.eval()
+    assert held.changed() is None and held.others_changed() is None
+
+
+def test_another_group_is_another_optimizer():
+    model = _small_model()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    held = HeldModel(model, optimizer)
+    optimizer.add_param_group({"params": list(model[1][1].parameters())})
+    assert held.changed() == "the optimizer trains other parameters"
+
+
+def test_who_else_trains_is_another_question():
+    model = _small_model()
+    held = HeldModel(model, torch.optim.SGD(model[0].parameters(), lr=1.0))
+    model[1][1].bias.requires_grad_(True)
+    assert held.changed() is None and held.others_changed() == "other parameters train"
+    model[1][1].bias.requires_grad_(False)
+    assert held.others_changed() is None

@@ -66,10 +66,10 @@ def test_it_is_what_padded_steps_read(task, rows, tokens, seed, shown, masks, nu
         batch["attention_mask"] = (torch.rand(rows, tokens, generator=generator) < shown).to(masks)
     if types is not None:
         batch["token_type_ids"] = draw(1 if types == "one" else rows, tokens, most=2)
-    _assert_same(pack(batch, *task), _expected(batch, *task))
+    _assert_same(pack(batch, *task).packed(), _expected(batch, *task))
     # A batch whose rows are columns in memory.
     turned = {name: x.t().contiguous().t() if x.dim() == 2 else x for name, x in batch.items()}
-    _assert_same(pack(turned, *task), _expected(batch, *task))
+    _assert_same(pack(turned, *task).packed(), _expected(batch, *task))
 
 
 def test_no_token_stays_no_token_where_a_batch_is_filled():

@@ -26,6 +26,16 @@ def _batch(tokens=5, rows=2, targets=3, types=True, seed=0):
     return PackedBatch(draw(1, tokens), kinds, bounds, 16, draw(targets), draw(targets))
 
 
+def _writer(batch):
+    """Puts a batch into arrays."""
+
+    def write(places):
+        for name, tensor in batch.tensors().items():
+            places[name][:] = tensor.flatten().numpy()
+
+    return write
+
+
 def _assert_holds(place, batch):
     held = place.batch.tensors()
     assert held.keys() == batch.tensors().keys() and place.batch.longest == batch.longest
@@ -44,7 +54,7 @@ def test_it_holds_what_it_was_filled_with(sizes, types, seeds):
     base = place.batch.input_ids.untyped_storage().data_ptr()
     for seed in seeds:
         batch = _batch(*sizes, types, seed=seed)
-        place.fill(batch)
+        place.fill(_writer(batch))
         _assert_holds(place, batch)
         assert place.batch.sizes == batch.sizes
     for name, tensor in place.batch.tensors().items():
@@ -55,7 +65,7 @@ def test_it_holds_what_it_was_filled_with(sizes, types, seeds):
 def test_integers_of_another_width_are_converted():
     place, batch = Staging(_batch(), CPU), _batch(seed=4)
     narrow = PackedBatch(**{**batch.__dict__, "input_ids": batch.input_ids.int(), "targets": batch.targets.int()})
-    place.fill(narrow)
+    place.fill(_writer(narrow))
     _assert_holds(place, batch)
 
 
@@ -75,9 +85,9 @@ class _Copies(TorchDispatchMode):
 @pytest.mark.parametrize("types", [True, False])
 def test_one_copy_brings_a_batch_and_nobody_waits(types):
     place = Staging(_batch(types=types), CPU)
-    place.fill(_batch(types=types))
+    place.fill(_writer(_batch(types=types)))
     with _Copies(place) as copies:
-        place.fill(_batch(types=types, seed=1))
+        place.fill(_writer(_batch(types=types, seed=1)))
     assert copies.flags == [True]
 
 
@@ -91,7 +101,7 @@ def test_only_cuda_has_pinned_sources(monkeypatch):
     monkeypatch.setattr(torch, "empty", note)
     monkeypatch.setattr(Staging, "_event", lambda self: staging._Immediate())
     for device in ("cpu", "cuda"):
-        Staging(_batch(), torch.device(device)).fill(_batch())
+        Staging(_batch(), torch.device(device)).fill(_writer(_batch()))
     assert asked == [("cpu", False), ("cpu", False), ("cuda", False), ("cpu", True)]
 
 
@@ -136,7 +146,7 @@ def test_a_source_is_written_to_when_its_copy_has_ended(moves):
     for fills in moves:
         if fills and len(place.waiting) < MOST_IN_FLIGHT:
             sent.append(_batch(seed=len(sent)))
-            place.fill(sent[-1])
+            place.fill(_writer(sent[-1]))
         elif place.waiting:
             place.land()
             _assert_holds(place, sent[landed])
@@ -152,7 +162,7 @@ def test_many_copies_under_way_are_waited_for():
     place = Slow(_batch())
     batches = [_batch(seed=seed) for seed in range(MOST_IN_FLIGHT + 2)]
     for batch in batches:
-        place.fill(batch)
+        place.fill(_writer(batch))
     assert place.waited == 2 and len(place._sources) == MOST_IN_FLIGHT
     _assert_holds(place, batches[1])
 
@@ -160,6 +170,6 @@ def test_many_copies_under_way_are_waited_for():
 def test_a_device_that_keeps_up_needs_one_source():
     place = Slow(_batch())
     for seed in range(5):
-        place.fill(_batch(seed=seed))
+        place.fill(_writer(_batch(seed=seed)))
         place.land()
     assert len(place._sources) == 1

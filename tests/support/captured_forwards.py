@@ -36,7 +36,7 @@ def packed_loss(model, batch, items=None):
     """The loss of a batch as a captured forward computes it, by an eager pass over the same packed batch."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     found = read_batch(inputs, batch["labels"], model.packed_task(), Buckets(), model.text_limit())
-    return model.packed_loss(found.packed) * (1.0 if items is None else found.counted / items)
+    return model.packed_loss(found.packed()) * (1.0 if items is None else found.counted / items)
 
 
 def forward_loss(model, batch):
