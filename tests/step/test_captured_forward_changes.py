@@ -263,9 +263,10 @@ def _in_threads(*calls) -> None:
 def test_two_models_in_two_threads(counts):
     batches = batches_of("CAUSAL_LM", count=8)
     expected = list(training(fresh(TEXT), packed_loss, batches))[-1:]
-    found: dict[int, list] = {}
-    _in_threads(*(lambda i=i: found.update({i: list(training(fresh(TEXT), forward_loss, batches))}) for i in range(2)))
-    for steps in found.values():
+    # Made one after the other: both draw from the one generator.
+    models, found = [fresh(TEXT), fresh(TEXT)], []
+    _in_threads(*(lambda m=m: found.append(list(training(m, forward_loss, batches))) for m in models))
+    for steps in found:
         assert_same_steps(steps[-1:], expected)
 
 
@@ -350,7 +351,17 @@ def _all_states(model):
     model.base_model.config.output_hidden_states = True
 
 
+def _layerdrop(model):
+    model.base_model.config.layerdrop = 0.1
+
+
+def _half(model):
+    model.base_model.half()
+
+
 MODELS = {
+    _layerdrop: "layerdrop",
+    _half: "float16 needs a scaled loss",
     _base_trains: "parameters of the base train",
     _checkpointing: "gradient checkpointing",
     _own_loss: "the loss is another one",
