@@ -6,7 +6,6 @@ import math
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +18,15 @@ from ptv2_fast.models.gathered import device_of
 from ptv2_fast.step.capture import CAPTURES, Capture
 from ptv2_fast.step.forward_batch import ForwardBatch, read_batch, why_not_read
 from ptv2_fast.step.forward_passes import ForwardPasses, LossModel, Outcome
+from ptv2_fast.step.look import Attributes, Look
 from ptv2_fast.step.observers import why_not_now
 from ptv2_fast.step.options import StepOptions, StepPlan, logger
 from ptv2_fast.step.packed import Buckets
 
 # Sizes beyond so many run eagerly, those of all states together.
 MAX_GRAPHS = 64
+# Gradients that are computed before the loss is scaled might vanish.
+_HALF = "float16 needs a scaled loss"
 # Whose modules keep nothing beside tensors that a forward depends on, or nothing that changes.
 _KNOWN_MAKERS = ("torch", "transformers", "bitsandbytes")
 
@@ -69,6 +71,8 @@ class CapturedForward:
         self._owner: weakref.ref[Any] | None = None
         self._capture: Capture | None = None
         self._passes: dict[tuple, ForwardPasses] = {}
+        # What is known as long as nobody changes the attributes beside it, or what the passes rely on.
+        self._looked: tuple[Look, Attributes, ForwardPasses] | None = None
         self._stream: Any = None
         self._refused: str | None = None
         self._said: set[str] = set()
@@ -82,9 +86,8 @@ class CapturedForward:
         return sum(passes.captured for passes in self._passes.values())
 
     def forget(self) -> None:
-        """Give all that was captured back, with its memory: the model moves."""
-        with self._lock:
-            self._passes, self._capture, self._stream = {}, None, None
+        """Give all that was captured back, with its memory: the model moves, or is gone."""
+        self._passes, self._looked, self._capture, self._stream = {}, None, None, None
 
     def __call__(
         self, model: PassModel, inputs: Mapping[str, Any], labels: Any, items: Tensor | int | None = None
@@ -102,13 +105,15 @@ class CapturedForward:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            plan = model.step_plan()
-            # Where it is off the log of the plan says why.
-            if not plan.cuda_graphs or not self._is_of(model):
+            if not self._is_of(model):
                 return None
-            outcome: Outcome | str | None = self._why_not(model, plan, device, inputs, labels)
+            look, passes = self._look(model)
+            # Where it is off the log of the plan says why.
+            if not look.plan.cuda_graphs:
+                return None
+            outcome: Outcome | str | None = self._why_not(look, device, inputs, labels)
             if outcome is None:
-                outcome = self._run(model, plan, device, inputs, labels, items)
+                outcome = self._run(model, look, passes, device, inputs, labels, items)
             if isinstance(outcome, str):
                 self._say(f"training step: not captured: {outcome}")
                 return None
@@ -116,44 +121,59 @@ class CapturedForward:
         finally:
             self._lock.release()
 
+    def _look(self, model: PassModel) -> tuple[Look, ForwardPasses | None]:
+        """What the model says of this step, and the passes that are known to be as they were, if there are any."""
+        if self._looked is not None:
+            look, attributes, passes = self._looked
+            if attributes.same() and passes.changed() is None:
+                return look, passes
+            self._looked = None
+        plan = model.step_plan()
+        return Look.at(model, plan, _why_not_model(model, plan)), None
+
     def _run(
-        self, model: PassModel, plan: StepPlan, device: torch.device, inputs: Mapping[str, Any], labels: Tensor,
-        items: Tensor | int | None,
+        self, model: PassModel, look: Look, known: ForwardPasses | None, device: torch.device,
+        inputs: Mapping[str, Any], labels: Tensor, items: Tensor | int | None,
     ) -> Outcome | str | None:  # fmt: skip
-        """The pass of a call that can be captured; or why it cannot, which is seen only here."""
-        passes = self._passes_of(model, plan, device)
+        """The pass of a call that can be captured; or why it cannot, which is seen only here.
+
+        Args:
+            known: passes that are as they were.
+        """
+        passes = self._passes_of(model, look, known, device)
         if isinstance(passes, str):
             return passes
-        batch = read_batch(inputs, labels, model.packed_task(), self._buckets, model.text_limit())
+        batch = read_batch(inputs, labels, look.task, self._buckets, look.limit)
         if isinstance(batch, str):
             return batch
         self._follow(device)
         capture = self._capturing(device)
         if passes.is_due(batch.sizes) and (why := self._capture_or_why(passes, model, batch, capture)):
             return why
-        return passes.run(model, batch, _share(batch, items), capture, self._refuse)
+        outcome = passes.run(model, batch, _share(batch, items), capture, self._refuse)
+        if self._looked is None:
+            self._looked = look, Attributes(model), passes
+        return outcome
 
-    def _why_not(
-        self, model: PassModel, plan: StepPlan, device: torch.device, inputs: Mapping[str, Any], labels: Any
-    ) -> str | None:
+    def _why_not(self, look: Look, device: torch.device, inputs: Mapping[str, Any], labels: Any) -> str | None:
         """Why a call is not one that can be captured, as far as that is cheap to see."""
-        if self._refused is not None:
-            return self._refused
-        if reason := model.why_not_packed():
+        if reason := self._refused or look.not_packed or why_not_read(inputs, labels, look.task[0]):
             return reason
-        if reason := why_not_read(inputs, labels, model.packed_task()[0]):
-            return reason
-        return _why_not_model(model, plan) or _why_not_precise(model, device) or why_not_now(device)
+        if _autocast(device) is torch.float16:
+            return _HALF
+        return look.not_captured or why_not_now(device)
 
-    def _passes_of(self, model: PassModel, plan: StepPlan, device: torch.device) -> ForwardPasses | str:
+    def _passes_of(
+        self, model: PassModel, look: Look, known: ForwardPasses | None, device: torch.device
+    ) -> ForwardPasses | str:
         """The passes of the state that a model is in; or why there are none."""
         autocast = _autocast(device)
         deterministic = torch.are_deterministic_algorithms_enabled()
         parts = (model.base_model, model.adapters)
         # The parts live as long as the passes that are found by their ids.
-        key = (model.active_adapter, replace(plan, reasons=()), autocast, deterministic, *map(id, parts))
+        key = (look.relies_on, autocast, deterministic, *map(id, parts))
         passes = self._passes.get(key)
-        if passes is not None and (why := passes.changed()):
+        if passes is not None and passes is not known and (why := passes.changed()):
             if passes.captured:
                 logger.info("training step: captured steps are dropped: %s", why)
             del self._passes[key]
@@ -189,8 +209,14 @@ class CapturedForward:
         """Whether this belongs to a model, and not to one of which that is a view with modules of its own."""
         owner = None if self._owner is None else self._owner()
         if owner is None:
-            self._owner, self._passes = weakref.ref(model), {}
+            self.forget()
+            self._owner = weakref.ref(model, self._lose)
         return owner is None or owner is model
+
+    def _lose(self, owner: object) -> None:
+        """The model is gone: what is noted of it would hold its weights until somebody looks for cycles."""
+        self._owner = None
+        self.forget()
 
     def _capturing(self, device: torch.device) -> Capture:
         if self._capture is None:
@@ -208,7 +234,8 @@ class CapturedForward:
 
     def _refuse(self, why: str) -> None:
         """Capture nothing from now on, and replay nothing."""
-        self._refused, self._passes = self._refused or why, {}
+        self._refused = self._refused or why
+        self.forget()
 
     def _say(self, line: str) -> None:
         if line not in self._said:
@@ -222,6 +249,8 @@ def _why_not_model(model: PassModel, plan: StepPlan) -> str | None:
     config = backbone.config
     if not type(base).__module__.startswith("transformers.") or not is_listed(backbone):
         return f"{type(base).__name__} is not a listed model of transformers: it may do more than its layers"
+    if backbone.dtype is torch.float16:
+        return _HALF
     if chosen_loss(base) is not None:
         return "the loss is another one than the task's"
     if model.packed_task()[0] == "CAUSAL_LM" and not plan.labelled_rows_loss:
@@ -252,13 +281,6 @@ def _share(batch: ForwardBatch, items: Tensor | int | None) -> Tensor | float:
         return 1.0
     counted = max(batch.counted, 1)
     return counted / items if isinstance(items, Tensor) or items else math.inf
-
-
-def _why_not_precise(model: PassModel, device: torch.device) -> str | None:
-    """Why gradients that are computed before the loss is scaled might vanish."""
-    if torch.float16 in (_autocast(device), model.backbone.dtype):
-        return "float16 needs a scaled loss"
-    return None
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:

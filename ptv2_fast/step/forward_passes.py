@@ -68,7 +68,7 @@ class ForwardPasses:
         self._sizes: dict[Sizes, _Size] = {}
         # Known after the first pass, which moves weights that are run together.
         self._held: HeldModules | None = None
-        self._modes: list[tuple[bool, float | None]] = []
+        self._modes: list[Any] = []
         # Where replays leave gradients; made at the first capture.
         self._gradients: list[Tensor] = []
         self._latest: weakref.ref[PassGradients] | None = None

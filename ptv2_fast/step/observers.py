@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from operator import contains, itemgetter
 from typing import Any
 
 import torch
@@ -11,7 +13,10 @@ from transformers.utils import output_capturing
 
 
 class Observers:
-    """Hooks of modules and parameters, forwards put in the place of a module's own, and what Python decides by."""
+    """Hooks of modules and parameters, forwards put in the place of a module's own, and what Python decides by.
+
+    Asked in every step: each question is a few calls, however many modules there are.
+    """
 
     def __init__(self, modules: Iterable[nn.Module], trained: Sequence[Tensor]) -> None:
         """Note where hooks would be found.
@@ -23,21 +28,22 @@ class Observers:
         self._trained = trained
         every = list(modules)
         self._own = [module.__dict__ for module in every]
+        self._dropping = [own for own in self._own if "p" in own]
         self._hooks: list[Any] = []
         for module in every:
             self._hooks += [
                 module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
             ]  # fmt: skip
 
-    def modes(self) -> list[tuple[bool, float | None]]:
-        """Of every module whether it trains, and how much it drops, if it is one that does."""
-        return [(own["training"], own.get("p")) for own in self._own]
+    def modes(self) -> list[Any]:
+        """Of every module whether it trains, and of those that drop something how much."""
+        return [*map(itemgetter("training"), self._own), *map(itemgetter("p"), self._dropping)]
 
     def found(self) -> str | None:
         """Who there is; None where there is nobody."""
         if any(self._hooks) and not all(map(_is_of_transformers, self._hooks)):
             return "a module of the base or the adapter has hooks"
-        if any("forward" in own for own in self._own):
+        if any(map(contains, self._own, repeat("forward"))):
             return "a module of the base has another forward than its class"
         if any(parameter._backward_hooks for parameter in self._trained):
             return "a trained parameter has hooks"

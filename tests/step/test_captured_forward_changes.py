@@ -173,13 +173,14 @@ def test_a_copy_captures_for_itself(copied, counts):
 def test_nothing_here_keeps_a_model_alive(counts):
     model = fresh(ROWS)
     batch = batches_of("SEQ_CLS", count=1)[0]
-    forward_loss(model, batch).backward()
-    gone = weakref.ref(model)
+    for _ in range(UNTIL_CAPTURED - 1):
+        forward_loss(model, batch).backward()
+    gone = [weakref.ref(one) for one in (model, model.adapters, model.base_model, next(model.base_model.parameters()))]
     gc.collect()
     gc.disable()
     try:
         del model
-        assert gone() is None
+        assert [one() for one in gone] == [None] * 4
     finally:
         gc.enable()
 
