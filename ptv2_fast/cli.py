@@ -225,7 +225,7 @@ def predict(
     text_column: TextColumns = None,
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of generated text.")] = 64,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of generated text [64].")] = None,
     batch_size: BatchOption = 32,
     head: HeadOption = None,
 ) -> None:
@@ -241,13 +241,17 @@ def predict(
 
     loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
     task_type = loaded.codec.task_type
+    if context is not None and (task_type != "QUESTION_ANS" or file is not None):
+        raise ValueError("--context is read for questions that are given as texts; got it with another task or --file")
+    if max_new_tokens is not None and task_type != "CAUSAL_LM":
+        raise ValueError(f"--max-new-tokens is read for CAUSAL_LM alone; {adapter} is for {task_type}")
     if file is not None:
         examples = source_of(file, given, loaded.columns).read(task_type, labelled=False)
     else:
         where = "text" if texts else "standard input"
         examples = examples_of(texts or sys.stdin, task_type, where=where, context=context)
     loaded.check_parts(file or "text", examples)
-    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens or 64}
     for record in records_of(loaded, examples, **options):
         typer.echo(plain_json(record) if as_json else line_of(record))
 
