@@ -191,7 +191,7 @@ def base_targets(
 def check_labels(name: str, labels: Tensor, count: int, shape: Sequence[int]) -> None:
     """Refuse labels that are not integers of a shape, and, where looking is free, those outside [0, count) but -100.
 
-    Looking is free on the CPU: elsewhere it would wait for the device.
+    Looking is free on the CPU: elsewhere it would wait for the device, and in a vmap there is nothing to look at.
 
     Raises:
         ValueError: see above.
@@ -203,6 +203,8 @@ def check_labels(name: str, labels: Tensor, count: int, shape: Sequence[int]) ->
     if labels.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(labels.shape)}")
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(labels):
         return
     wrong = ((labels < 0) | (labels >= count)) & (labels != IGNORED_LABEL)
     if bool(wrong.any()):

@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ptv2_fast.base_methods import refuse_unserved
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.head_model import PTuningV2ModelWithHeads
 from ptv2_fast.heads import IGNORED_LABEL, check_labels
@@ -197,6 +198,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         if self._disabled:
             return self.base_model.generate(*args, **with_cache_name(kwargs))
 
+        refuse_unserved(kwargs.get("generation_config") or self.generation_config, kwargs, seq2seq=False)
         model, target = self.for_one_call(), self._hooked.whole(self.base_model)
 
         def forward(original: Any, *args: Any, **inputs: Any) -> Any:
