@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ptv2_fast.config import ROW_TASKS, HeadConfig
 from ptv2_fast.models.backbone import backbone_name
@@ -130,6 +131,13 @@ def in_own_dtype(head: M, given: torch.dtype) -> M:
 def chosen_loss(base: PreTrainedModel) -> Callable[..., Any] | None:
     """The loss function that somebody set on the base (`model.loss_function = f`); None where nobody did."""
     return base.__dict__.get("_loss_function")
+
+
+def causal_loss(base: PreTrainedModel) -> Callable[..., Any]:
+    """The loss that a causal model's forward calls, without transformers' word about a type that it does not know."""
+    known: dict[Any, Any] = LOSS_MAPPING
+    loss: Callable[..., Any] = known.get(getattr(base, "loss_type", None), known["ForCausalLM"])
+    return chosen_loss(base) or loss
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

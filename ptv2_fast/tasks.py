@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ptv2_fast.base_methods import refuse_unserved
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.head_model import PTuningV2ModelWithHeads
-from ptv2_fast.heads import IGNORED_LABEL, check_labels
+from ptv2_fast.heads import IGNORED_LABEL, causal_loss, check_labels, chosen_loss
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.arguments import named_arguments
 from ptv2_fast.models.cache import with_cache_name
@@ -131,8 +131,15 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         if plan.labelled_rows_loss and not self._disabled and why_not_labelled_rows(self.base_model, call) is None:
             output = self._run_labelled_rows(call, adapter_names)
         else:
-            output = self.run(self.base_model, call, adapter_names)
+            output = self.run(self._with_its_loss(), call, adapter_names)
         return self._as_asked(output, kwargs.get("return_dict"))
+
+    def _with_its_loss(self) -> PreTrainedModel:
+        """The base; where transformers takes a loss by default and logs that, breaking graphs, a view that has it."""
+        base = self.base_model
+        if chosen_loss(base) is not None or getattr(base, "loss_type", None) in LOSS_MAPPING:
+            return base
+        return view_of(base, attributes={"_loss_function": causal_loss(base)})
 
     def _predictable(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of a call without the labels that nothing predicts, nor their share of Trainer's count."""

@@ -39,6 +39,20 @@ def test_a_loss_function_is_called(training):
     assert model.loss_function is forty_two and model.base_model.loss_function is forty_two
 
 
+def test_a_loss_that_transformers_takes_by_default_is_taken_without_a_word(caplog, monkeypatch):
+    """transformers logs that in each forward, where the compiler breaks the graph."""
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    logging.get_logger("transformers").warning_once.cache_clear()
+    model = tiny_model("gpt2", "deep", "CAUSAL_LM")
+    expected = nn.functional.cross_entropy(model(input_ids=IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, expected)
+    assert "loss_type" not in caplog.text
+    model.loss_function = forty_two
+    assert model(input_ids=IDS, labels=IDS).loss.item() == 42.0
+
+
 @pytest.mark.parametrize(
     ("task_type", "count", "targets"),
     [
