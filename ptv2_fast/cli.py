@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError as error:  # pragma: no cover
     raise SystemExit("ptv2-fast: the command line needs `pip install ptv2-fast[train]`") from error
 
-from ptv2_fast.training.flags import numbers
+from ptv2_fast.training.flags import COLUMNS, numbers
 from ptv2_fast.training.flags import request_of as _request
 from ptv2_fast.training.shell import OneLineGroup, quiet
 
@@ -233,6 +233,8 @@ def predict(
     given = dict(locals())
     if texts and file:
         raise ValueError("give texts or --file, not both")
+    if file is None and (unread := [flag for flag in ("split", *COLUMNS) if given.get(flag)]):
+        raise ValueError(f"--{unread[0].replace('_', '-')} is read with --file alone")
     quiet()
     from ptv2_fast.training.flags import source_of
     from ptv2_fast.training.loading import load_trained

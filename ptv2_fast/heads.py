@@ -115,7 +115,7 @@ def at_least_float32(module: M) -> M:
 
 def in_own_dtype(head: M, given: torch.dtype) -> M:
     """`head`; where its parameters are not of the dtype that it is given, a view that casts its inputs to theirs."""
-    dtype = next(head.parameters()).dtype
+    dtype = next((parameter.dtype for parameter in head.parameters()), given)  # a quantized head has none
     if dtype == given:
         return head
 

@@ -224,6 +224,16 @@ class TestErrors:
         assert train(encoder, "SEQ_CLS", data, tmp_path / "out").exit_code == 0
         one_line(run("predict", tmp_path / "out", "good", "--context", "x"), "--context")
         one_line(run("predict", tmp_path / "out", "good", "--max-new-tokens", 3), "--max-new-tokens", "SEQ_CLS")
+        one_line(run("predict", tmp_path / "out", "good", "--text-column", "x"), "--text-column", "--file")
+        one_line(run("predict", tmp_path / "out", "--split", "x", stdin="good"), "--split", "--file")
+
+    @pytest.mark.parametrize(("stride", "parts"), [(-1, ("doc_stride", "-1")), (60, ("doc_stride 60",))])
+    def test_a_stride_is_what_was_asked_for(self, encoder, tmp_path, stride, parts):
+        data = toy_file(tmp_path, "QUESTION_ANS", 8)
+        one_line(train(encoder, "QUESTION_ANS", data, tmp_path / "out", "--doc-stride", stride), *parts)
+        result = train(encoder, "QUESTION_ANS", data, tmp_path / "out", "--doc-stride", 0, "--max-length", 10)
+        assert result.exit_code == 0, result.output
+        assert json.loads((tmp_path / "out" / "settings.json").read_text())["doc_stride"] == 0
 
     def test_an_occupied_folder_names_both_ways_on(self, encoder, tmp_path):
         data = toy_file(tmp_path, "SEQ_CLS", 8)

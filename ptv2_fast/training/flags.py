@@ -86,7 +86,7 @@ def request_of(flags: dict[str, Any]) -> Any:
         prompt_dropout=flags["prompt_dropout"],
         pooling=flags["pooling"].value if flags["pooling"] is not None else None,
         max_length=value("max_length", "max_length", None),
-        doc_stride=value("doc_stride", "doc_stride", None) or 128,
+        doc_stride=128 if (stride := value("doc_stride", "doc_stride", None)) is None else stride,
         dropout=recipe.dropout if recipe is not None else None,
     )
 

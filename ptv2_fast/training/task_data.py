@@ -45,6 +45,8 @@ class TaskCodec:
             raise ValueError(f"task_type must be one of {', '.join(TASKS)}; got {self.task_type!r}")
         if not isinstance(self.max_length, int) or self.max_length < 2:
             raise ValueError(f"max_length must be an integer of at least 2; got {self.max_length!r}")
+        if not isinstance(self.doc_stride, int) or self.doc_stride < 0:
+            raise ValueError(f"doc_stride must be an integer of at least 0; got {self.doc_stride!r}")
 
     @property
     def known_labels(self) -> LabelSet:
