@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ptv2_fast.training.formats import Row, lines_of, read_text
+from ptv2_fast.training.tags import TAG
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def conll_rows(
     lines = [line for sentence in found for line in sentence]
     if token_column is None:
         _refuse_counted(path, found, width, tagged)
+        if not tagged and path.suffix.lower() == ".txt":
+            _refuse_sentences(path, lines)
     token, tag = (_index(path, lines, name) for name in (token_column, tag_column if tagged else None))
     read = {0 if token is None else token, width - 1 if tag is None else tag} if token_column or tag_column else None
     _note(path, lines, width, notes, {"comments": comments, "document marks": left}, read)
@@ -116,6 +119,16 @@ def _refuse_counted(path: Path, sentences: Sequence[_Sentence], width: int, tagg
         raise ValueError(
             f"{path}, line {sentences[0][0].number}: the first of {width} columns counts the tokens; name the columns"
             f" by their numbers, as in {option} (text_column, label_column)"
+        )
+
+
+def _refuse_sentences(path: Path, lines: Sequence[_Line]) -> None:
+    """Refuses a text of sentences, of which the first words alone would be read."""
+    several = [line for line in lines if len(line.columns) > 1]
+    if several and not any("\t" in line.text or TAG.fullmatch(line.columns[-1]) for line in several):
+        raise ValueError(
+            f"{path}, line {several[0].number}: expected one token a line, with its tag or alone; got "
+            f"{several[0].text!r}; sentences are read from standard input"
         )
 
 

@@ -14,7 +14,6 @@ columns that are not read are named in one warning, and so are IOB1 tags, which 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -27,13 +26,12 @@ from ptv2_fast.training.delimited import delimited_rows
 from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet as LabelSet
 from ptv2_fast.training.labels import differing_by_case, same_spelled_twice
-from ptv2_fast.training.tags import stray_insides, to_iob2
+from ptv2_fast.training.tags import TAG, stray_insides, to_iob2
 
 logger = logging.getLogger(__name__)
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM")
 
-_TAG = re.compile(r"O|[BI]-\S+")
 # Up to so many classes may have an example each without a word.
 _FEW_CLASSES = 20
 
@@ -215,7 +213,7 @@ def _tokens_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None)
         where = f"{row.where}, token {index + 1}"
         if row.lines is not None:
             where = f"{row.where.rpartition(', line ')[0]}, line {row.lines[index]}"
-        if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+        if not isinstance(tag, str) or not TAG.fullmatch(tag):
             raise ValueError(f"{where}: expected the tag O, B-x or I-x; got {tag!r}")
         _check_known(where, "tag", check_text(where, tag), labels)
     strays = len(stray_insides(tags))

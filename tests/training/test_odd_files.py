@@ -142,6 +142,13 @@ class TestConll:
         assert "line 3 has 3 columns, most have 2" in caplog.text
 
 
+    def test_sentences_are_no_tokens(self, tmp_path):
+        path = write(tmp_path, "a.txt", "Anna is here\nBob too\n")
+        refused(path, "TOKEN_CLS", f"{path}, line 1", "one token a line", "standard input", labelled=False)
+        tagged = write(tmp_path, "b.txt", "Anna B-PER\nis O\n")
+        assert read_examples(tagged, "TOKEN_CLS", labelled=False) == [{"tokens": ["Anna", "is"]}]
+
+
 class TestQuestions:
     context = "Paris lies on the Seine."
 
