@@ -23,6 +23,7 @@ from ptv2_fast.prompts.kept import KeptPrompts
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 from ptv2_fast.step.layers import StepLayers
+from ptv2_fast.step.options import StepOptions
 from ptv2_fast.storage.names import check_name, namesake
 
 M = TypeVar("M", bound="AdapterSet")
@@ -51,6 +52,18 @@ class AdapterSet(nn.Module):
     _kept: KeptPrompts
     _hooked: Hooked
     _step_layers: StepLayers
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As everywhere; what the next forward would stumble over is refused here.
+
+        Raises:
+            ValueError: `active_adapter` names no adapter, or `step_options` are none.
+        """
+        if name == "active_adapter" and "_is_made" in self.__dict__:
+            self._check_name(value)
+        if name == "step_options" and not isinstance(value, StepOptions):
+            raise ValueError(f"step_options must be StepOptions; got {type(value).__name__}")
+        super().__setattr__(name, value)
 
     def add_adapter(
         self,

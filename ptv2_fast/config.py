@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -114,6 +115,25 @@ class PTuningV2Config:
     backend: str = "auto"
     init_std: float | None = field(default=None)
     stacks: Sequence[str] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As everywhere; of an adapter's own configuration `backend` alone can be set.
+
+        Raises:
+            ValueError: the adapter was made with the old value, and would be saved with the new one.
+        """
+        if "_settled" in self.__dict__ and name != "backend":
+            raise ValueError(
+                f"{name} must stay what the adapter was made with, {getattr(self, name, None)!r}: add_adapter makes "
+                f"another one; got {value!r}"
+            )
+        super().__setattr__(name, value)
+
+    def settled(self) -> PTuningV2Config:
+        """A copy for an adapter's own: what it was made with does not change any more, whoever goes on with `self`."""
+        copied = copy.deepcopy(self)
+        copied.__dict__["_settled"] = True
+        return copied
 
     def __post_init__(self) -> None:
         _one_of("task_type", self.task_type, TASK_TYPES)

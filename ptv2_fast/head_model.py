@@ -20,6 +20,7 @@ from ptv2_fast.config import ROW_TASKS
 from ptv2_fast.heads import base_targets, chosen_loss, classification_loss, span_loss
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.features import features_read, input_size, reads_text
+from ptv2_fast.models.inputs import check_inputs
 from ptv2_fast.models.labelled_config import labelled
 from ptv2_fast.models.pooling import tokens_read
 from ptv2_fast.models.slots import HIDDEN_STATES, change_states, tokens_first, turn_rows
@@ -93,6 +94,7 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         read = back = None
         if adapters and adapters[0].config.task_type in ROW_TASKS and self._family.reads_first:
             if not self._disabled and reads_text(self._family):
+                check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), inputs.get("attention_mask"), 0)
                 inputs, back = tokens_first(inputs)
             read = self._read(inputs, "first")
         output = self.run(target, {**inputs, **targets}, adapter_names, read=read)

@@ -14,6 +14,7 @@ from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import Account, PromptBatch
 from ptv2_fast.base_attributes import BaseAttributes
+from ptv2_fast.base_methods import BaseMethods
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.encoder_decoder import EncoderDecoder
 from ptv2_fast.models.backbone import backbone_of, with_backbone
@@ -49,7 +50,7 @@ from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.step.unpad import Packing, can_unpad, unpadded
 
 
-class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Recomputation):
+class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, EncoderDecoder, Recomputation):
     """A frozen transformers model whose attention layers also see trained prompts.
 
     The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values

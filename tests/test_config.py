@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
+from tiny_models import tiny_base
 
-from ptv2_fast import HeadConfig, PTuningV2Config
+from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.config import MAX_VIRTUAL_TOKENS
 
 
@@ -185,3 +187,26 @@ def test_stacks_choose_layers_of_an_encoder_decoder():
         _config(layers=(2,)).resolve_layers(7, 2)
     with pytest.raises(ValueError, match="stacks must be None on a base that is no encoder-decoder"):
         config.resolve_layers(7)
+
+
+class TestOfAnAdapter:
+    """What an adapter was made with is its own, whoever goes on with the configuration or writes to it."""
+
+    def test_a_configuration_can_be_used_again(self, tmp_path):
+        base = tiny_base("bert", "SEQ_CLS")
+        config = PTuningV2Config("SEQ_CLS", num_virtual_tokens=3)
+        first = get_ptv2_model(base, config)
+        config.num_virtual_tokens = 5
+        assert first.ptv2_config["default"].num_virtual_tokens == 3
+        first.save_pretrained(tmp_path)
+        again = PTuningV2Model.from_pretrained(tiny_base("bert", "SEQ_CLS"), tmp_path)
+        assert again.adapters["default"].encoder.prompts.shape[1] == 3
+        assert get_ptv2_model(base, config).adapters["default"].encoder.prompts.shape[1] == 5
+
+    @pytest.mark.parametrize(("name", "value"), [("num_virtual_tokens", 9), ("prompt_dropout", 0.5), ("typo", 1)])
+    def test_what_would_not_happen_is_refused(self, name, value):
+        model = get_ptv2_model(tiny_base("bert", "SEQ_CLS"), PTuningV2Config("SEQ_CLS", num_virtual_tokens=3))
+        with pytest.raises(ValueError, match=f"{name} must stay what the adapter was made with, .*; got {value}"):
+            setattr(copy.deepcopy(model).ptv2_config["default"], name, value)
+        model.ptv2_config["default"].backend = "reference"
+        assert model.ptv2_config["default"].backend == "reference"

@@ -58,7 +58,7 @@ def prompt_attention(
         bias: (1 or B, 1 or H, N, M), added to the text's scores; may hold -inf, and may ask for its gradient (one that
             is made of queries or keys does).
         causal: query i stands at position i + M - N and sees text keys up to that position.
-        scale: factor on the scores; D ** -0.5 when None.
+        scale: factor on the scores, positive; D ** -0.5 when None.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         window: with `causal`, text keys with position - key < window; otherwise |position - key| <=
             window.
@@ -83,8 +83,8 @@ def prompt_attention(
     check_arguments(
         q, k, v, prompt_k, prompt_v,
         key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, prompt_index=prompt_index,
-        prompt_lens=prompt_lens, prompt_bias=prompt_bias, bias=bias, dropout_p=dropout_p, window=window,
-        softcap=softcap,
+        prompt_lens=prompt_lens, prompt_bias=prompt_bias, bias=bias, scale=scale,
+        dropout_p=dropout_p, window=window, softcap=softcap,
     )  # fmt: skip
     trained = (q, k, v, prompt_k, prompt_v, prompt_bias, bias)
     if prompt_k.dim() == 3:

@@ -22,6 +22,7 @@ from transformers.masking_utils import (
 )
 
 from ptv2_fast.attention.api import prompt_attention
+from ptv2_fast.attention.autocast import autocast_dtype
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
 
 IMPLEMENTATION = "ptv2_fast"
@@ -59,9 +60,7 @@ def attention_forward(
     Returns:
         (B, N, H, D) and None, since attention weights are never materialised.
     """
-    dtype = query.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = autocast_dtype(query.device) or query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if ptv2_record is not None:
         ptv2_record.append((key, value))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptv2_fast.attention.autocast import autocast_dtype
 from ptv2_fast.attention.triton_backend import check_available, unavailable_reason
 from ptv2_fast.models.family import Family
 from ptv2_fast.models.gathered import gathered_by
@@ -97,7 +98,7 @@ class LayerProjections:
 def _kernel_serves(normed: Tensor, per_layer: list[tuple[Projection, Projection]], backend: str) -> bool:
     """Whether the kernel takes the states and the weights; under autocast and the compiler torch's own product runs."""
     wanted = backend == "triton" or (backend == "auto" and normed.is_cuda)
-    if not wanted or torch.compiler.is_compiling() or torch.is_autocast_enabled(normed.device.type):
+    if not wanted or torch.compiler.is_compiling() or autocast_dtype(normed.device) is not None:
         return False
     # The kernel's table keeps the addresses of weights, so they must be the base's own, of one dtype.
     projections = [projection for pair in per_layer for projection in pair]

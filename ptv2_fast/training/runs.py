@@ -273,7 +273,7 @@ def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[M
 @torch.no_grad()
 def _try_longest(model: PTuningV2Model, codec: TaskCodec, examples: Sequence[Mapping[str, Any]]) -> None:
     """One forward of the longest row: what cannot run is found before anything is written."""
-    longest = max(codec.encode(examples), key=lambda feature: len(feature["input_ids"]))
+    longest = max(codec.encode(examples, quiet=True), key=lambda feature: len(feature["input_ids"]))
     batch = PadCollator(codec.tokenizer, padding_side="right")([longest])
     model.eval()
     model(**batch)
