@@ -52,6 +52,23 @@ def old(place) -> Path:
     return place / "old"
 
 
+@pytest.fixture(scope="module")
+def straight(place) -> Path:
+    """The other run, never killed."""
+    prepare(new_request(place), place / "straight").execute(title=None)
+    return place / "straight"
+
+
+@pytest.fixture(scope="module")
+def all_changes(place, old) -> int:
+    """How many names on disk the other run changes where it overwrites the old one."""
+    shutil.copytree(old, place / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        changes = killed_in(patch, -1)
+        prepare(new_request(place), place / "whole", overwrite=True).execute(title=None)
+    return changes[0]
+
+
 def facts(folder: Path) -> tuple[int, int]:
     """(prompt length, row length) of what loads: one run has 3 and 24, the other 2 and 30."""
     loaded = load_trained(folder)
@@ -96,7 +113,9 @@ def test_a_finished_run_says_which_weights_it_speaks_of(old):
     }  # fmt: skip
 
 
-def test_overwrite_killed_before_its_first_save_leaves_no_old_checkpoint(place, old, tmp_path, monkeypatch):
+def test_overwrite_killed_before_its_first_save_leaves_no_old_checkpoint(
+    place, old, straight, tmp_path, monkeypatch
+):
     folder = tmp_path / "run"
     shutil.copytree(old, folder)
     metrics = (folder / "metrics.json").read_text()
@@ -112,23 +131,16 @@ def test_overwrite_killed_before_its_first_save_leaves_no_old_checkpoint(place, 
     assert facts(folder) == OLD and (folder / "metrics.json").read_text() == metrics, "the old adapter stays whole"
     resumed = prepare(new_request(place), folder, resume=True)
     result = resumed.execute(title=None)
-    prepare(new_request(place), tmp_path / "straight").execute(title=None)
-    weights = [load_file(path / "ptv2_model.safetensors") for path in (folder, tmp_path / "straight")]
+    weights = [load_file(path / "ptv2_model.safetensors") for path in (folder, straight)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert result.epochs == 2 and facts(folder) == NEW
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_overwrite_killed_at_random_is_one_run_and_can_be_resumed(place, old, tmp_path, monkeypatch, seed):
-    straight = prepare(new_request(place), tmp_path / "straight")
-    straight.execute(title=None)
-    changes = killed_in(monkeypatch, -1)
-    shutil.copytree(old, tmp_path / "whole")
-    changes[0] = 0
-    prepare(new_request(place), tmp_path / "whole", overwrite=True).execute(title=None)
-    total = changes[0]
-    monkeypatch.undo()
-    moments = random.Random(seed).sample(range(1, total + 1), 5)
+def test_overwrite_killed_at_random_is_one_run_and_can_be_resumed(
+    place, old, straight, all_changes, tmp_path, monkeypatch, seed
+):
+    moments = random.Random(seed).sample(range(1, all_changes + 1), 5)
     for moment in moments:
         folder = tmp_path / f"killed-{moment}"
         shutil.copytree(old, folder)
@@ -146,7 +158,7 @@ def test_overwrite_killed_at_random_is_one_run_and_can_be_resumed(place, old, tm
         else:
             prepare(new_request(place), folder, resume=True).execute(title=None)
         assert facts(folder) == NEW, moment
-        weights = [load_file(path / "ptv2_model.safetensors") for path in (folder, tmp_path / "straight")]
+        weights = [load_file(path / "ptv2_model.safetensors") for path in (folder, straight)]
         assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items()), moment
         assert not any(path.name.startswith(".") for path in folder.iterdir()), "leftovers are removed"
 
