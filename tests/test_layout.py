@@ -47,8 +47,8 @@ LAZY_UPWARDS = {
 # Everything of ours that transformers may be imported from.
 USES_TRANSFORMERS = {
     "attention", "models", "prompts", "heads", "step", "adapter", "checkpoint", "adapter_set", "base_attributes",
-    "base_methods", "persistence", "encoder_decoder", "model", "head_model", "tasks", "training", "tutorials", "interop",
-    "cli", "demo", "reference",
+    "base_methods", "persistence", "encoder_decoder", "model", "head_model", "tasks", "training", "tutorials",
+    "interop", "cli", "demo", "reference",
 }  # fmt: skip
 ATTENTION_WITHOUT_TRANSFORMERS = {"api", "checks", "prompt_batch", "torch_backend", "triton_backend", "__init__"}
 

@@ -104,7 +104,7 @@ def _judges(plan, goal):
         if phase.work != goal.suite or phase.arguments.get("profile"):
             continue
         named = set(phase.arguments["providers"])
-        ours = bool(named & {"ours", "ours_graph", "ours_compiled"}) if goal.ours == BEST else goal.ours in named
+        ours = bool(named & {"ours", "ours_graph", "ours_graph_compiled", "ours_compiled"}) if goal.ours == BEST else goal.ours in named
         if ours and goal.peer in named and any(goal.judged(case.as_dict()) for case in _chosen(phase)):
             return True
     return False
