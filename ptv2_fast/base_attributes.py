@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.models.arguments import check_read
 
+# Methods of a base whose forwards no wrapper sees: continuous batching runs the model in a thread of its own.
+_RUN_BARE = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
 
 class BaseAttributes(nn.Module):
     """What a PTuningV2Model knows of its base's attributes; mixed into it.
@@ -50,14 +53,22 @@ class BaseAttributes(nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
+            if name in _RUN_BARE:
+                raise AttributeError(f"{name} would run the bare base, without its prompts; use generate") from None
             return getattr(self.base_model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What the base has and this object has not is set where it is read: on the base.
 
         Raises:
-            ValueError: an adapter trains a copy of the base's module of this name, which would go on running.
+            ValueError: an adapter trains a copy of the base's module of this name, which would go on running; or the
+                base itself is to become something else than a transformers model.
         """
+        if name == "base_model" and not isinstance(value, PreTrainedModel):
+            raise ValueError(
+                f"base_model must be a transformers PreTrainedModel; got {type(value).__name__} (what wraps a model, "
+                "torch.compile for instance, is given the PTuningV2Model)"
+            )
         if not self._is_the_bases(name):
             super().__setattr__(name, value)
             return

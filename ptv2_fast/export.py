@@ -36,6 +36,7 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     model._check_name(name)
+    model._follow_backbone()
     adapter = model.adapters[name]
     config = adapter.config
     if what not in FORMATS:
@@ -55,7 +56,7 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
         with torch.no_grad():
             if what == "embeddings":
                 return {"prompt_embeddings": _plain(adapter.encoder())}
-            return _keys_and_values(model._sources[name]("torch"))
+            return _keys_and_values(model._source(name)("torch"))
     finally:
         model.train(was_training)
 

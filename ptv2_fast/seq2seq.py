@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptv2_fast.heads import check_labels
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.cache import with_cache_name
 from ptv2_fast.models.slots import ENCODER_STATES, change_states
+from ptv2_fast.models.view import view_of
 
 
 class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
@@ -64,6 +65,21 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
             **kwargs,
         }
         return self._as_asked(self.run(self.base_model, inputs, adapter_names), kwargs.get("return_dict"))
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """The base's encoder with the prompts, made for each of its calls; what it returns serves as encoder_outputs.
+
+        Args:
+            modality: as in transformers; all that these models read is text.
+        """
+
+        def forward(original: Any, *args: Any, adapter_names: Sequence[str] | None = None, **inputs: Any) -> Any:
+            if self._disabled:
+                return original(*args, **inputs)
+            return self._bound_prompts(adapter_names).around(self.backbone).encoder(*args, **inputs)
+
+        encoder: nn.Module = self.base_model.get_encoder(modality)
+        return view_of(encoder, forward=forward)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """`generate` of the base with the prompts in its encoder and in every step of its decoder."""

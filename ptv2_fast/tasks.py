@@ -197,6 +197,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         if self._disabled:
             return self.base_model.generate(*args, **with_cache_name(kwargs))
 
+        self._follow_backbone()
         model, target = self.for_one_call(), self._hooked.whole(self.base_model)
 
         def forward(original: Any, *args: Any, **inputs: Any) -> Any:
