@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,19 @@ def load_base(
         base.is_quantized = False
     base.config.name_or_path = str(Path(source, *options.values()))
     return base.eval(), tokenizer
+
+
+def digest_of_weights(base: PreTrainedModel) -> str:
+    """A digest of a base's weights on the CPU, in which any change of a number shows.
+
+    Poolers are left out: no head here reads one, and where a model's file has none it is drawn anew by each load.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base.state_dict().items()):
+        if "pooler" not in name.split("."):
+            content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {zlib.crc32(content)}\n".encode())
+    return digest.hexdigest()
 
 
 def head_size(name: str | Path, task_type: str, shapes: Mapping[str, Sequence[int]]) -> int | None:

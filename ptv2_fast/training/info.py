@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ptv2_fast import PTuningV2Config
 from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.training.loading import read_description
 
@@ -30,11 +31,12 @@ def facts_of(name: str) -> list[dict[str, Any]]:
 def _adapter_facts(folder: Path) -> dict[str, Any]:
     description = read_description(folder)
     config, base = description["config"], description["base"]
+    try:
+        PTuningV2Config.from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS_NAME} holds an unusable configuration: {error}") from error
     sizes = _tensor_sizes(folder / WEIGHTS_NAME)
-    heads = {
-        name: {key: head.get(key) for key in ("task_type", "num_labels", "labels", "pooling")}
-        for name, head in (config.get("heads") or {}).items()
-    }
+    heads = {name: _head_facts(head) for name, head in (config.get("heads") or {}).items()}
     return {
         "adapter": str(folder),
         "name": description.get("adapter_name"),
@@ -48,6 +50,12 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
         "heads": heads,
         "base": base,
     }
+
+
+def _head_facts(head: Any) -> dict[str, Any]:
+    """What a configuration says of a head, which may be its number of labels alone."""
+    said = head if isinstance(head, dict) else {"num_labels": head}
+    return {key: said.get(key) for key in ("task_type", "num_labels", "labels", "pooling")}
 
 
 def _tensor_sizes(path: Path) -> dict[str, int]:

@@ -14,7 +14,7 @@ from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.config import HEAD_TASKS, HeadConfig
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
-from ptv2_fast.training.bases import load_base
+from ptv2_fast.training.bases import digest_of_weights, load_base
 from ptv2_fast.training.batches import PadCollator
 from ptv2_fast.training.curves import plot_curves
 from ptv2_fast.training.data import LabelSet, read_examples
@@ -94,6 +94,7 @@ class PreparedRun:
     train: Sequence[Mapping[str, Any]]
     dev: Sequence[Mapping[str, Any]] | None
     folder: RunFolder
+    base: str  # the digest of the base's weights
     resume: bool
 
     def execute(self, title: str | None = "training") -> FitResult:
@@ -106,7 +107,7 @@ class PreparedRun:
         if self.resume:
             self.folder.clean()
         else:
-            self.folder.begin(_asked(self.request), _digests(self.train, self.dev))
+            self.folder.begin(_asked(self.request), _digests(self.train, self.dev), self.base)
         try:
             result = fit(
                 self.model,
@@ -128,8 +129,8 @@ class PreparedRun:
         return result
 
     def identity(self) -> dict[str, Any]:
-        """What the run was asked for and digests of its data, as plain JSON values; paths do not matter."""
-        return {**_asked(self.request), "digests": _digests(self.train, self.dev)}
+        """What the run was asked for and digests of its data and base, as plain JSON values; paths do not matter."""
+        return {**_asked(self.request), "digests": {**_digests(self.train, self.dev), "base": self.base}}
 
     def _finish(self, result: FitResult) -> None:
         trained, total = self.model.trainable_parameters()
@@ -182,6 +183,9 @@ def prepare(
     if resume:
         folder.check_data(_digests(train, dev))
     base, tokenizer = load_base(request.model, request.task_type, dropout=request.dropout)
+    digest = digest_of_weights(base)
+    if resume:
+        folder.check_base(digest)
     codec = TaskCodec(
         request.task_type,
         tokenizer,
@@ -193,7 +197,7 @@ def prepare(
     torch.manual_seed(request.fit.seed)
     model = _build(request, base, codec, train)
     _try_longest(model, codec, [*train, *(dev or ())])
-    return PreparedRun(request, model, codec, train, dev, folder, resume)
+    return PreparedRun(request, model, codec, train, dev, folder, digest, resume)
 
 
 def _check_alike(
