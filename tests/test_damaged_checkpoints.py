@@ -130,6 +130,11 @@ def test_tensors_of_other_kinds_in_the_paper_s_files(kind, mlp):
             from_paper(base, state, is_trainable=trainable)
 
 
+def test_what_is_no_tensor_in_the_paper_s_state():
+    with pytest.raises(ValueError, match="must be of floating point, 16 bits or more; got str"):
+        from_paper(tiny_base("bert", "TOKEN_CLS"), {"prefix_encoder.embedding.weight": "x"})
+
+
 def test_a_mlp_of_the_paper_is_measured_before_it_is_multiplied():
     base = tiny_base("bert", "TOKEN_CLS")
     rows = 100_000  # rows times rows are 40 GB
