@@ -159,6 +159,7 @@ def test_a_mlp_of_the_paper_is_measured_before_it_is_multiplied():
         {"injection": "prefix", "prompt_init": "gated"},
         {"layers": [10**30]},
         {"position_offset": 10**30},
+        {"position_offset": 10**9},
         {"init_std": 10**400},
         {"prompt_dropout": 10**400},
     ],
@@ -177,7 +178,7 @@ def test_what_a_description_claims_is_compared_with_the_file_first(tmp_path, con
         return made
 
     monkeypatch.setattr(torch, "randn", counted)
-    if "position_offset" not in config:
+    if config != {"position_offset": 10**9}:
         _refused(tmp_path, "must|missing|no tensors can have|unusable")
         assert sum(allocated) == 0
         return
