@@ -98,8 +98,8 @@ class FitSettings:
 
 
 def _positive_integer(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer; got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be a positive integer below 2**31; got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -70,15 +70,15 @@ def _model_facts(name: str) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModel
 
     from ptv2_fast.models.families import family_of, sizes_of
-    from ptv2_fast.training.bases import locate
+    from ptv2_fast.training.bases import locate, not_loaded
 
     source, options = locate(name)
     try:
         config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {name!r} could not be loaded: {' '.join(str(error).split())}") from error
-    with torch.device("meta"):
-        backbone = AutoModel.from_config(config)
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(config)
+    except Exception as error:  # a damaged file makes transformers and its parts raise anything
+        raise not_loaded(name, error) from error
     family = family_of(backbone)
     sizes = sizes_of(backbone)
     row = sizes.num_layers * sizes.hidden_size

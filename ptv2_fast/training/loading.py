@@ -149,7 +149,7 @@ def _checked_settings(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     data = settings.get("data")
     columns = data if isinstance(data, dict) else {}
     fits = {
-        "row_length": _is_count(settings.get("row_length"), 2),
+        "row_length": _is_count(settings.get("row_length"), 1),
         "doc_stride": _is_count(settings.get("doc_stride"), 0),
         "no_answer": isinstance(settings.get("no_answer"), bool | None),
         "reads": settings.get("reads") is None or _are_names(settings["reads"]),

@@ -65,6 +65,9 @@ class TrainRequest:
         max_length: tokens of a row; None means the task's usual length.
         doc_stride: tokens that windows of a context share.
         dropout: of the base's hidden states; None keeps the base's own.
+
+    Raises:
+        ValueError: max_length or doc_stride is out of range.
     """
 
     model: str
@@ -82,6 +85,12 @@ class TrainRequest:
     max_length: int | None = None
     doc_stride: int = 128
     dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_length", 1), ("doc_stride", 0)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**31:
+                raise ValueError(f"{name} must be at least {low} and below 2**31; got {value!r}")
 
 
 @dataclass(frozen=True)

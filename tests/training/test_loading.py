@@ -47,7 +47,7 @@ NO_NAMES = [True, 0, 1.5, {}, [1], [[]], [None]]
 @pytest.mark.parametrize(
     ("place", "good", "bad"),
     [
-        (("row_length",), [16, None], [0, 1, *NO_COUNTS]),
+        (("row_length",), [16, None], [0, *NO_COUNTS]),
         (("doc_stride",), [0, 128, None], NO_COUNTS),
         (("no_answer",), [True, False, None], [0, 1.5, "x", []]),
         (("reads",), [["label", "text"], None], ["x", *NO_NAMES]),
