@@ -56,8 +56,14 @@ class BaseAttributes(nn.Module):
         """What the base has and this object has not is set where it is read: on the base.
 
         Raises:
-            ValueError: an adapter trains a copy of the base's module of this name, which would go on running.
+            ValueError: an adapter trains a copy of the base's module of this name, which would go on running; or the
+                base itself is to become something else than a transformers model.
         """
+        if name == "base_model" and not isinstance(value, PreTrainedModel):
+            raise ValueError(
+                f"base_model must be a transformers PreTrainedModel; got {type(value).__name__} (what wraps a model, "
+                "torch.compile for instance, is given the PTuningV2Model)"
+            )
         if not self._is_the_bases(name):
             super().__setattr__(name, value)
             return

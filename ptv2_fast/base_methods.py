@@ -40,7 +40,8 @@ class BaseMethods(nn.Module):
         model: Any = self
         if part is self.base_model:
             return self
-        if model._has_decoder:
+        model._follow_backbone()
+        if model._sizes.decoder_layers:
             own = part is getattr(backbone_of(self.base_model), stack, None)
             return view_of(part, forward=_stack_of(model, stack)) if own else part
         reads_tokens = part is model.backbone or (stack == "decoder" and model._family.causal)
@@ -78,6 +79,7 @@ def _stack_of(model: Any, stack: str) -> Any:
     def forward(original: Any, *args: Any, **inputs: Any) -> Any:
         if model._disabled:
             return original(*args, **inputs)
+        model._follow_backbone()
         target = model._hooked.whole(model.backbone)
         prompted = getattr(model._bound_prompts(None).around(target), stack)
         return prompted(**{**named_arguments(original, args), **inputs})

@@ -19,10 +19,8 @@ from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.encoder_decoder import EncoderDecoder
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
-from ptv2_fast.models.families import family_of
 from ptv2_fast.models.features import check_features, input_size, reads_text
 from ptv2_fast.models.gathered import device_of
-from ptv2_fast.models.hooked import Hooked
 from ptv2_fast.models.inputs import (
     check_beside,
     check_inputs,
@@ -41,10 +39,8 @@ from ptv2_fast.models.view import outside_graphs
 from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.kept import KeptPrompts, Prompts
-from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.recomputation import Recomputation
 from ptv2_fast.step.labelled_rows import balances_experts
-from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
 from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.step.unpad import Packing, can_unpad, unpadded
@@ -93,17 +89,12 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
         super().__init__()
         if not isinstance(base, PreTrainedModel):
             raise ValueError(f"base must be a transformers PreTrainedModel; got {type(base).__name__}")
-        self._family = family_of(backbone_of(base))
-        self._has_decoder = self._family.sizes(backbone_of(base)).decoder_layers > 0
         hook.check_served({}, backbone_of(base).config)
-        self._hooked = Hooked(backbone_of(base), self._family)
-        self._num_layers = self._family.sizes(backbone_of(base)).num_layers
+        self._look_at(backbone_of(base))
         self._kept = KeptPrompts()
         if adapter is None:
             adapter = self._build(base, config, tokenizer, init_text)
-        self._sources: dict[str, PromptSource] = {}
         self.step_options = StepOptions() if step_options is None else step_options
-        self._step_layers = StepLayers(backbone_of(base), self._family)
         self._logged_plans: set[StepPlan] = set()
         self.base_model = base
         self.adapters = ModuleDictOf()
@@ -170,8 +161,9 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
             inputs["return_dict"] = True
         if self._disabled:
             return target(**inputs)
+        self._follow_backbone()
         hook.check_served(inputs, self.backbone.config)
-        if self._has_decoder:
+        if self._sizes.decoder_layers:
             return self._run_stacks(target, inputs, adapter_names)
         names = self._row_names(adapter_names, inputs)
         evolving = [n for n in names if n != BASE_ROW and self._evolves_with_text(self.adapters[n])]
@@ -240,7 +232,7 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
 
     def why_not_packed(self) -> str | None:
         """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
-        if self._has_decoder:
+        if self._sizes.decoder_layers:
             return "an encoder-decoder runs its padded rows as they are"
         if self._evolves_with_text(self.adapters[self.active_adapter]):
             return "a shallow prompt on a bidirectional model is rows of the padded batch"
@@ -315,7 +307,7 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
         return PromptBatch(prompts, index, bounds, longest, backend, asked=_account())
 
     def _check_reached(self, batch: PromptBatch) -> None:
-        batch.check_reached(type(self.backbone).__name__, self._num_layers)
+        batch.check_reached(type(self.backbone).__name__, self._sizes.num_layers)
 
     def _run_evolving(self, target: PreTrainedModel, inputs: dict[str, Any], adapter: Adapter) -> Any:
         """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
@@ -364,8 +356,8 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
         """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""
         members = sorted(set(names))
         if members == [BASE_ROW]:
-            return (None,) * self._num_layers, [0] * len(names)
-        prompts = self._kept.of([None if name == BASE_ROW else self._sources[name] for name in members], backend)
+            return (None,) * self._sizes.num_layers, [0] * len(names)
+        prompts = self._kept.of([None if name == BASE_ROW else self._source(name) for name in members], backend)
         return prompts, [members.index(name) for name in names] if len(members) > 1 else None
 
     def _row_names(self, adapter_names: Sequence[str] | None, inputs: Mapping[str, Any]) -> tuple[str, ...]:

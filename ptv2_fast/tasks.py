@@ -212,6 +212,7 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
             return self.base_model.generate(*args, **with_cache_name(kwargs))
 
         refuse_unserved(kwargs.get("generation_config") or self.generation_config, kwargs, seq2seq=False)
+        self._follow_backbone()
         model, target = self.for_one_call(), self._hooked.whole(self.base_model)
 
         def forward(original: Any, *args: Any, **inputs: Any) -> Any:

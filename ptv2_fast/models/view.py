@@ -174,6 +174,17 @@ class _HookedElsewhere:
         _install_hooks_once(self.__dict__[_VIEW_OF])
         return True
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle finds the model's own class by its name, and not the one made of it here."""
+        kind = type(self)
+        if kind is not _hooked_elsewhere(kind.__mro__[2]):
+            return super().__reduce_ex__(protocol)
+        return _blank_view, (kind.__mro__[2],), self.__dict__
+
+
+def _blank_view(kind: Any) -> Any:
+    return object.__new__(_hooked_elsewhere(kind))
+
 
 @torch.compiler.assume_constant_result
 def _handed_on(cls: type) -> tuple[str, ...]:

@@ -18,10 +18,14 @@ from ptv2_fast.prompts.projection import LayerProjections
 
 
 class PromptSource:
-    """The keys and values that one adapter's prompts make in one backbone."""
+    """The keys and values that one adapter's prompts make in one backbone.
+
+    Attributes:
+        encoder: the prompts.
+    """
 
     def __init__(self, encoder: PromptEncoder, backbone: PreTrainedModel, family: Family, hooked: Hooked):
-        self._encoder = encoder
+        self.encoder = encoder
         self._backbone = backbone
         self._family = family
         self._hooked = hooked
@@ -30,13 +34,13 @@ class PromptSource:
     def __call__(self, backend: str) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
         """Every layer's prompt for a backend of `prompt_attention`."""
         return layer_prompts(
-            self._encoder, self._backbone, self._family, self._projections, backend, hooked=self._hooked
+            self.encoder, self._backbone, self._family, self._projections, backend, hooked=self._hooked
         )
 
     @property
     def trains(self) -> bool:
         """Whether the prompts are in training mode: dropout gives other ones each time."""
-        return self._encoder.training
+        return self.encoder.training
 
     @property
     def place(self) -> tuple[torch.device, torch.dtype]:
@@ -50,7 +54,7 @@ class PromptSource:
         The sources are of one backbone; at least one is not None.
         """
         first = next(source for source in sources if source is not None)
-        encoders = [None if source is None else source._encoder for source in sources]
+        encoders = [None if source is None else source.encoder for source in sources]
         together = made_together(encoders, first._backbone, first._family, first._projections, backend)
         if together is not None:
             return together

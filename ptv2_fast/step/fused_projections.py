@@ -31,18 +31,16 @@ class FusedProjections:
 
     def __init__(self, backbone: nn.Module):
         """Find the groups; nothing is moved before `modules` is called."""
-        self._groups = [
-            FusedGroup(path, module, names)
-            for path, module in backbone.named_modules()
-            for names in _GROUPS
-            if all(n in module._modules for n in names) and _can_fuse([module.get_submodule(n) for n in names])
-        ]
+        self._backbone = backbone
+        self._groups = _groups_of(backbone)
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """What stands in a view of the backbone at each path; the weights are moved where they are not in place yet."""
+        if not all(group.is_part_of(self._backbone) for group in self._groups):
+            self._groups = _groups_of(self._backbone)
         found = {}
         for group in self._groups:
             if group.is_whole():
@@ -64,6 +62,7 @@ class FusedGroup:
     """
 
     def __init__(self, path: str, parent: nn.Module, names: Sequence[str]):
+        self._path = path.split(".") if path else []
         self._parent = parent
         self._names = names
         self._linears = [parent.get_submodule(name) for name in names]
@@ -75,15 +74,17 @@ class FusedGroup:
         paths = [f"{path}.{name}" if path else name for name in names]
         self.modules = {path: _FusedLinear(self, position) for position, path in enumerate(paths)}
 
+    def is_part_of(self, backbone: nn.Module) -> bool:
+        """Whether the group's parent is still where it was found."""
+        module: nn.Module | None = backbone
+        for name in self._path:
+            module = None if module is None else module._modules.get(name)
+        return module is self._parent
+
     def is_whole(self) -> bool:
-        """Whether the linear maps are still the parent's, frozen, and nobody hooks or replaces what they do."""
-        return all(
-            self._parent._modules.get(name) is linear
-            and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
-            and not any(p is not None and p.requires_grad for p in linear._parameters.values())
-            and "forward" not in linear.__dict__
-            for name, linear in zip(self._names, self._linears)
-        )
+        """Whether the linear maps are still the parent's, and can be fused."""
+        own = all(self._parent._modules.get(name) is linear for name, linear in zip(self._names, self._linears))
+        return own and _can_fuse(self._linears)
 
     def gather(self) -> None:
         """Move the weights (and biases) into one buffer, unless they lie there already."""
@@ -136,16 +137,27 @@ class _FusedLinear(nn.Module):
         return self._group._linears[self._position].weight
 
 
+def _groups_of(backbone: nn.Module) -> list[FusedGroup]:
+    return [
+        FusedGroup(path, module, names)
+        for path, module in backbone.named_modules()
+        for names in _GROUPS
+        if all(n in module._modules for n in names) and _can_fuse([module.get_submodule(n) for n in names])
+    ]
+
+
 def _can_fuse(modules: Sequence[nn.Module]) -> bool:
     """Whether the modules are plain frozen linear maps of one input size, which nobody hooks, shards or replaces."""
     if any(type(m) is not nn.Linear or "forward" in m.__dict__ for m in modules):
         return False
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
-    parameters = [p for m in modules for p in m.parameters()]
-    plain = all(type(p) is nn.Parameter and not p.requires_grad for p in parameters)
-    alike = len({(m.in_features, m.bias is None, m.weight.dtype, m.weight.device) for m in modules}) == 1
-    distinct = len({id(p) for p in parameters}) == len(parameters)
-    return plain and alike and distinct and not hooked
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
+        return False
+    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    if any(type(p) is not nn.Parameter or p.requires_grad for p in parameters):
+        return False
+    sizes = {(m.in_features, m._parameters["bias"] is None) for m in modules}
+    kinds = {(p.dtype, p.device) for p in parameters}
+    return len(sizes) == len(kinds) == 1 and len(set(map(id, parameters))) == len(parameters)
 
 
 def _lie_in(buffer: Tensor, parts: Sequence[Tensor]) -> bool:

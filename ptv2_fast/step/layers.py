@@ -30,11 +30,12 @@ class StepLayers:
     """Makes views of one backbone for the steps of one wrapper; the weights stay the backbone's.
 
     Attributes:
+        backbone: the one.
         without: which switches save nothing on this backbone, and why.
     """
 
     def __init__(self, backbone: PreTrainedModel, family: Family) -> None:
-        self._backbone = backbone
+        self.backbone = backbone
         self._family = family
         self._fused: FusedProjections | None = None
         self._compiled: Callable | None = None
@@ -44,14 +45,14 @@ class StepLayers:
 
     def gathered_by(self, *above: nn.Module) -> str | None:
         """Who brings the weights of the backbone, or of modules above it, while they run; None where they stay."""
-        return gathered_by((*above, self._backbone), self._family.layers(self._backbone))
+        return gathered_by((*above, self.backbone), self._family.layers(self.backbone))
 
     def fused(self, plan: StepPlan) -> Mapping[str, nn.Module]:
         """Path -> what stands in for a linear map there; weights move here, before anything takes their address."""
         if not plan.fused_projections:
             return {}
         if self._fused is None:
-            self._fused = FusedProjections(self._backbone)
+            self._fused = FusedProjections(self.backbone)
         return self._fused.modules()
 
     def view(
@@ -80,7 +81,7 @@ class StepLayers:
         return with_modules(backbone, {f"{self._layers_path}.{name}": layer for name, layer in changed.items()})
 
     def _find_without(self) -> dict[str, str]:
-        if self._family.sizes(self._backbone).decoder_layers:
+        if self._family.sizes(self.backbone).decoder_layers:
             names = [field.name for field in fields(StepOptions)]
             return dict.fromkeys(names, "an encoder-decoder runs its padded rows as they are")
         found = {}
@@ -112,8 +113,8 @@ class StepLayers:
 
     def _find_layers(self) -> str:
         """The path of the backbone's layers in it."""
-        layers = self._family.layers(self._backbone)
-        return next(path for path, module in self._backbone.named_modules() if module is layers)
+        layers = self._family.layers(self.backbone)
+        return next(path for path, module in self.backbone.named_modules() if module is layers)
 
 
 def compiled_layer(layer: nn.Module, position: int, call: Callable) -> nn.Module:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_folders import bert_folder, toy_file
 from transformers import TrainerCallback
 
@@ -176,6 +176,28 @@ def test_resume_notices_other_data(place, tmp_path):
     other = request(place, dev=DataSource(str(place / "other.tsv")))
     with pytest.raises(ValueError, match="examples of --dev are not"):
         prepare(other, tmp_path / "run", resume=True)
+
+
+def test_resume_notices_another_base(place, tmp_path):
+    """The weights count, not their place; a pooler, which nothing reads, may be drawn anew by each load."""
+    folder = tmp_path / "bert"
+    shutil.copytree(place / "bert", folder)
+    weights = load_file(folder / "model.safetensors")
+    without = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    assert without.keys() != weights.keys()
+    save_file(without, folder / "model.safetensors", {"format": "pt"})
+    mine = request(place, model=str(folder))
+    prepare(mine, tmp_path / "run").execute(title=None)
+    torch.manual_seed(5)
+    prepare(mine, tmp_path / "run", resume=True)
+    without["encoder.layer.1.output.dense.weight"].view(-1)[7].add_(1e-5)
+    save_file(without, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights of the base \(--model\) are not those .*--overwrite trains anew"):
+        prepare(mine, tmp_path / "run", resume=True)
+    run = tmp_path / "run" / "checkpoints" / "run.json"
+    run.write_text(json.dumps({**json.loads(run.read_text()), "base": None}))
+    with pytest.raises(ValueError, match="weights of the base"):
+        prepare(mine, tmp_path / "run", resume=True)
 
 
 def test_resume_says_what_differs_and_nothing_else(place, old):
