@@ -194,9 +194,6 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         if self.training and call.get(CACHE) is None and reads_text(self._family):
             call.setdefault("use_cache", False)
         original = backbone_of(target)
-        backbone = self._hooked(original)
-        if self._family.by_slot:
-            backbone = by_slots(backbone)
         packing = None
         # A loss over the routers' logits reads them for the padded batch.
         may_unpad = can_unpad(call) and not self._family.by_slot and not balances_experts(self.base_model, call)
@@ -208,7 +205,9 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
             read = None
         if packing is not None and read is not None:
             read = packing.places(read)
-        backbone = self._step_layers.view(backbone, plan, fused, read)
+        backbone = self._step_layers.view(self._hooked(original), plan, fused, read)
+        if self._family.by_slot:
+            backbone = by_slots(backbone)
         if packing is not None:
             backbone = unpadded(backbone, packing)
         if self._family.own_attention:

@@ -37,17 +37,22 @@ class FusedProjections:
             for names in _GROUPS
             if all(n in module._modules for n in names) and _can_fuse([module.get_submodule(n) for n in names])
         ]
+        # (which groups were whole, their modules): the same object for as long as the same ones are.
+        self._last: tuple[list[bool], dict[str, nn.Module]] = ([], {})
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """What stands in a view of the backbone at each path; the weights are moved where they are not in place yet."""
-        found = {}
-        for group in self._groups:
-            if group.is_whole():
-                group.gather()
-                found.update(group.modules)
+        whole = [group.is_whole() for group in self._groups]
+        groups = [group for group, fits in zip(self._groups, whole) if fits]
+        for group in groups:
+            group.gather()
+        known, found = self._last
+        if whole != known:
+            found = {path: module for group in groups for path, module in group.modules.items()}
+            self._last = (whole, found)
         return found
 
     def release(self) -> None:
