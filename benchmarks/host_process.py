@@ -22,14 +22,14 @@ from benchmarks.host_providers import NEW_TOKENS, Call, calls_of
 from benchmarks.measure import quantiles
 
 _ROUNDS, _TINY_ROUNDS = 31, 3
-# A launch is over too soon for the clock.
-_LAUNCHES = 200
+# Calls in a sample: a launch is over too soon for the clock.
+_LAUNCHES, _STEPS = 200, 2
 
 
 def measure(case: HostCase, counts: Any, *, tiny: bool) -> dict[str, dict[str, object]]:
     """What each provider of a cell costs the host."""
     calls = calls_of(case)
-    repeat = _LAUNCHES if case.kind == "launch" and not tiny else 1
+    repeat = 1 if tiny else _LAUNCHES if case.kind == "launch" else _STEPS
     for call in calls.values():
         for _ in range(2):
             call()
@@ -44,11 +44,16 @@ def measure(case: HostCase, counts: Any, *, tiny: bool) -> dict[str, dict[str, o
 
 
 def _times(calls: dict[str, Call], rounds: int, repeat: int) -> dict[str, list[float]]:
-    """Milliseconds of process time of each call, providers taking turns."""
+    """Milliseconds of process time of each call, providers taking turns.
+
+    A turn begins with a call that does not count, after which the processor's caches hold what the provider runs: a
+    training loop takes the same step again and again.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     for _ in range(rounds):
         for name, call in calls.items():
+            call()
             start = time.process_time_ns()
             for _ in range(repeat):
                 call()

@@ -16,8 +16,9 @@ from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
 from ptv2_fast.step.options import StepOptions
 
 Call = Callable[[], Any]
-# What they are on CUDA while training, through the triton backend.
+# What they are on CUDA through the triton backend, while training and not.
 CUDA_DEFAULTS = StepOptions(unpad=True, labelled_rows_loss=True, fused_projections=True, last_rows=True)
+CUDA_EVALUATION = StepOptions(unpad=False, labelled_rows_loss=False, fused_projections=False, last_rows=False)
 # Tokens of a generation that is timed against one of a single token.
 NEW_TOKENS = 8
 
@@ -47,15 +48,16 @@ def _lengths(case: HostCase) -> list[int]:
 
 def our_model(case: HostCase, base: nn.Module) -> nn.Module:
     """Our model over a twin of the base, the triton backend and the defaults on CUDA asked for."""
-    options = {"num_virtual_tokens": PROMPT, "injection": case.injection, "backend": "triton"}
+    prompts = {"num_virtual_tokens": PROMPT, "injection": case.injection, "backend": "triton"}
     causal = base.get_output_embeddings() is not None
     if causal:
-        config = PTuningV2Config("CAUSAL_LM", **options)
+        config = PTuningV2Config("CAUSAL_LM", **prompts)
     elif case.kind == "tasks":
-        config = PTuningV2Config("FEATURE_EXTRACTION", **options)
+        config = PTuningV2Config("FEATURE_EXTRACTION", **prompts)
     else:
-        config = PTuningV2Config("SEQ_CLS", heads={"task": HeadConfig("SEQ_CLS", 2)}, **options)
-    model = get_ptv2_model(twin(base), config, step_options=CUDA_DEFAULTS)
+        config = PTuningV2Config("SEQ_CLS", heads={"task": HeadConfig("SEQ_CLS", 2)}, **prompts)
+    options = CUDA_EVALUATION if case.kind == "token" else CUDA_DEFAULTS
+    model = get_ptv2_model(twin(base), config, step_options=options)
     for number in range(1, TASKS if case.kind == "tasks" else 1):
         model.add_adapter(f"task{number}", config)
     model.adapters.requires_grad_(False)

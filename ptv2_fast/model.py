@@ -41,6 +41,7 @@ from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.kept import KeptPrompts, Prompts
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.recomputation import Recomputation
+from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.labelled_rows import balances_experts
 from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
@@ -103,6 +104,7 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         self.step_options = StepOptions() if step_options is None else step_options
         self._step_layers = StepLayers(backbone_of(base), self._family)
         self._logged_plans: set[StepPlan] = set()
+        self._last_plan: tuple[tuple[Any, ...], StepPlan] | None = None
         self.base_model = base
         self.adapters = ModuleDictOf()
         self.active_adapter = adapter_name
@@ -238,14 +240,21 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
     def step_plan(self) -> StepPlan:
         """What this step leaves out, by `step_options`; logged once, however often it comes back."""
         backend = self.adapters[self.active_adapter].config.backend
+        device, gathered = device_of(self.backbone), self._step_layers.gathered_by(self, self.base_model)
+        asked = (
+            self.step_options, self.training, device, backend, gathered, torch.compiler.is_compiling(), dict(CAPTURES),
+        )  # fmt: skip
+        if self._last_plan is not None and self._last_plan[0] == asked:
+            return self._last_plan[1]
         plan = plan_step(
-            self.step_options, training=self.training, device=device_of(self.backbone), backend=backend,
-            gathered_by=self._step_layers.gathered_by(self, self.base_model),
+            self.step_options, training=self.training, device=device, backend=backend, gathered_by=gathered,
             without=self._step_layers.without,
         )  # fmt: skip
-        if not torch.compiler.is_compiling() and plan not in self._logged_plans:
-            self._logged_plans.add(plan)
-            logger.info("training step: %s", plan)
+        if not torch.compiler.is_compiling():
+            self._last_plan = asked, plan
+            if plan not in self._logged_plans:
+                self._logged_plans.add(plan)
+                logger.info("training step: %s", plan)
         return plan
 
     def with_prompts(self, inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

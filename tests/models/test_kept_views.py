@@ -118,7 +118,26 @@ def _replace_what_no_view_is_of(model):
     _layer(model).intermediate.dense = _Doubled(_layer(model).intermediate.dense)
 
 
+def _move_a_weight(model):
+    weight = _attention(model).key.weight
+    weight.data = -2.0 * weight.data
+
+
+def _replace_a_parameter(model):
+    _attention(model).value.weight = nn.Parameter(2.0 * _attention(model).value.weight.detach(), requires_grad=False)
+
+
+def _hook_a_projection(model):
+    _attention(model).query.register_forward_hook(lambda module, given, output: 2.0 * output)
+
+
+def _set_a_projections_forward(model):
+    query = _attention(model).query
+    query.forward = MethodType(lambda self, x: 2.0 * type(self).forward(self, x), query)
+
+
 CHANGES = (
+    _move_a_weight, _replace_a_parameter, _hook_a_projection, _set_a_projections_forward,
     _set_an_attribute, _replace_a_projection, _replace_a_layer, _swap_a_class, _set_a_forward, _hook_a_module,
     _replace_the_hooks, _replace_what_no_view_is_of,
 )  # fmt: skip
