@@ -174,7 +174,7 @@ def prompt_attention_decode(
     if lse.numel() == 0:
         return output, lse
     plan = _decode_plan(problem.form, config or problem.config("decode"), problem.prompt_index is None,
-                        launch.target_programs(q.device))
+                        launch.target_programs(q.device), output.stride())
     num_rows = batch * heads * queries
     partial_o = launch.allocate((plan.num_chunks, num_rows, head_dim), torch.float32, q.device)
     partial_lse = launch.allocate((plan.num_chunks, num_rows), torch.float32, q.device)
@@ -182,10 +182,7 @@ def prompt_attention_decode(
         _prompt_attention_decode_kernel, plan.grid, q.device, (*problem.tensors("decode"), partial_o, partial_lse),
         plan.constants)
     launch.run(
-        _merge_chunks_kernel, (num_rows,), q.device, (partial_o, partial_lse, output, lse),
-        launcher.constants(
-            o_strides=output.stride(), num_rows=num_rows, num_chunks=plan.num_chunks, num_heads=heads,
-            num_queries=queries, HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_C=plan.block_c, num_warps=1))
+        _merge_chunks_kernel, (num_rows,), q.device, (partial_o, partial_lse, output, lse), plan.merge_constants)
     return output, lse
 
 
@@ -195,12 +192,12 @@ class _DecodePlan(NamedTuple):
     grid: tuple[int, ...]
     constants: launcher.Constants
     num_chunks: int
-    block_d: int
-    block_c: int
+    merge_constants: launcher.Constants
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
-def _decode_plan(form: Form, config: launch.LaunchConfig, shared: bool, target: int) -> _DecodePlan:
+def _decode_plan(form: Form, config: launch.LaunchConfig, shared: bool, target: int,
+                 o_strides: tuple[int, ...]) -> _DecodePlan:
     """For `target` programs; `shared`: all rows have one prompt."""
     batch, rows_of_one = form.num_rows, form.num_heads // form.num_kv_heads * form.num_queries
     block_own = min(config.block_m, max(16, triton.next_power_of_2(rows_of_one)))
@@ -217,11 +214,14 @@ def _decode_plan(form: Form, config: launch.LaunchConfig, shared: bool, target: 
         "prompt_chunk": prompt_chunk, "text_chunks": text_chunks, "text_chunk": text_chunk,
         "BLOCK_SHARED": block_shared, "BLOCK_OWN": block_own, "BLOCK_N": config.block_n, "BLOCK_P": block_p,
         **config.options})
-    return _DecodePlan(
-        (prompt_tiles * prompt_chunks * form.num_kv_heads + text_programs * text_chunks,), constants, num_chunks,
-        launch.padded_head_dim(form.head_dim),
+    merge_constants = launcher.Constants({
+        "o_strides": o_strides, "num_rows": batch * form.num_heads * form.num_queries, "num_chunks": num_chunks,
+        "num_heads": form.num_heads, "num_queries": form.num_queries, "HEAD_DIM": form.head_dim,
+        "BLOCK_D": launch.padded_head_dim(form.head_dim),
         # The number of chunks grows with the cache: not one version of the kernel for each power of two.
-        max(64, triton.next_power_of_2(num_chunks)))
+        "BLOCK_C": max(64, triton.next_power_of_2(num_chunks)), "num_warps": 1})
+    num_programs = prompt_tiles * prompt_chunks * form.num_kv_heads + text_programs * text_chunks
+    return _DecodePlan((num_programs,), constants, num_chunks, merge_constants)
 
 
 def _chunks(length: int, block: int, programs: int, target: int) -> tuple[int, int]:

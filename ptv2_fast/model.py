@@ -199,11 +199,11 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         packing = None
         # A loss over the routers' logits reads them for the padded batch.
         may_unpad = can_unpad(call) and not self._family.by_slot and not balances_experts(self.base_model, call)
-        if may_unpad and (plan.unpad or counts_padding(self.backbone, call["attention_mask"])):
+        if may_unpad and (plan.unpad or counts_padding(original, call["attention_mask"])):
             packing = Packing.of(call["attention_mask"])
         if packing is not None and not (packing.has_padding and packing.index.numel()):
             packing = None
-        if call.get("output_hidden_states") or self.backbone.config.output_hidden_states:
+        if call.get("output_hidden_states") or original.config.output_hidden_states:
             read = None
         if packing is not None and read is not None:
             read = packing.places(read)
@@ -239,18 +239,17 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
 
     def step_plan(self) -> StepPlan:
         """What this step leaves out, by `step_options`; logged once, however often it comes back."""
-        backend = self.adapters[self.active_adapter].config.backend
-        device, gathered = device_of(self.backbone), self._step_layers.gathered_by(self, self.base_model)
-        asked = (
-            self.step_options, self.training, device, backend, gathered, torch.compiler.is_compiling(), dict(CAPTURES),
-        )  # fmt: skip
-        if self._last_plan is not None and self._last_plan[0] == asked:
+        backend, base = self.adapters[self.active_adapter].config.backend, self.base_model
+        device, gathered = device_of(backbone_of(base)), self._step_layers.gathered_by(self, base)
+        traced = torch.compiler.is_compiling()
+        asked = (self.step_options, self.training, device, backend, gathered, device.type in CAPTURES)
+        if not traced and self._last_plan is not None and self._last_plan[0] == asked:
             return self._last_plan[1]
         plan = plan_step(
             self.step_options, training=self.training, device=device, backend=backend, gathered_by=gathered,
             without=self._step_layers.without,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
+        if not traced:
             self._last_plan = asked, plan
             if plan not in self._logged_plans:
                 self._logged_plans.add(plan)
@@ -268,16 +267,16 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         if not reads_text(self._family):
             call = check_features(self._family, inputs, self.base_model)
             return {**call, "ptv2_prompts": self._prompt_batch(names)}
-        inputs = dict(inputs)
+        inputs, backbone = dict(inputs), self.backbone
         past_length = cached_tokens(inputs)
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if smallest_window(self.backbone) and getattr(inputs.get(CACHE), "is_compileable", False):
+        if smallest_window(backbone) and getattr(inputs.get(CACHE), "is_compileable", False):
             mask = whole_mask(mask, inputs.get("position_ids"), past_length, ids)
         rows, tokens = check_inputs(ids, inputs.get("inputs_embeds"), mask, past_length)
         check_beside(inputs, rows, tokens, self.base_model)
-        device = device_of(self.backbone)
+        device = device_of(backbone)
         is_first = inputs.get(CACHE) is None
-        first = self._family.first_position(self.backbone)
+        first = self._family.first_position(backbone)
         packing = stated_rows(inputs)
         if packing is not None and inputs.get("position_ids") is None:
             inputs["position_ids"] = packed_positions(packing[0], tokens, first)
@@ -286,14 +285,14 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         offsets = [0 if n == BASE_ROW else self._text_offset(self.adapters[n]) for n in names]
         if isinstance(past_length, int):
             length = (tokens if packing is None else packing[2]) + past_length + max(offsets)
-            check_length(self.backbone, self._family, length)
+            check_length(backbone, self._family, length)
         positions = text_positions(
             inputs.get("position_ids"), mask,
             rows=rows, tokens=tokens, past_length=past_length, first=first, device=device,
             offset=offsets[0] if len(names) == 1 else torch.tensor(offsets, device=device)[:, None],
         )  # fmt: skip
         if isinstance(mask, Tensor) and mask.dim() == 2 and not is_first and tokens > 1:
-            check_cached_padding(self.backbone, mask)
+            check_cached_padding(backbone, mask)
         if mask is None and positions is not None and is_first:
             # With a mask at hand transformers does not look for packed rows itself.
             mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)

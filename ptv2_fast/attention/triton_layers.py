@@ -85,7 +85,7 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
     rows, tokens, unbanked = ctx.form
     if packed:
-        dq, dk, dv = [None if x is None else x.unflatten(0, (rows, tokens)).transpose(1, 2) for x in (dq, dk, dv)]
+        dq, dk, dv = _in_rows(dq, rows, tokens), _in_rows(dk, rows, tokens), _in_rows(dv, rows, tokens)
     if unbanked:
         dprompt = [None if x is None else x[0] for x in dprompt]
     dprompt_k, dprompt_v, dprompt_bias = dprompt
@@ -96,6 +96,11 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _refused_twice: Callable[..., Any] = torch.autograd.function.once_differentiable(_gradients)
+
+
+def _in_rows(gradient: Tensor | None, rows: int, tokens: int) -> Tensor | None:
+    """(B, H, N, D) of (T, H, D)."""
+    return None if gradient is None else gradient.view(rows, tokens, *gradient.shape[1:]).transpose(1, 2)
 
 
 def _entering(given: Any, arguments: dict[str, Any]) -> _Given:
@@ -120,4 +125,4 @@ def _leaving(output: Tensor, q: Tensor, arguments: dict[str, Any]) -> Tensor:
     """(B, N, H, D) of the kernels' (B, H, N, D) or (T, H, D)."""
     if arguments["cu_seqlens"] is None:
         return output.transpose(1, 2)
-    return output.unflatten(0, (q.shape[0], q.shape[2]))
+    return output.view(q.shape[0], q.shape[2], *output.shape[1:])

@@ -46,8 +46,11 @@ class Source:
     @classmethod
     def of(cls, module: nn.Module, *others: dict[str, Any]) -> Source:
         """The module as it is, and other dictionaries that a view of it is made of."""
-        read = (module.__dict__, module._modules, *others)
-        return cls(module, type(module), tuple((one, tuple(one.items())) for one in read))
+        own, children = module.__dict__, module._modules
+        seen: list[Any] = [(own, tuple(own.items())), (children, tuple(children.items()))]
+        for other in others:
+            seen.append((other, tuple(other.items())))
+        return cls(module, type(module), tuple(seen))
 
 
 def view_of(

@@ -57,7 +57,7 @@ def made_together(
     banks = {
         layer: LayerPrompt(*pair, bias=gate, lens=lens) for layer, pair, gate in zip(first.layers, pairs, gates)
     }
-    return tuple(banks.get(layer) for layer in range(family.sizes(backbone).num_layers))
+    return tuple(banks.get(layer) for layer in range(projections.num_layers))
 
 
 def _gates(encoders: Sequence[PromptEncoder | None]) -> Sequence[Tensor | None]:

@@ -45,7 +45,7 @@ def layer_prompts(
     Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its size.
     """
     prompts = encoder().to(dtype_of(backbone))
-    count = family.sizes(backbone).num_layers
+    count = projections.num_layers
     gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
     waits = projections.must_wait()
 

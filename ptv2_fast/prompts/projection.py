@@ -22,13 +22,18 @@ class LayerProjections:
     Under the triton backend keys take one launch for all layers and values another, instead of two small matrix
     products a layer. The kernel reads the weights where they are; their addresses are looked up again when a weight
     has moved.
+
+    Attributes:
+        num_layers: of the whole backbone.
     """
 
     def __init__(self, backbone: PreTrainedModel, family: Family, layers: Sequence[int]):
         self._backbone = backbone
         self._family = family
         self._layers = tuple(layers)
-        self._head_dim = family.sizes(backbone).head_dim
+        # A configuration is slow to read, and every step asks.
+        sizes = family.sizes(backbone)
+        self._head_dim, self.num_layers = sizes.head_dim, sizes.num_layers
         self._tables: tuple[tuple, list] | None = None
 
     def __call__(self, states: Tensor, backend: str, entries: int | None = None) -> list[tuple[Tensor, Tensor]]:

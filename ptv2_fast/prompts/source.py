@@ -54,5 +54,5 @@ class PromptSource:
         together = made_together(encoders, first._backbone, first._family, first._projections, backend)
         if together is not None:
             return together
-        nothing = (None,) * first._family.sizes(first._backbone).num_layers
+        nothing = (None,) * first._projections.num_layers
         return stack_bank([nothing if source is None else source(backend) for source in sources])
