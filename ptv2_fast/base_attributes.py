@@ -45,6 +45,9 @@ class BaseAttributes(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What this class does not define is the base's: config, device, dtype, generation_config, ..."""
+        modules = self.__dict__.get("_modules")
+        if modules is not None and name in modules:  # every step asks for the base many times
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:

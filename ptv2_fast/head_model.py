@@ -121,23 +121,24 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         mask = mask if mask is not None and mask.dim() == 2 and reads_text(self._family) else None
         if len(names) == 1:
             head = self.adapters[names[0]].head(task)
+            logits = head(hidden, mask, read if reads_text(self._family) else None)
             chosen = chosen_loss(self.base_model)
-            return _task_output(head.config.task_type, head(hidden, mask), targets, output, chosen)
+            return _task_output(head.config.task_type, logits, targets, output, chosen)
         if BASE_ROW in names:
             raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
         if targets:
             raise ValueError(
                 f"{', '.join(targets)} must be None with several adapters in one batch: train one at a time"
             )
-        rows = [
+        each = [
             self.adapters[name].head(task)(hidden[i : i + 1], None if mask is None else mask[i : i + 1])
             for i, name in enumerate(self._row_names(adapter_names, inputs))
         ]
         kinds = {self.adapters[name].head(task).config.task_type for name in names}
-        same = len(kinds) == 1 and len({row.shape for row in rows}) == 1
+        same = len(kinds) == 1 and len({row.shape for row in each}) == 1
         # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
-        logits = torch.cat(rows) if same else tuple(row[0] for row in rows)
-        return _task_output(next(iter(kinds)) if same else "SEQ_CLS", logits, targets, output)
+        joined = torch.cat(each) if same else tuple(row[0] for row in each)
+        return _task_output(next(iter(kinds)) if same else "SEQ_CLS", joined, targets, output)
 
     def _read(self, inputs: dict[str, Any], pooling: str) -> Tensor | None:
         """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
+from ptv2_fast.attention import checks
 from ptv2_fast.config import ROW_TASKS, HeadConfig
 from ptv2_fast.models.backbone import backbone_name
 from ptv2_fast.models.pooling import pool
@@ -36,10 +37,14 @@ class Head(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Logits of hidden states (B, N, D); attention_mask (B, N) marks the real tokens, None all."""
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None, read: Tensor | None = None) -> Tensor:
+        """Logits of hidden states (B, N, D); attention_mask (B, N) marks the real tokens, None all.
+
+        Args:
+            read: (B,) the tokens of the flattened (B, N) that rows are pooled from, where that is known.
+        """
         if self.config.task_type in ROW_TASKS:
-            hidden = pool(hidden, attention_mask, self.config.pooling)
+            hidden = pool(hidden, attention_mask, self.config.pooling, read)
         return self.linear(self.dropout(hidden).to(self.linear.weight.dtype))
 
 
@@ -210,7 +215,7 @@ def check_labels(name: str, labels: Tensor, count: int, shape: Sequence[int]) ->
         raise ValueError(f"{name} must be integers; got {labels.dtype}")
     if labels.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(labels.shape)}")
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if not checks.readable(labels):
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(labels):
         return

@@ -50,7 +50,9 @@ USES_TRANSFORMERS = {
     "base_methods", "persistence", "encoder_decoder", "model", "head_model", "tasks", "training", "tutorials",
     "interop", "cli", "demo", "reference",
 }  # fmt: skip
-ATTENTION_WITHOUT_TRANSFORMERS = {"api", "checks", "prompt_batch", "torch_backend", "triton_backend", "__init__"}
+ATTENTION_WITHOUT_TRANSFORMERS = {
+    "api", "checks", "layer", "prompt_batch", "torch_backend", "triton_backend", "triton_layers", "__init__",
+}  # fmt: skip
 
 
 def _name(path: Path) -> str:

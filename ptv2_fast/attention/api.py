@@ -116,22 +116,33 @@ def _in_graph(out: Tensor, tensors: list[Tensor]) -> Tensor:
     return torch.cat([out.reshape(-1), *nothing]).view(out.shape)
 
 
+def backend_for(name: str, q: Tensor) -> str:
+    """The backend that serves tensors like q where `name` is asked for.
+
+    Raises:
+        ValueError: there is none of that name.
+        RuntimeError: it cannot serve these tensors.
+    """
+    if name == "auto":
+        return "triton" if _triton_serves(q) else "torch"
+    if name == "triton":
+        from ptv2_fast.attention import triton_backend
+
+        triton_backend.check_available(q.device)
+    elif name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
 def _backend(name: str, q: Tensor) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """The function that serves backend `name` for tensors like q; imported only when chosen."""
-    if name == "auto":
-        name = "triton" if _triton_serves(q) else "torch"
-    match name:
+    match backend_for(name, q):
         case "torch":
             from ptv2_fast.attention.torch_backend import prompt_attention as run
         case "reference":
             from ptv2_fast.reference.attention import prompt_attention as run
-        case "triton":
-            from ptv2_fast.attention import triton_backend
-
-            triton_backend.check_available(q.device)
-            run = triton_backend.prompt_attention
         case _:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+            from ptv2_fast.attention.triton_backend import prompt_attention as run
     return run
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.models.family import Family
-from ptv2_fast.models.gathered import device_of
+from ptv2_fast.models.gathered import device_of, dtype_of
 from ptv2_fast.models.hooked import Hooked
 from ptv2_fast.prompts.bank import made_together, stack_bank
 from ptv2_fast.prompts.encoder import PromptEncoder
@@ -45,7 +45,7 @@ class PromptSource:
     @property
     def place(self) -> tuple[torch.device, torch.dtype]:
         """The device that the backbone computes on, and the dtype of its weights."""
-        return device_of(self._backbone), self._backbone.dtype
+        return device_of(self._backbone), dtype_of(self._backbone)
 
     @staticmethod
     def bank(sources: Sequence[PromptSource | None], backend: str) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
@@ -58,5 +58,5 @@ class PromptSource:
         together = made_together(encoders, first._backbone, first._family, first._projections, backend)
         if together is not None:
             return together
-        nothing = (None,) * first._family.sizes(first._backbone).num_layers
+        nothing = (None,) * first._projections.num_layers
         return stack_bank([nothing if source is None else source(backend) for source in sources])
