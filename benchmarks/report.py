@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import headline, plots, predictions, step_report
+from benchmarks import headline, host_report, plots, predictions, step_report
 from benchmarks.goals import KERNEL_GOALS, Standing, milliseconds, standing
 from benchmarks.record import check_schema
 from benchmarks.untried import untried
@@ -222,6 +222,8 @@ SECTIONS = {
     "cpu-ladder": _step_section(step_report.ladder_table, "steps", "cpu"),
     "cpu-streams": _step_section(step_report.stream_table, "steps", "cpu"),
     "cpu-memory": _step_section(step_report.memory_table, "memory", "cpu"),
+    "host-goals": lambda results: host_report.goals_table(measured_cells(results, "host", "cpu"), table),
+    "host-cells": _step_section(host_report.cells_table, "host", "cpu"),
     "plots": lambda results: plots.links(plots.drawable(results, latest_cells)) or UNMEASURED,
     "kernel-goals": lambda results: goals_table(measured_cells(results, "kernels")),
     "kernel-cells": lambda results: cells_table(latest_cells(results, "kernels")),
@@ -265,6 +267,8 @@ def summary(data: Mapping) -> str:
     if data["suite"] in ("steps", "memory", "decode") and data["environment"].get("device") == "cuda":
         cells = _fixed(cell for cell in data["cells"] if _measured(cell))
         return "\n".join(step_report.summary_lines(data["suite"], cells))
+    if data["suite"] == "host":
+        return "\n".join(host_report.summary_lines([cell for cell in data["cells"] if _measured(cell)]))
     if data["suite"] == "tune":
         rows = [
             f"sm_{arch} {precision} {name} d={size}: {best['config']} at {best['time_over_present']:.3f} "

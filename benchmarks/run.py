@@ -1,6 +1,6 @@
 """Run one suite of measurements into one result file.
 
-    python -m benchmarks.run --suite parity|kernels|tune|steps|memory|decode|quality --minutes 8 --out DIR
+    python -m benchmarks.run --suite parity|kernels|tune|steps|memory|decode|host|quality --minutes 8 --out DIR
                              [--device cuda|cpu] [--tiny]
 
 Correctness comes first: a wrong result of ours stops the run. The exit status is 0 when the suite is
@@ -24,6 +24,7 @@ SUITES = {
     "steps": "benchmarks.steps_suite",
     "memory": "benchmarks.memory_suite",
     "decode": "benchmarks.decode_suite",
+    "host": "benchmarks.host_suite",
     "quality": "benchmarks.quality_suite",
 }
 

@@ -349,8 +349,3 @@ def tile_safe(tensor: torch.Tensor, rows: int = -2) -> torch.Tensor:
 def split(target: int, programs: int, most: int) -> int:
     """Into how many parts to split each of `programs` programs, at most `most`, so that there are `target`."""
     return max(1, min(most, -(-target // max(1, programs))))
-
-
-def split_for(device: torch.device, programs: int, most: int) -> int:
-    """The same with as many programs as keep the device busy."""
-    return split(target_programs(device), programs, most)

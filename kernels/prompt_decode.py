@@ -9,7 +9,7 @@ launch merges: o = sum_c exp(lse_c - lse) o_c with lse = log sum_c exp(lse_c). G
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -168,56 +168,66 @@ def prompt_attention_decode(
         raise ValueError("cu_seqlens must be None for decoding; got a packed call")
     if problem.dropout_p > 0.0:
         raise ValueError(f"dropout_p must be 0 for decoding; got {problem.dropout_p!r}")
-    config = config or problem.config("decode")
     batch, heads, queries, head_dim = problem.q.shape
     output = launch.allocate_heads(problem.q)
     lse = launch.allocate((batch, heads, queries), torch.float32, q.device)
     if lse.numel() == 0:
         return output, lse
-
-    rows_of_one = problem.group * queries
-    shared = problem.prompt_index is None
-    block_own = min(config.block_m, max(16, triton.next_power_of_2(rows_of_one)))
-    rows_together = rows_of_one * batch if shared else rows_of_one
-    block_shared = min(config.block_m, max(16, triton.next_power_of_2(rows_together)))
-    block_p = problem.prompt_block(config.block_n)
-    prompt_tiles = triton.cdiv(rows_together, block_shared) * (1 if shared else batch)
-    text_programs = triton.cdiv(rows_of_one, block_own) * problem.num_kv_heads * batch
-    prompt_chunks, prompt_chunk = _chunks(
-        problem.prompt_length, block_p, prompt_tiles * problem.num_kv_heads, q.device)
-    text_chunks, text_chunk = _chunks(problem.num_keys, config.block_n, text_programs, q.device)
-    num_chunks = prompt_chunks + text_chunks
+    plan = _decode_plan(problem.form, config or problem.config("decode"), problem.prompt_index is None,
+                        launch.target_programs(q.device), output.stride())
     num_rows = batch * heads * queries
-    partial_o = launch.allocate((num_chunks, num_rows, head_dim), torch.float32, q.device)
-    partial_lse = launch.allocate((num_chunks, num_rows), torch.float32, q.device)
-    num_programs = prompt_tiles * prompt_chunks * problem.num_kv_heads + text_programs * text_chunks
+    partial_o = launch.allocate((plan.num_chunks, num_rows, head_dim), torch.float32, q.device)
+    partial_lse = launch.allocate((plan.num_chunks, num_rows), torch.float32, q.device)
     launch.run(
-        _prompt_attention_decode_kernel, (num_programs,), q.device,
-        (*problem.tensors("decode"), partial_o, partial_lse),
-        _decode_constants(
-            problem.form, batch=batch, prompt_chunks=prompt_chunks, prompt_tiles=prompt_tiles,
-            prompt_chunk=prompt_chunk, text_chunks=text_chunks, text_chunk=text_chunk, BLOCK_SHARED=block_shared,
-            BLOCK_OWN=block_own, BLOCK_N=config.block_n, BLOCK_P=block_p, **config.options))
+        _prompt_attention_decode_kernel, plan.grid, q.device, (*problem.tensors("decode"), partial_o, partial_lse),
+        plan.constants)
     launch.run(
-        _merge_chunks_kernel, (num_rows,), q.device, (partial_o, partial_lse, output, lse),
-        launcher.constants(
-            o_strides=output.stride(), num_rows=num_rows, num_chunks=num_chunks, num_heads=heads, num_queries=queries,
-            HEAD_DIM=head_dim, BLOCK_D=launch.padded_head_dim(head_dim),
-            # The number of chunks grows with the cache: not one version of the kernel for each power of two.
-            BLOCK_C=max(64, triton.next_power_of_2(num_chunks)), num_warps=1))
+        _merge_chunks_kernel, (num_rows,), q.device, (partial_o, partial_lse, output, lse), plan.merge_constants)
     return output, lse
 
 
+class _DecodePlan(NamedTuple):
+    """How decoding is split among programs, worked out once for the layers of a step."""
+
+    grid: tuple[int, ...]
+    constants: launcher.Constants
+    num_chunks: int
+    merge_constants: launcher.Constants
+
+
 @functools.lru_cache(launcher.MOST_REMEMBERED)
-def _decode_constants(form: Form, **others: int) -> launcher.Constants:
-    """The arguments that are no tensors."""
-    return launcher.Constants({**form.constants("decode"), **others})
+def _decode_plan(form: Form, config: launch.LaunchConfig, shared: bool, target: int,
+                 o_strides: tuple[int, ...]) -> _DecodePlan:
+    """For `target` programs; `shared`: all rows have one prompt."""
+    batch, rows_of_one = form.num_rows, form.num_heads // form.num_kv_heads * form.num_queries
+    block_own = min(config.block_m, max(16, triton.next_power_of_2(rows_of_one)))
+    rows_together = rows_of_one * batch if shared else rows_of_one
+    block_shared = min(config.block_m, max(16, triton.next_power_of_2(rows_together)))
+    block_p = form.prompt_block(config.block_n)
+    prompt_tiles = triton.cdiv(rows_together, block_shared) * (1 if shared else batch)
+    text_programs = triton.cdiv(rows_of_one, block_own) * form.num_kv_heads * batch
+    prompt_chunks, prompt_chunk = _chunks(form.prompt_length, block_p, prompt_tiles * form.num_kv_heads, target)
+    text_chunks, text_chunk = _chunks(form.num_keys, config.block_n, text_programs, target)
+    num_chunks = prompt_chunks + text_chunks
+    constants = launcher.Constants({
+        **form.constants("decode"), "batch": batch, "prompt_chunks": prompt_chunks, "prompt_tiles": prompt_tiles,
+        "prompt_chunk": prompt_chunk, "text_chunks": text_chunks, "text_chunk": text_chunk,
+        "BLOCK_SHARED": block_shared, "BLOCK_OWN": block_own, "BLOCK_N": config.block_n, "BLOCK_P": block_p,
+        **config.options})
+    merge_constants = launcher.Constants({
+        "o_strides": o_strides, "num_rows": batch * form.num_heads * form.num_queries, "num_chunks": num_chunks,
+        "num_heads": form.num_heads, "num_queries": form.num_queries, "HEAD_DIM": form.head_dim,
+        "BLOCK_D": launch.padded_head_dim(form.head_dim),
+        # The number of chunks grows with the cache: not one version of the kernel for each power of two.
+        "BLOCK_C": max(64, triton.next_power_of_2(num_chunks)), "num_warps": 1})
+    num_programs = prompt_tiles * prompt_chunks * form.num_kv_heads + text_programs * text_chunks
+    return _DecodePlan((num_programs,), constants, num_chunks, merge_constants)
 
 
-def _chunks(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
+def _chunks(length: int, block: int, programs: int, target: int) -> tuple[int, int]:
     """(number of chunks, keys in a chunk) for a list of `length` keys that `programs` programs read anyway."""
     blocks = triton.cdiv(length, block)
     if blocks == 0:
         return 0, block
-    blocks_in_chunk = triton.cdiv(blocks, launch.split_for(device, programs, blocks))
+    blocks_in_chunk = triton.cdiv(blocks, launch.split(target, programs, blocks))
     return triton.cdiv(blocks, blocks_in_chunk), blocks_in_chunk * block

@@ -64,7 +64,7 @@ class Adapter(nn.Module):
         backbone = backbone_of(base)
         sizes = family_of(backbone).sizes(backbone)
         _check_base(base, config)
-        self.config = config
+        self.config = config.settled()
         self.encoder = PromptEncoder(
             config,
             config.resolve_layers(sizes.num_layers, sizes.decoder_layers),
@@ -135,7 +135,7 @@ class Adapter(nn.Module):
             return
         ((task, head),) = self.heads.items()
         head.config = replace(head.config, labels=labels)
-        self.config = replace(self.config, heads={task: head.config})
+        self.config = replace(self.config, heads={task: head.config}).settled()
 
 
 def _heads(config: PTuningV2Config) -> Mapping[str, HeadConfig]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.families import family_of
+from ptv2_fast.models.dimensions import Dimensions
+from ptv2_fast.models.families import family_of, sizes_of
 from ptv2_fast.models.family import Family
 from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.hooked import Hooked
@@ -23,6 +27,7 @@ from ptv2_fast.prompts.kept import KeptPrompts
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 from ptv2_fast.step.layers import StepLayers
+from ptv2_fast.step.options import StepOptions
 from ptv2_fast.storage.names import check_name, namesake
 
 M = TypeVar("M", bound="AdapterSet")
@@ -30,14 +35,19 @@ M = TypeVar("M", bound="AdapterSet")
 BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
 
 
-class _Disabled(threading.local):
-    """Of which models this thread has disabled the adapters, by id. Local, since others may be serving meanwhile."""
+# Of which models the adapters are disabled here, by id, once for each context that is open. Threads and asyncio's tasks
+# have their own, since others may be serving meanwhile.
+_disabled: ContextVar[tuple[int, ...]] = ContextVar("ptv2_disabled", default=())
+
+
+class _DisabledInThread(threading.local):
+    """The same for torch.compile, which guards on what belongs to a thread and cannot read what belongs to a task."""
 
     def __init__(self) -> None:
         self.models: tuple[int, ...] = ()
 
 
-_of_this_thread = _Disabled()
+_of_this_thread = _DisabledInThread()
 
 
 class AdapterSet(nn.Module):
@@ -47,10 +57,23 @@ class AdapterSet(nn.Module):
     adapters: ModuleDictOf[Adapter]
     active_adapter: str
     _family: Family
+    _sizes: Dimensions
     _sources: dict[str, PromptSource]
     _kept: KeptPrompts
     _hooked: Hooked
     _step_layers: StepLayers
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As everywhere; what the next forward would stumble over is refused here.
+
+        Raises:
+            ValueError: `active_adapter` names no adapter, or `step_options` are none.
+        """
+        if name == "active_adapter" and "_is_made" in self.__dict__:
+            self._check_name(value)
+        if name == "step_options" and not isinstance(value, StepOptions):
+            raise ValueError(f"step_options must be StepOptions; got {type(value).__name__}")
+        super().__setattr__(name, value)
 
     def add_adapter(
         self,
@@ -93,7 +116,7 @@ class AdapterSet(nn.Module):
         if len(self.adapters) == 1:
             raise ValueError(f"name must leave at least one adapter; {name!r} is the only one")
         del self.adapters[name]
-        del self._sources[name]
+        self._sources.pop(name, None)
         if name == self.active_adapter:
             self.set_adapter(next(iter(self.adapters)))
 
@@ -101,19 +124,22 @@ class AdapterSet(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Within this context the model is the bare base, with the base's own attention, bit for bit.
 
-        It is so for the calls of the thread that opened the context; other threads go on with their adapters.
+        It is so for the calls of the thread, or of the asyncio task, that opened the context; others go on with their
+        adapters. What `torch.compile` made of the model knows threads alone. Contexts may overlap: the adapters are
+        back when the last one closes.
         """
-        before = _of_this_thread.models
-        _of_this_thread.models = (*before, id(self))
+        _disabled.set((*_disabled.get(), id(self)))
+        _of_this_thread.models = (*_of_this_thread.models, id(self))
         try:
             yield
         finally:
-            _of_this_thread.models = before
+            _disabled.set(_without(_disabled.get(), id(self)))
+            _of_this_thread.models = _without(_of_this_thread.models, id(self))
 
     @property
     def _disabled(self) -> bool:
-        """Whether this thread runs the bare base."""
-        return id(self) in _of_this_thread.models
+        """Whether the bare base runs here."""
+        return id(self) in (_of_this_thread.models if torch.compiler.is_compiling() else _disabled.get())
 
     def frozen_prompts(self) -> AbstractContextManager[None]:
         """Within this context the adapters' keys and values are made once, and kept from call to call in all threads.
@@ -193,7 +219,37 @@ class AdapterSet(nn.Module):
         adapter.requires_grad_(name == self.active_adapter)
         adapter.train(self.training)
         self.adapters[name] = adapter
-        self._sources[name] = PromptSource(adapter.encoder, self.backbone, self._family, self._hooked)
+
+    def _look_at(self, backbone: PreTrainedModel) -> None:
+        """Find out all that is known of a backbone."""
+        family = family_of(backbone)
+        self._family, self._sizes = family, family.sizes(backbone)
+        self._hooked = Hooked(backbone, family)
+        self._step_layers = StepLayers(backbone, family)
+        self._sources = {}
+
+    def _follow_backbone(self) -> None:
+        """Look at the backbone anew where somebody has put another in its place.
+
+        Raises:
+            ValueError: its sizes are not those that the adapters were made for.
+        """
+        backbone = self.backbone
+        if backbone is self._step_layers.backbone:
+            return
+        had = self._sizes
+        has = replace(sizes_of(backbone), initializer_range=had.initializer_range)
+        if had != has:
+            raise ValueError(f"base must keep the sizes that its adapters were made for, {had}; got {has}")
+        self._step_layers.release()
+        self._look_at(backbone)
+
+    def _source(self, name: str) -> PromptSource:
+        """Where an adapter's keys and values come from: the encoder that it has now."""
+        encoder, source = self.adapters[name].encoder, self._sources.get(name)
+        if source is None or source.encoder is not encoder:
+            source = self._sources[name] = PromptSource(encoder, self.backbone, self._family, self._hooked)
+        return source
 
     def _check_alike(self, config: PTuningV2Config) -> None:
         """Refuse an adapter that no forward could serve beside the ones that are there."""
@@ -221,3 +277,11 @@ class AdapterSet(nn.Module):
     def _check_name(self, name: str) -> None:
         if name not in self.adapters:
             raise ValueError(f"adapter must be one of {', '.join(self.adapters)}; got {name!r}")
+
+
+def _without(models: tuple[int, ...], model: int) -> tuple[int, ...]:
+    """What is left when one context of a model closes."""
+    left = list(models)
+    if model in left:  # the context may have been opened in another thread
+        left.remove(model)
+    return tuple(left)

@@ -45,6 +45,9 @@ class BaseAttributes(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What this class does not define is the base's: config, device, dtype, generation_config, ..."""
+        modules = self.__dict__.get("_modules")
+        if modules is not None and name in modules:  # every step asks for the base many times
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -56,8 +59,14 @@ class BaseAttributes(nn.Module):
         """What the base has and this object has not is set where it is read: on the base.
 
         Raises:
-            ValueError: an adapter trains a copy of the base's module of this name, which would go on running.
+            ValueError: an adapter trains a copy of the base's module of this name, which would go on running; or the
+                base itself is to become something else than a transformers model.
         """
+        if name == "base_model" and not isinstance(value, PreTrainedModel):
+            raise ValueError(
+                f"base_model must be a transformers PreTrainedModel; got {type(value).__name__} (what wraps a model, "
+                "torch.compile for instance, is given the PTuningV2Model)"
+            )
         if not self._is_the_bases(name):
             super().__setattr__(name, value)
             return

@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError as error:  # pragma: no cover
     raise SystemExit("ptv2-fast: the command line needs `pip install ptv2-fast[train]`") from error
 
-from ptv2_fast.training.flags import numbers
+from ptv2_fast.training.flags import COLUMNS, numbers
 from ptv2_fast.training.flags import request_of as _request
 from ptv2_fast.training.shell import OneLineGroup, quiet
 
@@ -225,7 +225,7 @@ def predict(
     text_column: TextColumns = None,
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of generated text.")] = 64,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of generated text [64].")] = None,
     batch_size: BatchOption = 32,
     head: HeadOption = None,
 ) -> None:
@@ -233,6 +233,8 @@ def predict(
     given = dict(locals())
     if texts and file:
         raise ValueError("give texts or --file, not both")
+    if file is None and (unread := [flag for flag in ("split", *COLUMNS) if given.get(flag)]):
+        raise ValueError(f"--{unread[0].replace('_', '-')} is read with --file alone")
     quiet()
     from ptv2_fast.training.flags import source_of
     from ptv2_fast.training.loading import load_trained
@@ -241,13 +243,17 @@ def predict(
 
     loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
     task_type = loaded.codec.task_type
+    if context is not None and (task_type != "QUESTION_ANS" or file is not None):
+        raise ValueError("--context is read for questions that are given as texts; got it with another task or --file")
+    if max_new_tokens is not None and task_type != "CAUSAL_LM":
+        raise ValueError(f"--max-new-tokens is read for CAUSAL_LM alone; {adapter} is for {task_type}")
     if file is not None:
         examples = source_of(file, given, loaded.columns).read(task_type, labelled=False)
     else:
         where = "text" if texts else "standard input"
         examples = examples_of(texts or sys.stdin, task_type, where=where, context=context)
     loaded.check_parts(file or "text", examples)
-    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens or 64}
     for record in records_of(loaded, examples, **options):
         typer.echo(plain_json(record) if as_json else line_of(record))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -26,6 +26,12 @@ HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", *FEATURE_TASKS)
 # A prompt longer than this is a mistake far more often than a wish: cartridges use a few thousand
 # tokens.
 MAX_VIRTUAL_TOKENS = 1 << 17
+# Larger initial values are no numbers any more in half precision, and no prompt that could be trained.
+MAX_INIT_STD = 1e4
+# Positions and sizes beyond are no integers to the device.
+_MAX_INTEGER = (1 << 31) - 1
+# What can be iterated and holds no names in an order.
+_NO_NAMES = (str, bytes, Mapping, set, frozenset)
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,13 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         _one_of("task_type", self.task_type, HEAD_TASKS)
-        _integer("num_labels", self.num_labels, 1)
+        _integer("num_labels", self.num_labels, 1, _MAX_INTEGER)
         _one_of("pooling", self.pooling, POOLINGS)
         _probability("dropout", self.dropout)
         if self.labels is not None:
-            is_text = isinstance(self.labels, str)
-            object.__setattr__(self, "labels", self.labels if is_text else tuple(self.labels))
-            named = not is_text and all(isinstance(label, str) for label in self.labels)
+            ordered = isinstance(self.labels, Iterable) and not isinstance(self.labels, _NO_NAMES)
+            object.__setattr__(self, "labels", tuple(self.labels) if ordered else self.labels)
+            named = ordered and all(isinstance(label, str) for label in self.labels)
             if not named or len(self.labels) != self.num_labels or len(set(self.labels)) != self.num_labels:
                 raise ValueError(f"labels must be {self.num_labels} distinct names; got {self.labels!r}")
         if self.task_type in FEATURE_TASKS and self.pooling == "last":
@@ -115,6 +121,25 @@ class PTuningV2Config:
     init_std: float | None = field(default=None)
     stacks: Sequence[str] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As everywhere; of an adapter's own configuration `backend` alone can be set.
+
+        Raises:
+            ValueError: the adapter was made with the old value, and would be saved with the new one.
+        """
+        if "_settled" in self.__dict__ and name != "backend":
+            raise ValueError(
+                f"{name} must stay what the adapter was made with, {getattr(self, name, None)!r}: add_adapter makes "
+                f"another one; got {value!r}"
+            )
+        super().__setattr__(name, value)
+
+    def settled(self) -> PTuningV2Config:
+        """A copy for an adapter's own: what it was made with does not change any more, whoever goes on with `self`."""
+        copied = copy.deepcopy(self)
+        copied.__dict__["_settled"] = True
+        return copied
+
     def __post_init__(self) -> None:
         _one_of("task_type", self.task_type, TASK_TYPES)
         _integer("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_VIRTUAL_TOKENS)
@@ -124,11 +149,13 @@ class PTuningV2Config:
         _probability("prompt_dropout", self.prompt_dropout)
         _one_of("backend", self.backend, BACKENDS)
         if self.position_offset is not None:
-            _integer("position_offset", self.position_offset, 0)
+            _integer("position_offset", self.position_offset, 0, _MAX_INTEGER)
         if self.reparameterization is not None:
-            _integer("reparameterization", self.reparameterization, 1)
-        if self.init_std is not None and not (isinstance(self.init_std, (int, float)) and 0 < self.init_std < math.inf):
-            raise ValueError(f"init_std must be a positive number or None; got {self.init_std!r}")
+            _integer("reparameterization", self.reparameterization, 1, _MAX_INTEGER)
+        if self.init_std is not None and not (_is_number(self.init_std) and 0 < self.init_std <= MAX_INIT_STD):
+            raise ValueError(
+                f"init_std must be a positive number of at most {MAX_INIT_STD:g}, or None; got {self.init_std!r}"
+            )
         self._check_injection()
         self._check_layers()
         self._check_stacks()
@@ -169,7 +196,8 @@ class PTuningV2Config:
         if self.stacks is None:
             return
         is_sequence = isinstance(self.stacks, Sequence) and not isinstance(self.stacks, (str, bytes))
-        if not is_sequence or not self.stacks or len(set(self.stacks)) != len(self.stacks):
+        named = is_sequence and all(isinstance(stack, str) for stack in self.stacks)
+        if not named or not self.stacks or len(set(self.stacks)) != len(self.stacks):
             raise ValueError(f"stacks must be a sequence of distinct names or None; got {self.stacks!r}")
         for stack in self.stacks:
             _one_of("stacks", stack, STACKS)
@@ -192,10 +220,12 @@ class PTuningV2Config:
             if isinstance(head, Mapping):
                 unknown = set(head) - {f.name for f in fields(HeadConfig)}
                 if unknown:
-                    raise ValueError(f"heads[{name!r}] has unknown keys {sorted(unknown)}")
+                    raise ValueError(f"heads[{name!r}] has unknown keys {sorted(map(str, unknown))}")
+                if "num_labels" not in head:
+                    raise ValueError(f"heads[{name!r}] lacks num_labels; got {dict(head)!r}")
                 head = HeadConfig(**{"task_type": self.task_type, **head})
             elif not isinstance(head, HeadConfig):
-                _integer(f"heads[{name!r}]", head, 1)
+                _integer(f"heads[{name!r}]", head, 1, _MAX_INTEGER)
                 if self.task_type not in HEAD_TASKS:
                     raise ValueError(
                         f"heads[{name!r}] must be a HeadConfig where task_type={self.task_type!r} does not say "
@@ -285,6 +315,10 @@ def _integer(name: str, value: Any, low: int | None, high: int | None = None) ->
         raise ValueError(f"{name} must be an integer{limits}; got {value!r}")
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _probability(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+    if not _is_number(value) or not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1); got {value!r}")

@@ -23,7 +23,6 @@ _BY_DEFAULT = ("encoder", "decoder")
 class EncoderDecoder(nn.Module):
     """What a PTuningV2Model knows of encoders with decoders; mixed into it."""
 
-    _has_decoder: bool
     _hooked: Hooked
 
     def _run_stacks(
@@ -47,6 +46,7 @@ class EncoderDecoder(nn.Module):
         Raises:
             ValueError: a name is unknown, or adapters that no batch can have together.
         """
+        self._follow_backbone()
         names = self._named(adapter_names)
         configs = [None if name == BASE_ROW else self.adapters[name].config for name in names]
         evolving = any(config is not None and config.injection == "shallow" for config in configs)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.checkpoint import describe
+from ptv2_fast.models.at_rest import at_rest
 from ptv2_fast.storage.files import write_whole
 from ptv2_fast.storage.tensors import read_metadata, write_tensors
 
@@ -36,6 +36,7 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     model._check_name(name)
+    model._follow_backbone()
     adapter = model.adapters[name]
     config = adapter.config
     if what not in FORMATS:
@@ -49,15 +50,10 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
         raise ValueError(
             f"format 'kv' needs prompts that do not see the text; adapter {name!r} is shallow on a bidirectional model"
         )
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            if what == "embeddings":
-                return {"prompt_embeddings": _plain(adapter.encoder())}
-            return _keys_and_values(model._sources[name]("torch"))
-    finally:
-        model.train(was_training)
+    with at_rest(model):
+        if what == "embeddings":
+            return {"prompt_embeddings": _plain(adapter.encoder())}
+        return _keys_and_values(model._source(name)("torch"))
 
 
 def _keys_and_values(prompts: Sequence[LayerPrompt | LazyPrompt | None]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from ptv2_fast.captured_model import CapturedModel
 from ptv2_fast.config import ROW_TASKS
 from ptv2_fast.heads import base_targets, chosen_loss, classification_loss, span_loss
 from ptv2_fast.models.features import features_read, input_size, reads_text
+from ptv2_fast.models.inputs import check_inputs
 from ptv2_fast.models.labelled_config import labelled
 from ptv2_fast.models.pooling import tokens_read
 from ptv2_fast.models.slots import HIDDEN_STATES, change_states, tokens_first, turn_rows
@@ -113,6 +114,7 @@ class PTuningV2ModelWithHeads(CapturedModel):
         read = back = None
         if adapters and adapters[0].config.task_type in ROW_TASKS and self._family.reads_first:
             if not self._disabled and reads_text(self._family):
+                check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), inputs.get("attention_mask"), 0)
                 inputs, back = tokens_first(inputs)
             read = self._read(inputs, "first")
         output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
@@ -139,23 +141,24 @@ class PTuningV2ModelWithHeads(CapturedModel):
         mask = mask if mask is not None and mask.dim() == 2 and reads_text(self._family) else None
         if len(names) == 1:
             head = self.adapters[names[0]].head(task)
+            logits = head(hidden, mask, read if reads_text(self._family) else None)
             chosen = chosen_loss(self.base_model)
-            return _task_output(head.config.task_type, head(hidden, mask), targets, output, chosen)
+            return _task_output(head.config.task_type, logits, targets, output, chosen)
         if BASE_ROW in names:
             raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
         if targets:
             raise ValueError(
                 f"{', '.join(targets)} must be None with several adapters in one batch: train one at a time"
             )
-        rows = [
+        each = [
             self.adapters[name].head(task)(hidden[i : i + 1], None if mask is None else mask[i : i + 1])
             for i, name in enumerate(self._row_names(adapter_names, inputs))
         ]
         kinds = {self.adapters[name].head(task).config.task_type for name in names}
-        same = len(kinds) == 1 and len({row.shape for row in rows}) == 1
+        same = len(kinds) == 1 and len({row.shape for row in each}) == 1
         # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
-        logits = torch.cat(rows) if same else tuple(row[0] for row in rows)
-        return _task_output(next(iter(kinds)) if same else "SEQ_CLS", logits, targets, output)
+        joined = torch.cat(each) if same else tuple(row[0] for row in each)
+        return _task_output(next(iter(kinds)) if same else "SEQ_CLS", joined, targets, output)
 
     def _read(self, inputs: dict[str, Any], pooling: str) -> Tensor | None:
         """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 
+from ptv2_fast.attention import checks
 from ptv2_fast.config import ROW_TASKS, HeadConfig
 from ptv2_fast.models.backbone import backbone_name
 from ptv2_fast.models.pooling import pool
@@ -35,10 +37,14 @@ class Head(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Logits of hidden states (B, N, D); attention_mask (B, N) marks the real tokens, None all."""
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None, read: Tensor | None = None) -> Tensor:
+        """Logits of hidden states (B, N, D); attention_mask (B, N) marks the real tokens, None all.
+
+        Args:
+            read: (B,) the tokens of the flattened (B, N) that rows are pooled from, where that is known.
+        """
         if self.config.task_type in ROW_TASKS:
-            hidden = pool(hidden, attention_mask, self.config.pooling)
+            hidden = pool(hidden, attention_mask, self.config.pooling, read)
         return self.linear(self.dropout(hidden).to(self.linear.weight.dtype))
 
 
@@ -114,7 +120,7 @@ def at_least_float32(module: M) -> M:
 
 def in_own_dtype(head: M, given: torch.dtype) -> M:
     """`head`; where its parameters are not of the dtype that it is given, a view that casts its inputs to theirs."""
-    dtype = next(head.parameters()).dtype
+    dtype = next((parameter.dtype for parameter in head.parameters()), given)  # a quantized head has none
     if dtype == given:
         return head
 
@@ -130,6 +136,13 @@ def in_own_dtype(head: M, given: torch.dtype) -> M:
 def chosen_loss(base: PreTrainedModel) -> Callable[..., Any] | None:
     """The loss function that somebody set on the base (`model.loss_function = f`); None where nobody did."""
     return base.__dict__.get("_loss_function")
+
+
+def causal_loss(base: PreTrainedModel) -> Callable[..., Any]:
+    """The loss that a causal model's forward calls, without transformers' word about a type that it does not know."""
+    known: dict[Any, Any] = LOSS_MAPPING
+    loss: Callable[..., Any] = known.get(getattr(base, "loss_type", None), known["ForCausalLM"])
+    return chosen_loss(base) or loss
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -191,7 +204,7 @@ def base_targets(
 def check_labels(name: str, labels: Tensor, count: int, shape: Sequence[int]) -> None:
     """Refuse labels that are not integers of a shape, and, where looking is free, those outside [0, count) but -100.
 
-    Looking is free on the CPU: elsewhere it would wait for the device.
+    Looking is free on the CPU: elsewhere it would wait for the device, and in a vmap there is nothing to look at.
 
     Raises:
         ValueError: see above.
@@ -202,7 +215,9 @@ def check_labels(name: str, labels: Tensor, count: int, shape: Sequence[int]) ->
         raise ValueError(f"{name} must be integers; got {labels.dtype}")
     if labels.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(labels.shape)}")
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if not checks.readable(labels):
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(labels):
         return
     wrong = ((labels < 0) | (labels >= count)) & (labels != IGNORED_LABEL)
     if bool(wrong.any()):

@@ -14,14 +14,13 @@ from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import Account, PromptBatch
 from ptv2_fast.base_attributes import BaseAttributes
+from ptv2_fast.base_methods import BaseMethods
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.encoder_decoder import EncoderDecoder
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
-from ptv2_fast.models.families import family_of
 from ptv2_fast.models.features import check_features, input_size, reads_text
 from ptv2_fast.models.gathered import device_of
-from ptv2_fast.models.hooked import Hooked
 from ptv2_fast.models.inputs import (
     check_beside,
     check_inputs,
@@ -40,16 +39,15 @@ from ptv2_fast.models.view import outside_graphs
 from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
 from ptv2_fast.persistence import Persistence
 from ptv2_fast.prompts.kept import KeptPrompts, Prompts
-from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.recomputation import Recomputation
+from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.labelled_rows import balances_experts
-from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
 from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.step.unpad import Packing, can_unpad, unpadded
 
 
-class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Recomputation):
+class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, EncoderDecoder, Recomputation):
     """A frozen transformers model whose attention layers also see trained prompts.
 
     The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values
@@ -92,18 +90,14 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         super().__init__()
         if not isinstance(base, PreTrainedModel):
             raise ValueError(f"base must be a transformers PreTrainedModel; got {type(base).__name__}")
-        self._family = family_of(backbone_of(base))
-        self._has_decoder = self._family.sizes(backbone_of(base)).decoder_layers > 0
         hook.check_served({}, backbone_of(base).config)
-        self._hooked = Hooked(backbone_of(base), self._family)
-        self._num_layers = self._family.sizes(backbone_of(base)).num_layers
+        self._look_at(backbone_of(base))
         self._kept = KeptPrompts()
         if adapter is None:
             adapter = self._build(base, config, tokenizer, init_text)
-        self._sources: dict[str, PromptSource] = {}
         self.step_options = StepOptions() if step_options is None else step_options
-        self._step_layers = StepLayers(backbone_of(base), self._family)
         self._logged_plans: set[StepPlan] = set()
+        self._last_plan: tuple[tuple[Any, ...], StepPlan] | None = None
         self.base_model = base
         self.adapters = ModuleDictOf()
         self.active_adapter = adapter_name
@@ -169,8 +163,9 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
             inputs["return_dict"] = True
         if self._disabled:
             return target(**inputs)
+        self._follow_backbone()
         hook.check_served(inputs, self.backbone.config)
-        if self._has_decoder:
+        if self._sizes.decoder_layers:
             return self._run_stacks(target, inputs, adapter_names)
         names = self._row_names(adapter_names, inputs)
         evolving = [n for n in names if n != BASE_ROW and self._evolves_with_text(self.adapters[n])]
@@ -203,21 +198,20 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         if self.training and call.get(CACHE) is None and reads_text(self._family):
             call.setdefault("use_cache", False)
         original = backbone_of(target)
-        backbone = self._hooked(original)
-        if self._family.by_slot:
-            backbone = by_slots(backbone)
         packing = None
         # A loss over the routers' logits reads them for the padded batch.
         may_unpad = can_unpad(call) and not self._family.by_slot and not balances_experts(self.base_model, call)
-        if may_unpad and (plan.unpad or counts_padding(self.backbone, call["attention_mask"])):
+        if may_unpad and (plan.unpad or counts_padding(original, call["attention_mask"])):
             packing = Packing.of(call["attention_mask"])
         if packing is not None and not (packing.has_padding and packing.index.numel()):
             packing = None
-        if call.get("output_hidden_states") or self.backbone.config.output_hidden_states:
+        if call.get("output_hidden_states") or original.config.output_hidden_states:
             read = None
         if packing is not None and read is not None:
             read = packing.places(read)
-        backbone = self._step_layers.view(backbone, plan, fused, read)
+        backbone = self._step_layers.view(self._hooked(original), plan, fused, read)
+        if self._family.by_slot:
+            backbone = by_slots(backbone)
         if packing is not None:
             backbone = unpadded(backbone, packing)
         if self._family.own_attention:
@@ -239,7 +233,7 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
 
     def why_not_packed(self) -> str | None:
         """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
-        if self._has_decoder:
+        if self._sizes.decoder_layers:
             return "an encoder-decoder runs its padded rows as they are"
         if self._evolves_with_text(self.adapters[self.active_adapter]):
             return "a shallow prompt on a bidirectional model is rows of the padded batch"
@@ -247,15 +241,21 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
 
     def step_plan(self) -> StepPlan:
         """What this step leaves out, by `step_options`; logged once, however often it comes back."""
-        backend = self.adapters[self.active_adapter].config.backend
+        backend, base = self.adapters[self.active_adapter].config.backend, self.base_model
+        device, gathered = device_of(backbone_of(base)), self._step_layers.gathered_by(self, base)
+        traced = torch.compiler.is_compiling()
+        asked = (self.step_options, self.training, device, backend, gathered, device.type in CAPTURES)
+        if not traced and self._last_plan is not None and self._last_plan[0] == asked:
+            return self._last_plan[1]
         plan = plan_step(
-            self.step_options, training=self.training, device=device_of(self.backbone), backend=backend,
-            gathered_by=self._step_layers.gathered_by(self, self.base_model),
+            self.step_options, training=self.training, device=device, backend=backend, gathered_by=gathered,
             without=self._step_layers.without,
         )  # fmt: skip
-        if not torch.compiler.is_compiling() and plan not in self._logged_plans:
-            self._logged_plans.add(plan)
-            logger.info("training step: %s", plan)
+        if not traced:
+            self._last_plan = asked, plan
+            if plan not in self._logged_plans:
+                self._logged_plans.add(plan)
+                logger.info("training step: %s", plan)
         return plan
 
     def with_prompts(self, inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -269,16 +269,16 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         if not reads_text(self._family):
             call = check_features(self._family, inputs, self.base_model)
             return {**call, "ptv2_prompts": self._prompt_batch(names)}
-        inputs = dict(inputs)
+        inputs, backbone = dict(inputs), self.backbone
         past_length = cached_tokens(inputs)
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if smallest_window(self.backbone) and getattr(inputs.get(CACHE), "is_compileable", False):
+        if smallest_window(backbone) and getattr(inputs.get(CACHE), "is_compileable", False):
             mask = whole_mask(mask, inputs.get("position_ids"), past_length, ids)
         rows, tokens = check_inputs(ids, inputs.get("inputs_embeds"), mask, past_length)
         check_beside(inputs, rows, tokens, self.base_model)
-        device = device_of(self.backbone)
+        device = device_of(backbone)
         is_first = inputs.get(CACHE) is None
-        first = self._family.first_position(self.backbone)
+        first = self._family.first_position(backbone)
         packing = stated_rows(inputs)
         if packing is not None and inputs.get("position_ids") is None:
             inputs["position_ids"] = packed_positions(packing[0], tokens, first)
@@ -287,14 +287,14 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         offsets = [0 if n == BASE_ROW else self._text_offset(self.adapters[n]) for n in names]
         if isinstance(past_length, int):
             length = (tokens if packing is None else packing[2]) + past_length + max(offsets)
-            check_length(self.backbone, self._family, length)
+            check_length(backbone, self._family, length)
         positions = text_positions(
             inputs.get("position_ids"), mask,
             rows=rows, tokens=tokens, past_length=past_length, first=first, device=device,
             offset=offsets[0] if len(names) == 1 else torch.tensor(offsets, device=device)[:, None],
         )  # fmt: skip
         if isinstance(mask, Tensor) and mask.dim() == 2 and not is_first and tokens > 1:
-            check_cached_padding(self.backbone, mask)
+            check_cached_padding(backbone, mask)
         if mask is None and positions is not None and is_first:
             # With a mask at hand transformers does not look for packed rows itself.
             mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
@@ -314,7 +314,7 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         return PromptBatch(prompts, index, bounds, longest, backend, asked=_account())
 
     def _check_reached(self, batch: PromptBatch) -> None:
-        batch.check_reached(type(self.backbone).__name__, self._num_layers)
+        batch.check_reached(type(self.backbone).__name__, self._sizes.num_layers)
 
     def _run_evolving(self, target: PreTrainedModel, inputs: dict[str, Any], adapter: Adapter) -> Any:
         """Shallow prompts on a bidirectional model: virtual tokens are real rows in front of the text."""
@@ -363,8 +363,8 @@ class PTuningV2Model(BaseAttributes, AdapterSet, Persistence, EncoderDecoder, Re
         """Every layer's prompt, and which bank entry each row uses (None where all rows share one prompt)."""
         members = sorted(set(names))
         if members == [BASE_ROW]:
-            return (None,) * self._num_layers, [0] * len(names)
-        prompts = self._kept.of([None if name == BASE_ROW else self._sources[name] for name in members], backend)
+            return (None,) * self._sizes.num_layers, [0] * len(names)
+        prompts = self._kept.of([None if name == BASE_ROW else self._source(name) for name in members], backend)
         return prompts, [members.index(name) for name in names] if len(members) > 1 else None
 
     def _row_names(self, adapter_names: Sequence[str] | None, inputs: Mapping[str, Any]) -> tuple[str, ...]:

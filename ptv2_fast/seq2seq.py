@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptv2_fast.base_methods import refuse_unserved
 from ptv2_fast.heads import check_labels
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.cache import with_cache_name
@@ -69,6 +70,7 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
         """`generate` of the base with the prompts in its encoder and in every step of its decoder."""
         if self._disabled:
             return self.base_model.generate(*args, **with_cache_name(kwargs))
+        refuse_unserved(kwargs.get("generation_config") or self.generation_config, kwargs, seq2seq=True)
         bound, base = self._bound_prompts(adapter_names), self.base_model
         with torch.no_grad():
             output = bound.around(self._hooked.whole(base)).generate(*args, **with_cache_name(kwargs))

@@ -16,10 +16,11 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ptv2_fast.base_methods import refuse_unserved
 from ptv2_fast.captured_model import CapturedModel
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.head_model import PTuningV2ModelWithHeads
-from ptv2_fast.heads import IGNORED_LABEL, check_labels
+from ptv2_fast.heads import IGNORED_LABEL, causal_loss, check_labels, chosen_loss
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.arguments import named_arguments
 from ptv2_fast.models.cache import with_cache_name
@@ -130,22 +131,35 @@ class PTuningV2ModelForCausalLM(CapturedModel):
         beside = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
         if (captured := self._captured(beside, labels, adapter_names, count)) is not None:
             return self._as_asked(CausalLMOutputWithPast(*captured), kwargs.get("return_dict"))
-        if not self._disabled:
-            given, labels = labels, predictable_labels(labels, attention_mask)
-            if inputs.get("shift_labels") is None:
-                inputs["num_items_in_batch"] = kept_items(inputs.get("num_items_in_batch"), given, labels)
+        call = self._predictable({**inputs, "labels": labels})
         plan = self.step_plan()
-        if plan.labelled_rows_loss and not self._disabled and why_not_labelled_rows(self.base_model, inputs) is None:
-            output = self._run_labelled_rows(inputs, labels, adapter_names)
+        if plan.labelled_rows_loss and not self._disabled and why_not_labelled_rows(self.base_model, call) is None:
+            output = self._run_labelled_rows(call, adapter_names)
         else:
-            output = self.run(self.base_model, {**inputs, "labels": labels}, adapter_names)
+            output = self.run(self._with_its_loss(), call, adapter_names)
         return self._as_asked(output, kwargs.get("return_dict"))
 
-    def _run_labelled_rows(self, inputs: dict[str, Any], labels: Tensor, adapter_names: Sequence[str] | None) -> Any:
+    def _with_its_loss(self) -> PreTrainedModel:
+        """The base; where transformers takes a loss by default and logs that, breaking graphs, a view that has it."""
+        base = self.base_model
+        if chosen_loss(base) is not None or getattr(base, "loss_type", None) in LOSS_MAPPING:
+            return base
+        return view_of(base, attributes={"_loss_function": causal_loss(base)})
+
+    def _predictable(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of a call without the labels that nothing predicts, nor their share of Trainer's count."""
+        labels, mask = inputs.get("labels"), inputs.get("attention_mask")
+        if labels is None or self._disabled or inputs.get("shift_labels") is not None:
+            return inputs
+        kept = predictable_labels(labels, mask)
+        count = kept_items(inputs.get("num_items_in_batch"), labels, kept)
+        return {**inputs, "labels": kept} | ({} if count is None else {"num_items_in_batch": count})
+
+    def _run_labelled_rows(self, inputs: dict[str, Any], adapter_names: Sequence[str] | None) -> Any:
         """The loss alone: logits are computed for labelled tokens only, a chunk at a time, and not returned."""
         count = inputs.pop("num_items_in_batch", None)
         inputs.pop("logits_to_keep", None)
-        tokens, targets = labelled_tokens(labels)
+        tokens, targets = labelled_tokens(inputs.pop("labels"))
         output = self.run(self.backbone, inputs, adapter_names, read=tokens)
         head = self.base_model.get_output_embeddings()
         loss = labelled_rows_loss(output.last_hidden_state, tokens, targets, head, count)
@@ -198,6 +212,8 @@ class PTuningV2ModelForCausalLM(CapturedModel):
         if self._disabled:
             return self.base_model.generate(*args, **with_cache_name(kwargs))
 
+        refuse_unserved(kwargs.get("generation_config") or self.generation_config, kwargs, seq2seq=False)
+        self._follow_backbone()
         model, target = self.for_one_call(), self._hooked.whole(self.base_model)
 
         def forward(original: Any, *args: Any, **inputs: Any) -> Any:

@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 20)  # importing, tracing and interpreting make many small objects and few circles
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     importlib.import_module("quick_interpreter").install()
@@ -29,7 +30,6 @@ def pytest_collection_finish():
     """What is imported by now stays: accelerate and torch collect garbage in every run, which looks at all of it."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)  # tracing and interpreting make many small objects and few circles
 
 
 def pytest_unconfigure():

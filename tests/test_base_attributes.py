@@ -39,6 +39,30 @@ def test_a_loss_function_is_called(training):
     assert model.loss_function is forty_two and model.base_model.loss_function is forty_two
 
 
+def test_what_the_next_forward_would_stumble_over_is_refused():
+    model = tiny_model("llama", "deep", "CAUSAL_LM")
+    with pytest.raises(ValueError, match="nope"):
+        model.active_adapter = "nope"
+    with pytest.raises(ValueError, match="step_options must be StepOptions; got dict"):
+        model.step_options = {"unpad": True}
+    model.active_adapter = "default"
+    assert model(input_ids=IDS).logits.shape[:2] == IDS.shape
+
+
+def test_a_loss_that_transformers_takes_by_default_is_taken_without_a_word(caplog, monkeypatch):
+    """transformers logs that in each forward, where the compiler breaks the graph."""
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    logging.get_logger("transformers").warning_once.cache_clear()
+    model = tiny_model("gpt2", "deep", "CAUSAL_LM")
+    expected = nn.functional.cross_entropy(model(input_ids=IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, expected)
+    assert "loss_type" not in caplog.text
+    model.loss_function = forty_two
+    assert model(input_ids=IDS, labels=IDS).loss.item() == 42.0
+
+
 @pytest.mark.parametrize(
     ("task_type", "count", "targets"),
     [

@@ -40,6 +40,14 @@ def test_an_argument_that_nobody_reads_is_refused_with_the_nearest_name(task_typ
     model(input_ids=IDS, **{wrong: None})
 
 
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"])
+def test_a_mask_over_prompt_and_text_is_refused(task_type):
+    """As PEFT's models are given one."""
+    model = tiny_model("bert", "deep", task_type)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 4\): .*the prompt is not masked"):
+        model(input_ids=IDS, attention_mask=torch.ones(2, 9))
+
+
 @pytest.mark.skipif(not T5_SERVED, reason="this transformers' T5 has an attention of its own")
 def test_an_argument_that_no_encoder_decoder_reads_is_refused():
     model = tiny_seq2seq("t5")

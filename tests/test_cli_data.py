@@ -137,6 +137,20 @@ class TestTags:
         assert scores[0] == scores[1] and scores[0]["f1"] > 0.5
 
 
+class TestCounted:
+    def test_numbers_of_columns_are_remembered(self, encoder, tmp_path):
+        sentences = [zip(e["tokens"], e["tags"]) for e in toy_examples("TOKEN_CLS", 8)]
+        rows = ["".join(f"{n}\t{t}\t{tag}\tO\n" for n, (t, tag) in enumerate(s, 1)) for s in sentences]
+        data = tmp_path / "a.conll"
+        data.write_text("\n".join(rows))
+        one_line(train(encoder, "TOKEN_CLS", data, tmp_path / "out"), "line 1", "counts the tokens")
+        more = ("--text-column", 2, "--label-column", 3)
+        assert train(encoder, "TOKEN_CLS", data, tmp_path / "out", *more).exit_code == 0
+        assert json.loads(run("eval", tmp_path / "out", "--data", data).stdout)["examples"] == 8
+        said = run("predict", tmp_path / "out", "--file", data, "--json").stdout.splitlines()
+        assert json.loads(said[0])["tokens"] == toy_examples("TOKEN_CLS", 1)[0]["tokens"]
+
+
 class TestReadme:
     @pytest.mark.parametrize("names", [None, ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG", "I-ORG"]])
     def test_the_first_example_and_the_command_line_fit(self, encoder, tmp_path, names):
@@ -202,6 +216,24 @@ class TestErrors:
         monkeypatch.setenv("PTV2_FAST_TRACEBACK", "1")
         result = train(encoder, "SEQ_CLS", toy_file(tmp_path, "SEQ_CLS", 8), tmp_path / "out")
         assert isinstance(result.exception, RuntimeError)
+
+    def test_what_a_task_does_not_read_is_refused(self, encoder, tmp_path):
+        data = toy_file(tmp_path, "SEQ_CLS", 8)
+        one_line(train(encoder, "SEQ_CLS", data, tmp_path / "out", "--doc-stride", 8), "--doc-stride", "SEQ_CLS")
+        assert not (tmp_path / "out").exists()
+        assert train(encoder, "SEQ_CLS", data, tmp_path / "out").exit_code == 0
+        one_line(run("predict", tmp_path / "out", "good", "--context", "x"), "--context")
+        one_line(run("predict", tmp_path / "out", "good", "--max-new-tokens", 3), "--max-new-tokens", "SEQ_CLS")
+        one_line(run("predict", tmp_path / "out", "good", "--text-column", "x"), "--text-column", "--file")
+        one_line(run("predict", tmp_path / "out", "--split", "x", stdin="good"), "--split", "--file")
+
+    @pytest.mark.parametrize(("stride", "parts"), [(-1, ("doc_stride", "-1")), (60, ("doc_stride 60",))])
+    def test_a_stride_is_what_was_asked_for(self, encoder, tmp_path, stride, parts):
+        data = toy_file(tmp_path, "QUESTION_ANS", 8)
+        one_line(train(encoder, "QUESTION_ANS", data, tmp_path / "out", "--doc-stride", stride), *parts)
+        result = train(encoder, "QUESTION_ANS", data, tmp_path / "out", "--doc-stride", 0, "--max-length", 10)
+        assert result.exit_code == 0, result.output
+        assert json.loads((tmp_path / "out" / "settings.json").read_text())["doc_stride"] == 0
 
     def test_an_occupied_folder_names_both_ways_on(self, encoder, tmp_path):
         data = toy_file(tmp_path, "SEQ_CLS", 8)

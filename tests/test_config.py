@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
+from tiny_models import tiny_base
 
-from ptv2_fast import HeadConfig, PTuningV2Config
+from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.config import MAX_VIRTUAL_TOKENS
 
 
@@ -33,9 +35,17 @@ REFUSED = {
     "backend": ({"backend": "cuda"}, "backend must be one of auto, triton, torch, reference"),
     "mlp": ({"reparameterization": 0}, "reparameterization must be an integer of at least 1"),
     "offset": ({"position_offset": -1}, "position_offset must be an integer of at least 0"),
-    "std": ({"init_std": 0.0}, "init_std must be a positive number or None; got 0.0"),
+    "std": ({"init_std": 0.0}, "init_std must be a positive number .*or None; got 0.0"),
     "std-nan": ({"init_std": float("nan")}, "init_std must be a positive number"),
     "std-infinite": ({"init_std": float("inf")}, "init_std must be a positive number"),
+    "std-beyond-floats": ({"init_std": 10**400}, "init_std must be .*at most 10000, or None; got 1000"),
+    "std-too-large": ({"init_std": 1e39}, "init_std must be a positive number of at most 10000"),
+    "std-bool": ({"init_std": True}, "init_std must be a positive number"),
+    "dropout-bool": ({"prompt_dropout": False}, "prompt_dropout must be in"),
+    "dropout-beyond-floats": ({"prompt_dropout": 10**400}, "prompt_dropout must be in"),
+    "mlp-huge": ({"reparameterization": 10**30}, "reparameterization must be an integer .*at most 2147483647"),
+    "offset-huge": ({"position_offset": 10**30}, "position_offset must be an integer .*at most 2147483647"),
+    "stacks-nested": ({"stacks": [["encoder"]]}, "stacks must be a sequence of distinct names"),
     "std-text": ({"init_std": "0.1"}, "init_std must be a positive number"),
     "layers-empty": ({"layers": ()}, "layers must name at least one layer"),
     "layers-twice": ({"layers": (1, 1)}, "layers must name .*none of them twice"),
@@ -73,8 +83,9 @@ REFUSED = {
     "heads-name": ({"heads": {"a.b": 2}}, "heads must have identifiers as names; got 'a.b'"),
     "heads-taken": ({"heads": {"keys": 2}}, "heads must not be named like an attribute.*got 'keys'"),
     "heads-taken-late": ({"heads": {"training": 2}}, "heads must not be named like an attribute.*got 'training'"),
-    "heads-count": ({"heads": {"a": 0}}, r"heads\['a'\] must be an integer of at least 1; got 0"),
+    "heads-count": ({"heads": {"a": 0}}, r"heads\['a'\] must be an integer of at least 1, .*got 0"),
     "heads-kind": ({"heads": {"a": "two"}}, r"heads\['a'\] must be an integer.*got 'two'"),
+    "heads-count-missing": ({"heads": {"a": {}}}, r"heads\['a'\] lacks num_labels; got \{\}"),
     "heads-keys": ({"heads": {"a": {"size": 2}}}, r"heads\['a'\] has unknown keys \['size'\]"),
     "heads-lm": (
         {"task_type": "CAUSAL_LM", "heads": {"a": 2}},
@@ -101,7 +112,7 @@ def test_refused(changes, message):
     ("arguments", "message"),
     [
         (("CAUSAL_LM", 2), "task_type must be one of SEQ_CLS, TOKEN_CLS, QUESTION_ANS"),
-        (("SEQ_CLS", 0), "num_labels must be an integer of at least 1; got 0"),
+        (("SEQ_CLS", 0), "num_labels must be an integer of at least 1, .*got 0"),
         (("SEQ_CLS", 2, "cls"), "pooling must be one of first, last, mean; got 'cls'"),
         (("SEQ_CLS", 2, "first", 1.0), "dropout must be in"),
         (("SEQ_CLS", 2, "first", 0.0, ["a"]), "labels must be 2 distinct names"),
@@ -109,8 +120,15 @@ def test_refused(changes, message):
         (("SEQ_CLS", 2, "first", 0.0, ["a", "a", "b"]), "labels must be 2 distinct names"),
         (("SEQ_CLS", 2, "first", 0.0, "ab"), "labels must be 2 distinct names; got 'ab'"),
         (("SEQ_CLS", 2, "first", 0.0, [0, 1]), "labels must be 2 distinct names"),
+        (("SEQ_CLS", 2, "first", 0.0, 5), "labels must be 2 distinct names; got 5"),
+        (("SEQ_CLS", 2, "first", 0.0, {"a", "b"}), "labels must be 2 distinct names"),
+        (("SEQ_CLS", 2, "first", 0.0, [["a"], ["b"]]), "labels must be 2 distinct names"),
+        (("SEQ_CLS", 10**30), "num_labels must be an integer of at least 1, at most 2147483647"),
     ],
-    ids=["task", "count", "pooling", "dropout", "too-few", "twice", "too-many", "text", "numbers"],
+    ids=[
+        "task", "count", "pooling", "dropout", "too-few", "twice", "too-many", "text", "numbers",
+        "number", "set", "nested", "huge",
+    ],  # fmt: skip
 )
 def test_refused_heads(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -185,3 +203,26 @@ def test_stacks_choose_layers_of_an_encoder_decoder():
         _config(layers=(2,)).resolve_layers(7, 2)
     with pytest.raises(ValueError, match="stacks must be None on a base that is no encoder-decoder"):
         config.resolve_layers(7)
+
+
+class TestOfAnAdapter:
+    """What an adapter was made with is its own, whoever goes on with the configuration or writes to it."""
+
+    def test_a_configuration_can_be_used_again(self, tmp_path):
+        base = tiny_base("bert", "SEQ_CLS")
+        config = PTuningV2Config("SEQ_CLS", num_virtual_tokens=3)
+        first = get_ptv2_model(base, config)
+        config.num_virtual_tokens = 5
+        assert first.ptv2_config["default"].num_virtual_tokens == 3
+        first.save_pretrained(tmp_path)
+        again = PTuningV2Model.from_pretrained(tiny_base("bert", "SEQ_CLS"), tmp_path)
+        assert again.adapters["default"].encoder.prompts.shape[1] == 3
+        assert get_ptv2_model(base, config).adapters["default"].encoder.prompts.shape[1] == 5
+
+    @pytest.mark.parametrize(("name", "value"), [("num_virtual_tokens", 9), ("prompt_dropout", 0.5), ("typo", 1)])
+    def test_what_would_not_happen_is_refused(self, name, value):
+        model = get_ptv2_model(tiny_base("bert", "SEQ_CLS"), PTuningV2Config("SEQ_CLS", num_virtual_tokens=3))
+        with pytest.raises(ValueError, match=f"{name} must stay what the adapter was made with, .*; got {value}"):
+            setattr(copy.deepcopy(model).ptv2_config["default"], name, value)
+        model.ptv2_config["default"].backend = "reference"
+        assert model.ptv2_config["default"].backend == "reference"

@@ -130,6 +130,11 @@ def test_tensors_of_other_kinds_in_the_paper_s_files(kind, mlp):
             from_paper(base, state, is_trainable=trainable)
 
 
+def test_what_is_no_tensor_in_the_paper_s_state():
+    with pytest.raises(ValueError, match="must be of floating point, 16 bits or more; got str"):
+        from_paper(tiny_base("bert", "TOKEN_CLS"), {"prefix_encoder.embedding.weight": "x"})
+
+
 def test_a_mlp_of_the_paper_is_measured_before_it_is_multiplied():
     base = tiny_base("bert", "TOKEN_CLS")
     rows = 100_000  # rows times rows are 40 GB
@@ -154,6 +159,7 @@ def test_a_mlp_of_the_paper_is_measured_before_it_is_multiplied():
         {"injection": "prefix", "prompt_init": "gated"},
         {"layers": [10**30]},
         {"position_offset": 10**30},
+        {"position_offset": 10**9},
         {"init_std": 10**400},
         {"prompt_dropout": 10**400},
     ],
@@ -172,7 +178,7 @@ def test_what_a_description_claims_is_compared_with_the_file_first(tmp_path, con
         return made
 
     monkeypatch.setattr(torch, "randn", counted)
-    if "position_offset" not in config:
+    if config != {"position_offset": 10**9}:
         _refused(tmp_path, "must|missing|no tensors can have|unusable")
         assert sum(allocated) == 0
         return

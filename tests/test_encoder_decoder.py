@@ -18,7 +18,7 @@ from tiny_seq2seq import (
     tiny_base,
     tiny_model,
 )
-from tolerances import assert_differs, assert_equal
+from tolerances import assert_differs, assert_equal, assert_same_bits
 
 from ptv2_fast import PTuningV2Config, get_ptv2_model
 from ptv2_fast.models.families import family_of
@@ -214,3 +214,19 @@ def test_prompts_start_as_what_the_model_computes_for_a_text(kind, injection):
             assert_equal(prompts[layer], output.encoder_last_hidden_state[0])
         else:
             assert_equal(prompts[layer], getattr(output, f"{stack}_hidden_states")[index][0])
+
+
+@pytest.mark.parametrize("injection", ["deep", "prefix", "shallow"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_the_encoder_by_itself_has_its_prompts(kind, injection):
+    model, batch = tiny_model(kind, injection), pair()
+    source, target = batch.source.inputs, {k: v for k, v in batch.inputs.items() if k.startswith("decoder_")}
+    encoder = model.get_encoder()
+    for _ in range(2):
+        with torch.no_grad():
+            encoded = encoder(**source)
+            given = model(attention_mask=source["attention_mask"], encoder_outputs=encoded, **target)
+            assert_same_bits(given.logits, model(**batch.inputs).logits)
+        model.adapters["default"].encoder.prompts.data.mul_(-1)
+    with model.disable_adapter(), torch.no_grad():
+        assert_same_bits(encoder(**source)[0], model.base_model.get_encoder()(**source)[0])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from batches import padded, text_rows
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_folders import bert_folder, toy_file
 from tiny_models import tiny_model
-from tolerances import assert_equal
+from tolerances import assert_equal, assert_same_bits
 from typer.testing import CliRunner
 
 from ptv2_fast.cli import app
@@ -117,8 +117,24 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
 @pytest.mark.parametrize(("injection", "what"), [("deep", "kv"), ("shallow", "embeddings")])
 def test_exporting_leaves_the_model_in_the_mode_it_was_in(injection, what):
     model = tiny_model("bert", injection).train()
+    model.base_model.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
     prompt_tensors(model, what)
-    assert model.training and model.adapters["default"].encoder.training
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert model.training and not model.backbone.training
+
+
+@pytest.mark.parametrize("injection", ["deep", "shallow", "prefix"])
+def test_what_is_written_does_not_depend_on_autocast(injection, tmp_path):
+    model = tiny_model("llama", injection, **({"reparameterization": 8} if injection == "prefix" else {})).train()
+    for place in ("plain", "cast"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=place == "cast"):
+            export_prompts(model, tmp_path / f"{place}.safetensors")
+            model.save_pretrained(tmp_path / place, format="peft")
+    for name in (".safetensors", "/adapter_model.safetensors"):
+        plain, cast = (load_file(f"{tmp_path}/{place}{name}") for place in ("plain", "cast"))
+        for key, tensor in plain.items():
+            assert_same_bits(cast[key], tensor)
 
 
 def test_the_command_exports_a_trained_folder(tmp_path):

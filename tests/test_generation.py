@@ -9,6 +9,7 @@ from tiny_models import (
     DECODERS,
     DISTINCT,
     INJECTIONS,
+    VOCABULARY,
     literal_states,
     tiny_base,
     tiny_model,
@@ -37,12 +38,16 @@ def _literal_greedy(model, base, row):
 @pytest.mark.parametrize(("family", "injection"), EVERY)
 def test_greedy_tokens_are_those_of_the_literal_form(family, injection):
     """Left-padded rows, a dynamic cache, a static one and none: the same tokens."""
-    model = tiny_model(family, injection, "CAUSAL_LM")
-    base = tiny_base(family, "CAUSAL_LM")
     rows = text_rows(5, 2, 7)
     batch = padded(rows, "left")
-    expected = torch.stack([_literal_greedy(model, base, row) for row in rows])
-    bare = base.generate(**batch.inputs, **GREEDY)[:, 9:]
+    # What random weights say is another thing in each version of transformers, now and then one token for ever.
+    for seed in range(5):
+        model = tiny_model(family, injection, "CAUSAL_LM", seed=seed)
+        base = tiny_base(family, "CAUSAL_LM", seed=seed)
+        expected = torch.stack([_literal_greedy(model, base, row) for row in rows])
+        bare = base.generate(**batch.inputs, **GREEDY)[:, 9:]
+        if not torch.equal(expected, bare):
+            break
     assert not torch.equal(expected, bare), "the prompt changes no token: the test could not fail"
     for index, row in enumerate(rows):
         assert torch.equal(model.generate(row[None], **GREEDY)[0, len(row) :], expected[index])
@@ -86,7 +91,8 @@ def test_prompt_lookup_decoding_gives_the_greedy_tokens(family):
     """Assisted decoding checks several candidates against the cache at once, and crops it."""
     model = tiny_model(family, "deep", "CAUSAL_LM")
     row = text_rows(4)[0].repeat(3)[None]
-    options = {"max_new_tokens": 8, "do_sample": False}
+    # transformers 5.10 looks texts up only where there is a token that ends them.
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": VOCABULARY - 1}
     expected = model.generate(row, **options)
     assert torch.equal(model.generate(row, **options, prompt_lookup_num_tokens=3), expected)
 

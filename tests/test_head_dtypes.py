@@ -85,3 +85,13 @@ def test_adapters_are_float32_whatever_torchs_default_is(default):
     finally:
         torch.set_default_dtype(torch.float32)
     assert {p.dtype for p in model.adapters.parameters()} == {torch.float32}
+
+
+# torch announces that its own quantization goes to torchao.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_quantized_as_a_whole_runs():
+    """Its head has no parameters any more, and its projections keep theirs packed."""
+    model = get_ptv2_model(tiny_base("bert", "SEQ_CLS"), tiny_prompts("deep", "SEQ_CLS")).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    difference = quantized(input_ids=IDS).logits - model(input_ids=IDS).logits
+    assert 0 < difference.abs().max() < 0.2

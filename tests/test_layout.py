@@ -27,7 +27,7 @@ LAYERS = (
     ("step",),
     ("adapter", "checkpoint"),
     ("hub",),
-    ("adapter_set", "base_attributes", "persistence", "recomputation"),
+    ("adapter_set", "base_attributes", "base_methods", "persistence", "recomputation"),
     ("encoder_decoder",),
     ("model",),
     ("captured_model",),
@@ -48,10 +48,12 @@ LAZY_UPWARDS = {
 # Everything of ours that transformers may be imported from.
 USES_TRANSFORMERS = {
     "attention", "models", "prompts", "heads", "step", "adapter", "checkpoint", "adapter_set", "base_attributes",
-    "persistence", "encoder_decoder", "model", "head_model", "tasks", "training", "tutorials", "interop", "cli", "demo",
-    "reference",
+    "base_methods", "persistence", "encoder_decoder", "model", "head_model", "tasks", "training", "tutorials",
+    "interop", "cli", "demo", "reference",
 }  # fmt: skip
-ATTENTION_WITHOUT_TRANSFORMERS = {"api", "checks", "prompt_batch", "torch_backend", "triton_backend", "__init__"}
+ATTENTION_WITHOUT_TRANSFORMERS = {
+    "api", "checks", "layer", "prompt_batch", "torch_backend", "triton_backend", "triton_layers", "__init__",
+}  # fmt: skip
 
 
 def _name(path: Path) -> str:

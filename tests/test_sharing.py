@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import pickle
 import threading
 from collections.abc import Callable
 from types import MethodType
 
+import peft
 import pytest
 import tiny_features
 import tiny_seq2seq
@@ -16,6 +19,7 @@ from tiny_models import DECODERS, FAMILIES, tiny_base, tiny_model, tiny_prompts
 from tolerances import assert_differs, assert_equal, assert_same_bits
 
 from ptv2_fast import PTuningV2Model, get_ptv2_model
+from ptv2_fast.interop.peft_import import from_peft
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
 
@@ -137,6 +141,42 @@ def test_disabled_is_disabled_for_its_thread_alone():
     assert_same_bits(found[0], expected)
 
 
+def test_disabled_is_disabled_for_its_task_alone():
+    """Of asyncio's tasks, which share a thread and end in any order."""
+    model = tiny_model("llama", "deep", "CAUSAL_LM")
+    prompted, bare = _answer(model, "llama"), _answer(model.base_model, "llama")
+
+    async def disabled(turns: int):
+        with model.disable_adapter():
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                assert_same_bits(_answer(model, "llama"), bare)
+
+    async def serving():
+        for _ in range(6):
+            await asyncio.sleep(0)
+            assert_same_bits(_answer(model, "llama"), prompted)
+
+    async def all_of_them():
+        await asyncio.gather(disabled(1), serving(), disabled(4), disabled(2))
+
+    asyncio.run(all_of_them())
+    assert_same_bits(_answer(model, "llama"), prompted)
+
+
+def test_contexts_that_disable_may_overlap():
+    model = tiny_model("llama", "deep", "CAUSAL_LM")
+    prompted, bare = _answer(model, "llama"), _answer(model.base_model, "llama")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for one in (model, compiled):
+        first, second = model.disable_adapter(), model.disable_adapter()
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None)
+        assert_equal(_answer(one, "llama"), bare, "disabled")
+        second.__exit__(None, None, None)
+        assert_equal(_answer(one, "llama"), prompted, "enabled again")
+
+
 def test_adapter_names_in_several_threads():
     model = tiny_model("llama", "deep", "CAUSAL_LM")
     model.add_adapter("other", tiny_prompts("prefix", "CAUSAL_LM", length=3))
@@ -222,6 +262,16 @@ def test_a_model_is_pickled_after_a_forward(family):
         _answer(model, family)
         copied = pickle.loads(pickle.dumps(model))
     assert_same_bits(_answer(copied, family), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_base_that_is_a_view_is_pickled():
+    base = tiny_base("llama", "SEQ_CLS")
+    theirs = peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
+    model = from_peft(theirs)
+    expected = _answer(model, "llama")
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert_same_bits(_answer(copied, "llama"), expected)
 
 
 def test_data_parallel_is_refused_in_a_sentence():

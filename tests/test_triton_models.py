@@ -8,7 +8,7 @@ import pytest
 import torch
 from batches import padded, text_rows
 from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
-from tiny_models import DECODERS, ENCODERS, INJECTIONS, WIDE_HEADS, tiny_model, tiny_prompts
+from tiny_models import DECODERS, ENCODERS, GROUPED, INJECTIONS, tiny_model, tiny_prompts
 from tolerances import assert_equal
 
 from ptv2_fast.step.options import StepOptions
@@ -27,8 +27,10 @@ EVERY = [pytest.param(*pair, id="-".join(pair)) for pair in EVERY]
 
 
 def _model(family: str, injection: str, task: str, **config):
-    """A tiny model with heads of 16, the smallest that the kernels take."""
-    changes = {"hidden_size": 64} | ({"head_dim": 16} if family in ("llama", *WIDE_HEADS) else {})
+    """A tiny model with heads of 16, the smallest that the kernels take: two, each a program; four in pairs once."""
+    heads = 4 if family == "qwen3" else 2
+    changes = {"hidden_size": 16 * heads, "num_attention_heads": heads}
+    changes |= {"num_key_value_heads": heads // 2, "head_dim": 16} if family in GROUPED else {}
     return tiny_model(family, injection, task, base_changes=changes, **config)
 
 

@@ -77,6 +77,12 @@ _TINY_DECODE = {"only": (), "providers": ("ours", "ours_compiled")}
 # What is compiled is rehearsed in the first plan.
 _TINY_COMPILED = {"only": _TINY_BERT["only"], "providers": ("floor_compiled",)}
 _TINY_TASKS = {"only": ("tiny-bert-*-tasks16",)}
+_TINY_PROFILE = {**_TINY_BERT, "providers": ("ours", "ours_graph", "peft")}
+# What another phase does too is rehearsed there: one peer, one cell that no other phase of the plan has, one pass.
+_TINY_SMALL = {"only": ("tiny-bert-B3-N9-P4-pad0-fp32",), "providers": ("peft",)}
+_TINY_DROPPED = {"only": ("tiny-bert-*-drop10",), "providers": ("ours", "peft")}
+_TINY_LLAMA, _TINY_FORWARD = {**_TINY_PADDED, "providers": ("peft",)}, {"only": ("tiny-forward-*",)}
+_TINY_TUNE = {"only": ("forward-*",)}
 # Somebody who compiles nothing: what is compiled is rehearsed once.
 _TINY_FLOOR, _TINY_OURS = {**_TINY_COMPILED, "providers": ("floor",)}, {"only": (), "providers": ("ours",)}
 _TESTS = {"tests": "tests/kernels/test_launch.py"}
@@ -86,8 +92,8 @@ def _start() -> Phase:
     return Phase("start", "start", 30, 10)
 
 
-def _gates(latest: float, limit: float, *, large: bool = True) -> Phase:
-    return Phase("gates", "gates", limit, latest, arguments={"large": large, "ahead": _HEADLINE})
+def _gates(latest: float, limit: float, *, large: bool = True, tiny=_TINY_FORWARD) -> Phase:
+    return Phase("gates", "gates", limit, latest, arguments={"large": large, "ahead": _HEADLINE}, tiny=tiny)
 
 
 def _bisection(latest: float, limit: float) -> Phase:
@@ -145,7 +151,7 @@ def first() -> Plan:
         _beside("compile-static", "compile_decode", static, _TINY_OURS),
         _compiled("compile-bert", (bert,), "peft_compiled", "floor_compiled", tiny=_TINY_COMPILED),
         # Some 60 codes are compiled before the first is judged: what takes long here costs the last phases, not all.
-        _gates(90, 110),
+        _gates(90, 110, tiny={}),
         _bisection(130, 70),
         _compiled("compile-small", (small,), "peft_compiled"),
         _compiled("compile-layers", (*qwen, *llama), "ours_graph_compiled"),
@@ -155,7 +161,7 @@ def first() -> Plan:
         _native(190, 80),
         _kernels("kernels", 40, 230),
         _steps("steps", 60, 290, (bert,), _STEP_PEERS),
-        _steps("small", 45, 320, (small,), _STEP_PEERS, _TINY_PADDED),
+        _steps("small", 45, 320, (small,), _STEP_PEERS, _TINY_SMALL),
         _steps("tasks", 15, 335, (tasks,), ("ours", "ours_tasks16"), _TINY_TASKS),
         Phase("decode", "decode", 60, 350, timed=True, when=GREEN, arguments={
             "only": _DECODE, "providers": ("static_compiled", "ours_compiled"),
@@ -163,13 +169,16 @@ def first() -> Plan:
         _kernels("flex", 20, 380, only=flex, providers=("ours", "sdpa_user", "flex_concat", "flex_split")),
         _steps("qwen3", 80, 390, qwen, (*few, "peft_compiled"), _TINY_QWEN),
         _steps("llama", 80, 410, llama, few, _TINY_PADDED),
-        _steps("dropout", 15, 420, (dropped,), _EAGER, _TINY_PADDED),
+        _steps("dropout", 15, 420, (dropped,), _EAGER, _TINY_DROPPED),
         Phase(
             "memory", "memory", 20, 430, timed=True, when=GREEN,
             arguments={"only": ("bert-base-B32-N128-P128-*",), "providers": ("ours", "peft", "literal_sdpa", "floor")},
             tiny=_TINY_MEMORY,
         ),
-        _steps("profile", 25, 435, ("bert-base-B32-N128-P20-pad40-bf16",), ("ours", *few[::2]), profile=True),
+        _steps(
+            "profile", 25, 435, ("bert-base-B32-N128-P20-pad40-bf16",), ("ours", *few[::2]), _TINY_PROFILE,
+            profile=True,
+        ),
     )  # fmt: skip
     return Plan(phases, 450, 200)
 
@@ -200,7 +209,7 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
             "decode-again", "decode", 60, 180, timed=True, when=GREEN,
             arguments={"only": only or _DECODE, "providers": _GENERATORS}, tiny=_TINY_OURS,
         )  # fmt: skip
-        after = (replace(tune, latest=260.0), replace(again, latest=290.0))
+        after = (replace(tune, latest=260.0, tiny=_TINY_TUNE), replace(again, latest=290.0))
         return Plan((start, _gates(90, 70, large=False), fixed, decode, *after), 330, 200)
     failed = {"failed": True}
     if variant == "tune":
@@ -234,16 +243,16 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         replace(_native(190, 60), arguments=failed),
         _decode("decode", 60, 250, _DECODE, generators),
         _steps("steps", 75, 290, bert, ("ours", "ours_graph", "peft", "peft_compiled", "floor_compiled"), _TINY_QWEN),
-        _steps("small", 60, 320, small, ("ours_graph", "peft_compiled"), _TINY_QWEN),
-        _steps("qwen3", 100, 340, qwen, ("ours_graph_compiled", "peft_compiled"), _TINY_QWEN),
-        _steps("dropout", 45, 360, dropped, ("ours_graph", "peft"), _TINY_PADDED),
-        _steps("llama", 90, 380, llama, ("ours_graph_compiled", "peft"), _TINY_PADDED),
+        _steps("small", 60, 320, small, ("ours_graph", "peft_compiled"), _TINY_SMALL),
+        _steps("qwen3", 100, 340, qwen, ("ours_graph_compiled", "peft_compiled"), _TINY_LLAMA),
+        _steps("dropout", 45, 360, dropped, ("ours_graph", "peft"), _TINY_DROPPED),
+        _steps("llama", 90, 380, llama, ("ours_graph_compiled", "peft"), _TINY_LLAMA),
         replace(again, name="kernels", limit=30.0, latest=390.0, arguments={**again.arguments, "tuned": False}),
-        replace(tune, latest=395.0),
+        replace(tune, latest=395.0, tiny=_TINY_TUNE),
         # It fills the card.
         replace(_checks("offsets", 60, 405, "offsets-past-2^31*"), timed=True, when=GREEN),
-        # Compiled with nothing beside: only where there is time.
-        _steps("llama-compiled", 150, 408, llama, ("ours_graph", "peft_compiled"), _TINY_PADDED),
+        # Compiled with nothing beside: only where there is time. A cell replaces the one with its id.
+        _steps("llama-compiled", 150, 408, llama, ("ours_graph_compiled", "peft", "peft_compiled"), _TINY_LLAMA),
         _decode("prompted", 150, 410, prompted, generators),
     )  # fmt: skip
     return Plan(phases, 420, 200)

@@ -64,7 +64,7 @@ def _digest_of_triton() -> str | None:
 
 def gates(context: Context, arguments: Arguments, before: Arguments) -> str:
     """Our kernels compiled in parallel, then judged on small shapes in every dtype, and where asked on large ones."""
-    small = cases.tiny_cases() if context.device.type == "cpu" else [
+    small = context.chosen(cases.tiny_cases()) if context.device.type == "cpu" else [
         case for dtype in parity_suite.GATE_DTYPES for case in cases.gate_cases(dtype)
     ]  # fmt: skip
     large = cases.large_cases() if arguments.get("large") and not context.tiny else []

@@ -58,7 +58,7 @@ def prompt_attention(
         bias: (1 or B, 1 or H, N, M), added to the text's scores; may hold -inf, and may ask for its gradient (one that
             is made of queries or keys does).
         causal: query i stands at position i + M - N and sees text keys up to that position.
-        scale: factor on the scores; D ** -0.5 when None.
+        scale: factor on the scores, positive; D ** -0.5 when None.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         window: with `causal`, text keys with position - key < window; otherwise |position - key| <=
             window.
@@ -83,8 +83,8 @@ def prompt_attention(
     check_arguments(
         q, k, v, prompt_k, prompt_v,
         key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, prompt_index=prompt_index,
-        prompt_lens=prompt_lens, prompt_bias=prompt_bias, bias=bias, dropout_p=dropout_p, window=window,
-        softcap=softcap,
+        prompt_lens=prompt_lens, prompt_bias=prompt_bias, bias=bias, scale=scale,
+        dropout_p=dropout_p, window=window, softcap=softcap,
     )  # fmt: skip
     trained = (q, k, v, prompt_k, prompt_v, prompt_bias, bias)
     if prompt_k.dim() == 3:
@@ -116,22 +116,33 @@ def _in_graph(out: Tensor, tensors: list[Tensor]) -> Tensor:
     return torch.cat([out.reshape(-1), *nothing]).view(out.shape)
 
 
+def backend_for(name: str, q: Tensor) -> str:
+    """The backend that serves tensors like q where `name` is asked for.
+
+    Raises:
+        ValueError: there is none of that name.
+        RuntimeError: it cannot serve these tensors.
+    """
+    if name == "auto":
+        return "triton" if _triton_serves(q) else "torch"
+    if name == "triton":
+        from ptv2_fast.attention import triton_backend
+
+        triton_backend.check_available(q.device)
+    elif name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
 def _backend(name: str, q: Tensor) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """The function that serves backend `name` for tensors like q; imported only when chosen."""
-    if name == "auto":
-        name = "triton" if _triton_serves(q) else "torch"
-    match name:
+    match backend_for(name, q):
         case "torch":
             from ptv2_fast.attention.torch_backend import prompt_attention as run
         case "reference":
             from ptv2_fast.reference.attention import prompt_attention as run
-        case "triton":
-            from ptv2_fast.attention import triton_backend
-
-            triton_backend.check_available(q.device)
-            run = triton_backend.prompt_attention
         case _:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+            from ptv2_fast.attention.triton_backend import prompt_attention as run
     return run
 
 

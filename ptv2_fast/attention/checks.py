@@ -26,6 +26,7 @@ def check_arguments(
     prompt_lens: Tensor | None,
     prompt_bias: Tensor | None,
     bias: Tensor | None,
+    scale: float | None,
     dropout_p: float,
     window: int | None,
     softcap: float | None,
@@ -35,11 +36,13 @@ def check_arguments(
     _check_prompt(q, k, prompt_k, prompt_v)
     _check_rows(q, prompt_k, cu_seqlens, max_seqlen, prompt_index, prompt_lens)
     _check_additions(q, k, prompt_k, key_mask, cu_seqlens, prompt_bias, bias)
+    if scale is not None and not 0.0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive or None; got {scale}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 or None; got {window}")
-    if softcap is not None and not softcap > 0.0:
+    if softcap is not None and not 0.0 < softcap < float("inf"):
         raise ValueError(f"softcap must be positive or None; got {softcap}")
 
 

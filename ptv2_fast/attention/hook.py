@@ -21,7 +21,8 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
-from ptv2_fast.attention.api import prompt_attention
+from ptv2_fast.attention.autocast import autocast_dtype
+from ptv2_fast.attention.layer import layer_attention
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
 
 IMPLEMENTATION = "ptv2_fast"
@@ -59,10 +60,9 @@ def attention_forward(
     Returns:
         (B, N, H, D) and None, since attention weights are never materialised.
     """
-    dtype = query.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    dtype = autocast_dtype(query.device) or query.dtype
+    if query.dtype != dtype or key.dtype != dtype or value.dtype != dtype:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if ptv2_record is not None:
         ptv2_record.append((key, value))
 
@@ -93,30 +93,11 @@ def attention_forward(
     prompt = batch.of(module)
     index = batch.index if prompt is not None else None
     prompt = _cast(prompt, dtype) if prompt is not None else _empty_prompt(key)
-    options: dict[str, Any] = {
-        "prompt_index": index,
-        "prompt_lens": prompt.lens,
-        "prompt_bias": prompt.bias,
-        "causal": causal,
-        "scale": scaling,
-        "dropout_p": dropout,
-        "window": window,
-        "softcap": softcap,
-        "backend": batch.backend,
-    }
-    if batch.cu_seqlens is None:
-        out: Any = prompt_attention(
-            query, key, value, prompt.keys, prompt.values, key_mask=key_mask, bias=bias, **options
-        )
-        return out.transpose(1, 2), None
-
-    rows, tokens = query.shape[0], query.shape[2]
-    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = prompt_attention(
-        query, key, value, prompt.keys, prompt.values,
-        cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, **options,
+    out = layer_attention(
+        query, key, value, prompt, batch, index=index, key_mask=key_mask, bias=bias, causal=causal, scale=scaling,
+        dropout_p=dropout, window=window, softcap=softcap,
     )  # fmt: skip
-    return out.unflatten(0, (rows, tokens)), None
+    return out, None
 
 
 def padding_mask(

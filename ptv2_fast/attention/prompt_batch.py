@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,11 +36,18 @@ class LazyPrompt:
 
 
 class Account:
-    """Which layers have asked for their prompt, and how often any did; one object for all copies of a batch."""
+    """What is known of one forward pass; one object for all copies of its batch.
+
+    Attributes:
+        layers: which have asked for their prompt.
+        times: how often any did.
+        checked: arguments of attention that were found right, by what `attention.layer` compares.
+    """
 
     def __init__(self) -> None:
         self.layers: set[int] = set()
         self.times = 0
+        self.checked: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _open_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     # Where looking is free, the rule is that there is no such row.
     if readable(mask) and not bool(blind.any()):
         return mask, None
-    return mask.masked_fill(blind, True if mask.dtype == torch.bool else 0.0), blind
+    return (mask | blind if mask.dtype == torch.bool else mask.masked_fill(blind, 0.0)), blind
 
 
 def _rows(bank: Tensor, index: Tensor | None, batch: int) -> Tensor:

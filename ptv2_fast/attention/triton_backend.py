@@ -100,7 +100,7 @@ def _kernel_arguments(
     }
 
 
-def _by_decode(q: Tensor, cu_seqlens: Tensor | None, dropout_p: float) -> bool:
+def by_decode(q: Tensor, cu_seqlens: Tensor | None, dropout_p: float) -> bool:
     """Whether the kernel for few queries serves the forward pass."""
     return cu_seqlens is None and dropout_p == 0.0 and q.shape[2] <= DECODE_QUERIES
 
@@ -111,7 +111,7 @@ def _forward(
     arguments = _kernel_arguments(*rest)
     # Both functions give the same (o, lse), so what needs a gradient may take the short road as
     # well.
-    if _by_decode(q, arguments["cu_seqlens"], arguments["dropout_p"]):
+    if by_decode(q, arguments["cu_seqlens"], arguments["dropout_p"]):
         from ptv2_fast.kernels.prompt_decode import prompt_attention_decode as attend
     else:
         from ptv2_fast.kernels.prompt_forward import prompt_attention_forward as attend
@@ -185,7 +185,7 @@ def _forward_shapes(
     *rows, tokens = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
     dropout_p = rest[-1]
     # The forward kernel's rows of lse begin at multiples of 16 (`launch.allocate_statistics`).
-    width = tokens if _by_decode(q, cu_seqlens, dropout_p) else (tokens + 15) // 16 * 16
+    width = tokens if by_decode(q, cu_seqlens, dropout_p) else (tokens + 15) // 16 * 16
     return _empty_like_heads(q, packed), q.new_empty((*rows, width), dtype=torch.float32)[..., :tokens]
 
 

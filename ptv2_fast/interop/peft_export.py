@@ -17,6 +17,7 @@ from ptv2_fast.interop.layout import flat_of
 from ptv2_fast.interop.peft_import import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.interop.rotation import turned
 from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.models.at_rest import at_rest
 from ptv2_fast.models.families import family_of, sizes_of
 from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.windows import smallest_window
@@ -39,7 +40,8 @@ def save_peft(model: PTuningV2Model, folder: Path, names: Sequence[str]) -> None
     Raises:
         ValueError: PEFT cannot do what an adapter does; nothing is written then.
     """
-    parts = {name: _contents(model, name) for name in names}
+    with at_rest(model):
+        parts = {name: _contents(model, name) for name in names}
     save_adapters(folder, parts, list(model.adapters), weights_name=WEIGHTS_NAME, config_name=CONFIG_NAME)
 
 
@@ -60,7 +62,7 @@ def _contents(model: PTuningV2Model, name: str) -> Part:
         "task_type": config.task_type,
     }
     if config.injection == "shallow":
-        prompts = _made(adapter)
+        prompts = adapter.encoder()
         description |= {
             "num_attention_heads": sizes.num_heads,
             "peft_type": "PROMPT_TUNING",
@@ -84,33 +86,21 @@ def _contents(model: PTuningV2Model, name: str) -> Part:
     return Part(json.dumps(description, indent=2, sort_keys=True), tensors, metadata)
 
 
-@torch.no_grad()
 def _keys_values(model: PTuningV2Model, name: str) -> Tensor:
     """(L, 2, Hkv, P, d) float32, with rotary keys where PEFT has the text at P."""
     adapter = model.adapters[name]
     backbone, family = model.backbone, family_of(model.backbone)
     if adapter.config.injection == "prefix":
-        made = _made(adapter).float()  # not by way of the base's dtype: PEFT keeps float32 too
+        made = adapter.encoder().float()  # not by way of the base's dtype: PEFT keeps float32 too
     else:
         projections = LayerProjections(backbone, family, adapter.encoder.layers)
-        pairs = projections(_made(adapter).to(backbone.dtype), "torch")
+        pairs = projections(adapter.encoder().to(backbone.dtype), "torch")
         made = torch.stack([torch.stack(pair) for pair in pairs]).float()
     by = adapter.config.num_virtual_tokens - adapter.config.text_offset
     if family.rotary and by:
         keys = torch.stack([turned(backbone, family, i, layer[0], by) for i, layer in enumerate(made)])
         made = torch.stack([keys, made[:, 1]], dim=1)
     return made
-
-
-@torch.no_grad()
-def _made(adapter: Adapter) -> Tensor:
-    """The prompts, without their dropout."""
-    encoder, was_training = adapter.encoder, adapter.encoder.training
-    encoder.eval()
-    try:
-        return encoder()
-    finally:
-        encoder.train(was_training)
 
 
 def _check(model: PTuningV2Model, name: str, adapter: Adapter) -> None:

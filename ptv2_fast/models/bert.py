@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -33,6 +33,11 @@ def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Proj
 def finished(backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
     """Keys (P, H, d) as attention reads them: BERT's projection is all there is."""
     return keys
+
+
+def as_they_are(backbone: PreTrainedModel, layers: Sequence[int], states: Tensor) -> Tensor:
+    """`normed` and `finished` of several layers."""
+    return states
 
 
 def roberta_first_position(backbone: PreTrainedModel) -> int:

@@ -47,6 +47,8 @@ _BERT = Family(
     projections=bert.projections,
     finished=bert.finished,
     first_position=_from_zero,
+    normed_together=bert.as_they_are,
+    finished_together=bert.as_they_are,
     shallow_view=bert.shallow_view,
     reads_first=True,
     read_rows=bert.read_rows,
@@ -114,12 +116,16 @@ _LLAMA = Family(
     projections=llama.projections,
     finished=llama.finished,
     first_position=_from_zero,
+    normed_together=llama.normed_together,
+    finished_together=llama.finished_together,
     rotary=True,
     read_rows=rows.mlp_of_rows,
 )
 _PHI3 = replace(_LLAMA, projections=phi3.projections)
-_GEMMA3 = replace(_LLAMA, finished=gemma3.finished, refuse=gemma3.refuse)
-_GPT_NEOX = replace(_LLAMA, projections=gpt_neox.projections, finished=gpt_neox.finished)
+_GEMMA3 = replace(_LLAMA, finished=gemma3.finished, finished_together=None, refuse=gemma3.refuse)
+_GPT_NEOX = replace(
+    _LLAMA, projections=gpt_neox.projections, finished=gpt_neox.finished, finished_together=None
+)  # fmt: skip
 _OPT = Family(
     causal=True,
     layers=opt.layers,

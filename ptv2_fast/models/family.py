@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ class Family:
         projections: (backbone, layer index) -> the projections that make its keys and its values.
         finished: (backbone, layer index, keys (P, Hkv, d)) -> the keys as attention reads them, for tokens that stand
             right before the text.
+        normed_together, finished_together: (backbone, layer indices, (L, P, D) or (L, P, Hkv, d)) -> what `normed` and
+            `finished` give for each of these layers, by operations on all of them; None, or gives None, where they must
+            be asked one by one.
         first_position: (backbone) -> the position id of a row's first token.
         table_size: (backbone) -> how many positions its table of learned ones has; None where it has no table.
         rotary: positions are rotary: only differences count, there is no table of them, and a
@@ -63,6 +66,8 @@ class Family:
     projections: Callable[[PreTrainedModel, int], tuple[Projection, Projection]]
     finished: Callable[[PreTrainedModel, int, Tensor], Tensor]
     first_position: Callable[[PreTrainedModel], int]
+    normed_together: Callable[[PreTrainedModel, Sequence[int], Tensor], Tensor | None] | None = None
+    finished_together: Callable[[PreTrainedModel, Sequence[int], Tensor], Tensor | None] | None = None
     table_size: Callable[[PreTrainedModel], int | None] = _stated_size
     rotary: bool = False
     sizes: Callable[[PreTrainedModel], Dimensions] = Dimensions.of

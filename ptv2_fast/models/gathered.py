@@ -48,6 +48,28 @@ def _first_parameter(module: nn.Module) -> nn.Parameter | None:
     return None
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter; transformers' `dtype`, whose walk costs several times it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = _first_floating(model)
+    if found is None:
+        raise ValueError(f"model must have floating-point parameters; got {type(model).__name__} without any")
+    return found.dtype
+
+
+def _first_floating(module: nn.Module) -> nn.Parameter | None:
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_floating_point():
+            return parameter
+    for child in module._modules.values():
+        if child is not None and (found := _first_floating(child)) is not None:
+            return found
+    return None
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device that a model computes on; that of its weights, unless they are offloaded."""
     first = _first_parameter(model)

@@ -16,6 +16,7 @@ from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import not_reached
 from ptv2_fast.models.backbone import backbone_of, with_backbone
 from ptv2_fast.models.family import Family
+from ptv2_fast.models.kept_views import KeptViews
 from ptv2_fast.models.view import can_rebind, outside_graphs, view_of
 
 # A view that is hooked already has this attribute.
@@ -46,6 +47,7 @@ class Hooked:
 
     Which implementation a module runs is written in its configuration, which models share with one another. A view has
     copies of both: whatever is set on the model itself, by whomever, changes no view, and no view changes the model.
+    Views of the backbone are kept; one that is no longer what would be made of the model is made anew.
     """
 
     def __init__(self, backbone: PreTrainedModel, family: Family):
@@ -55,6 +57,7 @@ class Hooked:
             ValueError: no attention module does.
         """
         self._family = family
+        self._views, self._attention_views = KeptViews(), KeptViews()
         self._places = None if family.own_attention else _found(backbone)
         if not family.own_attention and self._places is None:
             raise ValueError(
@@ -64,14 +67,17 @@ class Hooked:
     def __call__(self, backbone: PreTrainedModel) -> PreTrainedModel:
         """A view of the backbone (or of a view of it) whose attention modules run through the hook and know their
         layer."""
-        view = self.attention(backbone)
-        return view if self._family.indexed is None else self._family.indexed(view)
+        view, indexed = self.attention(backbone), self._family.indexed
+        return view if indexed is None else self._views.of((view,), lambda: indexed(view))
 
     def attention(self, backbone: PreTrainedModel) -> PreTrainedModel:
         """A view of the backbone whose attention runs through the hook, as far as it is transformers' own."""
         if self._places is None or _HOOKED in backbone.__dict__:
             return backbone
-        view = _view(backbone, self._places, {})
+        return self._attention_views.of((backbone,), lambda: self._attention(backbone))
+
+    def _attention(self, backbone: PreTrainedModel) -> PreTrainedModel:
+        view = None if self._places is None else _view(backbone, self._places, {})
         if view is None:  # modules were wrapped or replaced
             self._places = _found(backbone)
             view = None if self._places is None else _view(backbone, self._places, {})
@@ -113,7 +119,7 @@ def _view(module: Any, place: _Place, configs: dict[int, PretrainedConfig]) -> A
     config = module.config
     if id(config) not in configs:
         configs[id(config)] = _with_hook(config)
-    return view_of(module, children=children, attributes={"config": configs[id(config)]})
+    return view_of(module, children=children, attributes={"config": configs[id(config)]}, read=config.__dict__)
 
 
 def _check_forward(module: nn.Module) -> None:

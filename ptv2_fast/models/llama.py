@@ -6,10 +6,13 @@ own business and reach attention without the package's help.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.models import rotary
+from ptv2_fast.models.norms import normed_together as norms_together
 from ptv2_fast.models.projection import Projection, linear_projection
 
 
@@ -38,3 +41,19 @@ def finished(backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
     return rotary.before_text(backbone, keys) if getattr(attention, "use_rope", True) else keys
+
+
+def normed_together(backbone: PreTrainedModel, layers: Sequence[int], states: Tensor) -> Tensor | None:
+    """`normed` of several layers' states (L, P, D)."""
+    return norms_together([backbone.layers[layer].input_layernorm for layer in layers], states)
+
+
+def finished_together(backbone: PreTrainedModel, layers: Sequence[int], keys: Tensor) -> Tensor | None:
+    """`finished` of several layers' keys (L, P, Hkv, d)."""
+    attentions = [backbone.layers[layer].self_attn for layer in layers]
+    if not all(attention.__dict__.get("use_rope", True) for attention in attentions):
+        return None
+    finished: Tensor | None = keys
+    if hasattr(attentions[0], "k_norm"):
+        finished = norms_together([attention.k_norm for attention in attentions], keys)
+    return None if finished is None else rotary.rotate(finished, *rotary.tables_before_text(backbone, finished[0]))

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 
-def pool(hidden: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
+def pool(hidden: Tensor, attention_mask: Tensor | None, how: str, read: Tensor | None = None) -> Tensor:
     """One vector (B, D) per row of hidden (B, N, D): its "first" or "last" real token, or the "mean" of them.
 
     Args:
         attention_mask: (B, N), nonzero at real tokens; None means all are. A row without one gives its first token,
             or zeros for "mean".
+        read: (B,) what `pooled_tokens` gives, where the caller knows it.
     """
     rows, tokens = hidden.shape[:2]
     if how == "mean":
@@ -22,7 +23,9 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
             return hidden.mean(1)
         weights = attention_mask.bool().to(hidden.dtype)[..., None]
         return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-    return hidden.flatten(0, 1).index_select(0, pooled_tokens(rows, tokens, attention_mask, how, hidden.device))
+    if read is None:
+        read = pooled_tokens(rows, tokens, attention_mask, how, hidden.device)
+    return hidden.flatten(0, 1).index_select(0, read)
 
 
 def pooled_tokens(
@@ -32,14 +35,14 @@ def pooled_tokens(
 
     A row without a real token has its first.
     """
-    slots = torch.arange(tokens, device=device)
+    begins = torch.arange(0, rows * tokens, tokens, device=device)
     if attention_mask is None:
-        slot = slots[0 if how == "first" else -1]
-    elif how == "first":
-        slot = slots.masked_fill(~attention_mask.bool(), tokens).amin(-1) % tokens
-    else:
-        slot = slots.masked_fill(~attention_mask.bool(), -1).amax(-1).clamp(min=0)
-    return torch.arange(rows, device=device) * tokens + slot
+        return begins if how == "first" else begins + (tokens - 1)
+    if how == "first":
+        # Of several largest ones the first.
+        return begins + (attention_mask != 0).to(torch.uint8).argmax(-1)
+    slots = torch.arange(tokens, device=device)
+    return begins + slots.masked_fill(attention_mask == 0, 0).amax(-1)
 
 
 def tokens_read(inputs: Mapping[str, Any], pooling: str) -> Tensor | None:

@@ -31,13 +31,22 @@ def tokens_first(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | No
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return dict(inputs), None
-    source = (mask == 0).long().argsort(dim=1, stable=True)  # (B, N)
+    back = _slots_behind(mask != 0)
+    slots = torch.arange(mask.shape[1], device=mask.device).expand_as(back)
+    source = torch.zeros_like(back).scatter(1, back, slots)  # (B, N)
     turned = dict(inputs)
     for name in _BY_TOKEN:
         value = inputs.get(name)
         if value is not None:
             turned[name] = turn_rows(value.expand(mask.shape[0], *value.shape[1:]), source)
-    return turned, source.argsort(dim=1)
+    return turned, back
+
+
+def _slots_behind(real: Tensor) -> Tensor:
+    """(B, N) the slot that each token goes to: real ones in their order, then padding in its own."""
+    order = real.long().cumsum(1)
+    rest = (~real).long().cumsum(1) + order[:, -1:]
+    return torch.where(real, order, rest) - 1
 
 
 def turn_rows(values: Tensor, source: Tensor) -> Tensor:

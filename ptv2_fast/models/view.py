@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,7 +29,33 @@ _HOOKED = "_output_capturing_hooks_installed"
 # Where a view of a model keeps that model.
 _VIEW_OF = "_view_of"
 # Where a view with a forward of its own keeps the view whose forward that one calls, and itself.
-_LOOKS_AT = "_view_looks_at"
+LOOKS_AT = "_view_looks_at"
+# Where a view keeps what it was copied from.
+SOURCE = "_view_source"
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What a view was copied from, as it was right before.
+
+    Attributes:
+        module: the module.
+        kind: its class.
+        seen: each dictionary that was read (attributes, children, a configuration) with what it held.
+    """
+
+    module: nn.Module
+    kind: type[nn.Module]
+    seen: tuple[tuple[dict[str, Any], tuple[tuple[str, Any], ...]], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, *others: dict[str, Any]) -> Source:
+        """The module as it is, and other dictionaries that a view of it is made of."""
+        own, children = module.__dict__, module._modules
+        seen: list[Any] = [(own, tuple(own.items())), (children, tuple(children.items()))]
+        for other in others:
+            seen.append((other, tuple(other.items())))
+        return cls(module, type(module), tuple(seen))
 
 
 def outside_graphs(function: F) -> F:
@@ -51,6 +78,7 @@ def view_of(
     children: Mapping[str, nn.Module | None] | None = None,
     forward: Callable[..., Any] | None = None,
     attributes: Mapping[str, Any] | None = None,
+    read: Mapping[str, Any] | None = None,
 ) -> M:
     """A second module object over the parameters, buffers and children of `module`.
 
@@ -59,30 +87,32 @@ def view_of(
         children: direct children that the view has instead of the module's own.
         forward: called as forward(original_forward, *args, **kwargs) in place of the module's forward.
         attributes: plain attributes that the view has instead of, or beside, the module's own.
+        read: a dictionary that `attributes` were made of, where somebody may change it later.
 
     Returns:
         A module of type(module), or of a subclass with the same name and forward signature.
     """
-    seen = module.__dict__.get(_LOOKS_AT)
+    seen = module.__dict__.get(LOOKS_AT)
     if seen is not None and (children or attributes):
         # What the view's forward runs is the module behind it: children and attributes are replaced there.
-        module = view_of(view_of(seen[0], children=children, attributes=attributes), forward=seen[1])
+        module = view_of(view_of(seen[0], children=children, attributes=attributes, read=read), forward=seen[1])
         return module if forward is None else view_of(module, forward=forward)
     kind: Any = type(module)
     is_model = isinstance(module, PreTrainedModel)
-    view: Any = _shallow_copy(module, _class_of_view(kind) if is_model else kind)
+    view: Any = _shallow_copy(module, _class_of_view(kind) if is_model else kind, read)
+    own = view.__dict__
     if is_model:
-        view.__dict__.setdefault(_VIEW_OF, module)
-    view._modules = {**module._modules, **(children or {})}
-    view.__dict__.update(attributes or {})
+        own.setdefault(_VIEW_OF, module)
+    own["_modules"] = {**module._modules, **(children or {})}
+    own.update(attributes or {})
     if forward is None:
         return view
     outer: Any = _shallow_copy(view, _model_with_forward(kind) if is_model else _class_with_forward(kind))
     outer.__dict__.pop("forward", None)  # a module may have a forward of its own (accelerate's hooks set one)
     if getattr(view, "gradient_checkpointing", False):
         view.gradient_checkpointing = False  # the outer forward recomputes the inner one
-    outer._view_forward = functools.partial(forward, view.forward)
-    outer.__dict__[_LOOKS_AT] = (view, forward)
+    outer.__dict__["_view_forward"] = functools.partial(forward, view.forward)
+    outer.__dict__[LOOKS_AT] = (view, forward)
     return outer
 
 
@@ -135,10 +165,14 @@ def _install_hooks_once(model: PreTrainedModel) -> None:
         maybe_install_capturing_hooks(model)
 
 
-def _shallow_copy(module: M, cls: type[M]) -> M:
+def _shallow_copy(module: M, cls: type[M], read: Mapping[str, Any] | None = None) -> M:
     """An object of `cls` with the attributes of `module`; what copy.copy does, in steps that torch.compile traces."""
+    # What changes from here on is seen to have changed.
+    source = None if torch.compiler.is_compiling() else Source.of(module, *(() if read is None else (read,)))
     copied = object.__new__(cls)
     copied.__dict__.update(module.__dict__)
+    if source is not None:
+        copied.__dict__[SOURCE] = source
     # What `module.compile()` made runs the module itself.
     copied.__dict__.pop("_compiled_call_impl", None)
     if "forward" in module.__dict__:
@@ -173,6 +207,17 @@ class _HookedElsewhere:
     def _output_capturing_hooks_installed(self) -> bool:
         _install_hooks_once(self.__dict__[_VIEW_OF])
         return True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle finds the model's own class by its name, and not the one made of it here."""
+        kind = type(self)
+        if kind is not _hooked_elsewhere(kind.__mro__[2]):
+            return super().__reduce_ex__(protocol)
+        return _blank_view, (kind.__mro__[2],), self.__dict__
+
+
+def _blank_view(kind: Any) -> Any:
+    return object.__new__(_hooked_elsewhere(kind))
 
 
 @torch.compiler.assume_constant_result

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.models.family import Family
+from ptv2_fast.models.gathered import dtype_of
 from ptv2_fast.prompts.encoder import PromptEncoder
+from ptv2_fast.prompts.keys_values import pairs_of
 from ptv2_fast.prompts.projection import LayerProjections
 
 _Lens = Callable[[list[int], torch.device], Tensor]
@@ -42,11 +44,11 @@ def made_together(
     made = [None if encoder is None else encoder() for encoder in encoders]
     nothing = torch.zeros_like(next(prompts for prompts in made if prompts is not None)) if None in encoders else None
     # (L', P, R, D) or (L', 2, R, Hkv, P, d)
-    prompts = torch.stack([_or(own, nothing) for own in made], 2).to(backbone.dtype)
+    prompts = torch.stack([_or(own, nothing) for own in made], 2).to(dtype_of(backbone))
     if first.injection == "deep":
         pairs = projections(prompts.flatten(1, 2), backend, len(encoders))
     else:
-        pairs = [(keys, values) for keys, values in (layer.unbind(0) for layer in prompts.unbind(0))]
+        pairs = pairs_of(prompts)
     lens = None
     if nothing is not None:
         length = first.shape[-2]
@@ -55,7 +57,7 @@ def made_together(
     banks = {
         layer: LayerPrompt(*pair, bias=gate, lens=lens) for layer, pair, gate in zip(first.layers, pairs, gates)
     }
-    return tuple(banks.get(layer) for layer in range(family.sizes(backbone).num_layers))
+    return tuple(banks.get(layer) for layer in range(projections.num_layers))
 
 
 def _gates(encoders: Sequence[PromptEncoder | None]) -> Sequence[Tensor | None]:

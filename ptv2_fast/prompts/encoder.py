@@ -77,7 +77,7 @@ class PromptEncoder(nn.Module):
     def forward(self) -> Tensor:
         """The prompts, in the shape that the class describes; dropout while training."""
         prompts = self.prompts if self.mlp is None else self._from_mlp(self.mlp(self.embeddings))
-        return F.dropout(prompts, self.dropout, self.training)
+        return F.dropout(prompts, self.dropout, self.training) if self.dropout else prompts
 
     def _width(self) -> int:
         """How many values one virtual token has."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ptv2_fast.attention.autocast import autocast_dtype
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.prompts.source import PromptSource
 
@@ -86,6 +87,5 @@ def made(sources: Sequence[PromptSource | None], backend: str) -> Prompts:
 
 def _surroundings(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     """What the same weights are made into something else by, or by somebody else who need not wait for it."""
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    return autocast, torch.is_inference_mode_enabled(), device, dtype, stream
+    return autocast_dtype(device), torch.is_inference_mode_enabled(), device, dtype, stream

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt, PromptBatch, not_reached
 from ptv2_fast.models.family import Family
-from ptv2_fast.models.gathered import check_runs_alone, kept_together
+from ptv2_fast.models.gathered import check_runs_alone, dtype_of, kept_together
 from ptv2_fast.models.hooked import Hooked
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.projection import LayerProjections
@@ -44,8 +44,8 @@ def layer_prompts(
 
     Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its size.
     """
-    prompts = encoder().to(backbone.dtype)
-    count = family.sizes(backbone).num_layers
+    prompts = encoder().to(dtype_of(backbone))
+    count = projections.num_layers
     gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
     waits = projections.must_wait()
 
@@ -71,7 +71,7 @@ def layer_prompts(
         return tuple(made.get(layer) for layer in range(count))
     match encoder.injection:
         case "prefix":
-            pairs = dict(zip(encoder.layers, (layer.unbind(0) for layer in prompts.unbind(0))))
+            pairs = dict(zip(encoder.layers, pairs_of(prompts)))
         case "deep":
             pairs = dict(zip(encoder.layers, projections(prompts, backend)))
         case "shallow":
@@ -82,6 +82,12 @@ def layer_prompts(
             )
             pairs = {layer: recorded[layer] for layer in encoder.layers}
     return tuple(finished(layer, *pairs[layer]) if layer in pairs else None for layer in range(count))
+
+
+def pairs_of(prompts: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The keys and the values of every layer of (L', 2, ...)."""
+    flat = prompts.flatten(0, 1).unbind(0)
+    return list(zip(flat[::2], flat[1::2]))
 
 
 def _as_they_are(layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptv2_fast.attention.autocast import autocast_dtype
 from ptv2_fast.attention.triton_backend import check_available, unavailable_reason
 from ptv2_fast.models.family import Family
 from ptv2_fast.models.gathered import gathered_by
@@ -22,13 +23,18 @@ class LayerProjections:
     Under the triton backend keys take one launch for all layers and values another, instead of two small matrix
     products a layer. The kernel reads the weights where they are; their addresses are looked up again when a weight
     has moved.
+
+    Attributes:
+        num_layers: of the whole backbone.
     """
 
     def __init__(self, backbone: PreTrainedModel, family: Family, layers: Sequence[int]):
         self._backbone = backbone
         self._family = family
         self._layers = tuple(layers)
-        self._head_dim = family.sizes(backbone).head_dim
+        # A configuration is slow to read, and every step asks.
+        sizes = family.sizes(backbone)
+        self._head_dim, self.num_layers = sizes.head_dim, sizes.num_layers
         self._tables: tuple[tuple, list] | None = None
 
     def __call__(self, states: Tensor, backend: str, entries: int | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -39,17 +45,41 @@ class LayerProjections:
             backend: of `prompt_attention`; "triton", or "auto" on CUDA, projects by the kernel.
             entries: R, where keys and values are to be (R, Hkv, P, d).
         """
+        per_layer = [self._family.projections(self._backbone, layer) for layer in self._layers]
+        together = self._normed_together(states, backend)
+        if together is not None and _kernel_serves(together, per_layer, backend):
+            return self._all_finished(self._by_kernel(together, per_layer), entries)
         normed = [
             self._family.normed(self._backbone, layer, state)
             for layer, state in zip(self._layers, states.unbind(0))
         ]
-        per_layer = [self._family.projections(self._backbone, layer) for layer in self._layers]
         if _kernel_serves(normed[0], per_layer, backend):
-            made: Sequence[Iterable[Tensor]] = self._by_kernel(torch.stack(normed), per_layer)
-        else:
-            made = [[project(x) for x, project in zip(normed, side)] for side in zip(*per_layer)]
-        keys, values = made
+            return self._all_finished(self._by_kernel(torch.stack(normed), per_layer), entries)
+        keys, values = [[project(x) for x, project in zip(normed, side)] for side in zip(*per_layer)]
         return [self._finished(*flat, entries=entries) for flat in zip(self._layers, keys, values)]
+
+    def _normed_together(self, states: Tensor, backend: str) -> Tensor | None:
+        """(L', P, D) what all layers' projections read, for the kernel; None where each layer has to be asked."""
+        together = self._family.normed_together
+        if together is None or not _kernel_is_wanted(states, backend):
+            return None
+        return together(self._backbone, self._layers, states)
+
+    def _all_finished(self, made: tuple[Tensor, ...], entries: int | None) -> list[tuple[Tensor, Tensor]]:
+        """`_finished` of all layers' projected keys and values (L', P, Hkv * d), or a bank's (L', P * R, Hkv * d)."""
+        keys, values = made
+        together = self._family.finished_together
+        tokens = keys.shape[1] // (entries or 1)
+        shape = (len(self._layers), tokens, -1, self._head_dim)
+        finished = None if together is None else together(self._backbone, self._layers, keys.reshape(shape))
+        if finished is None:
+            return [self._finished(*flat, entries=entries) for flat in zip(self._layers, keys, values)]
+        sides = (finished, values.reshape(shape))
+        if entries is None:
+            keys, values = (side.transpose(1, 2) for side in sides)
+        else:
+            keys, values = (side.unflatten(2, (entries, -1)).permute(0, 2, 3, 1, 4) for side in sides)
+        return list(zip(keys.unbind(0), values.unbind(0)))
 
     def must_wait(self) -> bool:
         """Whether each layer's weights are there only while that layer runs: prompts are then made `of_layer`."""
@@ -94,10 +124,15 @@ class LayerProjections:
         return tuple(prompt_projection(normed, table) for table in self._tables[1])
 
 
+def _kernel_is_wanted(states: Tensor, backend: str) -> bool:
+    """Whether the kernel is asked for; under autocast and the compiler torch's own product runs."""
+    wanted = backend == "triton" or (backend == "auto" and states.is_cuda)
+    return wanted and not torch.compiler.is_compiling() and autocast_dtype(states.device) is None
+
+
 def _kernel_serves(normed: Tensor, per_layer: list[tuple[Projection, Projection]], backend: str) -> bool:
-    """Whether the kernel takes the states and the weights; under autocast and the compiler torch's own product runs."""
-    wanted = backend == "triton" or (backend == "auto" and normed.is_cuda)
-    if not wanted or torch.compiler.is_compiling() or torch.is_autocast_enabled(normed.device.type):
+    """Whether the kernel takes the states and the weights."""
+    if not _kernel_is_wanted(normed, backend):
         return False
     # The kernel's table keeps the addresses of weights, so they must be the base's own, of one dtype.
     projections = [projection for pair in per_layer for projection in pair]

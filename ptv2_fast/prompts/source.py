@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.models.family import Family
-from ptv2_fast.models.gathered import device_of
+from ptv2_fast.models.gathered import device_of, dtype_of
 from ptv2_fast.models.hooked import Hooked
 from ptv2_fast.prompts.bank import made_together, stack_bank
 from ptv2_fast.prompts.encoder import PromptEncoder
@@ -18,10 +18,14 @@ from ptv2_fast.prompts.projection import LayerProjections
 
 
 class PromptSource:
-    """The keys and values that one adapter's prompts make in one backbone."""
+    """The keys and values that one adapter's prompts make in one backbone.
+
+    Attributes:
+        encoder: the prompts.
+    """
 
     def __init__(self, encoder: PromptEncoder, backbone: PreTrainedModel, family: Family, hooked: Hooked):
-        self._encoder = encoder
+        self.encoder = encoder
         self._backbone = backbone
         self._family = family
         self._hooked = hooked
@@ -30,18 +34,18 @@ class PromptSource:
     def __call__(self, backend: str) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
         """Every layer's prompt for a backend of `prompt_attention`."""
         return layer_prompts(
-            self._encoder, self._backbone, self._family, self._projections, backend, hooked=self._hooked
+            self.encoder, self._backbone, self._family, self._projections, backend, hooked=self._hooked
         )
 
     @property
     def trains(self) -> bool:
         """Whether the prompts are in training mode: dropout gives other ones each time."""
-        return self._encoder.training
+        return self.encoder.training
 
     @property
     def place(self) -> tuple[torch.device, torch.dtype]:
         """The device that the backbone computes on, and the dtype of its weights."""
-        return device_of(self._backbone), self._backbone.dtype
+        return device_of(self._backbone), dtype_of(self._backbone)
 
     @staticmethod
     def bank(sources: Sequence[PromptSource | None], backend: str) -> tuple[LayerPrompt | LazyPrompt | None, ...]:
@@ -50,9 +54,9 @@ class PromptSource:
         The sources are of one backbone; at least one is not None.
         """
         first = next(source for source in sources if source is not None)
-        encoders = [None if source is None else source._encoder for source in sources]
+        encoders = [None if source is None else source.encoder for source in sources]
         together = made_together(encoders, first._backbone, first._family, first._projections, backend)
         if together is not None:
             return together
-        nothing = (None,) * first._family.sizes(first._backbone).num_layers
+        nothing = (None,) * first._projections.num_layers
         return stack_bank([nothing if source is None else source(backend) for source in sources])

@@ -8,7 +8,9 @@ at memory itself sees the buffer: `safetensors.torch.save_model` wants `release`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from itertools import repeat
+from operator import attrgetter, contains, eq, is_
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,29 +33,80 @@ class FusedProjections:
 
     def __init__(self, backbone: nn.Module):
         """Find the groups; nothing is moved before `modules` is called."""
-        self._groups = [
-            FusedGroup(path, module, names)
-            for path, module in backbone.named_modules()
-            for names in _GROUPS
-            if all(n in module._modules for n in names) and _can_fuse([module.get_submodule(n) for n in names])
-        ]
+        self._backbone = backbone
+        self._groups = _groups_of(backbone)
+        self._found: dict[str, nn.Module] = {}
+        # How the groups were found when they were last gathered, all of them whole.
+        self._left: _Left | None = None
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """What stands in a view of the backbone at each path; the weights are moved where they are not in place yet."""
-        found = {}
-        for group in self._groups:
-            if group.is_whole():
-                group.gather()
-                found.update(group.modules)
-        return found
+        """What stands in a view of the backbone at each path; the weights are moved where they are not in place yet.
+
+        The same object for as long as the same groups are whole.
+        """
+        left = self._left
+        if left is not None and left.is_so():
+            return self._found
+        if not all(group.is_part_of(self._backbone) for group in self._groups):
+            self._groups, self._found = _groups_of(self._backbone), {}
+        whole = [group for group in self._groups if group.is_whole()]
+        for group in whole:
+            group.gather()
+        self._left = _Left(self._backbone, whole) if len(whole) == len(self._groups) else None
+        found: dict[str, nn.Module] = {path: module for group in whole for path, module in group.modules.items()}
+        if found.keys() != self._found.keys():
+            self._found = found
+        return self._found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_left": None}
 
     def release(self) -> None:
         """Give every parameter memory of its own again."""
+        self._left = None
         for group in self._groups:
             group.release()
+
+
+class _Left:
+    """How groups were left: every step asks whether each is whole and in place, in passes that no Python interrupts."""
+
+    def __init__(self, backbone: nn.Module, groups: Sequence[FusedGroup]):
+        self._linears = [linear for group in groups for linear in group.linears]
+        # From the backbone down: which module each has under which name.
+        places = [place for group in groups for place in group.places(backbone)]
+        unique = {(id(parent), name): (parent, name, child) for parent, name, child in places}
+        self._parents, self._names, self._parts = map(list, zip(*unique.values())) if unique else ([], [], [])
+        self._own = [linear.__dict__ for linear in self._linears]
+        self._tensors = self._all_tensors()
+        self._present = [tensor for tensor in self._tensors if tensor is not None]
+        self._addresses = list(map(Tensor.data_ptr, self._present))
+        self._dtypes = list(map(_dtype, self._present))
+
+    def is_so(self) -> bool:
+        """Whether the linear maps are the same and plain, and their tensors the same, frozen and where they were."""
+        return (
+            all(map(is_, map(dict.get, map(_children, self._parents), self._names), self._parts))
+            and all(map(is_, map(type, self._linears), repeat(nn.Linear)))
+            and not any(any(map(hooks, self._linears)) for hooks in _HOOKS)
+            and not any(map(contains, self._own, repeat("forward")))
+            and all(map(is_, self._all_tensors(), self._tensors))
+            and not any(map(_requires_grad, self._present))
+            and all(map(eq, map(Tensor.data_ptr, self._present), self._addresses))
+            and all(map(is_, map(_dtype, self._present), self._dtypes))
+        )
+
+    def _all_tensors(self) -> list[Tensor | None]:
+        parameters = list(map(_parameters, self._linears))
+        return [*map(dict.get, parameters, repeat("weight")), *map(dict.get, parameters, repeat("bias"))]
+
+
+_children, _parameters = attrgetter("_modules"), attrgetter("_parameters")
+_HOOKS = tuple(map(attrgetter, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")))
+_dtype, _requires_grad = attrgetter("dtype"), attrgetter("requires_grad")
 
 
 class FusedGroup:
@@ -61,13 +114,15 @@ class FusedGroup:
 
     Attributes:
         modules: path -> the module that stands in for the linear map there.
+        parent, names, linears: the module that has the linear maps, their names in it, and they.
     """
 
     def __init__(self, path: str, parent: nn.Module, names: Sequence[str]):
-        self._parent = parent
-        self._names = names
-        self._linears = [parent.get_submodule(name) for name in names]
-        self._sizes = [linear.out_features for linear in self._linears]
+        self.path = path.split(".") if path else []
+        self.parent = parent
+        self.names = names
+        self.linears = [parent.get_submodule(name) for name in names]
+        self._sizes = [linear.out_features for linear in self.linears]
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         # (input, what the linear maps after the first one make of it), between their calls in one forward.
@@ -75,28 +130,39 @@ class FusedGroup:
         paths = [f"{path}.{name}" if path else name for name in names]
         self.modules = {path: _FusedLinear(self, position) for position, path in enumerate(paths)}
 
+    def is_part_of(self, backbone: nn.Module) -> bool:
+        """Whether the group's parent is still where it was found."""
+        module: nn.Module | None = backbone
+        for name in self.path:
+            module = None if module is None else module._modules.get(name)
+        return module is self.parent
+
+    def places(self, backbone: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+        """(module, name of a child, that child) on the way from the backbone to each linear map."""
+        way, module = [], backbone
+        for name in self.path:
+            child = module.get_submodule(name)
+            way.append((module, name, child))
+            module = child
+        return [*way, *((self.parent, name, linear) for name, linear in zip(self.names, self.linears))]
+
     def is_whole(self) -> bool:
-        """Whether the linear maps are still the parent's, frozen, and nobody hooks or replaces what they do."""
-        return all(
-            self._parent._modules.get(name) is linear
-            and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
-            and not any(p is not None and p.requires_grad for p in linear._parameters.values())
-            and "forward" not in linear.__dict__
-            for name, linear in zip(self._names, self._linears)
-        )
+        """Whether the linear maps are still the parent's, and can be fused."""
+        own = all(self.parent._modules.get(name) is linear for name, linear in zip(self.names, self.linears))
+        return own and _can_fuse(self.linears)
 
     def gather(self) -> None:
         """Move the weights (and biases) into one buffer, unless they lie there already."""
-        weights = [linear.weight for linear in self._linears]
+        weights = [linear.weight for linear in self.linears]
         if self._weight is None or not _lie_in(self._weight, weights):
             self._weight = _side_by_side(weights)
-        biases = [linear.bias for linear in self._linears]
+        biases = [linear.bias for linear in self.linears]
         if biases[0] is not None and (self._bias is None or not _lie_in(self._bias, biases)):
             self._bias = _side_by_side(biases)
 
     def release(self) -> None:
         """Give every parameter memory of its own again."""
-        for linear in self._linears:
+        for linear in self.linears:
             for parameter in linear.parameters():
                 parameter.data = parameter.data.clone()
         self._weight = self._bias = None
@@ -113,7 +179,7 @@ class FusedGroup:
         kept = self._kept
         # Another thread, or a layer that gives each map an input of its own, finds something else here.
         if kept is None or kept[0] is not x:
-            return self._linears[position](x)
+            return self.linears[position](x)
         if position == len(self._sizes) - 1:
             self._kept = None
         return kept[1][position - 1]
@@ -133,19 +199,30 @@ class _FusedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The linear map's own parameter, for code that asks for its dtype."""
-        return self._group._linears[self._position].weight
+        return self._group.linears[self._position].weight
+
+
+def _groups_of(backbone: nn.Module) -> list[FusedGroup]:
+    return [
+        FusedGroup(path, module, names)
+        for path, module in backbone.named_modules()
+        for names in _GROUPS
+        if all(n in module._modules for n in names) and _can_fuse([module.get_submodule(n) for n in names])
+    ]
 
 
 def _can_fuse(modules: Sequence[nn.Module]) -> bool:
     """Whether the modules are plain frozen linear maps of one input size, which nobody hooks, shards or replaces."""
     if any(type(m) is not nn.Linear or "forward" in m.__dict__ for m in modules):
         return False
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
-    parameters = [p for m in modules for p in m.parameters()]
-    plain = all(type(p) is nn.Parameter and not p.requires_grad for p in parameters)
-    alike = len({(m.in_features, m.bias is None, m.weight.dtype, m.weight.device) for m in modules}) == 1
-    distinct = len({id(p) for p in parameters}) == len(parameters)
-    return plain and alike and distinct and not hooked
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
+        return False
+    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    if any(type(p) is not nn.Parameter or p.requires_grad for p in parameters):
+        return False
+    sizes = {(m.in_features, m._parameters["bias"] is None) for m in modules}
+    kinds = {(p.dtype, p.device) for p in parameters}
+    return len(sizes) == len(kinds) == 1 and len(set(map(id, parameters))) == len(parameters)
 
 
 def _lie_in(buffer: Tensor, parts: Sequence[Tensor]) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ptv2_fast.heads import IGNORED_LABEL
+from ptv2_fast.heads import IGNORED_LABEL, causal_loss
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import is_listed
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
@@ -34,7 +34,7 @@ def why_not_labelled_rows(base: PreTrainedModel, inputs: Mapping[str, Any]) -> s
         return "the family is not listed, and its head may do more than a linear map"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         return "somebody hooks the head"
-    if base.loss_function is not ForCausalLMLoss or inputs.get("shift_labels") is not None:
+    if causal_loss(base) is not ForCausalLMLoss or inputs.get("shift_labels") is not None:
         return "the loss is another one than transformers' own"
     if balances_experts(base, inputs):
         return "experts' load is balanced by a loss of its own"

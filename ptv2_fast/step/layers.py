@@ -18,6 +18,7 @@ from ptv2_fast.attention.prompt_batch import PromptBatch
 from ptv2_fast.models.family import Family
 from ptv2_fast.models.features import reads_text
 from ptv2_fast.models.gathered import gathered_by
+from ptv2_fast.models.kept_views import KeptViews
 from ptv2_fast.models.own_attention import AttentionCall
 from ptv2_fast.models.view import view_of, with_modules
 from ptv2_fast.step.fused_projections import FusedProjections
@@ -30,28 +31,30 @@ class StepLayers:
     """Makes views of one backbone for the steps of one wrapper; the weights stay the backbone's.
 
     Attributes:
+        backbone: the one.
         without: which switches save nothing on this backbone, and why.
     """
 
     def __init__(self, backbone: PreTrainedModel, family: Family) -> None:
-        self._backbone = backbone
+        self.backbone = backbone
         self._family = family
         self._fused: FusedProjections | None = None
         self._compiled: Callable | None = None
+        self._views = KeptViews()
         # Found once: every step asks, a configuration is slow to read, and a compiler can trace no search.
         self.without = self._find_without()
         self._layers_path = self._find_layers()
 
     def gathered_by(self, *above: nn.Module) -> str | None:
         """Who brings the weights of the backbone, or of modules above it, while they run; None where they stay."""
-        return gathered_by((*above, self._backbone), self._family.layers(self._backbone))
+        return gathered_by((*above, self.backbone), self._family.layers(self.backbone))
 
     def fused(self, plan: StepPlan) -> Mapping[str, nn.Module]:
         """Path -> what stands in for a linear map there; weights move here, before anything takes their address."""
         if not plan.fused_projections:
             return {}
         if self._fused is None:
-            self._fused = FusedProjections(self._backbone)
+            self._fused = FusedProjections(self.backbone)
         return self._fused.modules()
 
     def view(
@@ -65,22 +68,31 @@ class StepLayers:
             fused: what `fused` gave for this plan.
             read: (R,) the tokens of the flattened (B, N) whose last states are read; None for all.
         """
-        backbone = with_modules(backbone, fused)
-        layers = self._family.layers(backbone)
-        last = len(layers) - 1
-        changed: dict[str, nn.Module] = {}
-        if plan.compile_layers:
-            call = self._compiled_call(dynamic=plan.unpad)
-            changed = {str(i): compiled_layer(layer, i, call) for i, layer in enumerate(layers)}
+        call = self._compiled_call(dynamic=plan.unpad) if plan.compile_layers else None
+        read_rows = self._family.read_rows if plan.last_rows and read is not None else None
+        whole = backbone
+        if fused or call is not None:
+            whole = self._views.of((backbone, fused, call), lambda: self._changed(backbone, fused, call))
+        if read_rows is None or read is None:
+            return whole
         # How many rows are read changes with every batch: that layer is not compiled.
-        if read is not None and plan.last_rows and self._family.read_rows is not None:
-            changed[str(last)] = self._family.read_rows(layers[last], read)
-        if not changed:
+        last = len(self._family.layers(whole)) - 1
+        layer = whole if call is None else with_modules(backbone, fused)
+        path = f"{self._layers_path}.{last}"
+        return with_modules(whole, {path: read_rows(layer.get_submodule(path), read)})
+
+    def _changed(
+        self, backbone: PreTrainedModel, fused: Mapping[str, nn.Module], call: Callable | None
+    ) -> PreTrainedModel:
+        """The backbone with fused projections, and with layers that run through `call` where there is one."""
+        backbone = with_modules(backbone, fused)
+        if call is None:
             return backbone
-        return with_modules(backbone, {f"{self._layers_path}.{name}": layer for name, layer in changed.items()})
+        layers = enumerate(self._family.layers(backbone))
+        return with_modules(backbone, {f"{self._layers_path}.{i}": compiled_layer(one, i, call) for i, one in layers})
 
     def _find_without(self) -> dict[str, str]:
-        if self._family.sizes(self._backbone).decoder_layers:
+        if self._family.sizes(self.backbone).decoder_layers:
             names = [field.name for field in fields(StepOptions)]
             return dict.fromkeys(names, "an encoder-decoder runs its padded rows as they are")
         found = {}
@@ -112,8 +124,8 @@ class StepLayers:
 
     def _find_layers(self) -> str:
         """The path of the backbone's layers in it."""
-        layers = self._family.layers(self._backbone)
-        return next(path for path, module in self._backbone.named_modules() if module is layers)
+        layers = self._family.layers(self.backbone)
+        return next(path for path, module in self.backbone.named_modules() if module is layers)
 
 
 def compiled_layer(layer: nn.Module, position: int, call: Callable) -> nn.Module:

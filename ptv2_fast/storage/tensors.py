@@ -62,8 +62,9 @@ def check_float(where: str, name: str, tensor: Tensor) -> None:
     Raises:
         ValueError: see above.
     """
-    if tensor.dtype not in FLOATS:
-        raise ValueError(f"{where}: {name} must be of floating point, 16 bits or more; got {tensor.dtype}")
+    found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+    if found not in FLOATS:
+        raise ValueError(f"{where}: {name} must be of floating point, 16 bits or more; got {found}")
 
 
 def read_json(where: str | Path, text: str | bytes) -> Any:

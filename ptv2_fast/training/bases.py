@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ def load_base(
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: transformers cannot load it; the message is its own, in one line.
+        ValueError: transformers cannot load it, and the message is its own, in one line; or there is no tokenizer.
     """
     source, options = locate(name)
     kind = _AUTO[task_type] if own_head or task_type == "CAUSAL_LM" else "AutoModel"
@@ -61,14 +63,36 @@ def load_base(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         loader = getattr(transformers, kind)
         base = loader.from_pretrained(source, config=config, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"model {str(name)!r} could not be loaded: {reason}") from error
+    except Exception as error:  # a damaged file makes transformers and its parts raise anything
+        raise not_loaded(name, error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"model {str(name)!r} must come with its tokenizer's files; there are none that hold words")
     if options:
         # The weights are plain floats once loaded; the flag would make Trainer refuse to train on them.
         base.is_quantized = False
     base.config.name_or_path = str(Path(source, *options.values()))
     return base.eval(), tokenizer
+
+
+def not_loaded(name: str | Path, error: Exception) -> ValueError:
+    """What to say where transformers cannot load a model: its own words, in one line."""
+    reason = " ".join(str(error).split())
+    if not isinstance(error, OSError | ValueError | KeyError | ImportError) or not reason:
+        reason = f"{type(error).__name__}{': ' if reason else ''}{reason}"
+    return ValueError(f"model {str(name)!r} could not be loaded: {reason}")
+
+
+def digest_of_weights(base: PreTrainedModel) -> str:
+    """A digest of a base's weights on the CPU, in which any change of a number shows.
+
+    Poolers are left out: no head here reads one, and where a model's file has none it is drawn anew by each load.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base.state_dict().items()):
+        if "pooler" not in name.split("."):
+            content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {zlib.crc32(content)}\n".encode())
+    return digest.hexdigest()
 
 
 def head_size(name: str | Path, task_type: str, shapes: Mapping[str, Sequence[int]]) -> int | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ptv2_fast.step.labelled_rows import predictable_labels
 
 # The label that every loss of this package leaves out.
 IGNORED_LABEL = -100
@@ -110,6 +112,33 @@ class PadCollator:
         if key == "special_tokens_mask":
             return 1
         return 0
+
+
+@dataclass(frozen=True)
+class PredictableLabels:
+    """A collator of a causal model's batches without the labels that nothing predicts: those behind padding in front.
+
+    A wrapped model leaves them out of its loss by itself. Trainer counts labels before the model sees them, and its
+    label smoothing takes them away from the model: with this collator both are of the labels that are predicted, over
+    any number of accumulated batches and processes.
+
+    Args:
+        collator: gives "labels" and "attention_mask", (B, N) both; a batch without either comes back as it is.
+    """
+
+    collator: Callable[[list[Any]], Any]
+
+    def __call__(self, features: list[Any]) -> Any:
+        """The collator's batch."""
+        batch = self.collator(features)
+        if "labels" in batch and "attention_mask" in batch:
+            batch["labels"] = predictable_labels(batch["labels"], batch["attention_mask"])
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collator":  # while a copy is made
+            raise AttributeError(name)
+        return getattr(self.collator, name)
 
 
 def _is_sequence(value: object) -> bool:

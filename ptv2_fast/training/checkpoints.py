@@ -7,7 +7,8 @@ import logging
 import zipfile
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from ptv2_fast.checkpoint import TRAINER_WEIGHTS_NAME
+from ptv2_fast.storage.tensors import read_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ def last_whole(checkpoints: Path) -> str | None:
     for folder in sorted(checkpoints.glob("checkpoint-*"), key=_step, reverse=True):
         try:
             _check(folder)
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
             logger.warning("%s is passed over: %s", folder, " ".join(str(error).split()) or type(error).__name__)
             continue
         return str(folder)
@@ -36,8 +37,7 @@ def _check(folder: Path) -> None:
         raise ValueError("trainer_state.json does not speak of this step")
     if not isinstance(state.get("log_history"), list):
         raise ValueError("trainer_state.json has no history")
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        file.keys()
+    read_safetensors(folder / TRAINER_WEIGHTS_NAME)
     for path in (folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -62,8 +62,8 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     losses = {name: points for name, points in curves.items() if name.endswith("loss")}
     metrics = {name: points for name, points in curves.items() if name not in losses}
     panels = [(title, group) for title, group in (("loss", losses), ("metric", metrics)) if group]
-    figure = Figure(figsize=(6.0 * len(panels), 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(6.0 * len(panels), 4.0), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
     for index, (title, group) in enumerate(panels, start=1):
         panel = figure.add_subplot(1, len(panels), index)
         for name, points in group.items():
@@ -77,7 +77,7 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            figure.savefig(file, format="png", dpi=120)
+            canvas.print_png(file)  # savefig draws twice
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

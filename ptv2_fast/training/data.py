@@ -14,7 +14,6 @@ columns that are not read are named in one warning, and so are IOB1 tags, which 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,17 +21,19 @@ from typing import Any
 
 from ptv2_fast.training import formats
 from ptv2_fast.training.columns import Wanted, choose_columns
+from ptv2_fast.training.conll import conll_rows
 from ptv2_fast.training.delimited import delimited_rows
 from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet as LabelSet
 from ptv2_fast.training.labels import differing_by_case, same_spelled_twice
-from ptv2_fast.training.tags import stray_insides, to_iob2
+from ptv2_fast.training.tags import TAG, stray_insides, to_iob2
 
 logger = logging.getLogger(__name__)
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM")
 
-_TAG = re.compile(r"O|[BI]-\S+")
+# Up to so many classes may have an example each without a word.
+_FEW_CLASSES = 20
 
 
 def read_examples(
@@ -52,7 +53,7 @@ def read_examples(
 
     The suffix chooses the format: .csv, .tsv, .jsonl, .json, .conll (.iob, .iob2, .bio), .txt; for
     TOKEN_CLS .tsv and .txt are CoNLL too. Anything else is a `datasets` folder or `name[:config]`.
-    Columns of a CSV or TSV without a header are named by their numbers, from "1".
+    Columns of a CSV or TSV without a header, and of CoNLL, are named by their numbers, from "1".
 
     Args:
         path_or_name: the file, folder or dataset.
@@ -86,13 +87,15 @@ def read_examples(
     roles = choose_columns(str(path_or_name), rows, task, wanted, notes)
     convert = _CONVERTERS[task]
     examples = [convert(row, roles, labels) for row in rows]
-    _check_together(path_or_name, task, examples, notes)
+    _check_together(path_or_name, task, examples, notes, labels)
     for note in notes:
         logger.warning("%s", note)
     return examples
 
 
-def _check_together(name: str | Path, task: str, examples: list[dict[str, Any]], notes: list[str]) -> None:
+def _check_together(
+    name: str | Path, task: str, examples: list[dict[str, Any]], notes: list[str], labels: LabelSet | None
+) -> None:
     """What no example shows alone: ids and labels that repeat, tags in another scheme."""
     if task == "QUESTION_ANS":
         _refuse_repeated_ids(name, examples)
@@ -104,6 +107,12 @@ def _check_together(name: str | Path, task: str, examples: list[dict[str, Any]],
         cased = differing_by_case(found)
         if cased:
             notes.append(f"{name}: classes that differ by upper and lower case alone: {', '.join(map(repr, cased))}")
+        if labels is None and len(found) > max(_FEW_CLASSES, len(examples) / 2):
+            some = ", ".join(sorted(found)[:3])
+            notes.append(
+                f"{name}: {len(found)} classes in {len(examples)} examples ({some}, ...); is label_column"
+                " (--label-column) the one that is meant?"
+            )
     strays = sum(example.pop("strays", 0) for example in examples)
     if strays:
         notes.append(f"{name}: IOB1 tags are read as IOB2: {strays} I-x that begin an entity become B-x")
@@ -125,9 +134,13 @@ def _rows(
     elif suffix in formats.CONLL_SUFFIXES or (task == "TOKEN_CLS" and suffix in (".tsv", ".txt")):
         if task != "TOKEN_CLS":
             raise ValueError(f"{path}: {suffix} files are for TOKEN_CLS; got the task {task}")
-        yield from formats.conll_rows(path, tagged=wanted.labelled, notes=notes)
+        token_column = next(iter(wanted.texts), None)
+        columns = {"token_column": token_column, "tag_column": wanted.label if wanted.labelled else None}
+        yield from conll_rows(path, wanted.labelled, **columns, notes=notes)
     elif suffix in formats.TEXT_SUFFIXES:
         yield from formats.text_rows(path)
+    elif suffix in formats.DELIMITED_SUFFIXES and task == "TOKEN_CLS":
+        raise ValueError(f"{path}: tokens and their tags are read from CoNLL files and JSON; got a table ({suffix})")
     elif suffix in formats.DELIMITED_SUFFIXES:
         yield from delimited_rows(path, wanted.named, task=task, labelled=wanted.labelled, notes=notes)
     else:
@@ -185,6 +198,9 @@ def _tokens_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None)
     tokens = _value(row, roles["tokens"])
     if not _is_texts(tokens) or not tokens:
         raise ValueError(f"{row.where}: expected a list of words in {roles['tokens']!r}; got {tokens!r}")
+    for index, token in enumerate(tokens):
+        if not token.strip(" \t\r\n"):
+            raise ValueError(f"{row.where}, token {index + 1}: expected a word; got {token!r}")
     example: dict[str, Any] = {"tokens": [check_text(row.where, token) for token in tokens]}
     if "tags" not in roles:
         return example
@@ -197,7 +213,7 @@ def _tokens_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None)
         where = f"{row.where}, token {index + 1}"
         if row.lines is not None:
             where = f"{row.where.rpartition(', line ')[0]}, line {row.lines[index]}"
-        if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+        if not isinstance(tag, str) or not TAG.fullmatch(tag):
             raise ValueError(f"{where}: expected the tag O, B-x or I-x; got {tag!r}")
         _check_known(where, "tag", check_text(where, tag), labels)
     strays = len(stray_insides(tags))
@@ -216,7 +232,8 @@ def _is_texts(value: object) -> bool:
 def _question_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:
     context = _text(row, "context")
     example: dict[str, Any] = {
-        "id": str(row.values.get("id", row.where)),
+        # Without the file's name: an id is the same wherever the file lies.
+        "id": str(row.values.get("id", row.where.rpartition(", ")[2])),
         "question": _text(row, "question"),
         "context": context,
     }
@@ -233,8 +250,13 @@ def _question_example(row: Row, roles: Mapping[str, str], labels: LabelSet | Non
             raise ValueError(
                 f"{row.where}: answer_start {start} must point at the answer {text!r}; the context has {found!r} there"
             )
-    if row.values.get("is_impossible") and texts:
+    impossible = row.values.get("is_impossible")
+    if impossible not in (None, True, False):
+        raise ValueError(f"{row.where}: is_impossible must be true or false; got {impossible!r}")
+    if impossible and texts:
         raise ValueError(f"{row.where}: is_impossible is true; expected no answers, got {texts}")
+    if impossible is False and not texts:
+        raise ValueError(f"{row.where}: is_impossible is false; expected answers, got none")
     example["answers"] = {"text": texts, "answer_start": starts}
     return example
 

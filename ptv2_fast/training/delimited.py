@@ -24,6 +24,7 @@ HEADER_NAMES = frozenset(
     " question1 question2 passage context review comment content label labels class category"
     " sentiment target prompt completion".split()
 )
+_LABEL_NAMES = frozenset("label labels class category sentiment target completion".split())
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 # More words than a label has.
@@ -51,6 +52,7 @@ def delimited_rows(
     if not lines:
         raise ValueError(f"{path}, line 1: expected at least one example; found none")
     where, first = lines[0]
+    _refuse_later_header(lines)
     numbers = _numbered(where, first, named)
     own = _header(lines, named) if numbers is None else None
     header = numbers or own
@@ -108,6 +110,16 @@ def _holds_a_name(lines: Sequence[Line]) -> bool:
     known = [index for index, cell in enumerate(first) if cell.strip().lower() in HEADER_NAMES]
     others = [cells for _, cells in lines[1:] if cells != first]
     return any(all(len(cells) <= index or cells[index] != first[index] for cells in others) for index in known)
+
+
+def _refuse_later_header(lines: Sequence[Line]) -> None:
+    """Refuses a header below the first line: what stands above it is no example, or two tables are joined."""
+    first = lines[0][1]
+    for where, cells in lines[1:]:
+        names = {cell.strip().lower() for cell in cells}
+        if cells != first and len(names & _LABEL_NAMES) > 0 and len(names & HEADER_NAMES) > 1:
+            if all(_IDENTIFIER.fullmatch(name) for name in names):
+                raise ValueError(f"{where}: {cells} looks like a header; it must be the first line, not {first}")
 
 
 def _refuse_likely_header(lines: Sequence[Line]) -> None:
@@ -185,7 +197,8 @@ def _lines(path: Path, notes: list[str]) -> Iterator[Line]:
     """Rows that are not blank; those of empty cells are counted in a note."""
     text, separator = read_text(path), DELIMITED_SUFFIXES[path.suffix.lower()]
     empty = 0
-    for where, cells in _quoted(path, text, separator) if _is_quoted(text, separator) else _plain(path, text, notes):
+    quoted = _is_quoted(text, separator)
+    for where, cells in _quoted(path, text, separator, notes) if quoted else _plain(path, text, notes):
         if any(cell.strip() for cell in cells):
             yield where, cells
         else:
@@ -208,7 +221,7 @@ def _wrapped(cell: str) -> bool:
 
 def _plain(path: Path, text: str, notes: list[str]) -> Iterator[Line]:
     wrapped = []
-    for number, line in lines_of(text):
+    for number, line in lines_of(path, text):
         if line.strip(" \r"):
             where, cells = f"{path}, line {number}", line.split("\t")
             wrapped += [where for cell in cells if _wrapped(cell)]
@@ -217,16 +230,21 @@ def _plain(path: Path, text: str, notes: list[str]) -> Iterator[Line]:
         notes.append(f"{wrapped[0]}: {len(wrapped)} cells stand in quotes, which are kept: the header has none")
 
 
-def _quoted(path: Path, text: str, separator: str) -> Iterator[Line]:
+def _quoted(path: Path, text: str, separator: str, notes: list[str]) -> Iterator[Line]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    wrapped: list[str] = []
     while True:
         where = f"{path}, line {reader.line_num + 1}"
         try:
             cells = next(reader)
         except StopIteration:
+            if wrapped:
+                kept = f"{len(wrapped)} cells stand in quotes, which are kept: a blank is in front of them"
+                notes.append(f"{wrapped[0]}: {kept}")
             return
         except csv.Error as error:
             kind = "comma" if separator == "," else "tab"
             raise ValueError(f"{where}: expected {kind}-separated values; {error}") from error
+        wrapped += [where for cell in cells if cell.startswith(" ") and _wrapped(cell.strip())]
         if cells:
             yield where, cells

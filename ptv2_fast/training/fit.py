@@ -24,6 +24,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from ptv2_fast import PTuningV2Model
+from ptv2_fast.checkpoint import TRAINER_WEIGHTS_NAME
+from ptv2_fast.storage.files import write_whole
+from ptv2_fast.storage.tensors import read_safetensors, write_tensors
 from ptv2_fast.training.checkpoints import last_whole
 from ptv2_fast.training.metrics import Metric, metric_for
 from ptv2_fast.training.predict import evaluate
@@ -94,8 +98,8 @@ class FitSettings:
 
 
 def _positive_integer(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer; got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be a positive integer below 2**31; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -284,6 +288,14 @@ class _Trainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Trainer's way, and a checksum for what it wrote of a PTuningV2Model."""
+        super()._save(output_dir, state_dict)
+        weights = Path(output_dir or str(self.args.output_dir)) / TRAINER_WEIGHTS_NAME
+        if self.args.should_save and isinstance(self.model, PTuningV2Model):
+            _, tensors = read_safetensors(weights)
+            write_whole(weights, lambda path: write_tensors(path, tensors, {}))
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_WITHOUT_COLUMNS = (".txt", ".conll", ".iob", ".iob2", ".bio")
+_CONLL = (".conll", ".iob", ".iob2", ".bio")
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 
 
 def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any] | None = None) -> Any:
     """The `DataSource` of a path with the columns that flags name; of the others, those that training was told to read.
 
-    Plain text and CoNLL files have no names of columns, so that nothing is remembered for them.
+    Plain text has no columns and those of CoNLL files have numbers alone, so that no names are remembered for them.
     """
     from ptv2_fast.training.runs import DataSource
 
@@ -27,8 +27,10 @@ def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any]
     # A text stands against a prompt with its completion.
     against = {"text_column": COLUMNS[2:], "prompt_column": COLUMNS[:1], "completion_column": COLUMNS[:1]}
     dropped = {other for name in given for other in against.get(name, ())}
-    named = Path(path).suffix.lower() not in _WITHOUT_COLUMNS
-    kept = {name: value for name, value in (remembered or {}).items() if named and name not in dropped}
+    suffix = Path(path).suffix.lower()
+    kept = {name: value for name, value in (remembered or {}).items() if name not in dropped}
+    if suffix == ".txt" or (suffix in _CONLL and not all("".join(value).isdecimal() for value in kept.values())):
+        kept = {}
     return DataSource(path, flags.get("split"), **{**kept, **given})
 
 
@@ -52,6 +54,8 @@ def request_of(flags: dict[str, Any]) -> Any:
         return found
 
     model, task_type = needed("model", "base"), needed("task", "task_type")
+    if flags["doc_stride"] is not None and task_type != "QUESTION_ANS":
+        raise ValueError(f"--doc-stride is read for QUESTION_ANS alone; got it with {task_type}")
     dev = None
     if flags["dev"] is not None or flags["dev_split"] is not None:
         dev = replace(source_of(flags["dev"] or flags["data"], flags), split=flags["dev_split"])
@@ -82,7 +86,7 @@ def request_of(flags: dict[str, Any]) -> Any:
         prompt_dropout=flags["prompt_dropout"],
         pooling=flags["pooling"].value if flags["pooling"] is not None else None,
         max_length=value("max_length", "max_length", None),
-        doc_stride=value("doc_stride", "doc_stride", None) or 128,
+        doc_stride=128 if (stride := value("doc_stride", "doc_stride", None)) is None else stride,
         dropout=recipe.dropout if recipe is not None else None,
     )
 

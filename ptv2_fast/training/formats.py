@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,14 @@ DELIMITED_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 CONLL_SUFFIXES = (".conll", ".iob", ".iob2", ".bio")
 TEXT_SUFFIXES = (".txt",)
+# What `datasets` reads together, of all that it finds in a folder.
+_TOGETHER = {**dict.fromkeys(DELIMITED_SUFFIXES, ".csv"), **dict.fromkeys(JSON_SUFFIXES, ".jsonl"), ".txt": ".txt"}
+_TOGETHER |= {".parquet": ".parquet", ".arrow": ".arrow"}
+_OTHER_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
+)  # fmt: skip
+_POINTER = "version https://git-lfs.github.com/spec/"
 FILE_SUFFIXES = (*DELIMITED_SUFFIXES, *JSON_SUFFIXES, *CONLL_SUFFIXES, *TEXT_SUFFIXES)
 
 
@@ -29,15 +37,16 @@ class Row:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file (a leading byte-order mark is dropped).
+    """The text of a UTF-8 file (a leading byte-order mark is dropped); where no LF is in it, CR ends its lines.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, holds only white space, or is not UTF-8.
+        ValueError: the file is empty, holds only white space, is not UTF-8, or is not what it was before it was copied.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a data file; there is none")
     raw = path.read_bytes()
+    _refuse_other_encoding(path, raw)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -49,18 +58,43 @@ def read_text(path: Path) -> str:
     text = text.removeprefix("\ufeff")
     if not text.strip():
         raise ValueError(f"{path}, line 1: expected at least one example; the file is empty")
+    if text.startswith(_POINTER):
+        raise ValueError(f"{path}, line 1: expected data; this is a pointer to it, which `git lfs pull` replaces")
+    if "\n" not in text:
+        return text.replace("\r", "\n")
+    inside = text.find("\n\ufeff")
+    if inside >= 0:
+        line = text.count("\n", 0, inside) + 2
+        raise ValueError(f"{path}, line {line}: a byte-order mark inside the file; two files seem to be joined in it")
     return text
 
 
-def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """(1-based number, content) of each line; only LF and CRLF end one, as editors count."""
+def _refuse_other_encoding(path: Path, raw: bytes) -> None:
+    for mark, name in _OTHER_MARKS:
+        if raw.startswith(mark):
+            raise ValueError(f"{path}, line 1: expected UTF-8 text; the file is {name} by its first bytes")
+    if b"\0" in raw:
+        at = raw.index(b"\0")
+        line = raw.count(b"\n", 0, at) + 1
+        raise ValueError(f"{path}, line {line}: expected UTF-8 text; byte {at} of the file is NUL, as in UTF-16")
+
+
+def lines_of(path: Path, text: str) -> Iterator[tuple[int, str]]:
+    """(1-based number, content) of each line; LF ends one, with CR in front of it or not, as editors count.
+
+    Raises:
+        ValueError: CR stands inside a line, where other programs end one.
+    """
     for number, line in enumerate(text.split("\n"), start=1):
-        yield number, line.removesuffix("\r")
+        line = line.rstrip("\r")
+        if "\r" in line:
+            raise ValueError(f"{path}, line {number}: a carriage return stands inside the line; end lines in one way")
+        yield number, line
 
 
 def text_rows(path: Path) -> Iterator[Row]:
     """Each line that is not blank as a row with the column `text`."""
-    for number, line in lines_of(read_text(path)):
+    for number, line in lines_of(path, read_text(path)):
         if line.strip():
             yield Row(f"{path}, line {number}", {"text": line})
 
@@ -86,7 +120,7 @@ def json_rows(path: Path) -> Iterator[Row]:
         else:
             yield from _document_rows(path, root)
             return
-    for number, line in lines_of(text):
+    for number, line in lines_of(path, text):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -142,7 +176,10 @@ def _squad_rows(path: Path, articles: list[Any]) -> Iterator[Row]:
             inner = f"{place}.paragraphs[{p}]"
             for q, question in enumerate(_member(inner, paragraph, "qas")):
                 where = f"{inner}.qas[{q}]"
-                yield Row(where, {"context": paragraph.get("context"), **_json_object(where, question)})
+                values = _json_object(where, question)
+                if "context" in values:
+                    raise ValueError(f"{where}: 'context' must stand in the paragraph alone, not in the question too")
+                yield Row(where, {"context": paragraph.get("context"), **values})
 
 
 def _member(where: str, values: object, key: str) -> list[Any]:
@@ -152,59 +189,6 @@ def _member(where: str, values: object, key: str) -> list[Any]:
     return member
 
 
-def conll_rows(path: Path, tagged: bool = True, *, notes: list[str]) -> Iterator[Row]:
-    """Sentences of a CoNLL file as rows with `tokens`, `tags` and the line of each token.
-
-    A line is `token<TAB or spaces>...<tag>`: the first column is the token, the last the tag. A
-    line of white space ends a sentence; `-DOCSTART-` lines are skipped; spaces around a column are
-    tolerated. With `tagged=False` a line may hold the token alone. `notes` is given a line that
-    counts the columns between them.
-
-    Raises:
-        ValueError: a line has no token or, when `tagged`, no tag.
-    """
-    tokens: list[str] = []
-    tags: list[str] = []
-    lines: list[int] = []
-    between = starts = 0
-
-    def sentence() -> Row:
-        return Row(f"{path}, line {lines[0]}", {"tokens": tokens, "tags": tags}, tuple(lines))
-
-    for number, line in lines_of(read_text(path)):
-        # Only ASCII blanks separate: a no-break space or an emoji selector can be a token.
-        content = line.strip(" \t\r")
-        if content and content.split("\t")[0].split(" ")[0] == "-DOCSTART-":
-            starts += 1
-            content = ""
-        if not content:
-            if tokens:
-                yield sentence()
-                tokens, tags, lines = [], [], []
-            continue
-        columns = _conll_columns(line)
-        if not columns[0] or (tagged and len(columns) < 2):
-            raise ValueError(f"{path}, line {number}: expected token<TAB>tag; got {line!r}")
-        tokens.append(columns[0])
-        lines.append(number)
-        between = max(between, len(columns) - 2)
-        if len(columns) > 1:
-            tags.append(columns[-1])
-    if tokens:
-        yield sentence()
-    columns_between = f"up to {between} columns between token and tag"
-    left = [text for count, text in ((between, columns_between), (starts, f"{starts} document marks")) if count > 0]
-    if left:
-        notes.append(f"{path}: left out: {' and '.join(left)}")
-
-
-def _conll_columns(line: str) -> list[str]:
-    line = line.rstrip(" \t\r")
-    if "\t" in line:
-        return [column.strip(" \r") for column in line.split("\t")]
-    return re.split(" +", line.strip(" \r"))
-
-
 def dataset_rows(name: str, split: str | None) -> Iterator[Row]:
     """Rows of a `datasets` folder on disk, a folder of data files, or a `name[:config]` on the hub.
 
@@ -212,7 +196,7 @@ def dataset_rows(name: str, split: str | None) -> Iterator[Row]:
 
     Raises:
         FileNotFoundError: the dataset cannot be found or loaded.
-        ValueError: the split is missing or must be chosen.
+        ValueError: the split is missing or must be chosen, or a folder has files of several formats.
     """
     rows, split_name = _choose_split(name, _load_dataset(name), split)
     decoders = {column: _class_names(feature) for column, feature in rows.features.items()}
@@ -226,8 +210,11 @@ def _load_dataset(name: str) -> Any:
 
     folder = Path(name)
     markers = ("dataset_dict.json", "dataset_info.json", "state.json")
+    saved = any((folder / marker).is_file() for marker in markers)
+    if folder.is_dir() and not saved:
+        _refuse_several_formats(folder)
     try:
-        if folder.is_dir() and any((folder / marker).is_file() for marker in markers):
+        if folder.is_dir() and saved:
             return datasets.load_from_disk(name)
         if folder.is_dir():
             return datasets.load_dataset(name)
@@ -238,6 +225,15 @@ def _load_dataset(name: str) -> Any:
             f"{name}: expected a data file ({', '.join(FILE_SUFFIXES)}), a `datasets` folder or the"
             f" name of a dataset; it could not be loaded: {error}"
         ) from error
+
+
+def _refuse_several_formats(folder: Path) -> None:
+    """Refuses a folder of which `datasets` would read the files of one format and leave out the others."""
+    about = ("readme", "license", "dataset_info")
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.lower().startswith((".", *about))]
+    found = sorted({_TOGETHER[path.suffix.lower()] for path in files if path.suffix.lower() in _TOGETHER})
+    if len(found) > 1:
+        raise ValueError(f"{folder}: expected data files of one format in the folder; got {', '.join(found)}")
 
 
 def _choose_split(name: str, loaded: Any, split: str | None) -> tuple[Any, str]:

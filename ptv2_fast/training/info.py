@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ptv2_fast import PTuningV2Config
 from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.training.loading import read_description
 
@@ -30,11 +31,12 @@ def facts_of(name: str) -> list[dict[str, Any]]:
 def _adapter_facts(folder: Path) -> dict[str, Any]:
     description = read_description(folder)
     config, base = description["config"], description["base"]
+    try:
+        PTuningV2Config.from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS_NAME} holds an unusable configuration: {error}") from error
     sizes = _tensor_sizes(folder / WEIGHTS_NAME)
-    heads = {
-        name: {key: head.get(key) for key in ("task_type", "num_labels", "labels", "pooling")}
-        for name, head in (config.get("heads") or {}).items()
-    }
+    heads = {name: _head_facts(head) for name, head in (config.get("heads") or {}).items()}
     return {
         "adapter": str(folder),
         "name": description.get("adapter_name"),
@@ -50,6 +52,12 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
     }
 
 
+def _head_facts(head: Any) -> dict[str, Any]:
+    """What a configuration says of a head, which may be its number of labels alone."""
+    said = head if isinstance(head, dict) else {"num_labels": head}
+    return {key: said.get(key) for key in ("task_type", "num_labels", "labels", "pooling")}
+
+
 def _tensor_sizes(path: Path) -> dict[str, int]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -62,15 +70,15 @@ def _model_facts(name: str) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModel
 
     from ptv2_fast.models.families import family_of, sizes_of
-    from ptv2_fast.training.bases import locate
+    from ptv2_fast.training.bases import locate, not_loaded
 
     source, options = locate(name)
     try:
         config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {name!r} could not be loaded: {' '.join(str(error).split())}") from error
-    with torch.device("meta"):
-        backbone = AutoModel.from_config(config)
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(config)
+    except Exception as error:  # a damaged file makes transformers and its parts raise anything
+        raise not_loaded(name, error) from error
     family = family_of(backbone)
     sizes = sizes_of(backbone)
     row = sizes.num_layers * sizes.hidden_size

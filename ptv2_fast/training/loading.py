@@ -15,8 +15,11 @@ from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig
 from ptv2_fast.training.bases import head_size, load_base
 from ptv2_fast.training.data import LabelSet
-from ptv2_fast.training.run_folder import RunFolder, read_object
+from ptv2_fast.training.run_folder import SETTINGS_NAME, RunFolder, read_object
 from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec
+
+_COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
+_MOST = (1 << 31) - 1  # what tokenizers count up to
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,8 @@ class LoadedAdapter:
     @property
     def columns(self) -> dict[str, Any]:
         """The columns that training was told to read, as arguments of `DataSource`."""
-        source = self.settings.get("data")
-        source = source if isinstance(source, dict) else {}
-        names = ("text_column", "label_column", "prompt_column", "completion_column")
-        return {name: _hashable(source[name]) for name in names if source.get(name)}
+        source = self.settings.get("data") or {}
+        return {name: _hashable(source[name]) for name in _COLUMNS if source.get(name)}
 
     def check_parts(self, where: str, examples: Sequence[Mapping[str, Any]]) -> None:
         """Refuse single texts where training read pairs, and pairs where it read single texts.
@@ -43,7 +44,7 @@ class LoadedAdapter:
             ValueError: see above.
         """
         reads = self.settings.get("reads")
-        if self.codec.task_type != "SEQ_CLS" or not isinstance(reads, list) or not examples:
+        if self.codec.task_type != "SEQ_CLS" or reads is None or not examples:
             return
         there, here = ("pairs of texts" if "text_pair" in parts else "single texts" for parts in (reads, examples[0]))
         if there != here:
@@ -81,6 +82,7 @@ def load_trained(
         )
     if task_type not in DEFAULT_MAX_LENGTH:
         raise ValueError(f"{folder} is an adapter for {task_type}, which predicts nothing by itself")
+    settings = _checked_settings(Path(folder) / SETTINGS_NAME, RunFolder(Path(folder)).settings())
     own_head = config.heads is None and task_type in HEAD_TASKS
     saved = description.get("labels")
     count = None
@@ -89,7 +91,6 @@ def load_trained(
         count = len(saved) if isinstance(saved, list) else head_size(name, task_type, shapes)
     base, tokenizer = load_base(name, task_type, own_head=own_head, num_labels=count)
     adapter = PTuningV2Model.from_pretrained(base, folder)
-    settings = RunFolder(Path(folder)).settings()
     codec = TaskCodec(
         task_type,
         tokenizer,
@@ -134,7 +135,40 @@ def _checked(path: Path, description: Any) -> Any:
     whole = isinstance(description, dict) and all(isinstance(description.get(k), t) for k, t in parts.items())
     if description is not None and not whole:
         raise ValueError(f"{path} must hold a description with 'config' and 'base'")
+    if whole and not isinstance(description["base"].get("name_or_path"), str | None):
+        raise ValueError(f"{path} must name its base by a text; got {description['base']['name_or_path']!r}")
     return description
+
+
+def _checked_settings(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of which the parts that are read here are of their kinds, where they are there.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    data = settings.get("data")
+    columns = data if isinstance(data, dict) else {}
+    fits = {
+        "row_length": _is_count(settings.get("row_length"), 1),
+        "doc_stride": _is_count(settings.get("doc_stride"), 0),
+        "no_answer": isinstance(settings.get("no_answer"), bool | None),
+        "reads": settings.get("reads") is None or _are_names(settings["reads"]),
+        "data": isinstance(data, dict | None),
+        **{name: isinstance(columns.get(name), str | None) for name in _COLUMNS[1:]},
+        _COLUMNS[0]: columns.get(_COLUMNS[0]) is None or _are_names(columns[_COLUMNS[0]]),
+    }
+    wrong = next((name for name, fit in fits.items() if not fit), None)
+    if wrong is not None:
+        raise ValueError(f"{path} is damaged: {wrong} cannot be {columns.get(wrong, settings.get(wrong))!r}")
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _is_count(value: Any, low: int) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= _MOST)
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

@@ -89,12 +89,28 @@ class RunFolder:
                 " --resume needs the same data, --overwrite trains anew"
             )
 
-    def begin(self, asked: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
-        """Start a new run: from here on there are no checkpoints of an earlier one."""
+    def check_base(self, digest: str) -> None:
+        """Refuse to resume over other weights than the run began with.
+
+        Raises:
+            ValueError: see above.
+        """
+        if self._run().get("base", digest) != digest:
+            raise ValueError(
+                f"{self.path}: the weights of the base (--model) are not those that the run began with; --resume needs"
+                " the same ones, --overwrite trains anew"
+            )
+
+    def begin(self, asked: Mapping[str, Any], digests: Mapping[str, Any], base: str) -> None:
+        """Start a new run: from here on there are no checkpoints of an earlier one.
+
+        Args:
+            digests, base: of its examples and of its base's weights, which `--resume` compares.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self.clean()
         (self.path / _NEW).mkdir()
-        write_json(self.path / _NEW / RUN_NAME, {"asked": asked, "data": digests})
+        write_json(self.path / _NEW / RUN_NAME, {"asked": asked, "data": digests, "base": base})
         if self.checkpoints.exists():
             self.checkpoints.rename(self.path / _OLD)
         (self.path / _NEW).rename(self.checkpoints)

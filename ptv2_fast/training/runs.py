@@ -14,7 +14,7 @@ from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.config import HEAD_TASKS, HeadConfig
 from ptv2_fast.models.backbone import backbone_of
 from ptv2_fast.models.families import family_of
-from ptv2_fast.training.bases import load_base
+from ptv2_fast.training.bases import digest_of_weights, load_base
 from ptv2_fast.training.batches import PadCollator
 from ptv2_fast.training.curves import plot_curves
 from ptv2_fast.training.data import LabelSet, read_examples
@@ -65,6 +65,9 @@ class TrainRequest:
         max_length: tokens of a row; None means the task's usual length.
         doc_stride: tokens that windows of a context share.
         dropout: of the base's hidden states; None keeps the base's own.
+
+    Raises:
+        ValueError: max_length or doc_stride is out of range.
     """
 
     model: str
@@ -83,6 +86,12 @@ class TrainRequest:
     doc_stride: int = 128
     dropout: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, low in (("max_length", 1), ("doc_stride", 0)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**31:
+                raise ValueError(f"{name} must be at least {low} and below 2**31; got {value!r}")
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -94,6 +103,7 @@ class PreparedRun:
     train: Sequence[Mapping[str, Any]]
     dev: Sequence[Mapping[str, Any]] | None
     folder: RunFolder
+    base: str  # the digest of the base's weights
     resume: bool
 
     def execute(self, title: str | None = "training") -> FitResult:
@@ -106,7 +116,7 @@ class PreparedRun:
         if self.resume:
             self.folder.clean()
         else:
-            self.folder.begin(_asked(self.request), _digests(self.train, self.dev))
+            self.folder.begin(_asked(self.request), _digests(self.train, self.dev), self.base)
         try:
             result = fit(
                 self.model,
@@ -128,8 +138,8 @@ class PreparedRun:
         return result
 
     def identity(self) -> dict[str, Any]:
-        """What the run was asked for and digests of its data, as plain JSON values; paths do not matter."""
-        return {**_asked(self.request), "digests": _digests(self.train, self.dev)}
+        """What the run was asked for and digests of its data and base, as plain JSON values; paths do not matter."""
+        return {**_asked(self.request), "digests": {**_digests(self.train, self.dev), "base": self.base}}
 
     def _finish(self, result: FitResult) -> None:
         trained, total = self.model.trainable_parameters()
@@ -182,6 +192,9 @@ def prepare(
     if resume:
         folder.check_data(_digests(train, dev))
     base, tokenizer = load_base(request.model, request.task_type, dropout=request.dropout)
+    digest = digest_of_weights(base)
+    if resume:
+        folder.check_base(digest)
     codec = TaskCodec(
         request.task_type,
         tokenizer,
@@ -193,7 +206,7 @@ def prepare(
     torch.manual_seed(request.fit.seed)
     model = _build(request, base, codec, train)
     _try_longest(model, codec, [*train, *(dev or ())])
-    return PreparedRun(request, model, codec, train, dev, folder, resume)
+    return PreparedRun(request, model, codec, train, dev, folder, digest, resume)
 
 
 def _check_alike(
@@ -273,7 +286,7 @@ def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[M
 @torch.no_grad()
 def _try_longest(model: PTuningV2Model, codec: TaskCodec, examples: Sequence[Mapping[str, Any]]) -> None:
     """One forward of the longest row: what cannot run is found before anything is written."""
-    longest = max(codec.encode(examples), key=lambda feature: len(feature["input_ids"]))
+    longest = max(codec.encode(examples, quiet=True), key=lambda feature: len(feature["input_ids"]))
     batch = PadCollator(codec.tokenizer, padding_side="right")([longest])
     model.eval()
     model(**batch)

@@ -7,14 +7,20 @@ from typing import Any
 import trl
 from transformers import Trainer
 
+from ptv2_fast.training.batches import PredictableLabels
+
 
 class SFTTrainer(trl.SFTTrainer):
     """`trl.SFTTrainer`, but the loss comes from the model's forward.
 
     trl computes the loss in a forward of its own, for every token and in tiles. A wrapped model's forward computes the
     same loss of labelled rows alone (`StepOptions.labelled_rows_loss`), without the labels of tokens that follow
-    padding in front. trl's token accuracy and entropy are not logged.
+    padding in front, which are not counted either. trl's token accuracy and entropy are not logged.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.data_collator = PredictableLabels(self.data_collator)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

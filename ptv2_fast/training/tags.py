@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+TAG = re.compile(r"O|[BI]-\S+")
 
 
 def stray_insides(tags: Sequence[str]) -> list[int]:

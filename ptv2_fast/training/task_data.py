@@ -45,6 +45,8 @@ class TaskCodec:
             raise ValueError(f"task_type must be one of {', '.join(TASKS)}; got {self.task_type!r}")
         if not isinstance(self.max_length, int) or self.max_length < 2:
             raise ValueError(f"max_length must be an integer of at least 2; got {self.max_length!r}")
+        if not isinstance(self.doc_stride, int) or self.doc_stride < 0:
+            raise ValueError(f"doc_stride must be an integer of at least 0; got {self.doc_stride!r}")
 
     @property
     def known_labels(self) -> LabelSet:
@@ -62,19 +64,21 @@ class TaskCodec:
         """Pads on the right: scores and spans are then read from the row's start."""
         return PadCollator(self.tokenizer, padding_side="right")
 
-    def encode(self, examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def encode(self, examples: Sequence[Mapping[str, Any]], *, quiet: bool = False) -> list[dict[str, Any]]:
         """Features of the examples; one each, but windows of long contexts and long texts.
+
+        What max_length cuts off is counted in a warning, unless `quiet`.
 
         Raises:
             ValueError: an example does not fit the task, the labels or max_length.
         """
-        options: dict[str, Any] = {"max_length": self.max_length}
+        options: dict[str, Any] = {"max_length": self.max_length, "quiet": quiet}
         if self.task_type == "SEQ_CLS":
             return encode_classification(examples, self.tokenizer, self.labels, **options)
         if self.task_type == "TOKEN_CLS":
             return encode_tokens(examples, self.tokenizer, self.labels, **options)
         if self.task_type == "QUESTION_ANS":
-            options["doc_stride"] = self.doc_stride
+            options = {"max_length": self.max_length, "doc_stride": self.doc_stride}
             return encode_question_answering(examples, self.tokenizer, **options)
         return encode_language_model(examples, self.tokenizer, **options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,12 @@ def encode_classification(
     labels: LabelSet | None = None,
     *,
     max_length: int = 128,
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Inputs and class numbers of SEQ_CLS examples; longer texts are cut at max_length.
+    """Inputs and class numbers of SEQ_CLS examples; longer texts are cut at max_length, and counted in a warning.
+
+    Args:
+        quiet: leave out the warning.
 
     Returns:
         Features with the tokenizer's inputs and, where the example has a label, `labels` (an int).
@@ -37,14 +41,23 @@ def encode_classification(
         ValueError: the tokenizer is not fast, `labels` is missing or does not know a label.
     """
     _check_fast(tokenizer)
-    features = []
+    features, cut = [], 0
     for example in examples:
         texts = [example[key] for key in ("text", "text_pair") if key in example]
-        feature = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+        encoding = tokenizer(*texts, truncation=True, max_length=max_length)
+        cut += bool(encoding.encodings[0].overflowing)
+        feature = dict(encoding)
         if "label" in example:
             feature["labels"] = _known(labels).to_id(example["label"])
         features.append(feature)
+    if not quiet:
+        _say_cut(cut, f"{len(examples)} texts", max_length)
     return features
+
+
+def _say_cut(cut: int, of: str, max_length: int, more: str = "") -> None:
+    if cut:
+        logger.warning("%d of %s were cut at %d tokens (max_length, --max-length)%s", cut, of, max_length, more)
 
 
 def _known(labels: LabelSet | None) -> LabelSet:
@@ -59,8 +72,12 @@ def encode_tokens(
     labels: LabelSet | None = None,
     *,
     max_length: int = 128,
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Inputs and tag numbers of TOKEN_CLS examples: the first sub-word has the tag, the rest -100.
+
+    Args:
+        quiet: leave out the warning.
 
     Returns:
         Features with the tokenizer's inputs, `word_ids` (the word of each sub-word, None for
@@ -96,13 +113,8 @@ def encode_tokens(
                 tag_ids[word] if index in firsts else IGNORED_LABEL for index, word in enumerate(word_ids)
             ]
         features.append(feature)
-    if cut:
-        logger.warning(
-            "%d of %d sentences were cut at %d sub-words; the words beyond count as O",
-            cut,
-            len(examples),
-            max_length,
-        )
+    if not quiet:
+        _say_cut(cut, f"{len(examples)} sentences", max_length, "; the words beyond count as O")
     return features
 
 
@@ -315,14 +327,14 @@ def _best_spans(
 
 
 def encode_language_model(
-    examples: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int = 512
+    examples: Sequence[Mapping[str, Any]], tokenizer: Any, *, max_length: int = 512, quiet: bool = False
 ) -> list[dict[str, Any]]:
     """Inputs and labels of CAUSAL_LM examples; an end-of-text token follows every text.
 
     A text longer than max_length becomes several windows that overlap by the one token that the
     next window predicts from, so that each token but the first is predicted exactly once. In a
     prompt with a completion only the completion is predicted; if both are too long, the prompt is
-    cut on its left, then the completion on its right.
+    cut on its left, then the completion on its right, and the example is counted in a warning, unless `quiet`.
 
     Raises:
         ValueError: the tokenizer is not fast, max_length < 2, or an example has nothing to predict.
@@ -331,12 +343,13 @@ def encode_language_model(
     if max_length < 2:
         raise ValueError(f"max_length: must be at least 2; got {max_length!r}")
     ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    features = []
+    features, cut = [], 0
     for index, example in enumerate(examples):
         prompt: list[int] = []
         if "prompt" in example:
             prompt = list(tokenizer(example["prompt"])["input_ids"])
             text = tokenizer(example["completion"], add_special_tokens=False)["input_ids"]
+            cut += len(prompt) + len(text) + len(ending) > max_length
             # Room for one prompt token to predict the completion from.
             text = (list(text) + ending)[: max_length - 1]
             prompt = prompt[max(0, len(prompt) + len(text) - max_length) :]
@@ -352,4 +365,6 @@ def encode_language_model(
             if begin:
                 targets[0] = IGNORED_LABEL
             features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": targets})
+    if not quiet:
+        _say_cut(cut, f"{len(examples)} examples", max_length, "; of a prompt its end is kept")
     return features

@@ -146,6 +146,10 @@ CASES = {
     "window-zero": (_arguments(window=0), "window must be at least 1 or None; got 0"),
     "softcap-zero": (_arguments(softcap=0.0), "softcap must be positive or None; got 0.0"),
     "softcap-nan": (_arguments(softcap=float("nan")), "softcap must be positive"),
+    "softcap-infinite": (_arguments(softcap=float("inf")), "softcap must be positive or None; got inf"),
+    "scale-zero": (_arguments(scale=0.0), "scale must be positive or None; got 0.0"),
+    "scale-negative": (_arguments(scale=-0.5, backend="reference"), "scale must be positive or None; got -0.5"),
+    "scale-nan": (_arguments(scale=float("nan")), "scale must be positive"),
     "backend": (_arguments(backend="nope"), "backend must be one of auto, triton.*got 'nope'"),
 }
 

@@ -98,13 +98,16 @@ LATER = {"D2", "S8b"}
 GOALS = {goal.id: goal for goal in (*KERNEL_GOALS, *STEP_GOALS)}
 
 
+OURS = {"ours", "ours_graph", "ours_graph_compiled", "ours_compiled"}
+
+
 def _judges(plan, goal):
     """Whether a phase of a plan times both sides of a goal in one of its cells."""
     for phase in plan.phases:
         if phase.work != goal.suite or phase.arguments.get("profile"):
             continue
         named = set(phase.arguments["providers"])
-        ours = bool(named & {"ours", "ours_graph", "ours_compiled"}) if goal.ours == BEST else goal.ours in named
+        ours = bool(named & OURS) if goal.ours == BEST else goal.ours in named
         if ours and goal.peer in named and any(goal.judged(case.as_dict()) for case in _chosen(phase)):
             return True
     return False

@@ -88,12 +88,10 @@ def test_strides_that_overflow_change_no_result(make_call, monkeypatch, form):
     assert sum(copied) > 5
 
 
-def test_split_fills_the_device_but_not_more(monkeypatch):
-    monkeypatch.setattr(launch, "target_programs", lambda device: 100)
-    device = torch.device("cpu")
-    assert launch.split_for(device, programs=8, most=50) == 13
-    assert launch.split_for(device, programs=8, most=5) == 5
-    assert launch.split_for(device, programs=500, most=5) == 1
+def test_split_fills_the_device_but_not_more():
+    assert launch.split(100, programs=8, most=50) == 13
+    assert launch.split(100, programs=8, most=5) == 5
+    assert launch.split(100, programs=500, most=5) == 1
 
 
 def test_recording_launches_nothing_and_ends(make_call):

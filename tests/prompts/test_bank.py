@@ -115,7 +115,7 @@ def test_a_step_of_many_tasks_is_not_many_steps(injection):
 def test_no_list_is_copied_to_the_device_and_nothing_waits_for_it(lengths):
     model = _model(lengths)
     with _Operations() as operations:
-        PromptSource.bank([*model._sources.values(), None], "torch")
+        PromptSource.bank([*map(model._source, model.adapters), None], "torch")
     assert not any(operations.counted[name] for name in WAITING)
 
 
@@ -127,7 +127,7 @@ def test_no_list_is_copied_to_the_device_and_nothing_waits_for_it(lengths):
 )
 def test_banks_made_together_are_the_single_ones(family, options, monkeypatch):
     model = _model([4, 4, 4], family, **options)
-    sources = [model._sources["task0"], None, model._sources["task2"]]
+    sources = [model._source("task0"), None, model._source("task2")]
     together = PromptSource.bank(sources, "torch")
     parameters = [p for name in ("task0", "task2") for p in model.adapters[name].encoder.parameters()]
     monkeypatch.setattr("ptv2_fast.prompts.source.made_together", lambda *_: None)
@@ -155,7 +155,7 @@ def test_adapters_that_differ_are_stacked(monkeypatch):
     padded = bank._padded
     monkeypatch.setattr(bank, "_padded", lambda rows, longest: made.append(longest) or padded(rows, longest))
     model = _model([5, 3])
-    PromptSource.bank(list(model._sources.values()), "torch")
+    PromptSource.bank(list(map(model._source, model.adapters)), "torch")
     assert made == [5] * 2 * LAYERS
 
 

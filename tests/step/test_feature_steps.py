@@ -57,7 +57,9 @@ def test_a_compiled_model_is_the_model(family, injection):
     model(**features(family))  # transformers hooks the layers in its first run
     loss = model(**features(family), labels=TARGETS).loss
     expected = {"loss": loss, **gradients(loss, model)}
-    compiled = torch.compile(model, fullgraph=TRACES_VIEWS, backend="aot_eager")
+    # Whole graphs are found with any backend; what autograd makes of one is traced once a family.
+    backend = "aot_eager" if injection == "deep" else "eager"
+    compiled = torch.compile(model, fullgraph=TRACES_VIEWS, backend=backend)
     loss = compiled(**features(family), labels=TARGETS).loss
     for name, value in {"loss": loss, **gradients(loss, model)}.items():
         assert_equal(value, expected[name], name)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.stand_in import captured_on_cpu
 from ptv2_fast import HeadConfig, heads, tasks
-from ptv2_fast.attention import hook
+from ptv2_fast.attention import layer
 from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import Buckets, pack
@@ -195,7 +195,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("case", CASES)
 def test_a_packed_step_never_waits_for_the_device(case, monkeypatch):
     # The CPU's attention loops over rows, and labels on the CPU are looked at: neither is so on CUDA.
-    monkeypatch.setattr(hook, "prompt_attention", lambda q, k, v, pk, pv, **_: q * pk.sum() + pv.sum() + v.mean())
+    monkeypatch.setattr(layer, "prompt_attention", lambda q, k, v, pk, pv, **_: q * pk.sum() + pv.sum() + v.mean())
     for module in (heads, tasks):
         monkeypatch.setattr(module, "check_labels", lambda *_: None)
     model = model_of(case)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import fields
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import forkserver, free_port
 from tiny_models import tiny_base, tiny_model, tiny_prompts
 from tolerances import assert_equal
 from torch.nn.parallel import DistributedDataParallel
@@ -118,12 +118,6 @@ def test_a_batch_of_several_adapters():
         assert_equal(parameter.grad, expected.grad, "gradient")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _train_one_rank(rank: int, world: int, port: int, results: mp.SimpleQueue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -179,9 +173,8 @@ def _even_batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_give_the_losses_of_one():
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    mp.spawn(_train_one_rank, args=(2, _free_port(), results), nprocs=2, join=True)
+    results = forkserver().SimpleQueue()
+    mp.start_processes(_train_one_rank, args=(2, free_port(), results), nprocs=2, start_method="forkserver")
     model = _causal_model(OFF)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     expected = []

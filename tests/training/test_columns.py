@@ -135,7 +135,7 @@ class TestHeaders:
         assert read_examples(alike, "CAUSAL_LM", text_column="1") == [{"text": "a; b"}, {"text": "c; d"}]
 
     def test_a_csv_for_other_tasks_needs_a_header(self, tmp_path):
-        refused(write(tmp_path, "a.csv", "anna,O\n"), "TOKEN_CLS", "line 1", "header row", "TOKEN_CLS")
+        refused(write(tmp_path, "a.csv", "who,anna\n"), "QUESTION_ANS", "line 1", "header row", "QUESTION_ANS")
 
 
 class TestCells:

@@ -48,7 +48,7 @@ def test_writes_a_png_and_nothing_else(tmp_path):
 
 
 def test_failure_leaves_the_old_file(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path = tmp_path / "curves.png"
     path.write_bytes(b"old")
@@ -57,7 +57,7 @@ def test_failure_leaves_the_old_file(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(Figure, "savefig", fail)
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", fail)
     with pytest.raises(OSError, match="disk full"):
         plot_curves(HISTORY, path)
     assert path.read_bytes() == b"old"

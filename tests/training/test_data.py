@@ -187,7 +187,7 @@ class TestTokens:
         refused(path, "TOKEN_CLS", f"{path}, line 2", "'B-GPE'", labels=["O", "B-PER", "I-PER"])
 
     # Any character can be a token but those that separate, and a document's mark.
-    characters = st.characters(exclude_categories=("Cs",), exclude_characters=" \t\r\n")
+    characters = st.characters(exclude_categories=("Cs",), exclude_characters=" \t\r\n\0")
     token = st.text(characters, min_size=1, max_size=6).filter(
         lambda token: token != "-DOCSTART-" and not token.startswith("\ufeff")
     )

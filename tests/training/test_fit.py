@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
 from transformers import TrainerCallback
 
-from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.training.checkpoints import last_whole
 from ptv2_fast.training.data import LabelSet
 from ptv2_fast.training.fit import FitSettings, fit
@@ -151,6 +153,21 @@ def test_resume_passes_over_a_checkpoint_that_was_cut_off(tmp_path):
     (cut / "trainer_state.json").write_text('{"epoch": 1,')
     assert last_whole(tmp_path) == whole
     assert last_whole(tmp_path / "absent") is None
+
+
+def test_resume_passes_over_a_checkpoint_whose_weights_were_damaged(tmp_path):
+    """A flipped bit, which safetensors itself reads as another number."""
+    model, codec, train, dev = task("SEQ_CLS", rows=32)
+    fit(model, codec, train, dev, settings=short(epochs=2), checkpoints=tmp_path, title=None)
+    newest = Path(last_whole(tmp_path))
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 0x40
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: its checksum is not that of what it holds"):
+        PTuningV2Model.from_pretrained(model.base_model, newest)
+    assert last_whole(tmp_path) not in (None, str(newest))
+    assert load_file(Path(last_whole(tmp_path)) / "model.safetensors").keys() == load_file(weights).keys()
 
 
 @pytest.mark.parametrize("schedule", ["linear", "exponential"])

@@ -8,7 +8,7 @@ import signal
 import other_rounding
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import forkserver
 from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -80,7 +80,7 @@ def _outcome(trainer: Trainer) -> tuple[dict[int, float], dict[str, torch.Tensor
 
 @pytest.mark.parametrize(("task_type", "injection"), [("SEQ_CLS", "deep"), ("CAUSAL_LM", "prefix")])
 def test_a_killed_process_resumes_to_the_same_bits(task_type, injection, tmp_path):
-    child = mp.get_context("spawn").Process(
+    child = forkserver().Process(
         target=_train_until_killed, args=(task_type, injection, str(tmp_path / "killed"))
     )
     child.start()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_folders import bert_folder, toy_file
 from transformers import TrainerCallback
 
@@ -50,6 +50,23 @@ def old(place) -> Path:
     """A finished run, which later ones overwrite in copies."""
     prepare(request(place), place / "old").execute(title=None)
     return place / "old"
+
+
+@pytest.fixture(scope="module")
+def straight(place) -> Path:
+    """The other run, never killed."""
+    prepare(new_request(place), place / "straight").execute(title=None)
+    return place / "straight"
+
+
+@pytest.fixture(scope="module")
+def all_changes(place, old) -> int:
+    """How many names on disk the other run changes where it overwrites the old one."""
+    shutil.copytree(old, place / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        changes = killed_in(patch, -1)
+        prepare(new_request(place), place / "whole", overwrite=True).execute(title=None)
+    return changes[0]
 
 
 def facts(folder: Path) -> tuple[int, int]:
@@ -96,7 +113,9 @@ def test_a_finished_run_says_which_weights_it_speaks_of(old):
     }  # fmt: skip
 
 
-def test_overwrite_killed_before_its_first_save_leaves_no_old_checkpoint(place, old, tmp_path, monkeypatch):
+def test_overwrite_killed_before_its_first_save_leaves_no_old_checkpoint(
+    place, old, straight, tmp_path, monkeypatch
+):
     folder = tmp_path / "run"
     shutil.copytree(old, folder)
     metrics = (folder / "metrics.json").read_text()
@@ -112,23 +131,16 @@ def test_overwrite_killed_before_its_first_save_leaves_no_old_checkpoint(place, 
     assert facts(folder) == OLD and (folder / "metrics.json").read_text() == metrics, "the old adapter stays whole"
     resumed = prepare(new_request(place), folder, resume=True)
     result = resumed.execute(title=None)
-    prepare(new_request(place), tmp_path / "straight").execute(title=None)
-    weights = [load_file(path / "ptv2_model.safetensors") for path in (folder, tmp_path / "straight")]
+    weights = [load_file(path / "ptv2_model.safetensors") for path in (folder, straight)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert result.epochs == 2 and facts(folder) == NEW
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_overwrite_killed_at_random_is_one_run_and_can_be_resumed(place, old, tmp_path, monkeypatch, seed):
-    straight = prepare(new_request(place), tmp_path / "straight")
-    straight.execute(title=None)
-    changes = killed_in(monkeypatch, -1)
-    shutil.copytree(old, tmp_path / "whole")
-    changes[0] = 0
-    prepare(new_request(place), tmp_path / "whole", overwrite=True).execute(title=None)
-    total = changes[0]
-    monkeypatch.undo()
-    moments = random.Random(seed).sample(range(1, total + 1), 5)
+def test_overwrite_killed_at_random_is_one_run_and_can_be_resumed(
+    place, old, straight, all_changes, tmp_path, monkeypatch, seed
+):
+    moments = random.Random(seed).sample(range(1, all_changes + 1), 5)
     for moment in moments:
         folder = tmp_path / f"killed-{moment}"
         shutil.copytree(old, folder)
@@ -146,7 +158,7 @@ def test_overwrite_killed_at_random_is_one_run_and_can_be_resumed(place, old, tm
         else:
             prepare(new_request(place), folder, resume=True).execute(title=None)
         assert facts(folder) == NEW, moment
-        weights = [load_file(path / "ptv2_model.safetensors") for path in (folder, tmp_path / "straight")]
+        weights = [load_file(path / "ptv2_model.safetensors") for path in (folder, straight)]
         assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items()), moment
         assert not any(path.name.startswith(".") for path in folder.iterdir()), "leftovers are removed"
 
@@ -164,6 +176,28 @@ def test_resume_notices_other_data(place, tmp_path):
     other = request(place, dev=DataSource(str(place / "other.tsv")))
     with pytest.raises(ValueError, match="examples of --dev are not"):
         prepare(other, tmp_path / "run", resume=True)
+
+
+def test_resume_notices_another_base(place, tmp_path):
+    """The weights count, not their place; a pooler, which nothing reads, may be drawn anew by each load."""
+    folder = tmp_path / "bert"
+    shutil.copytree(place / "bert", folder)
+    weights = load_file(folder / "model.safetensors")
+    without = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    assert without.keys() != weights.keys()
+    save_file(without, folder / "model.safetensors", {"format": "pt"})
+    mine = request(place, model=str(folder))
+    prepare(mine, tmp_path / "run").execute(title=None)
+    torch.manual_seed(5)
+    prepare(mine, tmp_path / "run", resume=True)
+    without["encoder.layer.1.output.dense.weight"].view(-1)[7].add_(1e-5)
+    save_file(without, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights of the base \(--model\) are not those .*--overwrite trains anew"):
+        prepare(mine, tmp_path / "run", resume=True)
+    run = tmp_path / "run" / "checkpoints" / "run.json"
+    run.write_text(json.dumps({**json.loads(run.read_text()), "base": None}))
+    with pytest.raises(ValueError, match="weights of the base"):
+        prepare(mine, tmp_path / "run", resume=True)
 
 
 def test_resume_says_what_differs_and_nothing_else(place, old):

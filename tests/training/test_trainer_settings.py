@@ -15,6 +15,7 @@ from torch.nn.functional import log_softmax
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments, pipeline
 
 from ptv2_fast import get_ptv2_model
+from ptv2_fast.training.batches import PredictableLabels
 from ptv2_fast.training.runs import load_trained
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [0, 0, 11, 12, 13, 14]])
@@ -128,6 +129,37 @@ def test_accumulated_batches_with_padding_in_front_weigh_a_mean(tmp_path):
         per_device_train_batch_size=2, gradient_accumulation_steps=2, train_sampling_strategy="sequential",
     )  # fmt: skip
     assert train_loss(halves) == pytest.approx(whole, rel=1e-4)
+
+
+UNEVEN = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15], [6, 5, 4, 3, 7]]
+
+
+def left_padded(features: list[dict]) -> dict[str, torch.Tensor]:
+    width = max(len(feature["input_ids"]) for feature in features)
+    rows = [[0] * (width - len(feature["input_ids"])) + feature["input_ids"] for feature in features]
+    ids = torch.tensor(rows)
+    mask = (ids != 0).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, SMOOTHING])
+def test_batches_of_rows_with_padding_in_front_weigh_by_the_labels_that_are_predicted(smoothing, tmp_path):
+    """Trainer counts labels before the model sees them: what nothing predicts is taken out by the collator."""
+    model = tiny_model("llama", "deep", "CAUSAL_LM")
+    trainer = trainer_of(
+        model, [{"input_ids": ids} for ids in UNEVEN], tmp_path, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, train_sampling_strategy="sequential", label_smoothing_factor=smoothing,
+    )  # fmt: skip
+    trainer.data_collator = PredictableLabels(left_padded)
+    rows = [torch.tensor([ids]) for ids in UNEVEN]
+    with torch.no_grad():
+        model.eval()
+        logits = torch.cat([model(input_ids=ids).logits[0, :-1] for ids in rows])
+    labels = torch.cat([ids[0, 1:] for ids in rows])
+    nll = float(torch.nn.functional.cross_entropy(logits.double(), labels))
+    expected = smoothed(logits, labels) if smoothing else nll
+    assert train_loss(trainer) == pytest.approx(expected, rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 @pytest.mark.skipif(not T5_SERVED, reason="this transformers' T5 has an attention of its own")

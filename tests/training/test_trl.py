@@ -114,6 +114,28 @@ def test_dpo_trainer_compares_the_prompted_model_with_the_bare_one(injection, tm
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "trl's"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_follows_padding_in_front_counts_nowhere(ours, smoothing, tmp_path):
+    from ptv2_fast.training.batches import PredictableLabels
+    from ptv2_fast.training.sft import SFTTrainer
+
+    ids = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 0, 10, 11]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    trainer = sft(SFTTrainer if ours else trl.SFTTrainer, model_of(), tmp_path, label_smoothing_factor=smoothing)
+    assert isinstance(trainer.data_collator, PredictableLabels) == ours
+    given = PredictableLabels(lambda features: batch)([])
+    count = (given["labels"][:, 1:] != -100).sum()
+    loss = trainer.compute_loss(trainer.model, given, num_items_in_batch=count)
+    with torch.no_grad():
+        logits = torch.cat([model_of()(input_ids=row).logits[0, :-1] for row in (ids[:1], ids[1:, 3:])])
+    log_probs = -log_softmax(logits, -1)
+    nll = log_probs.gather(-1, torch.cat([ids[0, 1:], ids[1, 4:]])[:, None])[:, 0]
+    expected = float(((1 - smoothing) * nll + smoothing * log_probs.mean(-1)).mean())
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_forward_of_the_users_own_gets_the_wrapped_model():
     model = model_of()
     original, seen = model.forward, []

@@ -1,0 +1,92 @@
+"""Damaged settings and descriptions of a run's folder: refused in a sentence, whatever stands where."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_folders import bert_folder, toy_file
+
+from ptv2_fast.storage.tensors import write_tensors
+from ptv2_fast.training.fit import FitSettings
+from ptv2_fast.training.info import facts_of
+from ptv2_fast.training.loading import load_trained
+from ptv2_fast.training.runs import DataSource, TrainRequest, prepare
+
+VALUES = [True, -1, 0, 10**30, 1.5, float("nan"), "x", [], [1], {}, {"a": {}}, [[]], [None]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("loading")
+    bert_folder(place / "bert")
+    toy_file(place, "SEQ_CLS", 8)
+    request = TrainRequest(
+        str(place / "bert"), "SEQ_CLS", DataSource(str(place / "train.tsv")), fit=FitSettings(epochs=1, batch_size=8),
+        num_virtual_tokens=2, max_length=16,
+    )  # fmt: skip
+    prepare(request, place / "run").execute(title=None)
+    shutil.rmtree(place / "run" / "checkpoints")
+    return place / "run"
+
+
+def _changed(values, place, value):
+    if not place:
+        return value
+    return {**values, place[0]: _changed(values.get(place[0], {}), place[1:], value)}
+
+
+NO_COUNTS = [True, -1, 10**30, 1.5, float("nan"), "x", [], {}]
+NO_NAMES = [True, 0, 1.5, {}, [1], [[]], [None]]
+
+
+@pytest.mark.parametrize(
+    ("place", "good", "bad"),
+    [
+        (("row_length",), [16, None], [0, *NO_COUNTS]),
+        (("doc_stride",), [0, 128, None], NO_COUNTS),
+        (("no_answer",), [True, False, None], [0, 1.5, "x", []]),
+        (("reads",), [["label", "text"], None], ["x", *NO_NAMES]),
+        (("data",), [{}, None], [True, 0, "x", [], [1]]),
+        (("data", "text_column"), [[], ["text"], None], ["x", *NO_NAMES]),
+        (("data", "label_column"), ["label", None], [["x"], *NO_NAMES]),
+    ],
+    ids=["row_length", "doc_stride", "no_answer", "reads", "data", "text_column", "label_column"],
+)
+def test_settings_of_other_kinds_are_refused_by_name(run, tmp_path, place, good, bad):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    settings = json.loads((folder / "settings.json").read_text())
+    for value in good:
+        (folder / "settings.json").write_text(json.dumps(_changed(settings, place, value)))
+        assert load_trained(folder).codec.max_length in (16, 128)
+    for value in bad:
+        (folder / "settings.json").write_text(json.dumps(_changed(settings, place, value)))
+        with pytest.raises(ValueError, match=f"settings.json is damaged: {place[-1]} cannot be "):
+            load_trained(folder)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [("config", "heads"), ("config", "heads", "task"), ("config", "layers"), ("config", "stacks"),
+     ("config", "heads", "task", "labels"), ("config", "num_virtual_tokens"), ("base", "name_or_path")],
+    ids=".".join,
+)  # fmt: skip
+def test_descriptions_of_other_kinds_are_value_errors(run, tmp_path, place):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    weights = folder / "ptv2_model.safetensors"
+    with safe_open(weights, framework="pt") as file:
+        description = json.loads(file.metadata()["ptv2"])
+    tensors = load_file(weights)
+    for value in VALUES:
+        write_tensors(weights, tensors, {"ptv2": json.dumps(_changed(description, place, value))})
+        for read in (facts_of, load_trained):
+            try:
+                read(str(folder))
+            except (ValueError, FileNotFoundError) as error:
+                assert str(error), value
