@@ -17,6 +17,7 @@ from benchmarks.step_models import twin
 from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
 from ptv2_fast.adapter_set import BASE_ROW
 from ptv2_fast.step import layers
+from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.options import StepOptions
 
 EVERY = ("eager", "compiled")
@@ -134,25 +135,31 @@ def step_providers() -> list[StepProvider]:
 
 # Ours
 
+_DEFAULTS = {
+    "ours": "StepOptions(cuda_graphs=False), the defaults of an eager step",
+    "ours_captured": "StepOptions(), the defaults: forward and backward captured by the model's own forward",
+}
+
 
 def rungs() -> list[tuple[str, StepOptions]]:
     """The ladder: every switch off, then one more on at each rung in the order of `StepOptions`, then the defaults."""
-    # Graphs are the runner's, a provider of its own.
+    # Captures are for providers of their own.
     names = [field.name for field in fields(StepOptions) if field.name != "cuda_graphs"]
     ladder = []
+    eager = StepOptions(cuda_graphs=False)
     for count in range(len(names) + 1):
-        options = StepOptions(**{name: place < count for place, name in enumerate(names)})
+        options = StepOptions(**{name: place < count for place, name in enumerate(names)}, cuda_graphs=False)
         ladder.append((f"ours_{count}_{names[count - 1] if count else 'plain'}", options))
-    return [*ladder, ("ours", StepOptions())]
+    return [*ladder, ("ours", eager), ("ours_captured", StepOptions())]
 
 
 def _our_providers() -> list[StepProvider]:
     ladder = [
         StepProvider(
             name,
-            f"{_OURS} with step_options={options if name != 'ours' else 'StepOptions(), the defaults'}",
+            f"{_OURS} with step_options={_DEFAULTS.get(name, options)}",
             "deep",
-            _no_layer_compiler if options.compile_layers else _no_refusal,
+            _no_layer_compiler if options.compile_layers else _no_refusal if name != "ours_captured" else _no_capture,
             _build_rung(options),
             ours=True,
             compiles=bool(options.compile_layers),
@@ -305,6 +312,10 @@ def _build_graph(options: StepOptions):
         )  # fmt: skip
 
     return build
+
+
+def _no_capture(case: StepCase, device: torch.device) -> str | None:
+    return None if device.type in CAPTURES else f"a forward is captured on CUDA, not on {device.type}"
 
 
 def _no_runner(case: StepCase, device: torch.device) -> str | None:

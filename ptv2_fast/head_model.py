@@ -16,9 +16,9 @@ from transformers.modeling_outputs import (
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import BASE_ROW
+from ptv2_fast.captured_model import CapturedModel
 from ptv2_fast.config import ROW_TASKS
 from ptv2_fast.heads import base_targets, chosen_loss, classification_loss, span_loss
-from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.models.features import features_read, input_size, reads_text
 from ptv2_fast.models.inputs import check_inputs
 from ptv2_fast.models.labelled_config import labelled
@@ -27,7 +27,7 @@ from ptv2_fast.models.slots import HIDDEN_STATES, change_states, tokens_first, t
 from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
 
 
-class PTuningV2ModelWithHeads(PTuningV2Model):
+class PTuningV2ModelWithHeads(CapturedModel):
     """What the tasks with trained heads share: running the head that an adapter has."""
 
     @property
@@ -65,6 +65,9 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         names = list(dict.fromkeys(adapter_names)) if adapter_names else [self.active_adapter]
         given = {name: target for name, target in targets.items() if target is not None}
         adapters = [self.adapters[n] for n in names if n in self.adapters]
+        captured = self._captured_task(inputs, adapter_names, task, given)
+        if captured is not None:
+            return self._as_asked(captured, return_dict)
         if task is not None and not any(len(a.heads) for a in adapters):
             raise ValueError(f"task must be None where no adapter has heads of its own; got {task!r}")
         if self._disabled or not adapters or not any(len(a.heads) for a in adapters):
@@ -72,6 +75,23 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
         else:
             output = self._run_own_heads(inputs, adapter_names, names, task, given)
         return self._as_asked(output, return_dict)
+
+    def _captured_task(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        task: str | None,
+        targets: Mapping[str, Tensor],
+    ) -> Any:
+        """The task's output from a captured pass; None where it has to be computed as any other."""
+        if not targets:
+            return None
+        beside: dict[str, Any] = {name: target for name, target in targets.items() if name != "labels"}
+        if task is not None and list(self.adapters[self.active_adapter].heads) != [task]:
+            beside["task"] = task
+        labels = targets.get("labels", next(iter(targets.values())))
+        captured = self._captured({**inputs, **beside}, labels, adapter_names)
+        return None if captured is None else _output_class(self.packed_task()[0])(*captured)
 
     def _run_base_head(
         self,
@@ -170,23 +190,21 @@ class PTuningV2ModelWithHeads(PTuningV2Model):
             return "a mean is over whole rows"
         return super().why_not_packed()
 
-    def packed_loss(self, packed: PackedBatch) -> Tensor:
-        """The mean loss of a packed batch, as that of the padded one; nothing in it waits for the device.
-
-        Raises:
-            ValueError: `why_not_packed` says why.
-        """
+    def packed_output(self, packed: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """As `CapturedModel` says; logits of the base's own head are of all tokens."""
         if reason := self.why_not_packed():
             raise ValueError(f"packed must suit the active adapter: {reason}")
         adapter = self.adapters[self.active_adapter]
         if not adapter.heads:
             labels = packed_labels(packed)
-            return self._run_base_head(packed_inputs(packed), None, [adapter], {"labels": labels}).loss
+            output = self._run_base_head(packed_inputs(packed), None, [adapter], {"labels": labels})
+            return output.loss, output.logits[0]
         head = adapter.head(None)
         states = self.packed_states(packed)
         # A pooled row is a text of one token.
         states = states[:, None] if head.config.task_type == "SEQ_CLS" else states[None]
-        return classification_loss(head(states, None).reshape(-1, head.config.num_labels), packed.targets)
+        logits = head(states, None).reshape(-1, head.config.num_labels)
+        return classification_loss(logits, packed.targets), logits
 
 
 def _task_output(
@@ -207,6 +225,10 @@ def _task_output(
         return QuestionAnsweringModelOutput(loss, start_logits=start, end_logits=end, **states)
     if targets:
         loss = chosen(logits=logits, **targets) if chosen else classification_loss(logits, targets["labels"])
+    return _output_class(task_type)(loss, logits=logits, **states)
+
+
+def _output_class(task_type: str) -> type[Any]:
+    """The class of outputs with one loss and one tensor of logits."""
     classes = {"TOKEN_CLS": TokenClassifierOutput, "IMAGE_CLS": ImageClassifierOutput}
-    cls = classes.get(task_type, SequenceClassifierOutput)
-    return cls(loss, logits=logits, **states)
+    return classes.get(task_type, SequenceClassifierOutput)

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ptv2_fast.base_methods import refuse_unserved
+from ptv2_fast.captured_model import CapturedModel
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.head_model import PTuningV2ModelWithHeads
 from ptv2_fast.heads import IGNORED_LABEL, causal_loss, check_labels, chosen_loss
@@ -93,7 +94,7 @@ class PTuningV2ModelForQuestionAnswering(PTuningV2ModelWithHeads):
         return self._run_task(inputs, adapter_names, task, targets)
 
 
-class PTuningV2ModelForCausalLM(PTuningV2Model):
+class PTuningV2ModelForCausalLM(CapturedModel):
     """Prompts for a causal language model (task_type CAUSAL_LM)."""
 
     # The base's loss divides by Trainer's num_items_in_batch, the labels of all accumulated batches.
@@ -126,6 +127,10 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
             output = self.run(self.base_model, inputs, adapter_names)
             return self._as_asked(output, kwargs.get("return_dict"))
         check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size, text_size(inputs))
+        count = kwargs.get("num_items_in_batch")
+        beside = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
+        if (captured := self._captured(beside, labels, adapter_names, count)) is not None:
+            return self._as_asked(CausalLMOutputWithPast(*captured), kwargs.get("return_dict"))
         call = self._predictable({**inputs, "labels": labels})
         plan = self.step_plan()
         if plan.labelled_rows_loss and not self._disabled and why_not_labelled_rows(self.base_model, call) is None:
@@ -190,17 +195,13 @@ class PTuningV2ModelForCausalLM(PTuningV2Model):
         """Why the loss cannot be computed of a `PackedBatch`; None where it can."""
         return why_not_labelled_rows(self.base_model, {}) or super().why_not_packed()
 
-    def packed_loss(self, packed: PackedBatch) -> Tensor:
-        """The mean loss of a packed batch, as that of the padded one; nothing in it waits for the device.
-
-        Raises:
-            ValueError: `why_not_packed` says why.
-        """
+    def packed_output(self, packed: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """As `CapturedModel` says; without logits."""
         if reason := self.why_not_packed():
             raise ValueError(f"packed must suit the active adapter: {reason}")
         head = self.base_model.get_output_embeddings()
         total = linear_cross_entropy(self.packed_states(packed), head.weight, head.bias, packed.targets)
-        return total / (packed.targets != IGNORED_LABEL).sum().clamp(min=1)
+        return total / (packed.targets != IGNORED_LABEL).sum().clamp(min=1), None
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """`generate` of the base with the prompts in every step; all its modes, caches and arguments.

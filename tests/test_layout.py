@@ -30,6 +30,7 @@ LAYERS = (
     ("adapter_set", "base_attributes", "base_methods", "persistence", "recomputation"),
     ("encoder_decoder",),
     ("model",),
+    ("captured_model",),
     ("head_model", "seq2seq"),
     ("tasks",),
     ("public",),

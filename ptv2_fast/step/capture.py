@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+# A size runs this often eagerly, as real steps, before it is captured: kernels load and optimizer states appear.
+WARM_UP_STEPS = 2
 T = TypeVar("T")
 
 

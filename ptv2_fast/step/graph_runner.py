@@ -12,15 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ptv2_fast.models.gathered import device_of, is_sharded
-from ptv2_fast.step.capture import CAPTURES, Capture
+from ptv2_fast.step.capture import CAPTURES, WARM_UP_STEPS, Capture
 from ptv2_fast.step.held import HeldGradients, HeldModel, HeldOptimizer, trained_by
 from ptv2_fast.step.look import Attributes, Look
 from ptv2_fast.step.options import StepPlan, logger
 from ptv2_fast.step.packed import INPUTS, Buckets, HostBatch, PackedBatch, Sizes, pack
 from ptv2_fast.step.staging import Staging
 
-# A size runs this often eagerly, as real steps, before it is captured: kernels load and optimizer states appear.
-WARM_UP_STEPS = 2
 T = TypeVar("T")
 _INPUTS = frozenset(INPUTS)
 

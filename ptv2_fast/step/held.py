@@ -105,30 +105,24 @@ class HeldOptimizer:
         return reason
 
 
-class HeldModel:
-    """Where captured passes find a model: its modules by name, the addresses of weights and buffers, and who trains.
+class HeldModules:
+    """Where captured passes find modules: by their names, the addresses of weights and buffers, and who trains.
 
     Looked at in every step while the device has nothing to do: a few comparisons of whole lists and dictionaries.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Note where everything is found."""
-        self._optimizer = optimizer
-        # Kept alive, so that nothing else can take their place.
-        self._trained = trained_by(optimizer)
+    def __init__(self, model: nn.Module) -> None:
+        """Note where everything is found; what is found by its identity is kept alive."""
         modules = list(model.modules())
         self._children = [m._modules for m in modules if m._modules]
         self._noted_children = [dict(children) for children in self._children]
         self._weights = _Places([m._parameters for m in modules], nn.Parameter)
         self._buffers = _Places([m._buffers for m in modules], Tensor)
         self._addresses = self._weights.addresses(), self._buffers.addresses()
-        self._flags = _flags(self._trained), self._weights.flags()
+        self._flags = self._weights.flags()
 
     def changed(self) -> str | None:
         """What a pass would be wrong without, if it is not what it was; None where it is."""
-        trained = trained_by(self._optimizer)
-        if not same(trained, self._trained) or _flags(trained) != self._flags[0]:
-            return "the optimizer trains other parameters"
         if self._children != self._noted_children:
             return "a module was replaced"
         if self._weights.addresses() != self._addresses[0]:
@@ -143,7 +137,26 @@ class HeldModel:
         A captured pass computes the gradients that it was captured with. Its loss, and the gradients of the
         optimizer's own parameters, are right all the same.
         """
-        return "other parameters train" if self._weights.flags() != self._flags[1] else None
+        return "other parameters train" if self._weights.flags() != self._flags else None
+
+
+class HeldModel(HeldModules):
+    """A model as captured steps of an optimizer find it: its modules, and the parameters that the optimizer has."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Note where everything is found."""
+        super().__init__(model)
+        self._optimizer = optimizer
+        # Kept alive, so that nothing else can take their place.
+        self._trained = trained_by(optimizer)
+        self._train = _flags(self._trained)
+
+    def changed(self) -> str | None:
+        """What a pass would be wrong without, if it is not what it was; None where it is."""
+        trained = trained_by(self._optimizer)
+        if not same(trained, self._trained) or _flags(trained) != self._train:
+            return "the optimizer trains other parameters"
+        return super().changed()
 
 
 class _Places:

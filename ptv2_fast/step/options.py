@@ -39,8 +39,8 @@ class StepOptions:
         compile_layers: while training, torch.compile the body of each layer, all layers sharing what is compiled (the
             last one, where it computes read rows alone, is left as it is). None: off, since the first step then takes
             as long as the compilation.
-        cuda_graphs: a `GraphRunner` captures steps and replays them; it alone looks at this. None: while training on
-            CUDA.
+        cuda_graphs: the model's own forward captures forward and backward and replays them, in whatever loop it is
+            called; a `GraphRunner` the optimizer's update as well. None: while training on CUDA.
     """
 
     unpad: bool | None = None

@@ -140,7 +140,7 @@ def _put(place: Array, own: Array, filling: int) -> None:
     place[own.size :] = filling
 
 
-def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first") -> HostBatch:
+def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first", *, whole: bool = False) -> HostBatch:
     """Find what of a padded batch is packed.
 
     Args:
@@ -148,6 +148,7 @@ def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first") ->
             are read here, on the host.
         task_type: SEQ_CLS (labels (B,)), TOKEN_CLS or CAUSAL_LM (labels (B, N)).
         pooling: "first" or "last": which token's state a SEQ_CLS head reads.
+        whole: TOKEN_CLS reads every real token and no other, labelled or not.
 
     Raises:
         ValueError: labels are no integers, or of another shape; or attention_mask is.
@@ -169,6 +170,8 @@ def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first") ->
     if task_type == "SEQ_CLS":
         # What `pooled_tokens` gives, among the real tokens.
         places = np.where(lengths > 0, bounds[:-1] if pooling == "first" else bounds[1:] - 1, index.size)
+    elif task_type == "TOKEN_CLS" and whole:
+        places, targets = np.arange(index.size), targets.ravel()[index]
     else:
         read, targets = _labelled(targets) if task_type == "TOKEN_CLS" else _predicted(targets, real)
         places = _places(read, index, real.size)

@@ -13,12 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.stand_in import StandIn, captured_on_cpu
 from ptv2_fast import PTuningV2Model
 from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
+from ptv2_fast.step.options import StepOptions
 
 # A batch to the device, gradients to zero, a copy of the loss; and one to spare.
 MOST_OPERATIONS = 4
 # Of Python functions and of others, before the pass is launched, which is when the device waits, and in all. What is
 # more by a few belongs behind the launch, or is asked for once.
 MOST_CALLS_BEFORE, MOST_CALLS = 130, 205
+# Of a forward that replays, and its backward, in any loop.
+MOST_FORWARD_CALLS = 520
 STEADY = ["bert tags, base head", "bert rows, first token", "llama text"]
 
 
@@ -159,3 +162,23 @@ def test_a_steady_step_walks_no_model(case, monkeypatch):
     monkeypatch.setattr(PTuningV2Model, "step_plan", walked)
     monkeypatch.setattr(torch.nn.Module, "modules", walked)
     step()
+
+
+def _steady_forward(case, layers=2):
+    """A forward and backward of a model's own that have been captured and replayed."""
+    family, injection, task, config = CASES[case]
+    torch.manual_seed(0)
+    model = tiny_model(family, injection, task, base_changes={"num_hidden_layers": layers}, **config).train()
+    model.step_options = StepOptions(labelled_rows_loss=True)
+    batch = _batch(task, 2, 5)
+    step = lambda: model(**batch).loss.backward()  # noqa: E731
+    for _ in range(WARM_UP_STEPS + 2):
+        step()
+    assert model._captured_forward.captured == 1
+    return step
+
+
+@pytest.mark.parametrize("case", STEADY)
+def test_a_steady_forward_makes_few_calls_whatever_the_layers(case):
+    few, many = (_calls(_steady_forward(case, layers), "call", "c_call") for layers in (2, 6))
+    assert many == few <= MOST_FORWARD_CALLS

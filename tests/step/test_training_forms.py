@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.stand_in import captured_on_cpu
 from ptv2_fast import get_ptv2_model
+from ptv2_fast.step.capture import WARM_UP_STEPS
 from ptv2_fast.step.graph_runner import GraphRunner
 from ptv2_fast.step.options import StepOptions
 
@@ -125,6 +126,10 @@ def _train_one_rank(rank: int, world: int, port: int, results: mp.SimpleQueue) -
     with captured_on_cpu() as counts:
         found.append(_rank_losses(rank, world, True))
     assert counts.replays > 0
+    # DDP's hooks average what the model's own forward has captured.
+    with captured_on_cpu() as counts:
+        found.append(_rank_losses(rank, world, False))
+    assert counts.captures == 1 and counts.replays == STEPS - WARM_UP_STEPS
     if rank == 0:
         results.put(found)
     dist.destroy_process_group()

@@ -8,7 +8,9 @@ from tiny_folders import WORDS, tiny_tokenizer
 from tiny_models import tiny_base, tiny_prompts
 from torch.nn.functional import log_softmax
 
-from ptv2_fast import PTuningV2Model, get_ptv2_model
+from benchmarks.stand_in import captured_on_cpu
+from ptv2_fast import PTuningV2Model, StepOptions, get_ptv2_model
+from ptv2_fast.step.capture import WARM_UP_STEPS
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -57,6 +59,19 @@ def test_sft_trainer_has_the_losses_of_the_models_own_forward(injection, tmp_pat
     assert found == pytest.approx(expected, rel=1e-4) and found[-1] < found[0]
     ids = torch.tensor([[5, 6, 7]])
     assert model(input_ids=ids, labels=ids).loss > 0, "the model's own forward goes on"
+
+
+def test_our_sft_trainer_replays_captured_passes(tmp_path):
+    from ptv2_fast.training.sft import SFTTrainer
+
+    found = []
+    for captures in (True, False):
+        model = model_of()
+        model.step_options = StepOptions(labelled_rows_loss=True, cuda_graphs=captures)
+        with captured_on_cpu() as counts:
+            found.append(losses_of(sft(SFTTrainer, model, tmp_path / str(captures), gradient_checkpointing=False)))
+        assert counts.replays == (COMMON["max_steps"] - WARM_UP_STEPS) * captures
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "trl's"])

@@ -1,0 +1,74 @@
+"""What the tasks that can be packed share: training forwards that are captured and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.step.captured_forward import CapturedForward
+from ptv2_fast.step.packed import PackedBatch
+
+M = TypeVar("M", bound="CapturedModel")
+
+
+class CapturedModel(PTuningV2Model):
+    """What the tasks that can be packed share: training forwards that are captured and replayed."""
+
+    def packed_task(self) -> tuple[str, str]:
+        """The task type and pooling by which a batch is packed for the active adapter."""
+        raise NotImplementedError
+
+    def packed_output(self, packed: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """The mean loss of a packed batch, as that of the padded one, and its logits; nothing waits for the device.
+
+        Returns:
+            The loss () and the logits (R, C): of each row for SEQ_CLS, of each token, read or not, for TOKEN_CLS; None
+            for CAUSAL_LM.
+
+        Raises:
+            ValueError: `why_not_packed` says why.
+        """
+        raise NotImplementedError
+
+    def packed_loss(self, packed: PackedBatch) -> Tensor:
+        """The mean loss of a packed batch, as that of the padded one; nothing in it waits for the device.
+
+        Raises:
+            ValueError: `why_not_packed` says why.
+        """
+        return self.packed_output(packed)[0]
+
+    def _captured(
+        self,
+        inputs: Mapping[str, Any],
+        labels: Any,
+        adapter_names: Sequence[str] | None,
+        items: Tensor | int | None = None,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The loss and the logits of a training forward that is captured; None where it runs as any other does.
+
+        Args:
+            inputs: keyword arguments of the forward, without labels.
+            items: Trainer's count of labels, of all accumulated batches.
+        """
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return None
+        if labels is None or self._disabled:
+            return None
+        if adapter_names is not None:
+            inputs = {**inputs, "adapter_names": adapter_names}
+        # Made by the first of several threads.
+        captured = self.__dict__.get("_captured_forward")
+        if captured is None:
+            captured = self.__dict__.setdefault("_captured_forward", CapturedForward())
+        return captured(self, inputs, labels, items)
+
+    def _apply(self: M, *args: Any, **kwargs: Any) -> M:
+        """Move or cast; what was captured is given back first, with its memory."""
+        if "_captured_forward" in self.__dict__:
+            self.__dict__["_captured_forward"].forget()
+        return super()._apply(*args, **kwargs)

@@ -1,0 +1,225 @@
+"""Forward and backward passes of a model in one state, by their sizes: eager at first, then captured and replayed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ptv2_fast.step.capture import WARM_UP_STEPS, Capture
+from ptv2_fast.step.forward_batch import ForwardBatch
+from ptv2_fast.step.held import HeldModules
+from ptv2_fast.step.observers import Observers
+from ptv2_fast.step.packed import PackedBatch, Sizes
+from ptv2_fast.step.pass_loss import PassGradients, logits_of, loss_of
+from ptv2_fast.step.random_state import RandomState
+from ptv2_fast.step.staging import Staging
+
+Share = Tensor | float
+Outcome = tuple[Tensor, Tensor | None]
+
+
+class LossModel(Protocol):
+    """A model that computes the loss of packed batches."""
+
+    def packed_output(self, packed: PackedBatch) -> Outcome:
+        """The loss () and the logits (R, C), None where there are none."""
+
+
+@dataclass
+class _Size:
+    """Passes of one size: how many there were, and what replays them from which buffers."""
+
+    passes: int = 0
+    # Which of the trained parameters have gradients.
+    used: list[int] = field(default_factory=list)
+    staging: Staging | None = None
+    logits: Tensor | None = None
+    replay: Callable[[], Tensor | None] | None = None
+
+
+class ForwardPasses:
+    """The passes of one model while its state is one: adapter, switches, autocast, and where its weights lie."""
+
+    def __init__(
+        self, parts: Sequence[nn.Module], adapter: nn.Module, autocast: torch.dtype | None, device: torch.device
+    ) -> None:
+        """Note who trains; nothing is captured yet.
+
+        Args:
+            parts: what a pass runs, without the wrapper that has these passes: nothing here keeps that alive.
+            adapter: the module whose parameters train, as far as they require gradients.
+            autocast: the dtype of the autocast that passes run under; None for none.
+            device: where passes run.
+        """
+        self._places = _trained_places(adapter)
+        self._trained = list({id(parameter): parameter for _, _, parameter in self._places}.values())
+        self.observers = Observers((module for part in parts for module in part.modules()), self._trained)
+        self._parts = nn.ModuleList(parts)
+        self._autocast = autocast
+        self._device = device
+        self._share = torch.ones((), device=device)
+        self._sizes: dict[Sizes, _Size] = {}
+        # Known after the first pass, which moves weights that are run together.
+        self._held: HeldModules | None = None
+        self._modes: list[Any] = []
+        # Where replays leave gradients; made at the first capture.
+        self._gradients: list[Tensor] = []
+        self._latest: weakref.ref[PassGradients] | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything does."""
+        return bool(self._trained)
+
+    @property
+    def captured(self) -> int:
+        """How many sizes have been captured."""
+        return sum(size.replay is not None for size in self._sizes.values())
+
+    def changed(self) -> str | None:
+        """Why what was captured would be wrong now; None where it would not."""
+        if self._held is None:
+            return None
+        if any(place.get(name) is not parameter for place, name, parameter in self._places):
+            return "a trained parameter was replaced"
+        if self.observers.modes() != self._modes:
+            return "modules train, or drop, otherwise"
+        return self._held.changed() or self._held.others_changed()
+
+    def is_due(self, sizes: Sizes) -> bool:
+        """Whether the next pass of these sizes is to be captured first."""
+        size = self._sizes.get(sizes)
+        return size is not None and size.replay is None and size.passes >= WARM_UP_STEPS
+
+    def capture(self, model: LossModel, batch: ForwardBatch, capture: Capture) -> None:
+        """Capture the passes of a batch's sizes, which have run before.
+
+        Raises:
+            Exception: whatever refuses the capture; nothing has run then.
+        """
+        size = self._sizes[batch.sizes]
+        if not self._gradients:
+            self._gradients = [torch.empty_like(parameter) for parameter in self._trained]
+        staging = Staging(batch.packed(), self._device)
+        places = [self._gradients[i] for i in size.used]
+
+        def run() -> Tensor:
+            loss, logits, found = self._compute(model, staging.batch)
+            torch._foreach_copy_(places, [gradient for gradient in found if gradient is not None])
+            if logits is not None:
+                assert size.logits is not None, "an eager pass has given the shape"
+                size.logits.copy_(logits)
+            return loss
+
+        size.replay, size.staging = capture(run), staging
+
+    def run(
+        self, model: LossModel, batch: ForwardBatch, share: Share, capture: Capture, again_said: Callable[[str], None]
+    ) -> Outcome | None:
+        """Loss () and logits of one pass, replayed where its size is captured; both lead to the parameters' gradients.
+
+        Args:
+            share: what the loss is multiplied by.
+            again_said: told why, where autograd asks for what is not stored.
+
+        Returns:
+            the outcome; None where nothing trains.
+        """
+        again = _Again(model, batch, share, self._autocast, RandomState(self._device), again_said)
+        self._set_share(share)
+        size = self._sizes.setdefault(batch.sizes, _Size())
+        if size.replay is None:
+            on_device = batch.packed().to(self._device)
+            loss, logits, found = capture.warm_up(lambda: self._compute(model, on_device))
+            size.used = [i for i, gradient in enumerate(found) if gradient is not None]
+            size.logits = None if logits is None else torch.empty_like(logits)
+            gradients = PassGradients([gradient for gradient in found if gradient is not None])
+        else:
+            loss, logits = self._replay(size, batch), size.logits
+            gradients = PassGradients([self._gradients[i] for i in size.used])
+            self._latest = weakref.ref(gradients)
+        size.passes += 1
+        if self._held is None:
+            self._held, self._modes = HeldModules(self._parts), self.observers.modes()
+        if not size.used:
+            return None
+        own = [self._trained[i] for i in size.used]
+        placed = None if logits is None else logits_of(batch.layout(logits), again, own)
+        return loss_of(loss, gradients, again, own), placed
+
+    def _replay(self, size: _Size, batch: ForwardBatch) -> Tensor:
+        """The loss of a captured pass; its gradients are in the buffers of all."""
+        assert size.replay is not None and size.staging is not None
+        if self._latest is not None and (latest := self._latest()) is not None:
+            latest.keep()
+        size.staging.fill(partial(batch.host.write, batch.sizes))
+        loss = size.replay()
+        assert loss is not None
+        return loss
+
+    def _set_share(self, share: Share) -> None:
+        if isinstance(share, Tensor):
+            self._share.copy_(share, non_blocking=True)
+        else:
+            self._share.fill_(share)
+
+    def _compute(
+        self, model: LossModel, batch: PackedBatch
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        """Loss, logits and gradients of one pass; the gradients as a backward outside of autocast finds them."""
+        loss, logits = _eager(model, batch, self._share, self._autocast)
+        with torch.autocast(self._device.type, enabled=False):
+            nothing: tuple[Tensor | None, ...] = (None,) * len(self._trained)
+            found = torch.autograd.grad(loss, self._trained, allow_unused=True) if loss.requires_grad else nothing
+        return loss.detach(), None if logits is None else logits.detach(), found
+
+
+def _trained_places(adapter: nn.Module) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
+    """Where trained parameters are found, and which ones."""
+    return [
+        (module._parameters, name, parameter)
+        for module in adapter.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+
+
+def _eager(model: LossModel, batch: PackedBatch, share: Share, autocast: torch.dtype | None) -> Outcome:
+    """A pass's loss, times its share, and logits, with their graphs."""
+    with _under(batch.input_ids.device, autocast):
+        loss, logits = model.packed_output(batch)
+        return loss * share, logits
+
+
+def _under(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager:
+    """Autocast, or none whatever is on. Under capture nothing that it caches may outlive the graph."""
+    if autocast is None:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, autocast, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Runs a pass eagerly, with the random numbers that it had."""
+
+    model: LossModel
+    batch: ForwardBatch
+    share: Share
+    autocast: torch.dtype | None
+    random: RandomState
+    said: Callable[[str], None]
+
+    def __call__(self, why: str) -> tuple[Tensor, Tensor]:
+        """The loss () and the logits, whose graphs lead to the parameters."""
+        self.said(why)
+        with torch.enable_grad(), self.random.again():
+            packed = self.batch.packed().to(self.random.device)
+            loss, logits = _eager(self.model, packed, self.share, self.autocast)
+            return loss, loss if logits is None else self.batch.layout(logits)
