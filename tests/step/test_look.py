@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def _equal_configuration(model):
 
 
 def _shallow(model):
-    model.adapters["default"].config.injection = "shallow"
+    adapter = model.adapters["default"]
+    adapter.config = replace(adapter.config, injection="shallow")
 
 
 def _more_heads(model):
@@ -117,7 +119,8 @@ def test_what_can_be_captured_no_more_is_not(change):
 def test_a_longer_or_shorter_text_is_seen():
     runner, model, _ = _steady("gpt2 text")
     limit = runner._look().limit
-    model.adapters["default"].config.num_virtual_tokens += 1
+    adapter = model.adapters["default"]
+    adapter.config = replace(adapter.config, num_virtual_tokens=adapter.config.num_virtual_tokens + 1)
     assert runner._look().limit == limit - 1
 
 
