@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_FIRST, _SECOND, _THIRD, _FOURTH = (
-    f"2026-11-26-card-{name}-h200.json" for name in ("first", "second", "third", "fourth")
+_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH = (
+    f"2026-11-26-card-{name}-h200.json" for name in ("first", "second", "third", "fourth", "fifth")
 )
 _D64, _D128 = "roberta-large-{}-B32-N512-P128-d64-full-pad0-bf16", "t5-3b-encoder-{}-B32-N512-P128-d128-full-pad0-bf16"
 _BERT = "bert-base-B32-N128-P20-pad40-bf16"
@@ -77,6 +77,14 @@ PREDICTIONS = (
                "qwen3-0.6b-B8-N512-P64-pad40-bf16", "peft", "ms", "ours_graph_compiled"),
     Prediction("a step of 16 tasks over one of one task", 1.1, "×", _FOURTH,
                "bert-base-B32-N128-P20-pad0-bf16-tasks16", "ours_tasks16", "ms", "ours"),
+    Prediction("backward, d = 64, statistics copied without predicates", 255, "TFLOP/s", _FIFTH,
+               _D64.format("backward"), "ours", "tflops"),
+    Prediction("backward, d = 128, the same", 285, "TFLOP/s", _FIFTH, _D128.format("backward"), "ours", "tflops"),
+    Prediction("captured step of BERT-base, a third of the host's work", 3.75, "ms", _FIFTH, _BERT, "ours_graph", "ms"),
+    Prediction("the same captured by the model's own forward", 4.3, "ms", _FIFTH, _BERT, "ours_captured", "ms"),
+    Prediction("eager step of BERT-base, views kept", 24, "ms", _FIFTH, _BERT, "ours", "ms"),
+    Prediction("compiled PEFT over a captured step, B 8, N 64", 1.5, "×", _FIFTH,
+               "bert-base-B8-N64-P20-pad40-bf16", "peft_compiled", "ms", "ours_graph"),
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from captured_forwards import UNTIL_CAPTURED, captured, forward_loss, gradients
-from graph_steps import CASES, OFF, batches_of, model_of, optimizer_of
+from graph_steps import CASES, OFF, batches_of, model_for_kernels, optimizer_of
 from tiny_models import tiny_model
 
 pytestmark = [
@@ -43,7 +43,7 @@ def _warmed(model, batch) -> None:
 @pytest.mark.parametrize("case", ["bert rows, first token", "bert tags, base head", "llama text", "deberta tags"])
 def test_steps_are_the_plain_ones(case):
     batches = [_on_device(batch) for batch in batches_of(CASES[case][2], count=8)]
-    model, plain = model_of(case).cuda(), model_of(case).cuda()
+    model, plain = model_for_kernels(case).cuda(), model_for_kernels(case).cuda()
     plain.step_options = OFF
     _close(_losses(model, batches), _losses(plain, batches))
     assert captured(model) == 1 and captured(plain) == 0
@@ -51,7 +51,7 @@ def test_steps_are_the_plain_ones(case):
 
 def test_several_forwards_before_one_backward():
     first, second = (_on_device(batches_of("CAUSAL_LM", count=1, seed=seed)[0]) for seed in (0, 7))
-    model, plain = model_of("llama text").cuda(), model_of("llama text").cuda()
+    model, plain = model_for_kernels("llama text").cuda(), model_for_kernels("llama text").cuda()
     plain.step_options = OFF
     _warmed(model, first)
     for one in (model, plain):
@@ -62,7 +62,8 @@ def test_several_forwards_before_one_backward():
 
 def _with_dropout():
     torch.manual_seed(5)
-    return tiny_model("bert", "deep", "TOKEN_CLS", heads={"own": 3}, prompt_dropout=0.3).train().cuda()
+    heads = {"num_attention_heads": 2}
+    return tiny_model("bert", "deep", "TOKEN_CLS", base_changes=heads, heads={"own": 3}, prompt_dropout=0.3).train().cuda()
 
 
 def test_what_was_dropped_is_dropped_again_for_a_gradient_through_logits():
@@ -82,7 +83,7 @@ def test_what_was_dropped_is_dropped_again_for_a_gradient_through_logits():
 
 def test_another_stream():
     batch = _on_device(batches_of("SEQ_CLS", count=1)[0])
-    model = model_of("bert rows, first token").cuda()
+    model = model_for_kernels("bert rows, first token").cuda()
     _warmed(model, batch)
     expected = forward_loss(model, batch).item()
     stream = torch.cuda.Stream()
@@ -96,7 +97,7 @@ def test_another_stream():
 
 def test_a_model_that_leaves_the_device_gives_its_memory_back():
     batch = _on_device(batches_of("SEQ_CLS", count=1)[0])
-    model = model_of("bert rows, first token").cuda()
+    model = model_for_kernels("bert rows, first token").cuda()
     _warmed(model, batch)
     model.cpu()
     assert captured(model) == 0

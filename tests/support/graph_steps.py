@@ -32,12 +32,17 @@ CASES = {
 }
 
 
-def model_of(case):
-    """The model of a case, the same every time, in training mode."""
+def model_of(case, **sizes):
+    """The model of a case, the same every time, in training mode; `sizes` of its base's configuration."""
     family, injection, task, config = CASES[case]
     changes = {} if task == "CAUSAL_LM" or config else {"classifier_dropout": 0.0}
     torch.manual_seed(5)
-    return tiny_model(family, injection, task, base_changes=changes, **config).train()
+    return tiny_model(family, injection, task, base_changes=changes | sizes, **config).train()
+
+
+def model_for_kernels(case):
+    """The same with heads of 16, which kernels serve: on a card other sizes run packed rows one after the other."""
+    return model_of(case, **({"head_dim": 16} if CASES[case][0] == "llama" else {"num_attention_heads": 2}))
 
 
 def batches_of(task, count=6, seed=0):
