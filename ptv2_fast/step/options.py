@@ -25,7 +25,7 @@ logger = logging.getLogger("ptv2_fast")
 class StepOptions:
     """Switches of the training step; each None means: on where it is exact and meant to pay.
 
-    That they pay was measured on a CPU (benchmarks/README.md); on CUDA it is not measured yet.
+    That they pay was measured, on a CPU and on an H200 (benchmarks/README.md).
 
     Attributes:
         unpad: run the layers over real tokens only; padding is dropped before the first layer and put back, as

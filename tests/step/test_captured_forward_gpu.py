@@ -62,8 +62,8 @@ def test_several_forwards_before_one_backward():
 
 def _with_dropout():
     torch.manual_seed(5)
-    heads = {"num_attention_heads": 2}
-    return tiny_model("bert", "deep", "TOKEN_CLS", base_changes=heads, heads={"own": 3}, prompt_dropout=0.3).train().cuda()
+    config = {"base_changes": {"num_attention_heads": 2}, "heads": {"own": 3}, "prompt_dropout": 0.3}
+    return tiny_model("bert", "deep", "TOKEN_CLS", **config).train().cuda()
 
 
 def test_what_was_dropped_is_dropped_again_for_a_gradient_through_logits():
