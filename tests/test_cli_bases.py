@@ -77,7 +77,6 @@ def test_a_damaged_model_is_named_in_one_line(place, tmp_path, damage):
     ("flag", "value", "name"),
     [
         ("--max-length", "1" + "0" * 20, "max_length"),
-        ("--doc-stride", "-5", "doc_stride"),
         ("--batch-size", "1" + "0" * 30, "batch_size"),
         ("--gradient-accumulation", "1" + "0" * 30, "gradient_accumulation"),
         ("--early-stopping", "1" + "0" * 30, "early_stopping"),

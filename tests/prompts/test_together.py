@@ -15,7 +15,7 @@ FAMILIES = ("bert", "roberta", "llama", "mistral", "qwen3", "gemma2", "gemma3_te
 
 
 def _pairs(model, entries: int | None):
-    source = model._sources["default"]
+    source = model._source("default")
     states = torch.randn(2, 5 * (entries or 1), model.backbone.config.hidden_size, requires_grad=True)
     pairs = source._projections(states, "triton", entries)
     tensors = [tensor for pair in pairs for tensor in pair]
@@ -29,7 +29,7 @@ def test_layers_together_are_layers_one_by_one(family, entries):
     model = tiny_model(family, "deep")
     torch.manual_seed(1)
     together = _pairs(model, entries)
-    projections = model._sources["default"]._projections
+    projections = model._source("default")._projections
     projections._family = replace(projections._family, normed_together=None, finished_together=None)
     torch.manual_seed(1)
     for actual, expected in zip(together, _pairs(model, entries)):
