@@ -76,7 +76,9 @@ def test_settings_of_other_kinds_are_refused_by_name(run, tmp_path, place, good,
      ("config", "heads", "task", "labels"), ("config", "num_virtual_tokens"), ("base", "name_or_path")],
     ids=".".join,
 )  # fmt: skip
-def test_descriptions_of_other_kinds_are_value_errors(run, tmp_path, place):
+def test_descriptions_of_other_kinds_are_value_errors(run, tmp_path, place, monkeypatch):
+    # A name that is no folder would be looked for on the hub, which takes its time to be away.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     weights = folder / "ptv2_model.safetensors"
