@@ -98,20 +98,24 @@ def why_not_read(inputs: Mapping[str, Any], labels: Any, task_type: str) -> str 
 
 
 def read_batch(
-    inputs: Mapping[str, Any], labels: Tensor, task: tuple[str, str], buckets: Buckets, limit: int | None
-) -> ForwardBatch | str:
+    inputs: Mapping[str, Any], labels: Tensor, task: tuple[str, str], buckets: Buckets, limit: int | None,
+    padding: int | None = None,
+) -> ForwardBatch | str:  # fmt: skip
     """A call's batch, packed on the host; or why it cannot be. Waits for the device where the batch is there.
 
     Args:
         inputs: as `why_not_read` allows them.
         task: task type and pooling of a `PackedBatch`.
         limit: the longest text that the model takes.
+        padding: the id by which the base itself finds padding where there is no mask.
     """
     names = [name for name in INPUTS if inputs.get(name) is not None]
     host = on_host({**{name: inputs[name] for name in names}, "labels": labels})
     ids, labels, mask = host["input_ids"], host["labels"], host.get("attention_mask")
     task_type, pooling = task
     index = None
+    if mask is None and padding is not None and bool((ids == padding).any()):
+        return "there is padding and no attention_mask"
     if mask is not None and not bool(mask.all()):
         if task_type == "TOKEN_CLS" and bool(((mask == 0) & (labels != IGNORED_LABEL)).any()):
             return "there are labels at padding"
