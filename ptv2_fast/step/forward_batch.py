@@ -121,19 +121,24 @@ def read_batch(
             return "there are labels at padding"
         index = mask.flatten().nonzero().flatten()
     packed = pack(host, task_type, pooling, whole=True)
+    without = (packed.tokens == packed.index.size) & (packed.targets != IGNORED_LABEL)
+    if task_type == "SEQ_CLS" and bool(without.any()):
+        return "a row with a label has no token"
     layout = Layout(ids.shape[0], ids.shape[1], index, task_type == "SEQ_CLS")
     counted = 0 if labels.dim() == 1 else int((labels[:, 1:] != IGNORED_LABEL).sum())
     return ForwardBatch(packed, buckets.sizes(packed, limit), layout, counted)
 
 
 def on_host(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU; those that lie on one device come in one copy, as int64."""
-    away = {name: tensor for name, tensor in batch.items() if tensor.device.type != "cpu"}
-    if not away:
-        return dict(batch)
+    """Copies of the tensors on the CPU; those that lie on one device come in one copy, as int64.
+
+    Copies of those on the CPU too: a pass may run again after its caller has filled them with the next batch.
+    """
+    own = {name: tensor.clone() for name, tensor in batch.items() if tensor.device.type == "cpu"}
+    away = {name: tensor for name, tensor in batch.items() if name not in own}
     if len({tensor.device for tensor in away.values()}) > 1:
-        return {name: tensor.cpu() for name, tensor in batch.items()}
-    return {**batch, **dict(zip(away, in_one_copy(list(away.values()))))}
+        return own | {name: tensor.cpu() for name, tensor in away.items()}
+    return own | (dict(zip(away, in_one_copy(list(away.values())))) if away else {})
 
 
 def in_one_copy(tensors: Sequence[Tensor]) -> list[Tensor]:

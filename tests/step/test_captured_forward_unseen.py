@@ -157,3 +157,45 @@ def test_padding_without_a_mask(counts, said):
     batch["input_ids"] = batch["input_ids"] + 2
     _same_as_uncaptured(model, batch)
     assert not said("dropped")
+
+
+def test_a_batch_that_its_caller_fills_again(counts):
+    model, batch = warmed(TAGS)
+    expected = forward_loss(model, batch)
+    expected.backward()
+    before = gradients(model)
+    model.zero_grad()
+    labels, real = batch["labels"].clone(), batch["labels"] != -100
+    logits = model(**batch).logits
+    for tensor in batch.values():
+        tensor.zero_()
+    nn.functional.cross_entropy(logits[real], labels[real]).backward()
+    for name, gradient in gradients(model).items():
+        assert_equal(gradient, before[name], name)
+
+
+def test_a_row_of_padding_with_a_label(counts, said):
+    """What a head reads there differs from family to family: it is what the model's own forward says."""
+    model, batch = warmed("mpnet rows, first token")
+    batch["attention_mask"][0] = 0
+    _same_as_uncaptured(model, batch)
+    assert counts.replays == 1 and len(said("a row with a label has no token")) == 1
+    batch["labels"][0] = -100
+    _same_as_uncaptured(model, batch)
+    assert not said("dropped")
+
+
+def test_zeros_that_come_through_the_logits(counts):
+    """As under DDP that finds unused parameters: they change nothing and end no captures."""
+    model, batch = warmed(TAGS)
+    forward_loss(model, batch).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    output = model(**batch)
+    (output.loss + 0 * output.logits.sum()).backward()
+    for name, gradient in gradients(model).items():
+        assert_equal(gradient, expected[name], name)
+    model.zero_grad()
+    (0 * model(**batch).logits.sum()).backward()
+    assert gradients(model).keys() == expected.keys() and not any(g.any() for g in gradients(model).values())
+    assert captured(model) == 1 and counts.replays == 4
