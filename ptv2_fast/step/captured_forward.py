@@ -182,6 +182,9 @@ class CapturedForward:
                 logger.info("training step: captured steps are dropped: %s", why)
             del self._passes[key]
             passes = None
+            # The memory that graphs share is given back with the last one: the next one begins with its own.
+            if not self.captured:
+                self._capture = None
         if passes is None:
             if reason := _why_not_modules(model.base_model, model.adapters[model.active_adapter]):
                 return reason

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from transformers.utils import output_capturing
 
 
@@ -58,6 +61,10 @@ def why_not_now(device: torch.device) -> str | None:
         return "there are hooks of all modules"
     if torch._C._len_torch_dispatch_stack():
         return "a mode watches every operation"
+    if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
+        return "a mode watches every function"
+    if forward_ad._current_level >= 0:
+        return "derivatives are taken forwards"
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return "the call is transformed or traced"
     if parametrize._cache_enabled:

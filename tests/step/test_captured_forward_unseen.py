@@ -10,10 +10,13 @@ from captured_forwards import OPTIONS, UNTIL_CAPTURED, captured, forward_loss, f
 from graph_steps import CASES, batches_of
 from tolerances import assert_equal
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.stand_in import captured_on_cpu
+from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.options import StepOptions
 
 TAGS, TEXT = "roberta tags, own head", "llama text"
@@ -199,3 +202,33 @@ def test_zeros_that_come_through_the_logits(counts):
     (0 * model(**batch).logits.sum()).backward()
     assert gradients(model).keys() == expected.keys() and not any(g.any() for g in gradients(model).values())
     assert captured(model) == 1 and counts.replays == 4
+
+
+class _Doubled(TorchFunctionMode):
+    """Attention steered from outside, as long as the mode is on."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is nn.functional.linear else result
+
+
+def test_modes_around_a_call(counts, said):
+    model, batch = warmed(TAGS)
+    with _Doubled():
+        _same_as_uncaptured(model, batch)
+    with forward_ad.dual_level():
+        _same_as_uncaptured(model, batch)
+    assert counts.replays == 1 and len(said("not captured")) == 2
+    with torch.device("cpu"):
+        _same_as_uncaptured(model, batch)
+    assert counts.replays == 2
+
+
+def test_graphs_share_no_memory_with_those_that_are_gone(counts, monkeypatch):
+    made, make = [], CAPTURES["cpu"]
+    monkeypatch.setitem(CAPTURES, "cpu", lambda device: made.append(make(device)) or made[-1])
+    model, batch = warmed(TAGS)
+    model.base_model.eval()
+    for _ in range(UNTIL_CAPTURED):
+        forward_loss(model, batch).backward()
+    assert len(made) == 2 and counts.captures == 2
