@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.heads import chosen_loss
@@ -111,7 +111,7 @@ class CapturedForward:
             # Where it is off the log of the plan says why.
             if not look.plan.cuda_graphs:
                 return None
-            outcome: Outcome | str | None = self._why_not(look, device, inputs, labels)
+            outcome: Outcome | str | None = self._why_not(look, device, inputs, labels, items)
             if outcome is None:
                 outcome = self._run(model, look, passes, device, inputs, labels, items)
             if isinstance(outcome, str):
@@ -143,7 +143,7 @@ class CapturedForward:
         passes = self._passes_of(model, look, known, device)
         if isinstance(passes, str):
             return passes
-        batch = read_batch(inputs, labels, look.task, self._buckets, look.limit)
+        batch = read_batch(inputs, labels, look.task, self._buckets, look.limit, look.padding)
         if isinstance(batch, str):
             return batch
         self._follow(device)
@@ -155,12 +155,16 @@ class CapturedForward:
             self._looked = look, Attributes(model), passes
         return outcome
 
-    def _why_not(self, look: Look, device: torch.device, inputs: Mapping[str, Any], labels: Any) -> str | None:
+    def _why_not(
+        self, look: Look, device: torch.device, inputs: Mapping[str, Any], labels: Any, items: Tensor | int | None
+    ) -> str | None:
         """Why a call is not one that can be captured, as far as that is cheap to see."""
         if reason := self._refused or look.not_packed or why_not_read(inputs, labels, look.task[0]):
             return reason
         if _autocast(device) is torch.float16:
             return _HALF
+        if isinstance(items, Tensor) and items.dim():
+            return f"num_items_in_batch has the shape {tuple(items.shape)}"
         return look.not_captured or why_not_now(device)
 
     def _passes_of(
@@ -178,8 +182,11 @@ class CapturedForward:
                 logger.info("training step: captured steps are dropped: %s", why)
             del self._passes[key]
             passes = None
+            # The memory that graphs share is given back with the last one: the next one begins with its own.
+            if not self.captured:
+                self._capture = None
         if passes is None:
-            if reason := _why_not_base(model.base_model):
+            if reason := _why_not_modules(model.base_model, model.adapters[model.active_adapter]):
                 return reason
             passes = ForwardPasses(parts, model.adapters[model.active_adapter], autocast, device)
         if not passes.trains:
@@ -264,14 +271,19 @@ def _why_not_model(model: PassModel, plan: StepPlan) -> str | None:
     return None
 
 
-def _why_not_base(base: PreTrainedModel) -> str | None:
-    """Why a base's own modules cannot be captured."""
+def _why_not_modules(base: PreTrainedModel, adapter: nn.Module) -> str | None:
+    """Why the modules that a pass runs cannot be captured."""
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "parameters of the base train"
-    for module in base.modules():
-        maker = type(module).__module__.split(".")[0]
-        if maker not in _KNOWN_MAKERS:
-            return f"the base has a {type(module).__name__} of {maker}, which may decide by what a replay cannot see"
+    for owner, part, makers in (("base", base, _KNOWN_MAKERS), ("adapter", adapter, (*_KNOWN_MAKERS, "ptv2_fast"))):
+        for module in part.modules():
+            kind, maker = type(module).__name__, type(module).__module__.split(".")[0]
+            if maker not in makers:
+                return f"the {owner} has a {kind} of {maker}, which may decide by what a replay cannot see"
+            # In the place of a parameter: its gradient leads to others, and the next step has another one.
+            beside = [value for value in vars(module).values() if isinstance(value, Tensor)]
+            if beside and (part is adapter or any(value.requires_grad for value in beside)):
+                return f"the {owner} has a {kind} with a tensor that is no parameter, as one that somebody computes"
     return None
 
 

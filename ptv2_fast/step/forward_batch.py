@@ -98,38 +98,47 @@ def why_not_read(inputs: Mapping[str, Any], labels: Any, task_type: str) -> str 
 
 
 def read_batch(
-    inputs: Mapping[str, Any], labels: Tensor, task: tuple[str, str], buckets: Buckets, limit: int | None
-) -> ForwardBatch | str:
+    inputs: Mapping[str, Any], labels: Tensor, task: tuple[str, str], buckets: Buckets, limit: int | None,
+    padding: int | None = None,
+) -> ForwardBatch | str:  # fmt: skip
     """A call's batch, packed on the host; or why it cannot be. Waits for the device where the batch is there.
 
     Args:
         inputs: as `why_not_read` allows them.
         task: task type and pooling of a `PackedBatch`.
         limit: the longest text that the model takes.
+        padding: the id by which the base itself finds padding where there is no mask.
     """
     names = [name for name in INPUTS if inputs.get(name) is not None]
     host = on_host({**{name: inputs[name] for name in names}, "labels": labels})
     ids, labels, mask = host["input_ids"], host["labels"], host.get("attention_mask")
     task_type, pooling = task
     index = None
+    if mask is None and padding is not None and bool((ids == padding).any()):
+        return "there is padding and no attention_mask"
     if mask is not None and not bool(mask.all()):
         if task_type == "TOKEN_CLS" and bool(((mask == 0) & (labels != IGNORED_LABEL)).any()):
             return "there are labels at padding"
         index = mask.flatten().nonzero().flatten()
     packed = pack(host, task_type, pooling, whole=True)
+    without = (packed.tokens == packed.index.size) & (packed.targets != IGNORED_LABEL)
+    if task_type == "SEQ_CLS" and bool(without.any()):
+        return "a row with a label has no token"
     layout = Layout(ids.shape[0], ids.shape[1], index, task_type == "SEQ_CLS")
     counted = 0 if labels.dim() == 1 else int((labels[:, 1:] != IGNORED_LABEL).sum())
     return ForwardBatch(packed, buckets.sizes(packed, limit), layout, counted)
 
 
 def on_host(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU; those that lie on one device come in one copy, as int64."""
-    away = {name: tensor for name, tensor in batch.items() if tensor.device.type != "cpu"}
-    if not away:
-        return dict(batch)
+    """Copies of the tensors on the CPU; those that lie on one device come in one copy, as int64.
+
+    Copies of those on the CPU too: a pass may run again after its caller has filled them with the next batch.
+    """
+    own = {name: tensor.clone() for name, tensor in batch.items() if tensor.device.type == "cpu"}
+    away = {name: tensor for name, tensor in batch.items() if name not in own}
     if len({tensor.device for tensor in away.values()}) > 1:
-        return {name: tensor.cpu() for name, tensor in batch.items()}
-    return {**batch, **dict(zip(away, in_one_copy(list(away.values()))))}
+        return own | {name: tensor.cpu() for name, tensor in away.items()}
+    return own | (dict(zip(away, in_one_copy(list(away.values())))) if away else {})
 
 
 def in_one_copy(tensors: Sequence[Tensor]) -> list[Tensor]:

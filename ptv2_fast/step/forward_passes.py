@@ -64,7 +64,7 @@ class ForwardPasses:
         self._parts = nn.ModuleList(parts)
         self._autocast = autocast
         self._device = device
-        self._share = torch.ones((), device=device)
+        self._share = torch.ones((), dtype=torch.float32, device=device)
         self._sizes: dict[Sizes, _Size] = {}
         # Known after the first pass, which moves weights that are run together.
         self._held: HeldModules | None = None
@@ -90,7 +90,7 @@ class ForwardPasses:
         if any(place.get(name) is not parameter for place, name, parameter in self._places):
             return "a trained parameter was replaced"
         if self.observers.modes() != self._modes:
-            return "modules train, or drop, otherwise"
+            return "modules train, drop or scale otherwise"
         return self._held.changed() or self._held.others_changed()
 
     def is_due(self, sizes: Sizes) -> bool:

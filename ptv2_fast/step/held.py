@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_WITH_ADDRESS = (nn.Parameter, Tensor)
 # Of an optimizer's group: what an update finds by its address, or never reads.
 _NOT_SETTINGS = ("params", "lr", "initial_lr")
 
@@ -116,8 +117,8 @@ class HeldModules:
         modules = list(model.modules())
         self._children = [m._modules for m in modules if m._modules]
         self._noted_children = [dict(children) for children in self._children]
-        self._weights = _Places([m._parameters for m in modules], nn.Parameter)
-        self._buffers = _Places([m._buffers for m in modules], Tensor)
+        self._weights = _Places([m._parameters for m in modules])
+        self._buffers = _Places([m._buffers for m in modules])
         self._addresses = self._weights.addresses(), self._buffers.addresses()
         self._flags = self._weights.flags()
 
@@ -160,11 +161,11 @@ class HeldModel(HeldModules):
 
 
 class _Places:
-    """Where modules have their tensors of one class, each found by its name at every look."""
+    """Where modules have their tensors, each found by its name at every look."""
 
-    def __init__(self, dictionaries: Sequence[Mapping[str, Any]], kind: type) -> None:
-        """Find them; those of a subclass may have no address."""
-        found = [(one, name) for one in dictionaries for name, tensor in one.items() if type(tensor) is kind]
+    def __init__(self, dictionaries: Sequence[Mapping[str, Any]]) -> None:
+        """Find them, those that `functional_call` has put in place too; those of a subclass may have no address."""
+        found = [(one, name) for one in dictionaries for name, tensor in one.items() if type(tensor) in _WITH_ADDRESS]
         self._dictionaries, self._names = [one for one, _ in found], [name for _, name in found]
 
     def addresses(self) -> list[int] | None:

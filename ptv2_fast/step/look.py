@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ptv2_fast.models.families import family_of
 from ptv2_fast.step.options import StepPlan
 
 
@@ -18,6 +19,7 @@ class Look:
         not_packed, not_captured: why a step is not; None where it is.
         task: the task type and pooling by which batches are packed; of no use where they are not.
         limit: the longest text; None where there is no limit.
+        padding: the id whose tokens have no position of their own where there is no mask; None where all have.
         relies_on: the active adapter and the switches, which what is captured has been captured with.
     """
 
@@ -26,6 +28,7 @@ class Look:
     not_captured: str | None
     task: tuple[str, str]
     limit: int | None
+    padding: int | None
     relies_on: tuple[str, StepPlan]
 
     @classmethod
@@ -40,7 +43,10 @@ class Look:
         if not_packed is None and plan.gathered_by:
             not_packed = f"only the model's own forward brings the weights: {plan.gathered_by}"
         task, limit = (model.packed_task(), model.text_limit()) if not_packed is None else (("", ""), None)
-        return cls(plan, not_packed, not_captured, task, limit, (model.active_adapter, replace(plan, reasons=())))
+        first = family_of(model.backbone).first_position(model.backbone)
+        padding = first - 1 if first else None
+        relies_on = model.active_adapter, replace(plan, reasons=())
+        return cls(plan, not_packed, not_captured, task, limit, padding, relies_on)
 
 
 class Attributes:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from operator import contains, itemgetter
+from operator import contains
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from transformers.utils import output_capturing
 
 
@@ -28,7 +32,8 @@ class Observers:
         self._trained = trained
         every = list(modules)
         self._own = [module.__dict__ for module in every]
-        self._dropping = [own for own in self._own if "p" in own]
+        found = [(own, name) for own in self._own for name, value in own.items() if _is_setting(name, value)]
+        self._places, self._names = [own for own, _ in found], [name for _, name in found]
         self._hooks: list[Any] = []
         for module in every:
             self._hooks += [
@@ -36,8 +41,8 @@ class Observers:
             ]  # fmt: skip
 
     def modes(self) -> list[Any]:
-        """Of every module whether it trains, and of those that drop something how much."""
-        return [*map(itemgetter("training"), self._own), *map(itemgetter("p"), self._dropping)]
+        """Of every module whether it trains, how much it drops, and other fractions that it computes with."""
+        return [*map(dict.get, self._places, self._names)]
 
     def found(self) -> str | None:
         """Who there is; None where there is nobody."""
@@ -56,8 +61,14 @@ def why_not_now(device: torch.device) -> str | None:
         return "there are hooks of all modules"
     if torch._C._len_torch_dispatch_stack():
         return "a mode watches every operation"
+    if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
+        return "a mode watches every function"
+    if forward_ad._current_level >= 0:
+        return "derivatives are taken forwards"
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return "the call is transformed or traced"
+    if parametrize._cache_enabled:
+        return "parametrized weights are cached"
     if torch.is_anomaly_enabled():
         return "anomalies are detected"
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
@@ -65,6 +76,11 @@ def why_not_now(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "somebody else captures the call"
     return None
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is a number that a capture keeps as it is, and that people change."""
+    return type(value) is float or (name in ("training", "p") or "drop" in name) and isinstance(value, (bool, int))
 
 
 def _is_of_transformers(hooks: Any) -> bool:

@@ -92,6 +92,9 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         parameters = ctx.saved_tensors
         twice = torch.is_grad_enabled()
+        # Who wraps all outputs, as DDP does to find unused parameters, hands zeros on for those that no loss reads.
+        if not twice and not bool(gradient.any()):
+            return None, None, *map(torch.zeros_like, parameters)
         _, logits = ctx.again("a gradient comes through the logits, as of a loss of one's own")
         found = torch.autograd.grad(logits, parameters, gradient, create_graph=twice, allow_unused=True)
         return None, None, *found
