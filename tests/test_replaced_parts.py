@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize, prune
 from ptv2_fast import PTuningV2Model, StepOptions, get_ptv2_model
 from ptv2_fast.export import prompt_tensors
 from ptv2_fast.models.backbone import backbone_name, backbone_of
+from ptv2_fast.models.view import TRACES_VIEWS
 
 BATCH = padded(text_rows(), "left")
 FAMILIES = ("bert", "albert", "modernbert", "deberta-v2", "gpt2", "llama", "gemma2", "t5", "bart")
@@ -96,7 +97,7 @@ def test_what_was_replaced_runs(family, injection, replace):
 def test_what_was_replaced_generates_is_compiled_and_exported():
     model = _model("llama")
     ids = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=TRACES_VIEWS)
     _answer(compiled), model.generate(BATCH.input_ids[:, -2:], **ids)
     for replace in (_other_encoder, _other_backbone):
         replace(model)
