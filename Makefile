@@ -18,9 +18,10 @@ demo: $(READY)
 	$(BIN)/python -m ptv2_fast.demo $(SENTENCES)
 
 # worksteal: neighbours stay together, so that what the fixtures of a file train is trained once. Three processes of one
-# thread for two cores: many tests wait for processes of their own.
+# thread for two cores: many tests wait for processes of their own. Those read what the first one has compiled, also
+# where the environment would keep Python from writing it.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist=worksteal $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist=worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

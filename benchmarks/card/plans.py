@@ -86,7 +86,7 @@ _TINY_LLAMA, _TINY_FORWARD = {**_TINY_PADDED, "providers": ("peft",)}, {"only": 
 _TINY_TUNE = {"only": ("forward-*",)}
 # Somebody who compiles nothing: what is compiled is rehearsed once.
 _TINY_FLOOR, _TINY_OURS = {**_TINY_COMPILED, "providers": ("floor",)}, {"only": (), "providers": ("ours",)}
-_TESTS = {"tests": "tests/kernels/test_launch.py"}
+_TESTS, _ONE_CHECK = ({"tests": path} for path in ("tests/kernels/test_launch.py", "benchmarks/card/one_check.py"))
 
 
 def _start() -> Phase:
@@ -219,7 +219,7 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
             start,
             _compiled("compile-bert", bert, "peft_compiled", "ours_graph_compiled"),
             _gates(90, 70, large=False),
-            replace(_native(120, 60), arguments=failed),
+            replace(_native(120, 60), arguments=failed, tiny=_ONE_CHECK),
             tune,
             again,
             _steps("steps", 60, 260, bert, (*_STEP_PEERS, "ours_graph_compiled")),
@@ -241,7 +241,7 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         _gates(90, 100, large=False),
         _compiled("compile-layers", (*qwen, *llama), "ours_graph_compiled"),
         replace(memcheck, limit=70.0, latest=140.0),
-        replace(_native(190, 32), arguments=failed),
+        replace(_native(190, 32), arguments=failed, tiny=_ONE_CHECK),
         _decode("decode", 60, 250, _DECODE, generators),
         replace(again, name="kernels", limit=30.0, latest=270.0, arguments={**again.arguments, "tuned": False}),
         _steps("steps", 75, 290, bert, _CAPTURED, _TINY_QWEN),
