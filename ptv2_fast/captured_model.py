@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,10 +19,11 @@ M = TypeVar("M", bound="CapturedModel")
 class CapturedModel(PTuningV2Model):
     """What the tasks that can be packed share: training forwards that are captured and replayed."""
 
+    @abstractmethod
     def packed_task(self) -> tuple[str, str]:
         """The task type and pooling by which a batch is packed for the active adapter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def packed_output(self, packed: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """The mean loss of a packed batch, as that of the padded one, and its logits; nothing waits for the device.
 
@@ -32,7 +34,6 @@ class CapturedModel(PTuningV2Model):
         Raises:
             ValueError: `why_not_packed` says why.
         """
-        raise NotImplementedError
 
     def packed_loss(self, packed: PackedBatch) -> Tensor:
         """The mean loss of a packed batch, as that of the padded one; nothing in it waits for the device.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from captured_forwards import (
@@ -23,26 +21,12 @@ from graph_steps import CASES, OFF, batches_of, model_of
 from tiny_models import tiny_model
 from tolerances import assert_equal, assert_same_bits
 
-from benchmarks.stand_in import captured_on_cpu
 from ptv2_fast.step import captured_forward
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.pass_loss import PassGradients
 from ptv2_fast.step.random_state import RandomState
 
 SERVED = ("bert rows, first token", "roberta tags, own head", "bert tags, base head", "llama text", "gpt2 text")
-
-
-@pytest.fixture
-def counts():
-    with captured_on_cpu() as found:
-        yield found
-
-
-@pytest.fixture
-def said(caplog):
-    """What was logged of captures."""
-    with caplog.at_level(logging.INFO, "ptv2_fast"):
-        yield lambda: [r.getMessage() for r in caplog.records if "captured" in r.getMessage()]
 
 
 def _without_labels(batch):
@@ -107,7 +91,7 @@ def test_sizes_that_vary(counts, monkeypatch, said):
         for name, gradient in gradients(model).items():
             assert_equal(ours[name], gradient, name)
         model.zero_grad()
-    assert counts.captures == 2 and len([line for line in said() if "more than 2 sizes" in line]) == 1
+    assert counts.captures == 2 and len([line for line in said("captured") if "more than 2 sizes" in line]) == 1
 
 
 def test_logits_are_the_plain_ones(counts):
@@ -138,7 +122,7 @@ def test_a_loss_of_the_users_own_trains_and_ends_captures(case, counts, said):
         for name, gradient in gradients(plain).items():
             assert_equal(gradients(model)[name], gradient, name)
     assert counts.replays == 2 and captured(model) == 0
-    assert [line for line in said() if "not captured" in line] == [
+    assert [line for line in said("captured") if "not captured" in line] == [
         "training step: not captured: a gradient comes through the logits, as of a loss of one's own"
     ]
 
@@ -219,7 +203,7 @@ def test_a_loss_is_differentiated_twice(counts, said):
     assert_equal(found[0], found[2], "gradient")
     assert_equal(found[1], found[3], "gradient of the gradient")
     forward_loss(model, batch)
-    assert said()[-1] == "training step: not captured: a loss is differentiated twice"
+    assert said("captured")[-1] == "training step: not captured: a loss is differentiated twice"
 
 
 @pytest.mark.parametrize("items", [7, torch.tensor(7)])
@@ -270,7 +254,7 @@ def test_autocast(dtype, counts, said):
 
     found = list(training(fresh(case), loss_of(forward_loss), batches, accumulate=1))
     if dtype == torch.float16:
-        assert counts.captures == 0 and said()[-1].endswith("float16 needs a scaled loss")
+        assert counts.captures == 0 and said("captured")[-1].endswith("float16 needs a scaled loss")
         return
     assert counts.replays == 2
     assert_same_steps(found[-1:], list(training(fresh(case), loss_of(packed_loss), batches, accumulate=1))[-1:])

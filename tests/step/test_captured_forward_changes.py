@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import pickle
 import threading
 import weakref
@@ -34,19 +33,6 @@ from ptv2_fast.step.forward_batch import in_one_copy
 from ptv2_fast.step.options import StepOptions
 
 TEXT, ROWS = "llama text", "bert rows, first token"
-
-
-@pytest.fixture
-def counts():
-    with captured_on_cpu() as found:
-        yield found
-
-
-@pytest.fixture
-def said(caplog):
-    """What was logged of captures."""
-    with caplog.at_level(logging.INFO, "ptv2_fast"):
-        yield lambda part: [r.getMessage() for r in caplog.records if part in r.getMessage()]
 
 
 def _same_as_an_eager_pass(model, batch) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from captured_forwards import OPTIONS, UNTIL_CAPTURED, captured, forward_loss, fresh, gradients, warmed
@@ -15,25 +13,11 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.stand_in import captured_on_cpu
 from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.options import StepOptions
 
 TAGS, TEXT = "roberta tags, own head", "llama text"
 UNCAPTURED = StepOptions(labelled_rows_loss=True, cuda_graphs=False)
-
-
-@pytest.fixture
-def counts():
-    with captured_on_cpu() as found:
-        yield found
-
-
-@pytest.fixture
-def said(caplog):
-    """What was logged of captures."""
-    with caplog.at_level(logging.INFO, "ptv2_fast"):
-        yield lambda part: [r.getMessage() for r in caplog.records if part in r.getMessage()]
 
 
 def _batch(case):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -19,19 +18,6 @@ from ptv2_fast.step.options import StepOptions
 BEFORE_CAPTURE = 1 + WARM_UP_STEPS
 # A pass and an update.
 REPLAYS = 2
-
-
-@pytest.fixture
-def counts():
-    with captured_on_cpu() as found:
-        yield found
-
-
-@pytest.fixture
-def said(caplog):
-    """What the runner has logged."""
-    with caplog.at_level(logging.INFO, "ptv2_fast"):
-        yield lambda part: [r.getMessage() for r in caplog.records if part in r.getMessage()]
 
 
 def _replayed(counts, steps, passes=1):
