@@ -13,18 +13,11 @@ from tiny_models import tiny_model
 from tolerances import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.stand_in import captured_on_cpu
 from ptv2_fast import HeadConfig, heads, tasks
 from ptv2_fast.attention import layer
 from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import Buckets, pack
-
-
-@pytest.fixture
-def pretend_cuda():
-    with captured_on_cpu() as counts:
-        yield counts
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -38,7 +31,7 @@ def test_eager_steps_give_the_plain_losses(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_replayed_steps_give_the_plain_losses(case, pretend_cuda):
+def test_replayed_steps_give_the_plain_losses(case, counts):
     batches = batches_of(CASES[case][2], count=15)
     model = model_of(case)
     runner = GraphRunner(model, optimizer_of(model), buckets=Buckets(tokens=32, rows=4, targets=32))
@@ -47,7 +40,7 @@ def test_replayed_steps_give_the_plain_losses(case, pretend_cuda):
     assert runner.captured >= 1
 
 
-def test_accumulated_batches_are_one_step(pretend_cuda):
+def test_accumulated_batches_are_one_step(counts):
     batches = batches_of("CAUSAL_LM", count=12)
     model = model_of("llama text")
     runner = GraphRunner(model, optimizer_of(model), buckets=Buckets(tokens=32, rows=4, targets=32))
@@ -56,7 +49,7 @@ def test_accumulated_batches_are_one_step(pretend_cuda):
     assert runner.captured >= 1
 
 
-def test_evaluation_after_a_replay_sees_the_stepped_prompts(pretend_cuda):
+def test_evaluation_after_a_replay_sees_the_stepped_prompts(counts):
     batch = batches_of("SEQ_CLS", count=1)[0]
     model = model_of("bert rows, first token")
     optimizer = optimizer_of(model)
@@ -87,7 +80,7 @@ def test_evaluation_after_a_replay_sees_the_stepped_prompts(pretend_cuda):
     assert not torch.allclose(before, after)
 
 
-def test_more_sizes_than_graphs_run_eagerly(pretend_cuda, caplog):
+def test_more_sizes_than_graphs_run_eagerly(counts, caplog):
     batches = batches_of("TOKEN_CLS", count=3) * 5
     model = model_of("bert tags, base head")
     runner = GraphRunner(model, optimizer_of(model), buckets=Buckets(tokens=4, rows=1, targets=1), max_graphs=1)
@@ -231,7 +224,7 @@ def test_labels_of_another_kind_are_refused(labels):
         GraphRunner(model, optimizer_of(model)).step({"input_ids": ids, "labels": labels})
 
 
-def test_a_step_with_disabled_adapters_is_refused(pretend_cuda):
+def test_a_step_with_disabled_adapters_is_refused(counts):
     batch = batches_of("SEQ_CLS", count=1)[0]
     model = model_of("bert rows, first token")
     runner = GraphRunner(model, optimizer_of(model))
