@@ -68,7 +68,6 @@ class ForwardPasses:
         self._sizes: dict[Sizes, _Size] = {}
         # Known after the first pass, which moves weights that are run together.
         self._held: HeldModules | None = None
-        self._modes: list[Any] = []
         # Where replays leave gradients; made at the first capture.
         self._gradients: list[Tensor] = []
         self._latest: weakref.ref[PassGradients] | None = None
@@ -89,8 +88,6 @@ class ForwardPasses:
             return None
         if any(place.get(name) is not parameter for place, name, parameter in self._places):
             return "a trained parameter was replaced"
-        if self.observers.modes() != self._modes:
-            return "modules train, drop or scale otherwise"
         return self._held.changed() or self._held.others_changed()
 
     def is_due(self, sizes: Sizes) -> bool:
@@ -147,7 +144,7 @@ class ForwardPasses:
             self._latest = weakref.ref(gradients)
         size.passes += 1
         if self._held is None:
-            self._held, self._modes = HeldModules(self._parts), self.observers.modes()
+            self._held = HeldModules(self._parts)
         if not size.used:
             return None
         own = [self._trained[i] for i in size.used]

@@ -107,7 +107,8 @@ class HeldOptimizer:
 
 
 class HeldModules:
-    """Where captured passes find modules: by their names, the addresses of weights and buffers, and who trains.
+    """Where captured passes find modules: by their names, the addresses of weights and buffers, who trains, and the
+    numbers that modules compute with: a captured pass keeps them as they were.
 
     Looked at in every step while the device has nothing to do: a few comparisons of whole lists and dictionaries.
     """
@@ -120,6 +121,9 @@ class HeldModules:
         self._weights = _Places([m._parameters for m in modules])
         self._buffers = _Places([m._buffers for m in modules])
         self._addresses = self._weights.addresses(), self._buffers.addresses()
+        found = [(m.__dict__, name) for m in modules for name, value in m.__dict__.items() if _is_number(name, value)]
+        self._owners, self._names = [own for own, _ in found], [name for _, name in found]
+        self._numbers = self._all_numbers()
         self._flags = self._weights.flags()
 
     def changed(self) -> str | None:
@@ -130,7 +134,13 @@ class HeldModules:
             return "weights were moved, cast or replaced"
         if self._buffers.addresses() != self._addresses[1]:
             return "buffers were moved, cast or replaced"
+        if self._all_numbers() != self._numbers:
+            return "modules train, drop or scale otherwise"
         return None
+
+    def _all_numbers(self) -> list[Any]:
+        """Of every module whether it trains, how much it drops, and other fractions that it computes with."""
+        return [*map(dict.get, self._owners, self._names)]
 
     def others_changed(self) -> str | None:
         """Whether parameters of another optimizer, or of none, train or do not as they did not or did.
@@ -178,6 +188,11 @@ class _Places:
     def flags(self) -> list[bool]:
         """Which of them train."""
         return [place[name].requires_grad for place, name in zip(self._dictionaries, self._names)]
+
+
+def _is_number(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is a number that people change."""
+    return type(value) is float or (name in ("training", "p") or "drop" in name) and isinstance(value, (bool, int))
 
 
 def _flags(parameters: Sequence[nn.Parameter]) -> list[bool]:

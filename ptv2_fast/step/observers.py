@@ -17,7 +17,7 @@ from transformers.utils import output_capturing
 
 
 class Observers:
-    """Hooks of modules and parameters, forwards put in the place of a module's own, and what Python decides by.
+    """Hooks of modules and parameters, and forwards put in the place of a module's own.
 
     Asked in every step: each question is a few calls, however many modules there are.
     """
@@ -32,17 +32,11 @@ class Observers:
         self._trained = trained
         every = list(modules)
         self._own = [module.__dict__ for module in every]
-        found = [(own, name) for own in self._own for name, value in own.items() if _is_setting(name, value)]
-        self._places, self._names = [own for own, _ in found], [name for _, name in found]
         self._hooks: list[Any] = []
         for module in every:
             self._hooks += [
                 module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
             ]  # fmt: skip
-
-    def modes(self) -> list[Any]:
-        """Of every module whether it trains, how much it drops, and other fractions that it computes with."""
-        return [*map(dict.get, self._places, self._names)]
 
     def found(self) -> str | None:
         """Who there is; None where there is nobody."""
@@ -76,11 +70,6 @@ def why_not_now(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "somebody else captures the call"
     return None
-
-
-def _is_setting(name: str, value: Any) -> bool:
-    """Whether an attribute of a module is a number that a capture keeps as it is, and that people change."""
-    return type(value) is float or (name in ("training", "p") or "drop" in name) and isinstance(value, (bool, int))
 
 
 def _is_of_transformers(hooks: Any) -> bool:

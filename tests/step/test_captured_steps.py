@@ -404,3 +404,20 @@ def test_a_runner_says_once_that_and_why_it_is_eager(said):
             runner.step(batch)
     assert len(said("steps run eagerly: step_options.cuda_graphs is off")) == 1
     assert counts.captures == counts.warm_ups == 0
+
+
+@pytest.mark.parametrize("change", ["dropout", "scaling"])
+def test_numbers_that_modules_compute_with(change, counts, said):
+    batch = batches_of("CAUSAL_LM", count=1)[0]
+    model = model_of("llama text")
+    runner = GraphRunner(model, optimizer_of(model))
+    for _ in range(BEFORE_CAPTURE + 1):
+        runner.step(batch)
+    assert counts.captures == REPLAYS
+    if change == "dropout":
+        model.adapters["default"].encoder.dropout = 0.5
+    else:
+        model.backbone.layers[0].self_attn.scaling *= 2
+    replays = counts.replays
+    runner.step(batch)
+    assert counts.replays == replays and len(said("modules train, drop or scale otherwise")) == 1

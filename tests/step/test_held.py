@@ -153,8 +153,16 @@ def test_values_may_change_where_they_are():
     with torch.no_grad():
         for tensor in (*model.parameters(), model[1][0].running_mean):
             tensor.add_(1.0)
-    model.eval()
     assert held.changed() is None and held.others_changed() is None
+
+
+def test_whether_modules_train_is_a_number_that_they_compute_with():
+    model = _small_model()
+    held = HeldModel(model, torch.optim.SGD(model[0].parameters(), lr=1.0))
+    model[1].eval()
+    assert held.changed() == "modules train, drop or scale otherwise"
+    model.train()
+    assert held.changed() is None
 
 
 def test_another_group_is_another_optimizer():
