@@ -16,7 +16,7 @@ from benchmarks.flex import merge
 from benchmarks.step_batches import Prompts
 from benchmarks.step_models import twin
 from ptv2_fast import PTuningV2Config, get_ptv2_model
-from ptv2_fast.models.cache import CACHE
+from ptv2_fast.inputs.cache import CACHE
 
 _TWO_CALLS = "benchmark_two_calls"
 # (input_ids (B, N), how many new tokens) -> tokens (B, count)

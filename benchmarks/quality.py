@@ -30,7 +30,7 @@ from transformers.utils import logging
 from benchmarks import quality_lm
 from benchmarks.quality_models import METHODS, Candidate, build, minilm_folder
 from benchmarks.quality_plan import ORDER, PLANS, Plan, fast
-from ptv2_fast.checkpoint import write_whole
+from ptv2_fast.saving.checkpoint import write_whole
 from ptv2_fast.training.data import LabelSet, read_examples
 from ptv2_fast.training.fit import FitSettings, fit
 from ptv2_fast.training.metrics import metric_for
@@ -141,7 +141,7 @@ def _run(options: argparse.Namespace, results: Results) -> None:
     if LANGUAGE_MODEL in options.tasks:
         cell = results.cell(LANGUAGE_MODEL, "deep")
         if cell["final"] is None:
-            _say(f"{LANGUAGE_MODEL}: a causal language model")
+            _log_once(f"{LANGUAGE_MODEL}: a causal language model")
             cell["final"] = quality_lm.run(options.data, small=options.fast, seed=SEED, bf16=options.bf16)
             results.save()
 
@@ -177,7 +177,7 @@ def run_cell(
             continue
         rows = _spread(task.splits["train"], plan.search_rows)
         run = train_once(task, method, candidate, rows, plan.search_epochs, options)[1]
-        _say(f"{cell['task']}/{method} search {candidate.label()}: dev {metric} {run['dev'][metric]:.4f}")
+        _log_once(f"{cell['task']}/{method} search {candidate.label()}: dev {metric} {run['dev'][metric]:.4f}")
         entry = {"candidate": candidate.label(), **dataclasses.asdict(candidate)}
         cell["search"].append({**entry, "rows": len(rows), **run})
         save()
@@ -187,7 +187,7 @@ def run_cell(
         chosen = Candidate(best["learning_rate"], best["num_virtual_tokens"])
     model, run = train_once(task, method, chosen, task.splits["train"], plan.epochs, options)
     test = evaluate(model, task.codec, task.splits["test"], batch_size=2 * BATCH_SIZE)
-    _say(f"{cell['task']}/{method} final {chosen.label()}: dev {run['dev'][metric]:.4f}, test {test[metric]:.4f}")
+    _log_once(f"{cell['task']}/{method} final {chosen.label()}: dev {run['dev'][metric]:.4f}, test {test[metric]:.4f}")
     rows = len(task.splits["train"])
     cell["final"] = {"candidate": chosen.label(), **dataclasses.asdict(chosen), "rows": rows, **run, "test": test}
     save()
@@ -267,7 +267,7 @@ def table(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
+def _log_once(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 

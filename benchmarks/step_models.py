@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, Qwen3Config, RobertaConfig
 
 from benchmarks.quality_models import minilm_folder
-from ptv2_fast.models.dimensions import Dimensions
+from ptv2_fast.families.dimensions import Dimensions
 
 # Positions beyond what the published encoders have: a batch of 2048 tokens behind 128 virtual ones must fit.
 _POSITIONS = 4096

@@ -15,7 +15,7 @@ from benchmarks.step_cases import TASKS, StepCase
 from benchmarks.step_forms import Bound, deep_form, head_of, plain_form, prefix_form, task_loss
 from benchmarks.step_models import twin
 from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
-from ptv2_fast.adapter_set import BASE_ROW
+from ptv2_fast.adapter import BASE_ROW
 from ptv2_fast.step import layers
 from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.options import StepOptions

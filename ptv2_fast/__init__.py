@@ -24,7 +24,7 @@ _HOME = {
     "StepOptions": "ptv2_fast.step.options",
     "from_paper": "ptv2_fast.interop.paper",
     "from_peft": "ptv2_fast.interop.peft_import",
-    "get_ptv2_model": "ptv2_fast.tasks",
+    "get_ptv2_model": "ptv2_fast.task_models.classes",
 }
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ptv2_fast.model import PTuningV2Model
     from ptv2_fast.step.graph_runner import GraphRunner
     from ptv2_fast.step.options import StepOptions
-    from ptv2_fast.tasks import get_ptv2_model
+    from ptv2_fast.task_models.classes import get_ptv2_model
 else:
     # Unknown to type checkers, to which every other name of the module would be Any.
     def __getattr__(name: str) -> object:

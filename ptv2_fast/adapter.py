@@ -7,21 +7,23 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.backbone.locate import backbone_of
+from ptv2_fast.backbone.sharded_weights import device_of
+from ptv2_fast.backbone.view import view_of
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig, PTuningV2Config
+from ptv2_fast.families.family import Family
+from ptv2_fast.families.registry import family_of
 from ptv2_fast.heads import Head, at_least_float32, copied_heads, in_own_dtype, labels_of, resize_heads, with_labels
-from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.families import family_of
-from ptv2_fast.models.family import Family
-from ptv2_fast.models.features import reads_text
-from ptv2_fast.models.gathered import device_of
-from ptv2_fast.models.limits import text_limit
-from ptv2_fast.models.module_dict import ModuleDictOf
-from ptv2_fast.models.view import view_of
+from ptv2_fast.inputs.features import reads_text
+from ptv2_fast.inputs.max_length import text_limit
 from ptv2_fast.prompts.encoder import PromptEncoder
+from ptv2_fast.storage.tensors import check_float
+from ptv2_fast.typed_modules import ModuleDictOf
 
+BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
 _BASE_SUFFIX = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
@@ -86,6 +88,31 @@ class Adapter(nn.Module):
             if len(self.labels) != before:
                 resize_heads(self.base_heads, before, len(self.labels))
         at_least_float32(self.to(device_of(backbone) if device is None else device))
+
+    @classmethod
+    def from_tensors(
+        cls,
+        base: PreTrainedModel,
+        name: str,
+        config: PTuningV2Config,
+        tensors: dict[str, Tensor],
+        labels: Sequence[str] | None = None,
+    ) -> Adapter:
+        """An adapter with the given tensors; nothing is allocated before they are known to be what `config` says.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, of another shape or no floating point; the message says `name`.
+        """
+        try:
+            with torch.device("meta"):
+                expected = cls(base, config, labels, device="meta").state_dict()
+        except (RuntimeError, TypeError, OverflowError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"adapter {name!r} has a configuration that no tensors can have: {reason}") from error
+        check_tensors(f"adapter {name!r}", expected, tensors)
+        adapter = cls(base, config, labels)
+        adapter.load_state_dict(tensors)
+        return adapter
 
     def base_with_head(self, base: PreTrainedModel) -> PreTrainedModel:
         """A view of the base with this adapter's copy of its head, and as many classes as that has."""
@@ -169,9 +196,7 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
         raise ValueError(f"task_type must be 'SEQ_2_SEQ_LM' for {name}; got {config.task_type!r}")
     elif config.task_type == "CAUSAL_LM":
         if not family.causal or base.get_output_embeddings() is None or not base.can_generate():
-            raise ValueError(
-                f"base must be a causal language model for task_type='CAUSAL_LM'; got {name}"
-            )
+            raise ValueError(f"base must be a causal language model for task_type='CAUSAL_LM'; got {name}")
     elif config.task_type in HEAD_TASKS and config.heads is None:
         suffix = _BASE_SUFFIX[config.task_type]
         if backbone is base:
@@ -211,3 +236,19 @@ def _check_input(name: str, family: Family, config: PTuningV2Config) -> None:
         raise ValueError(
             f"position_offset must be None on {name}, whose positions no call gives; got {config.position_offset}"
         )
+
+
+def check_tensors(where: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not of the names, shapes and kinds that are expected.
+
+    Raises:
+        ValueError: see above.
+    """
+    if set(expected) != set(tensors):
+        missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+        raise ValueError(f"{where}: tensors missing {missing}, unknown {unknown}")
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(f"{where}: {key} must have shape {tuple(expected[key].shape)}; got {tuple(tensor.shape)}")
+        if tensor.dtype != expected[key].dtype:
+            check_float(where, key, tensor)

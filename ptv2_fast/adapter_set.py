@@ -13,27 +13,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.adapter import Adapter
+from ptv2_fast.adapter import BASE_ROW, Adapter
+from ptv2_fast.backbone.hooked import Hooked
+from ptv2_fast.backbone.locate import backbone_of
+from ptv2_fast.backbone.view import view_of
 from ptv2_fast.config import PTuningV2Config
-from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.dimensions import Dimensions
-from ptv2_fast.models.families import family_of, sizes_of
-from ptv2_fast.models.family import Family
-from ptv2_fast.models.features import reads_text
-from ptv2_fast.models.hooked import Hooked
-from ptv2_fast.models.module_dict import ModuleDictOf
-from ptv2_fast.models.view import view_of
-from ptv2_fast.prompts.kept import KeptPrompts
+from ptv2_fast.families.dimensions import Dimensions
+from ptv2_fast.families.family import Family
+from ptv2_fast.families.registry import family_of, sizes_of
+from ptv2_fast.inputs.features import reads_text
+from ptv2_fast.prompts.cache import PromptCache
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
 from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.storage.names import check_name, namesake
+from ptv2_fast.typed_modules import ModuleDictOf
 
 M = TypeVar("M", bound="AdapterSet")
-
-BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
-
 
 # Of which models the adapters are disabled here, by id, once for each context that is open. Threads and asyncio's tasks
 # have their own, since others may be serving meanwhile.
@@ -59,7 +56,7 @@ class AdapterSet(nn.Module):
     _family: Family
     _sizes: Dimensions
     _sources: dict[str, PromptSource]
-    _kept: KeptPrompts
+    _kept: PromptCache
     _hooked: Hooked
     _step_layers: StepLayers
 
@@ -98,10 +95,10 @@ class AdapterSet(nn.Module):
                 adapters.
         """
         self._check_unused(name)
-        adapter = self._build(self.base_model, config, tokenizer, init_text)
-        self._check_alike(config)
+        adapter = self._new_adapter(self.base_model, config, tokenizer, init_text)
+        self._check_compatible(config)
         self._initialise(adapter, tokenizer, init_text)
-        self._take(name, adapter)
+        self._register(name, adapter)
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter the one that runs by default and the only one that trains."""
@@ -156,7 +153,7 @@ class AdapterSet(nn.Module):
         """A view of the model whose prompts are made when it first runs, for all of its forwards; nobody else's."""
         if self._disabled or self._kept.is_open:
             return self
-        return view_of(self, attributes={"_kept": KeptPrompts.for_one_call()})
+        return view_of(self, attributes={"_kept": PromptCache.for_one_call()})
 
     def unload(self) -> PreTrainedModel:
         """Give the base back, which has its own attention all the time; its parameters stay frozen."""
@@ -191,7 +188,7 @@ class AdapterSet(nn.Module):
         print(f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.4f} %)")
 
     @staticmethod
-    def _build(
+    def _new_adapter(
         base: PreTrainedModel, config: PTuningV2Config, tokenizer: Any, init_text: str | Sequence[str] | None
     ) -> Adapter:
         """An adapter for the base, which stays as it is; everything that can be refused is refused here."""
@@ -214,7 +211,7 @@ class AdapterSet(nn.Module):
             ids = token_ids(tokenizer, init_text, config.num_virtual_tokens)
             initialise_from_text(adapter.encoder, self.backbone, self._family, self._hooked, ids)
 
-    def _take(self, name: str, adapter: Adapter) -> None:
+    def _register(self, name: str, adapter: Adapter) -> None:
         """Make an adapter one of this model's; only the active one trains."""
         adapter.requires_grad_(name == self.active_adapter)
         adapter.train(self.training)
@@ -224,7 +221,7 @@ class AdapterSet(nn.Module):
         """Find out all that is known of a backbone."""
         family = family_of(backbone)
         self._family, self._sizes = family, family.sizes(backbone)
-        self._hooked = Hooked(backbone, family)
+        self._hooked = Hooked(backbone, own_attention=family.own_attention, with_layer_index=family.with_layer_index)
         self._step_layers = StepLayers(backbone, family)
         self._sources = {}
 
@@ -251,7 +248,7 @@ class AdapterSet(nn.Module):
             source = self._sources[name] = PromptSource(encoder, self.backbone, self._family, self._hooked)
         return source
 
-    def _check_alike(self, config: PTuningV2Config) -> None:
+    def _check_compatible(self, config: PTuningV2Config) -> None:
         """Refuse an adapter that no forward could serve beside the ones that are there."""
         first = next(iter(self.adapters.values())).config
         same_task = config.task_type == first.task_type

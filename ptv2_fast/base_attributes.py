@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.models.arguments import check_read
+from ptv2_fast.inputs.arguments import check_read
 
 
 class BaseAttributes(nn.Module):

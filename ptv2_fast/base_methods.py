@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.models.arguments import named_arguments
-from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.view import view_of
+from ptv2_fast.backbone.locate import backbone_of
+from ptv2_fast.backbone.view import view_of
+from ptv2_fast.inputs.arguments import named_arguments
 
 
 class BaseMethods(nn.Module):

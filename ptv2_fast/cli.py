@@ -267,7 +267,7 @@ def export(
 ) -> None:
     """Trained prompts as plain tensors, for servers that know nothing of this package."""
     quiet()
-    from ptv2_fast.export import export_prompts
+    from ptv2_fast.saving.export import export_prompts
     from ptv2_fast.training.loading import load_trained
 
     export_prompts(load_trained(adapter, model=model).model, output, content.value)

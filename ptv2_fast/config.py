@@ -165,9 +165,7 @@ class PTuningV2Config:
         if self.injection == "shallow":
             for name in ("layers", "stacks", "reparameterization"):
                 if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} must be None with injection='shallow'; got {getattr(self, name)!r}"
-                    )
+                    raise ValueError(f"{name} must be None with injection='shallow'; got {getattr(self, name)!r}")
             if self.position_offset not in (None, self.num_virtual_tokens):
                 raise ValueError(
                     "position_offset must be None or num_virtual_tokens with injection='shallow', whose virtual "
@@ -264,9 +262,7 @@ class PTuningV2Config:
             return tuple(range(num_layers))
         for layer in self.layers:
             if not -num_layers <= layer < num_layers:
-                raise ValueError(
-                    f"layers must lie in [{-num_layers}, {num_layers - 1}] for this model; got {layer}"
-                )
+                raise ValueError(f"layers must lie in [{-num_layers}, {num_layers - 1}] for this model; got {layer}")
         resolved = {layer % num_layers for layer in self.layers}
         if len(resolved) != len(self.layers):
             raise ValueError(f"layers names a layer twice for {num_layers} layers; got {self.layers!r}")

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ptv2_fast.attention import checks
+from ptv2_fast.backbone.locate import backbone_name
+from ptv2_fast.backbone.view import view_of
 from ptv2_fast.config import ROW_TASKS, HeadConfig
-from ptv2_fast.models.backbone import backbone_name
-from ptv2_fast.models.pooling import pool
-from ptv2_fast.models.view import view_of
+from ptv2_fast.inputs.pooling import pool
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,9 +54,7 @@ def own_heads(base: PreTrainedModel) -> dict[str, nn.Module]:
     if not hasattr(base, prefix):
         return {}
     return {
-        name: child
-        for name, child in base.named_children()
-        if name != prefix and any(True for _ in child.parameters())
+        name: child for name, child in base.named_children() if name != prefix and any(True for _ in child.parameters())
     }
 
 

@@ -9,42 +9,42 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.adapter import Adapter
-from ptv2_fast.adapter_set import BASE_ROW, AdapterSet
+from ptv2_fast.adapter import BASE_ROW, Adapter
+from ptv2_fast.adapter_set import AdapterSet
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import Account, PromptBatch
+from ptv2_fast.backbone.locate import backbone_of, with_backbone
+from ptv2_fast.backbone.own_attention import given_prompts
+from ptv2_fast.backbone.sharded_weights import device_of
+from ptv2_fast.backbone.tokens import gather_tokens
+from ptv2_fast.backbone.view import outside_graphs
 from ptv2_fast.base_attributes import BaseAttributes
 from ptv2_fast.base_methods import BaseMethods
 from ptv2_fast.config import PTuningV2Config
-from ptv2_fast.encoder_decoder import EncoderDecoder
-from ptv2_fast.models.backbone import backbone_of, with_backbone
-from ptv2_fast.models.cache import CACHE, cached_tokens, with_cache_name
-from ptv2_fast.models.features import check_features, input_size, reads_text
-from ptv2_fast.models.gathered import device_of
-from ptv2_fast.models.inputs import (
+from ptv2_fast.forward.encoder_decoder import EncoderDecoder
+from ptv2_fast.forward.gradient_checkpointing import Recomputation
+from ptv2_fast.inputs.cache import CACHE, cached_tokens, with_cache_name
+from ptv2_fast.inputs.features import check_features, input_size, reads_text
+from ptv2_fast.inputs.max_length import check_length, text_limit
+from ptv2_fast.inputs.right_padding import with_right_padding
+from ptv2_fast.inputs.sliding_window import check_cached_padding, counts_padding, smallest_window
+from ptv2_fast.inputs.text import (
     check_beside,
     check_inputs,
+    full_mask,
     packed_positions,
-    packed_rows,
-    stated_rows,
+    packing_from_cu_seqlens,
+    packing_from_positions,
     text_positions,
-    whole_mask,
 )
-from ptv2_fast.models.limits import check_length, text_limit
-from ptv2_fast.models.module_dict import ModuleDictOf
-from ptv2_fast.models.own_attention import given_prompts
-from ptv2_fast.models.rows import gather_rows
-from ptv2_fast.models.slots import by_slots
-from ptv2_fast.models.view import outside_graphs
-from ptv2_fast.models.windows import check_cached_padding, counts_padding, smallest_window
-from ptv2_fast.persistence import Persistence
-from ptv2_fast.prompts.kept import KeptPrompts, Prompts
-from ptv2_fast.recomputation import Recomputation
+from ptv2_fast.prompts.cache import PromptCache, Prompts
+from ptv2_fast.saving.mixin import Persistence
 from ptv2_fast.step.capture import CAPTURES
-from ptv2_fast.step.labelled_rows import balances_experts
+from ptv2_fast.step.labelled_tokens import balances_experts
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
 from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.step.unpad import Packing, can_unpad, unpadded
+from ptv2_fast.typed_modules import ModuleDictOf
 
 
 class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, EncoderDecoder, Recomputation):
@@ -92,9 +92,9 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
             raise ValueError(f"base must be a transformers PreTrainedModel; got {type(base).__name__}")
         hook.check_served({}, backbone_of(base).config)
         self._look_at(backbone_of(base))
-        self._kept = KeptPrompts()
+        self._kept = PromptCache()
         if adapter is None:
-            adapter = self._build(base, config, tokenizer, init_text)
+            adapter = self._new_adapter(base, config, tokenizer, init_text)
         self.step_options = StepOptions() if step_options is None else step_options
         self._logged_plans: set[StepPlan] = set()
         self._last_plan: tuple[tuple[Any, ...], StepPlan] | None = None
@@ -104,8 +104,38 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
         self._check_unused(adapter_name)
         base.requires_grad_(False)
         self._initialise(adapter, tokenizer, init_text)
-        self._take(adapter_name, adapter)
+        self._register(adapter_name, adapter)
         self._is_made = True
+
+    @classmethod
+    def of_adapters(
+        cls, base: PreTrainedModel, adapters: Mapping[str, tuple], first: str, *, is_trainable: bool
+    ) -> PTuningV2Model:
+        """A model of the first adapter's task with ready adapters over a base, the one named `first` active.
+
+        Args:
+            adapters: name -> (configuration, tensors, labels), as `saving.checkpoint.load_adapters` gives them.
+            is_trainable: whether `first` goes on training; otherwise everything is frozen and in eval mode.
+
+        Raises:
+            ValueError: adapters, base and each other do not fit together.
+        """
+        # The classes of the tasks stand above this one; they are needed where a saved model is rebuilt.
+        from ptv2_fast.task_models.classes import MODEL_CLASSES
+
+        # Everything is built and checked before the base is touched.
+        built = {name: Adapter.from_tensors(base, name, *parts) for name, parts in adapters.items()}
+        config = adapters[first][0]
+        model = MODEL_CLASSES[config.task_type](base, config, first, adapter=built.pop(first))
+        for name, adapter in built.items():
+            model._check_compatible(adapter.config)
+            model._register(name, adapter)
+        if is_trainable:
+            model.set_adapter(first)
+        else:
+            model.requires_grad_(False)
+            model.eval()
+        return model
 
     def forward(
         self,
@@ -200,7 +230,9 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
         original = backbone_of(target)
         packing = None
         # A loss over the routers' logits reads them for the padded batch.
-        may_unpad = can_unpad(call) and not self._family.by_slot and not balances_experts(self.base_model, call)
+        may_unpad = (
+            can_unpad(call) and not self._family.absolute_positions and not balances_experts(self.base_model, call)
+        )
         if may_unpad and (plan.unpad or counts_padding(original, call["attention_mask"])):
             packing = Packing.of(call["attention_mask"])
         if packing is not None and not (packing.has_padding and packing.index.numel()):
@@ -210,20 +242,20 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
         if packing is not None and read is not None:
             read = packing.places(read)
         backbone = self._step_layers.view(self._hooked(original), plan, fused, read)
-        if self._family.by_slot:
-            backbone = by_slots(backbone)
+        if self._family.absolute_positions:
+            backbone = with_right_padding(backbone)
         if packing is not None:
             backbone = unpadded(backbone, packing)
         if self._family.own_attention:
             backbone = given_prompts(backbone, call["ptv2_prompts"])
-        if self._family.pooled is not None:
-            backbone = self._family.pooled(backbone)
+        if self._family.with_own_pooler is not None:
+            backbone = self._family.with_own_pooler(backbone)
         return (target if backbone is original else with_backbone(target, backbone)), call
 
     def packed_states(self, packed: PackedBatch) -> Tensor:
         """(R, D) the backbone's last states of the tokens that a packed batch reads; zero where it reads none."""
         output = self.run(self.backbone, packed_inputs(packed), read=packed.tokens)
-        states = gather_rows(output.last_hidden_state, packed.tokens)[0]
+        states = gather_tokens(output.last_hidden_state, packed.tokens)[0]
         return states * (packed.tokens < packed.input_ids.shape[1])[:, None]
 
     def text_limit(self) -> int | None:
@@ -242,13 +274,13 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
     def step_plan(self) -> StepPlan:
         """What this step leaves out, by `step_options`; logged once, however often it comes back."""
         backend, base = self.adapters[self.active_adapter].config.backend, self.base_model
-        device, gathered = device_of(backbone_of(base)), self._step_layers.gathered_by(self, base)
+        device, gathered = device_of(backbone_of(base)), self._step_layers.weights_owner(self, base)
         traced = torch.compiler.is_compiling()
         asked = (self.step_options, self.training, device, backend, gathered, device.type in CAPTURES)
         if not traced and self._last_plan is not None and self._last_plan[0] == asked:
             return self._last_plan[1]
         plan = plan_step(
-            self.step_options, training=self.training, device=device, backend=backend, gathered_by=gathered,
+            self.step_options, training=self.training, device=device, backend=backend, weights_owner=gathered,
             without=self._step_layers.without,
         )  # fmt: skip
         if not traced:
@@ -273,17 +305,17 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
         past_length = cached_tokens(inputs)
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if smallest_window(backbone) and getattr(inputs.get(CACHE), "is_compileable", False):
-            mask = whole_mask(mask, inputs.get("position_ids"), past_length, ids)
+            mask = full_mask(mask, inputs.get("position_ids"), past_length, ids)
         rows, tokens = check_inputs(ids, inputs.get("inputs_embeds"), mask, past_length)
         check_beside(inputs, rows, tokens, self.base_model)
         device = device_of(backbone)
         is_first = inputs.get(CACHE) is None
         first = self._family.first_position(backbone)
-        packing = stated_rows(inputs)
+        packing = packing_from_cu_seqlens(inputs)
         if packing is not None and inputs.get("position_ids") is None:
             inputs["position_ids"] = packed_positions(packing[0], tokens, first)
         if packing is None and is_first:
-            packing = packed_rows(inputs.get("position_ids"), mask)
+            packing = packing_from_positions(inputs.get("position_ids"), mask)
         offsets = [0 if n == BASE_ROW else self._text_offset(self.adapters[n]) for n in names]
         if isinstance(past_length, int):
             length = (tokens if packing is None else packing[2]) + past_length + max(offsets)
@@ -334,7 +366,7 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
         check_beside(inputs, rows, tokens, self.base_model)
         length, device = adapter.config.num_virtual_tokens, device_of(self.backbone)
         check_length(self.backbone, self._family, tokens + length)
-        if stated_rows(inputs) or packed_rows(inputs.get("position_ids"), mask):
+        if packing_from_cu_seqlens(inputs) or packing_from_positions(inputs.get("position_ids"), mask):
             raise ValueError(
                 "position_ids and cu_seq_lens_q must not pack rows with a shallow prompt on a bidirectional model"
             )
@@ -347,8 +379,8 @@ class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence, Encod
         )  # fmt: skip
         hooked = self._hooked if self._family.own_attention else self._hooked.attention
         backbone = shallow_view(hooked(backbone_of(target)), prompts)
-        if self._family.by_slot:
-            backbone = by_slots(backbone)
+        if self._family.absolute_positions:
+            backbone = with_right_padding(backbone)
         if self._family.own_attention:
             backbone = given_prompts(backbone, empty)
         view = with_backbone(target, backbone)

@@ -10,7 +10,7 @@ from tiny_seq2seq import tiny_model as tiny_seq2seq
 from tolerances import assert_equal
 
 from ptv2_fast.heads import classification_loss
-from ptv2_fast.models.slots import tokens_first
+from ptv2_fast.inputs.right_padding import to_right_padding
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -125,7 +125,7 @@ def test_sizes_can_be_asked_without_weights():
 
 @pytest.mark.parametrize("masked", [MASK, torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]]), MASK.bool()])
 def test_tokens_first_keeps_their_order(masked):
-    turned, back = tokens_first({"input_ids": IDS, "attention_mask": masked})
+    turned, back = to_right_padding({"input_ids": IDS, "attention_mask": masked})
     for row, mask, found in zip(IDS, masked, turned["input_ids"]):
         assert found.tolist() == [*row[mask.bool()].tolist(), *row[~mask.bool()].tolist()]
     assert torch.equal(turned["input_ids"].gather(1, back), IDS)

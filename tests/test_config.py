@@ -126,8 +126,19 @@ def test_refused(changes, message):
         (("SEQ_CLS", 10**30), "num_labels must be an integer of at least 1, at most 2147483647"),
     ],
     ids=[
-        "task", "count", "pooling", "dropout", "too-few", "twice", "too-many", "text", "numbers",
-        "number", "set", "nested", "huge",
+        "task",
+        "count",
+        "pooling",
+        "dropout",
+        "too-few",
+        "twice",
+        "too-many",
+        "text",
+        "numbers",
+        "number",
+        "set",
+        "nested",
+        "huge",
     ],  # fmt: skip
 )
 def test_refused_heads(arguments, message):

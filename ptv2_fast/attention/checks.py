@@ -73,9 +73,7 @@ def _check_prompt(q: Tensor, k: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> N
     if not fits or prompt_k.shape[-1] != q.shape[-1]:
         raise ValueError(f"prompt_k must be {expected}; got {_shape(prompt_k)}")
     if prompt_v.shape != prompt_k.shape:
-        raise ValueError(
-            f"prompt_v must have the shape of prompt_k, {_shape(prompt_k)}; got {_shape(prompt_v)}"
-        )
+        raise ValueError(f"prompt_v must have the shape of prompt_k, {_shape(prompt_k)}; got {_shape(prompt_v)}")
     _check_like("prompt_k", prompt_k, q)
     _check_like("prompt_v", prompt_v, q)
 
@@ -88,17 +86,14 @@ def _check_rows(
     rows = q.shape[0]
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.numel() < 1:
-            raise ValueError(
-                f"cu_seqlens must be int32 of shape (S + 1,); got {cu_seqlens.dtype} {_shape(cu_seqlens)}"
-            )
+            raise ValueError(f"cu_seqlens must be int32 of shape (S + 1,); got {cu_seqlens.dtype} {_shape(cu_seqlens)}")
         _check_device("cu_seqlens", cu_seqlens, q)
         rows = cu_seqlens.numel() - 1
         if readable(cu_seqlens):
             steps = cu_seqlens.diff()
             if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[0] or bool((steps < 0).any()):
                 raise ValueError(
-                    f"cu_seqlens must rise from 0 to the number of tokens, {q.shape[0]}; "
-                    f"got {cu_seqlens.tolist()}"
+                    f"cu_seqlens must rise from 0 to the number of tokens, {q.shape[0]}; got {cu_seqlens.tolist()}"
                 )
             longest = int(steps.max()) if rows else 0
             if max_seqlen is not None and max_seqlen < longest:
@@ -120,8 +115,13 @@ def _check_rows(
 
 
 def _check_additions(
-    q: Tensor, k: Tensor, prompt_k: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    prompt_bias: Tensor | None, bias: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    prompt_k: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    prompt_bias: Tensor | None,
+    bias: Tensor | None,
 ) -> None:
     """The mask and the two biases."""
     if key_mask is not None:
@@ -130,8 +130,7 @@ def _check_additions(
         expected = (k.shape[0], k.shape[2])
         if key_mask.shape != expected or key_mask.dtype not in (torch.bool, *_INTEGERS):
             raise ValueError(
-                f"key_mask must be bool or integer of shape {expected}; "
-                f"got {key_mask.dtype} {_shape(key_mask)}"
+                f"key_mask must be bool or integer of shape {expected}; got {key_mask.dtype} {_shape(key_mask)}"
             )
         _check_device("key_mask", key_mask, q)
     if prompt_bias is not None:
@@ -139,8 +138,7 @@ def _check_additions(
         expected = (*prompt_k.shape[:-3], heads, prompt_k.shape[-2])
         if prompt_bias.shape != expected or not prompt_bias.is_floating_point():
             raise ValueError(
-                f"prompt_bias must be floating point of shape {expected}; "
-                f"got {prompt_bias.dtype} {_shape(prompt_bias)}"
+                f"prompt_bias must be floating point of shape {expected}; got {prompt_bias.dtype} {_shape(prompt_bias)}"
             )
         _check_device("prompt_bias", prompt_bias, q)
     if bias is not None:

@@ -62,8 +62,14 @@ def prompt_attention(
 # Lengths are numbers here: compiled, this would be compiled again for each one that comes.
 @torch.compiler.disable
 def _packed(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_index: Tensor | None,
-    cu_seqlens: Tensor, **options: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    prompt_index: Tensor | None,
+    cu_seqlens: Tensor,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows one by one, without any padding: SDPA knows no packed form on every device."""
     parts = []

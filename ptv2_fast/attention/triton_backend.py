@@ -60,11 +60,25 @@ def _interpreted() -> bool:
 
 
 def prompt_attention(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, *,
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
-    prompt_index: Tensor | None, prompt_lens: Tensor | None, prompt_bias: Tensor | None,
-    bias: Tensor | None, causal: bool, scale: float, dropout_p: float, window: int | None,
-    softcap: float | None, return_lse: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    *,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    prompt_index: Tensor | None,
+    prompt_lens: Tensor | None,
+    prompt_bias: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    window: int | None,
+    softcap: float | None,
+    return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Serve the contract of `ptv2_fast.attention.prompt_attention`, its arguments checked and the prompt a bank.
 
@@ -76,8 +90,7 @@ def prompt_attention(
         # One draw from the device's generator a call: torch.manual_seed and CUDA-graph replay
         # govern it.
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
-    tensors = (q, k, v, prompt_k, prompt_v, prompt_bias, bias, key_mask, cu_seqlens, prompt_index,
-               prompt_lens, seed)
+    tensors = (q, k, v, prompt_k, prompt_v, prompt_bias, bias, key_mask, cu_seqlens, prompt_index, prompt_lens, seed)
     numbers = (max_seqlen, causal, window, softcap, float(scale), float(dropout_p))
     if torch.compiler.is_compiling():
         output, lse = forward_op(*tensors, *numbers)
@@ -87,15 +100,32 @@ def prompt_attention(
 
 
 def _kernel_arguments(
-    bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
-    prompt_lens: Tensor | None, seed: Tensor | None, max_seqlen: int | None, causal: bool, window: int | None,
-    softcap: float | None, scale: float, dropout_p: float,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    prompt_index: Tensor | None,
+    prompt_lens: Tensor | None,
+    seed: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    dropout_p: float,
 ) -> dict[str, Any]:
     """The trailing arguments of both ops as keyword arguments of the kernels' host functions."""
     return {
-        "key_mask": key_mask, "cu_seqlens": cu_seqlens, "prompt_index": prompt_index,
-        "prompt_lens": prompt_lens, "bias": bias, "seed": seed, "max_seqlen": max_seqlen,
-        "causal": causal, "window": window, "softcap": softcap, "scale": scale,
+        "key_mask": key_mask,
+        "cu_seqlens": cu_seqlens,
+        "prompt_index": prompt_index,
+        "prompt_lens": prompt_lens,
+        "bias": bias,
+        "seed": seed,
+        "max_seqlen": max_seqlen,
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "scale": scale,
         "dropout_p": dropout_p,
     }
 
@@ -119,17 +149,40 @@ def _forward(
 
 
 def _backward(
-    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor,
-    prompt_bias: Tensor | None, output: Tensor, lse: Tensor, needs: Sequence[bool], *rest: Any,
+    grad_output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    prompt_bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    needs: Sequence[bool],
+    *rest: Any,
 ) -> Gradients:
     from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
 
     asked = Needs(
-        query=needs[_Q], text=needs[_K] or needs[_V], prompt=needs[_PROMPT_K] or needs[_PROMPT_V],
-        prompt_bias=needs[_PROMPT_BIAS], bias=needs[_BIAS])
+        query=needs[_Q],
+        text=needs[_K] or needs[_V],
+        prompt=needs[_PROMPT_K] or needs[_PROMPT_V],
+        prompt_bias=needs[_PROMPT_BIAS],
+        bias=needs[_BIAS],
+    )
     return prompt_attention_backward(
-        grad_output, q, k, v, prompt_k, prompt_v, output, lse, needs=asked, prompt_bias=prompt_bias,
-        **_kernel_arguments(*rest))
+        grad_output,
+        q,
+        k,
+        v,
+        prompt_k,
+        prompt_v,
+        output,
+        lse,
+        needs=asked,
+        prompt_bias=prompt_bias,
+        **_kernel_arguments(*rest),
+    )
 
 
 class _PromptAttention(torch.autograd.Function):
@@ -137,9 +190,20 @@ class _PromptAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None,
-        bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
-        prompt_lens: Tensor | None, seed: Tensor | None, *numbers: Any,
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prompt_k: Tensor,
+        prompt_v: Tensor,
+        prompt_bias: Tensor | None,
+        bias: Tensor | None,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        prompt_index: Tensor | None,
+        prompt_lens: Tensor | None,
+        seed: Tensor | None,
+        *numbers: Any,
     ) -> tuple[Tensor, Tensor]:
         rest = (bias, key_mask, cu_seqlens, prompt_index, prompt_lens, seed)
         output, lse = _forward(q, k, v, prompt_k, prompt_v, prompt_bias, *rest, *numbers)
@@ -166,20 +230,60 @@ class _PromptAttention(torch.autograd.Function):
 
 @torch.library.custom_op("ptv2_fast::prompt_attention_forward", mutates_args=())
 def forward_op(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None,
-    bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
-    prompt_lens: Tensor | None, seed: Tensor | None, max_seqlen: int | None,
-    causal: bool, window: int | None, softcap: float | None, scale: float, dropout_p: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    prompt_bias: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    prompt_index: Tensor | None,
+    prompt_lens: Tensor | None,
+    seed: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """`prompt_attention_forward` for the compiler: (o, lse)."""
-    return _forward(q, k, v, prompt_k, prompt_v, prompt_bias, bias, key_mask, cu_seqlens, prompt_index,
-                    prompt_lens, seed, max_seqlen, causal, window, softcap, scale, dropout_p)
+    return _forward(
+        q,
+        k,
+        v,
+        prompt_k,
+        prompt_v,
+        prompt_bias,
+        bias,
+        key_mask,
+        cu_seqlens,
+        prompt_index,
+        prompt_lens,
+        seed,
+        max_seqlen,
+        causal,
+        window,
+        softcap,
+        scale,
+        dropout_p,
+    )
 
 
 @forward_op.register_fake
 def _forward_shapes(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None,
-    bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    prompt_bias: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     packed = cu_seqlens is not None
     *rows, tokens = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
@@ -191,32 +295,85 @@ def _forward_shapes(
 
 @torch.library.custom_op("ptv2_fast::prompt_attention_backward", mutates_args=())
 def backward_op(
-    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor,
-    prompt_bias: Tensor | None, output: Tensor, lse: Tensor, needs: list[bool],
-    bias: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, prompt_index: Tensor | None,
-    prompt_lens: Tensor | None, seed: Tensor | None, max_seqlen: int | None,
-    causal: bool, window: int | None, softcap: float | None, scale: float, dropout_p: float,
+    grad_output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    prompt_bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    prompt_index: Tensor | None,
+    prompt_lens: Tensor | None,
+    seed: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    dropout_p: float,
 ) -> list[Tensor]:
     """`prompt_attention_backward` for the compiler: seven gradients, empty (size 0) where nobody asked."""
-    grads = _backward(grad_output, q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, needs,
-                      bias, key_mask, cu_seqlens, prompt_index, prompt_lens, seed, max_seqlen,
-                      causal, window, softcap, scale, dropout_p)
+    grads = _backward(
+        grad_output,
+        q,
+        k,
+        v,
+        prompt_k,
+        prompt_v,
+        prompt_bias,
+        output,
+        lse,
+        needs,
+        bias,
+        key_mask,
+        cu_seqlens,
+        prompt_index,
+        prompt_lens,
+        seed,
+        max_seqlen,
+        causal,
+        window,
+        softcap,
+        scale,
+        dropout_p,
+    )
     return [q.new_empty(0) if grad is None or not need else grad for grad, need in zip(grads, needs)]
 
 
 @backward_op.register_fake
 def _backward_shapes(
-    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Any,
-    output: Tensor, lse: Tensor, needs: Sequence[bool], bias: Any, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    grad_output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    prompt_bias: Any,
+    output: Tensor,
+    lse: Tensor,
+    needs: Sequence[bool],
+    bias: Any,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
     packed = cu_seqlens is not None
     fresh = (
-        lambda: _empty_like_heads(q, packed), lambda: _empty_like_heads(k, packed),
-        lambda: _empty_like_heads(v, packed), lambda: _empty_like_prompts(prompt_k),
+        lambda: _empty_like_heads(q, packed),
+        lambda: _empty_like_heads(k, packed),
+        lambda: _empty_like_heads(v, packed),
+        lambda: _empty_like_prompts(prompt_k),
         # Both are laid out as the keys are.
         lambda: _empty_like_prompts(prompt_k),
-        lambda: prompt_bias.new_empty(prompt_bias.shape), lambda: bias.new_empty(bias.shape))
+        lambda: prompt_bias.new_empty(prompt_bias.shape),
+        lambda: bias.new_empty(bias.shape),
+    )
     return [make() if need else q.new_empty(0) for make, need in zip(fresh, needs)]
 
 

@@ -23,9 +23,9 @@ from rich.console import Console
 from transformers.utils import logging
 
 from ptv2_fast import PTuningV2Model, get_ptv2_model
-from ptv2_fast.checkpoint import write_whole
 from ptv2_fast.demo.corpus import SENTENCES, TASKS, DemoTask
 from ptv2_fast.demo.show import print_sentence, scores_table
+from ptv2_fast.saving.checkpoint import write_whole
 from ptv2_fast.training.bases import load_base
 from ptv2_fast.training.curves import plot_curves
 from ptv2_fast.training.fit import fit

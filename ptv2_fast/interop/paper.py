@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.config import HEAD_TASKS, TASK_TYPES, PTuningV2Config
+from ptv2_fast.families.dimensions import Dimensions
+from ptv2_fast.families.registry import sizes_of
 from ptv2_fast.heads import own_heads
-from ptv2_fast.interop.layout import PICKLES, check_flat, head_tensors, keys_values_of, read_weights, task_of
 from ptv2_fast.model import PTuningV2Model
-from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.dimensions import Dimensions
-from ptv2_fast.models.families import sizes_of
-from ptv2_fast.persistence import assembled
+from ptv2_fast.saving.flat_layout import PICKLES, check_flat, head_tensors, keys_values_of, read_weights, task_of
 from ptv2_fast.storage.tensors import check_float
 
 WEIGHTS_NAME = "model.safetensors"
@@ -75,7 +74,7 @@ def from_paper(
         heads = head_tensors(where, base, task, _with_pooler(where, base, state, heads))
     config, prompts = _prefix(where, base, state, task, is_trainable)
     adapters = {adapter_name: (config, {**prompts, **heads})}
-    return assembled(base, adapters, adapter_name, is_trainable=is_trainable)
+    return PTuningV2Model.of_adapters(base, adapters, adapter_name, is_trainable=is_trainable)
 
 
 def _state_of(checkpoint: str | Path | Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor]]:

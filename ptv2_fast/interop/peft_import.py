@@ -12,19 +12,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.checkpoint import Saved, read_labels
+from ptv2_fast.backbone.locate import backbone_of
+from ptv2_fast.backbone.view import view_of
 from ptv2_fast.config import TASK_TYPES, PTuningV2Config
-from ptv2_fast.interop.layout import check_flat, head_tensors, keys_values_of, read_weights, task_of
+from ptv2_fast.families.registry import family_of, sizes_of
 from ptv2_fast.model import PTuningV2Model
-from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.families import family_of, sizes_of
-from ptv2_fast.models.view import view_of
-from ptv2_fast.persistence import assembled
+from ptv2_fast.saving.checkpoint import Saved, read_labels
+from ptv2_fast.saving.flat_layout import (
+    PEFT_CONFIG_NAME,
+    PEFT_WEIGHTS_NAME,
+    check_flat,
+    head_tensors,
+    keys_values_of,
+    read_weights,
+    task_of,
+)
 from ptv2_fast.storage.files import locked
 from ptv2_fast.storage.tensors import check_float, read_json
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _PREFIX = ("PREFIX_TUNING", "CARTRIDGE")
 _SHALLOW = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
@@ -135,22 +140,22 @@ def from_peft(
         adapters |= made
     if is_trainable and any(source.config.get("num_frozen_tokens") for source in sources.values()):
         warnings.warn("the tokens that PEFT's CARTRIDGE keeps frozen train with the others here", stacklevel=2)
-    return assembled(base, adapters, active, is_trainable=is_trainable)
+    return PTuningV2Model.of_adapters(base, adapters, active, is_trainable=is_trainable)
 
 
 def _read(folder: Path) -> _Source:
     """The adapter of a folder."""
     if not folder.is_dir():
         raise ValueError(f"adapter folder {folder} does not exist")
-    path = folder / CONFIG_NAME
+    path = folder / PEFT_CONFIG_NAME
     with locked(folder, shared=True):
         if not path.is_file():
-            raise ValueError(f"{folder} holds no {CONFIG_NAME}: it is not a PEFT adapter folder")
+            raise ValueError(f"{folder} holds no {PEFT_CONFIG_NAME}: it is not a PEFT adapter folder")
         config = read_json(path, path.read_bytes())
         if not isinstance(config, dict):
             raise ValueError(f"{path} must hold an object; got {type(config).__name__}")
         _check_config(str(path), config)
-        weights = folder / WEIGHTS_NAME
+        weights = folder / PEFT_WEIGHTS_NAME
         if not weights.is_file() and (folder / _PICKLE_NAME).is_file():
             weights = folder / _PICKLE_NAME
         return _Source(str(folder), config, read_weights(weights), labels=read_labels(weights))
@@ -286,7 +291,7 @@ def _decoder_prefix(source: _Source, base: PreTrainedModel) -> Parts:
     """
     backbone, flat = backbone_of(base), source.tensor("prompt_embeddings")
     sizes = sizes_of(backbone)
-    if family_of(backbone).positioned is not None:
+    if family_of(backbone).far_keys_and_bias is not None:
         raise ValueError(
             f"{source.where} cannot run on {type(base).__name__} as it does in PEFT: a prefix there stands right "
             "before the decoder's text, whose scores have a bias for the distance; here it would stand far in front"

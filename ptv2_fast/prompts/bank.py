@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
-from ptv2_fast.models.family import Family
-from ptv2_fast.models.gathered import dtype_of
+from ptv2_fast.backbone.sharded_weights import dtype_of
+from ptv2_fast.families.family import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.keys_values import pairs_of
 from ptv2_fast.prompts.projection import LayerProjections
@@ -38,7 +38,12 @@ def made_together(
     """
     present = [encoder for encoder in encoders if encoder is not None]
     alike = {(encoder.injection, encoder.layers, encoder.shape) for encoder in present}
-    if len(alike) != 1 or present[0].injection == "shallow" or family.positioned is not None or projections.must_wait():
+    if (
+        len(alike) != 1
+        or present[0].injection == "shallow"
+        or family.far_keys_and_bias is not None
+        or projections.must_wait()
+    ):
         return None
     first = present[0]
     made = [None if encoder is None else encoder() for encoder in encoders]
@@ -54,9 +59,7 @@ def made_together(
         length = first.shape[-2]
         lens = bank_lens([0 if encoder is None else length for encoder in encoders], prompts.device)
     gates = _gates(encoders)
-    banks = {
-        layer: LayerPrompt(*pair, bias=gate, lens=lens) for layer, pair, gate in zip(first.layers, pairs, gates)
-    }
+    banks = {layer: LayerPrompt(*pair, bias=gate, lens=lens) for layer, pair, gate in zip(first.layers, pairs, gates)}
     return tuple(banks.get(layer) for layer in range(projections.num_layers))
 
 

@@ -70,9 +70,7 @@ class PromptEncoder(nn.Module):
                 nn.Linear(config.reparameterization, width),
             )
         gated = config.prompt_init == "gated"
-        self.gate = (
-            nn.Parameter(torch.full((len(layers), num_heads, length), GATE_START)) if gated else None
-        )
+        self.gate = nn.Parameter(torch.full((len(layers), num_heads, length), GATE_START)) if gated else None
 
     def forward(self) -> Tensor:
         """The prompts, in the shape that the class describes; dropout while training."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt, PromptBatch, not_reached
-from ptv2_fast.models.family import Family
-from ptv2_fast.models.gathered import check_runs_alone, dtype_of, kept_together
-from ptv2_fast.models.hooked import Hooked
+from ptv2_fast.backbone.hooked import Hooked
+from ptv2_fast.backbone.sharded_weights import check_runs_alone, dtype_of, kept_together
+from ptv2_fast.families.family import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.projection import LayerProjections
 
@@ -51,14 +51,16 @@ def layer_prompts(
 
     def finished(layer: int, keys: Tensor, values: Tensor) -> LayerPrompt:
         bias = gates.get(layer)
-        if family.positioned is not None:
-            keys, distance = family.positioned(backbone, layer, keys)
+        if family.far_keys_and_bias is not None:
+            keys, distance = family.far_keys_and_bias(backbone, layer, keys)
             if distance is not None:
                 bias = distance if bias is None else distance + bias
         return LayerPrompt(keys, values, bias=bias)
 
     # What a layer's weights make is made while the layer runs.
-    if waits and (encoder.injection == "deep" or (encoder.injection == "prefix" and family.positioned is not None)):
+    if waits and (
+        encoder.injection == "deep" or (encoder.injection == "prefix" and family.far_keys_and_bias is not None)
+    ):
         pair_of = projections.of_layer if encoder.injection == "deep" else _as_they_are
 
         def late(layer: int, own: Tensor) -> LayerPrompt:
@@ -77,9 +79,7 @@ def layer_prompts(
         case "shallow":
             if waits:
                 check_runs_alone(backbone)
-            recorded = record_keys_values(
-                backbone, prompts[None], family, hooked, virtual=True, together=waits
-            )
+            recorded = record_keys_values(backbone, prompts[None], family, hooked, virtual=True, together=waits)
             pairs = {layer: recorded[layer] for layer in encoder.layers}
     return tuple(finished(layer, *pairs[layer]) if layer in pairs else None for layer in range(count))
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.attention.autocast import autocast_dtype
 from ptv2_fast.attention.triton_backend import check_available, unavailable_reason
-from ptv2_fast.models.family import Family
-from ptv2_fast.models.gathered import gathered_by
-from ptv2_fast.models.projection import Projection
+from ptv2_fast.backbone.projection import Projection
+from ptv2_fast.backbone.sharded_weights import weights_owner
+from ptv2_fast.families.family import Family
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -50,7 +50,7 @@ class LayerProjections:
         if together is not None and _kernel_serves(together, per_layer, backend):
             return self._all_finished(self._by_kernel(together, per_layer), entries)
         normed = [
-            self._family.normed(self._backbone, layer, state)
+            self._family.attention_input(self._backbone, layer, state)
             for layer, state in zip(self._layers, states.unbind(0))
         ]
         if _kernel_serves(normed[0], per_layer, backend):
@@ -60,7 +60,7 @@ class LayerProjections:
 
     def _normed_together(self, states: Tensor, backend: str) -> Tensor | None:
         """(L', P, D) what all layers' projections read, for the kernel; None where each layer has to be asked."""
-        together = self._family.normed_together
+        together = self._family.attention_inputs
         if together is None or not _kernel_is_wanted(states, backend):
             return None
         return together(self._backbone, self._layers, states)
@@ -68,7 +68,7 @@ class LayerProjections:
     def _all_finished(self, made: tuple[Tensor, ...], entries: int | None) -> list[tuple[Tensor, Tensor]]:
         """`_finished` of all layers' projected keys and values (L', P, Hkv * d), or a bank's (L', P * R, Hkv * d)."""
         keys, values = made
-        together = self._family.finished_together
+        together = self._family.finish_all_keys
         tokens = keys.shape[1] // (entries or 1)
         shape = (len(self._layers), tokens, -1, self._head_dim)
         finished = None if together is None else together(self._backbone, self._layers, keys.reshape(shape))
@@ -83,27 +83,25 @@ class LayerProjections:
 
     def must_wait(self) -> bool:
         """Whether each layer's weights are there only while that layer runs: prompts are then made `of_layer`."""
-        return gathered_by((self._backbone,), self._family.layers(self._backbone)) is not None
+        return weights_owner((self._backbone,), self._family.layers(self._backbone)) is not None
 
     def of_layer(self, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, (Hkv, P, d) each, that one layer makes of its prompt states (P, D), called while it runs."""
         pair = self._family.projections(self._backbone, layer)
         # Who brings the weights may bring them in another dtype than the one they are kept in.
         dtypes = (p.dtype for p in pair[0].module.parameters() if p.is_floating_point())
-        normed = self._family.normed(self._backbone, layer, states.to(next(dtypes, states.dtype)))
+        normed = self._family.attention_input(self._backbone, layer, states.to(next(dtypes, states.dtype)))
         keys, values = (project(normed) for project in pair)
         return self._finished(layer, keys, values)
 
-    def _finished(
-        self, layer: int, keys: Tensor, values: Tensor, entries: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _finished(self, layer: int, keys: Tensor, values: Tensor, entries: int | None = None) -> tuple[Tensor, Tensor]:
         """Projected keys and values (P, Hkv * d) as attention reads them, (Hkv, P, d); a bank of (P * R, Hkv * d).
 
         To the family the heads of all entries are heads of one token: what it does to keys depends on positions.
         """
         tokens = keys.shape[0] // (entries or 1)
         keys, values = (flat.reshape(tokens, -1, self._head_dim) for flat in (keys, values))
-        keys = self._family.finished(self._backbone, layer, keys)  # (P, Hkv, d), or (P, R * Hkv, d)
+        keys = self._family.finish_keys(self._backbone, layer, keys)  # (P, Hkv, d), or (P, R * Hkv, d)
         if entries is None:
             return keys.transpose(0, 1), values.transpose(0, 1)
         keys, values = (flat.unflatten(1, (entries, -1)).permute(1, 2, 0, 3) for flat in (keys, values))

@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
-from ptv2_fast.models.family import Family
-from ptv2_fast.models.gathered import device_of, dtype_of
-from ptv2_fast.models.hooked import Hooked
+from ptv2_fast.backbone.hooked import Hooked
+from ptv2_fast.backbone.sharded_weights import device_of, dtype_of
+from ptv2_fast.families.family import Family
 from ptv2_fast.prompts.bank import made_together, stack_bank
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.keys_values import layer_prompts

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.models.family import Family
-from ptv2_fast.models.hooked import Hooked
-from ptv2_fast.models.view import in_eval
+from ptv2_fast.backbone.hooked import Hooked
+from ptv2_fast.backbone.view import in_eval
+from ptv2_fast.families.family import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.keys_values import record_keys_values
 

@@ -68,9 +68,7 @@ def prompt_attention(
     }
     if cu_seqlens is None:
         index = prompt_index.long() if prompt_index is not None else q.new_zeros(q.shape[0]).long()
-        out, lse = _dense(
-            q, k, v, prompt_k, prompt_v, index, key_mask, prompt_bias, bias, dropout_keep, **options
-        )
+        out, lse = _dense(q, k, v, prompt_k, prompt_v, index, key_mask, prompt_bias, bias, dropout_keep, **options)
     else:
         bounds = cu_seqlens.tolist()
         outs, lses = [], []

@@ -45,10 +45,7 @@ def check_backbone(backbone: nn.Module) -> str:
         raise ValueError(f"backbone must be one of {', '.join(FAMILIES)}; got {family!r}")
     inside = ("encoder", "decoder", "transformer", "h", "layers")
     if getattr(backbone, "base_model", backbone) is not backbone or not any(hasattr(backbone, n) for n in inside):
-        raise ValueError(
-            f"backbone must be the model without a head (model.base_model); "
-            f"got {type(backbone).__name__}"
-        )
+        raise ValueError(f"backbone must be the model without a head (model.base_model); got {type(backbone).__name__}")
     if getattr(config, "is_decoder", False) and family in ENCODERS:
         raise ValueError(f"backbone must be an encoder; got a {family} with is_decoder=True")
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
@@ -91,17 +88,13 @@ def layers_of(backbone: nn.Module) -> Sequence[nn.Module]:
     return backbone.h if family == "gpt2" else backbone.layers
 
 
-def embed(
-    backbone: nn.Module, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None
-) -> Tensor:
+def embed(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
     """Run what stands before the first layer as the backbone's own forward does it: (B, N) ids -> (B, N, D)."""
     family = backbone.config.model_type
     if family in (*BERT_LIKE, "albert", *RELATIVE):
         if family in WITHOUT_TOKEN_TYPES:
             return backbone.embeddings(input_ids=input_ids, position_ids=position_ids)
-        hidden = backbone.embeddings(
-            input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids
-        )
+        hidden = backbone.embeddings(input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
         if family == "albert":
             return backbone.encoder.embedding_hidden_mapping_in(hidden)
         return backbone.embeddings_project(hidden) if hasattr(backbone, "embeddings_project") else hidden
@@ -130,9 +123,7 @@ def layer_kind(backbone: nn.Module, index: int) -> str:
     return _FULL if kinds is None or getattr(config, "sliding_window", None) is None else kinds[index]
 
 
-def masks_by_kind(
-    backbone: nn.Module, key_mask: Tensor, prompt_length: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def masks_by_kind(backbone: nn.Module, key_mask: Tensor, prompt_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the additive mask over [prompts ; text] of every kind of layer that the backbone has."""
     kinds = {layer_kind(backbone, index) for index in range(len(layers_of(backbone)))}
     windows = {_FULL: None, _SLIDING: getattr(backbone.config, "sliding_window", None)}
@@ -165,9 +156,7 @@ def run_layer(
     if uses_rotary(backbone):
         kind = (backbone.config.layer_types[index],) if backbone.config.model_type in _TABLES_BY_KIND else ()
         tables = backbone.rotary_emb(hidden, positions, *kind)
-        output = layer(
-            hidden, attention_mask=mask, position_ids=positions, position_embeddings=tables
-        )
+        output = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=tables)
     else:
         output = layer(hidden, attention_mask=mask)
     return output[0] if isinstance(output, tuple) else output

@@ -173,9 +173,7 @@ def _last_norm(backbone: nn.Module, hidden: Tensor) -> Tensor:
     return norms[backbone.config.model_type]()(hidden)
 
 
-def _mask(
-    backbone: nn.Module, inputs: Tensor, attention_mask: Tensor | None, hidden: Tensor, length: int
-) -> Tensor:
+def _mask(backbone: nn.Module, inputs: Tensor, attention_mask: Tensor | None, hidden: Tensor, length: int) -> Tensor:
     """(B, 1, P + N, P + N), added to the scores."""
     if _is_text(backbone):
         key_mask = as_key_mask(attention_mask, inputs)

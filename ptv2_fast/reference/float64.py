@@ -40,8 +40,11 @@ def _router(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _modernbert_attention(
-    self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None, **kwargs: Any,
+    self: nn.Module,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -83,9 +86,7 @@ def to_exact_float64(model: nn.Module) -> nn.Module:
         elif kind.endswith("RotaryEmbedding"):
             rope_type = getattr(module, "rope_type", None)
             if any(one != "default" for one in (rope_type.values() if isinstance(rope_type, dict) else [rope_type])):
-                raise ValueError(
-                    f"model must have rotary embeddings of the default kind; {name!r} has {rope_type!r}"
-                )
+                raise ValueError(f"model must have rotary embeddings of the default kind; {name!r} has {rope_type!r}")
             module.forward = types.MethodType(_rotary_tables, module)
         elif kind.endswith("TopKRouter"):
             module.forward = types.MethodType(_router, module)

@@ -148,18 +148,14 @@ def literal_shallow(
     positions = _text_positions(backbone, key_mask, position_ids)
     words = backbone.get_input_embeddings()(input_ids)
     if prompts.dim() != 2 or prompts.shape[1] != words.shape[2]:
-        raise ValueError(
-            f"prompts must be (prompt length, {words.shape[2]}); got {tuple(prompts.shape)}"
-        )
+        raise ValueError(f"prompts must be (prompt length, {words.shape[2]}); got {tuple(prompts.shape)}")
     length = prompts.shape[0]
     inputs = {
         "inputs_embeds": torch.cat([prompts.expand(len(words), -1, -1), words], dim=1),
         "attention_mask": backbones.mask_argument(
             backbone, backbones.masks_by_kind(backbone, key_mask, length, words.dtype)
         ),
-        "position_ids": _prepend_prompt_positions(
-            positions, length, first=backbones.first_position(backbone)
-        ),
+        "position_ids": _prepend_prompt_positions(positions, length, first=backbones.first_position(backbone)),
     }
     if token_type_ids is not None:
         inputs["token_type_ids"] = nn.functional.pad(token_type_ids, (length, 0))
@@ -209,8 +205,7 @@ def literal_prefix(
     bias_by_layer = _by_layer("prompt_bias", prompt_bias, layers, backbone, 2)
     if keys_by_layer.keys() != values_by_layer.keys():
         raise ValueError(
-            f"values must be given for the layers of keys, {sorted(keys_by_layer)}; "
-            f"got {sorted(values_by_layer)}"
+            f"values must be given for the layers of keys, {sorted(keys_by_layer)}; got {sorted(values_by_layer)}"
         )
     prefix = {}
     for index, key in keys_by_layer.items():
@@ -240,10 +235,7 @@ def _text_positions(backbone: nn.Module, key_mask: Tensor, position_ids: Tensor 
     if position_ids is None:
         return backbones.first_position(backbone) + positions_from_mask(key_mask)
     if position_ids.dim() != 2 or position_ids.shape[1] != key_mask.shape[1]:
-        raise ValueError(
-            f"position_ids must be (batch or 1, {key_mask.shape[1]}); "
-            f"got {tuple(position_ids.shape)}"
-        )
+        raise ValueError(f"position_ids must be (batch or 1, {key_mask.shape[1]}); got {tuple(position_ids.shape)}")
     return position_ids.expand(key_mask.shape)
 
 
@@ -277,9 +269,7 @@ def _by_layer(
         if len(set(indices)) != len(indices):
             raise ValueError(f"layers must name each layer once; got {indices}")
         if len(stacked) != len(indices):
-            raise ValueError(
-                f"{name} must have {len(indices)} layers on its first axis; got {len(stacked)}"
-            )
+            raise ValueError(f"{name} must have {len(indices)} layers on its first axis; got {len(stacked)}")
         by_layer = dict(zip(indices, stacked, strict=True))
     elif layers is None:
         by_layer = dict(stacked)
@@ -289,7 +279,5 @@ def _by_layer(
         if index not in range(num_layers):
             raise ValueError(f"{name} must be for layers 0..{num_layers - 1}; got layer {index!r}")
         if entry.dim() != entry_dims:
-            raise ValueError(
-                f"{name} must have {entry_dims} axes per layer; got {tuple(entry.shape)}"
-            )
+            raise ValueError(f"{name} must have {entry_dims} axes per layer; got {tuple(entry.shape)}")
     return by_layer

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.backbone.sharded_weights import device_of
+from ptv2_fast.families.registry import is_listed
 from ptv2_fast.heads import chosen_loss
-from ptv2_fast.models.families import is_listed
-from ptv2_fast.models.gathered import device_of
 from ptv2_fast.step.capture import CAPTURES, Capture
 from ptv2_fast.step.forward_batch import ForwardBatch, read_batch, why_not_read
 from ptv2_fast.step.forward_passes import ForwardPasses, LossModel, Outcome
@@ -115,7 +115,7 @@ class CapturedForward:
             if outcome is None:
                 outcome = self._run(model, look, passes, device, inputs, labels, items)
             if isinstance(outcome, str):
-                self._say(f"training step: not captured: {outcome}")
+                self._log_once(f"training step: not captured: {outcome}")
                 return None
             return outcome
         finally:
@@ -209,7 +209,7 @@ class CapturedForward:
             self._refuse(f"a pass could not be captured: {type(error).__name__}: {line}")
             return self._refused
         line = "training step: forward and backward are captured, one CUDA graph for each size of batch"
-        self._say(f"{line} (StepOptions(cuda_graphs=False) switches that off)")
+        self._log_once(f"{line} (StepOptions(cuda_graphs=False) switches that off)")
         return None
 
     def _is_of(self, model: PassModel) -> bool:
@@ -244,7 +244,7 @@ class CapturedForward:
         self._refused = self._refused or why
         self.forget()
 
-    def _say(self, line: str) -> None:
+    def _log_once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
             logger.info("%s", line)
@@ -260,8 +260,8 @@ def _why_not_model(model: PassModel, plan: StepPlan) -> str | None:
         return _HALF
     if chosen_loss(base) is not None:
         return "the loss is another one than the task's"
-    if model.packed_task()[0] == "CAUSAL_LM" and not plan.labelled_rows_loss:
-        return "step_options.labelled_rows_loss is off: a captured loss comes without logits"
+    if model.packed_task()[0] == "CAUSAL_LM" and not plan.labelled_tokens_loss:
+        return "step_options.labelled_tokens_loss is off: a captured loss comes without logits"
     if config.output_hidden_states or config.output_attentions:
         return "the base's configuration asks for hidden states or attention weights"
     if getattr(backbone, "gradient_checkpointing", False):

@@ -167,9 +167,7 @@ class ForwardPasses:
         else:
             self._share.fill_(share)
 
-    def _compute(
-        self, model: LossModel, batch: PackedBatch
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    def _compute(self, model: LossModel, batch: PackedBatch) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
         """Loss, logits and gradients of one pass; the gradients as a backward outside of autocast finds them."""
         loss, logits = _eager(model, batch, self._share, self._autocast)
         with torch.autocast(self._device.type, enabled=False):

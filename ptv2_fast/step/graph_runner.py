@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ptv2_fast.models.gathered import device_of, is_sharded
+from ptv2_fast.backbone.sharded_weights import device_of, is_sharded
 from ptv2_fast.step.capture import CAPTURES, WARM_UP_STEPS, Capture
 from ptv2_fast.step.held import HeldGradients, HeldModel, HeldOptimizer, trained_by
 from ptv2_fast.step.look import Attributes, Look
@@ -101,7 +101,7 @@ class GraphRunner:
         self._updates = 0
         self._replay_update: Callable | None = None
         if reason := self._why_not_captured(model.step_plan()) or model.why_not_packed():
-            self._say(f"steps run eagerly: {reason}")
+            self._log_once(f"steps run eagerly: {reason}")
 
     @property
     def captured(self) -> int:
@@ -125,13 +125,13 @@ class GraphRunner:
             raise RuntimeError("a step must be taken outside disable_adapter(): within it nothing that trains runs")
         look = self._look()
         if reason := look.not_packed or _why_not_packed(batches):
-            self._say(f"this step is neither packed nor captured: {reason}")
+            self._log_once(f"this step is neither packed nor captured: {reason}")
             return self._eager([_moved(batch, self._device) for batch in batches], self._padded_loss)
         packed = [pack(batch, *look.task) for batch in batches]
         sized = [(batch, self._buckets.sizes(batch, look.limit)) for batch in packed]
         reason = look.not_captured
         if reason is not None:
-            self._say(f"steps run eagerly: {reason}")
+            self._log_once(f"steps run eagerly: {reason}")
             if reason == self._failure:
                 self._drop(reason)
         elif self._gradients is not None:
@@ -180,7 +180,7 @@ class GraphRunner:
         if not late and self._others_train():
             return None
         if gradients.begin() and not self._after_eager:
-            self._say("gradients that were set to None or replaced are put back: a step zeroes them itself")
+            self._log_once("gradients that were set to None or replaced are put back: a step zeroes them itself")
         self._after_eager = False
         if self._parts != len(packed):
             self._share.fill_(1 / len(packed))
@@ -220,7 +220,7 @@ class GraphRunner:
         bucket.passes += 1
         if bucket.replay is None and bucket.passes > WARM_UP_STEPS:
             if self.captured >= self._max_graphs:
-                self._say(f"more than {self._max_graphs} sizes of batches: further ones run eagerly")
+                self._log_once(f"more than {self._max_graphs} sizes of batches: further ones run eagerly")
             else:
                 staging = Staging(batch.packed(sizes), self._device)
                 bucket.replay = self._capture_or_say(lambda: self._accumulate(staging.batch), "a pass")
@@ -315,7 +315,7 @@ class GraphRunner:
             line = (str(error).strip().splitlines() or ["no reason given"])[0]
             self._looked = None
             self._failure = f"{what} could not be captured: {type(error).__name__}: {line}"
-            self._say(f"steps run eagerly: {self._failure}")
+            self._log_once(f"steps run eagerly: {self._failure}")
             # Nothing has run, so what was added up before is as it was, wherever the call has put it.
             if self._gradients is not None:
                 self._gradients.put_back()
@@ -337,7 +337,7 @@ class GraphRunner:
             return "gradient checkpointing reads the random state, which a capture forbids"
         return None
 
-    def _say(self, line: str) -> None:
+    def _log_once(self, line: str) -> None:
         if line not in self._logged:
             self._logged.add(line)
             logger.info("graph runner: %s", line)

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 from ptv2_fast.attention.prompt_batch import PromptBatch
-from ptv2_fast.models.family import Family
-from ptv2_fast.models.features import reads_text
-from ptv2_fast.models.gathered import gathered_by
-from ptv2_fast.models.kept_views import KeptViews
-from ptv2_fast.models.own_attention import AttentionCall
-from ptv2_fast.models.view import view_of, with_modules
+from ptv2_fast.backbone.kept_views import KeptViews
+from ptv2_fast.backbone.own_attention import AttentionCall
+from ptv2_fast.backbone.sharded_weights import weights_owner
+from ptv2_fast.backbone.view import view_of, with_modules
+from ptv2_fast.families.family import Family
+from ptv2_fast.inputs.features import reads_text
 from ptv2_fast.step.fused_projections import FusedProjections
 from ptv2_fast.step.options import StepOptions, StepPlan
 
@@ -45,9 +45,9 @@ class StepLayers:
         self.without = self._find_without()
         self._layers_path = self._find_layers()
 
-    def gathered_by(self, *above: nn.Module) -> str | None:
+    def weights_owner(self, *above: nn.Module) -> str | None:
         """Who brings the weights of the backbone, or of modules above it, while they run; None where they stay."""
-        return gathered_by((*above, self.backbone), self._family.layers(self.backbone))
+        return weights_owner((*above, self.backbone), self._family.layers(self.backbone))
 
     def fused(self, plan: StepPlan) -> Mapping[str, nn.Module]:
         """Path -> what stands in for a linear map there; weights move here, before anything takes their address."""
@@ -69,17 +69,17 @@ class StepLayers:
             read: (R,) the tokens of the flattened (B, N) whose last states are read; None for all.
         """
         call = self._compiled_call(dynamic=plan.unpad) if plan.compile_layers else None
-        read_rows = self._family.read_rows if plan.last_rows and read is not None else None
+        last_layer_tokens = self._family.last_layer_tokens if plan.last_rows and read is not None else None
         whole = backbone
         if fused or call is not None:
             whole = self._views.of((backbone, fused, call), lambda: self._changed(backbone, fused, call))
-        if read_rows is None or read is None:
+        if last_layer_tokens is None or read is None:
             return whole
         # How many rows are read changes with every batch: that layer is not compiled.
         last = len(self._family.layers(whole)) - 1
         layer = whole if call is None else with_modules(backbone, fused)
         path = f"{self._layers_path}.{last}"
-        return with_modules(whole, {path: read_rows(layer.get_submodule(path), read)})
+        return with_modules(whole, {path: last_layer_tokens(layer.get_submodule(path), read)})
 
     def _changed(
         self, backbone: PreTrainedModel, fused: Mapping[str, nn.Module], call: Callable | None
@@ -96,11 +96,11 @@ class StepLayers:
             names = [field.name for field in fields(StepOptions)]
             return dict.fromkeys(names, "an encoder-decoder runs its padded rows as they are")
         found = {}
-        if self._family.by_slot:
+        if self._family.absolute_positions:
             found["unpad"] = "positions are slots of padded rows"
         if not reads_text(self._family):
             found["unpad"] = f"{self._family.reads} have no padding"
-        if self._family.read_rows is None:
+        if self._family.last_layer_tokens is None:
             found["last_rows"] = "not written for this family"
         return found
 

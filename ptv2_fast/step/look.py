@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptv2_fast.models.families import family_of
+from ptv2_fast.families.registry import family_of
 from ptv2_fast.step.options import StepPlan
 
 
@@ -40,8 +40,8 @@ class Look:
             not_captured: why steps are not captured.
         """
         not_packed = model.why_not_packed()
-        if not_packed is None and plan.gathered_by:
-            not_packed = f"only the model's own forward brings the weights: {plan.gathered_by}"
+        if not_packed is None and plan.weights_owner:
+            not_packed = f"only the model's own forward brings the weights: {plan.weights_owner}"
         task, limit = (model.packed_task(), model.text_limit()) if not_packed is None else (("", ""), None)
         first = family_of(model.backbone).first_position(model.backbone)
         padding = first - 1 if first else None

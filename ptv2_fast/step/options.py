@@ -11,12 +11,12 @@ import torch
 from ptv2_fast.step.capture import CAPTURES
 
 # Evaluation reads logits and states, and few would wait for a compiler there.
-_TRAINING_ALONE = ("labelled_rows_loss", "last_rows", "compile_layers")
+_TRAINING_ALONE = ("labelled_tokens_loss", "last_rows", "compile_layers")
 
-_NOT_TRACED = ("unpad", "labelled_rows_loss", "fused_projections", "compile_layers")
+_NOT_TRACED = ("unpad", "labelled_tokens_loss", "fused_projections", "compile_layers")
 
 # What reads, moves or traces weights outside the forward of the module that has them.
-_NEEDS_WEIGHTS = ("labelled_rows_loss", "fused_projections", "compile_layers", "cuda_graphs")
+_NEEDS_WEIGHTS = ("labelled_tokens_loss", "fused_projections", "compile_layers", "cuda_graphs")
 
 logger = logging.getLogger("ptv2_fast")
 
@@ -30,7 +30,7 @@ class StepOptions:
     Attributes:
         unpad: run the layers over real tokens only; padding is dropped before the first layer and put back, as
             zeros, after the last. None: while training, on the CPU or with the triton backend.
-        labelled_rows_loss: causal language models compute logits for labelled tokens only, in chunks, and return
+        labelled_tokens_loss: causal language models compute logits for labelled tokens only, in chunks, and return
             a loss without logits. None: while training on CUDA.
         fused_projections: queries, keys and values (and gate and up) of the frozen base by one matrix product; their
             weights become views of one buffer. None: while training on CUDA.
@@ -44,7 +44,7 @@ class StepOptions:
     """
 
     unpad: bool | None = None
-    labelled_rows_loss: bool | None = None
+    labelled_tokens_loss: bool | None = None
     fused_projections: bool | None = None
     last_rows: bool | None = None
     compile_layers: bool | None = None
@@ -62,30 +62,35 @@ class StepPlan:
     """What a step does, and for each switch why.
 
     Attributes:
-        gathered_by: who brings the weights only while their modules run (`models.gathered`); None where they stay.
+        weights_owner: who brings the weights only while their modules run (`models.gathered`); None where they stay.
     """
 
     unpad: bool
-    labelled_rows_loss: bool
+    labelled_tokens_loss: bool
     fused_projections: bool
     last_rows: bool
     compile_layers: bool
     cuda_graphs: bool
     reasons: tuple[str, ...]
-    gathered_by: str | None = None
+    weights_owner: str | None = None
 
     def __str__(self) -> str:
         return "; ".join(self.reasons)
 
 
 def plan_step(
-    options: StepOptions, *, training: bool, device: torch.device, backend: str, gathered_by: str | None = None,
+    options: StepOptions,
+    *,
+    training: bool,
+    device: torch.device,
+    backend: str,
+    weights_owner: str | None = None,
     without: Mapping[str, str] | None = None,
 ) -> StepPlan:
     """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA).
 
     Args:
-        gathered_by: who brings the weights only while their modules run, as `models.gathered` says.
+        weights_owner: who brings the weights only while their modules run, as `models.gathered` says.
         without: switch -> why it has nothing to save on this model.
     """
     on_cuda = device.type == "cuda"
@@ -95,7 +100,7 @@ def plan_step(
     traced = torch.compiler.is_compiling()
     rules = {
         "unpad": (training and (triton or device.type == "cpu"), "training on the CPU or with triton"),
-        "labelled_rows_loss": (training and on_cuda, "training on CUDA"),
+        "labelled_tokens_loss": (training and on_cuda, "training on CUDA"),
         "fused_projections": (training and on_cuda, "training on CUDA"),
         "last_rows": (training, "training"),
         "compile_layers": (False, "unless asked for"),
@@ -108,11 +113,11 @@ def plan_step(
         why = "asked for" if asked is not None else where if pays or where.startswith("unless") else f"not {where}"
         if traced and name in _NOT_TRACED and decided[name]:
             decided[name], why = False, "inside torch.compile"
-        if gathered_by is not None and name in _NEEDS_WEIGHTS and decided[name]:
-            decided[name], why = False, f"weights come and go: {gathered_by}"
+        if weights_owner is not None and name in _NEEDS_WEIGHTS and decided[name]:
+            decided[name], why = False, f"weights come and go: {weights_owner}"
         if not training and name in _TRAINING_ALONE and decided[name]:
             decided[name], why = False, "not training"
         if without and name in without:
             decided[name], why = False, without[name]
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
-    return StepPlan(**decided, reasons=tuple(reasons), gathered_by=gathered_by)
+    return StepPlan(**decided, reasons=tuple(reasons), weights_owner=weights_owner)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.models.cache import CACHE
-from ptv2_fast.models.view import view_of
+from ptv2_fast.backbone.view import view_of
+from ptv2_fast.inputs.cache import CACHE
 
 _TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 
@@ -105,7 +105,5 @@ def _packed_call(call: dict[str, Any], packing: Packing) -> dict[str, Any]:
     # With a mask at hand transformers does not look for packed rows itself.
     packed["attention_mask"] = torch.ones_like(packed["position_ids"], dtype=torch.bool)
     packed["use_cache"] = False
-    packed["ptv2_prompts"] = replace(
-        call["ptv2_prompts"], cu_seqlens=packing.cu_seqlens, max_seqlen=packing.longest
-    )
+    packed["ptv2_prompts"] = replace(call["ptv2_prompts"], cu_seqlens=packing.cu_seqlens, max_seqlen=packing.longest)
     return packed

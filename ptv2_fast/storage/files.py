@@ -65,9 +65,7 @@ def write_whole(path: Path, write: Writer) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_set(
-    folder: Path, files: Mapping[str, Writer], outdated: Callable[[], Iterable[str]] = tuple
-) -> None:
+def write_set(folder: Path, files: Mapping[str, Writer], outdated: Callable[[], Iterable[str]] = tuple) -> None:
     """Write files of a folder, and remove others, all at once.
 
     Args:

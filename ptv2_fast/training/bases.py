@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ptv2_fast.models.families import families
-from ptv2_fast.models.features import reads_text
+from ptv2_fast.families.registry import families
+from ptv2_fast.inputs.features import reads_text
 
 _AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ptv2_fast.step.labelled_rows import predictable_labels
+from ptv2_fast.step.labelled_tokens import predictable_labels
 
 # The label that every loss of this package leaves out.
 IGNORED_LABEL = -100
@@ -51,14 +51,10 @@ class PadCollator:
 
     def __post_init__(self) -> None:
         if self.padding_side not in (None, "left", "right"):
-            raise ValueError(
-                f"padding_side: must be 'left', 'right' or None; got {self.padding_side!r}"
-            )
+            raise ValueError(f"padding_side: must be 'left', 'right' or None; got {self.padding_side!r}")
         multiple = self.pad_to_multiple_of
         if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
-            raise ValueError(
-                f"pad_to_multiple_of: must be a positive integer or None; got {multiple!r}"
-            )
+            raise ValueError(f"pad_to_multiple_of: must be a positive integer or None; got {multiple!r}")
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """(B, N) tensors of per-token lists and (B,) tensors of numbers, int64 (floats float32)."""
@@ -77,26 +73,19 @@ class PadCollator:
                 raise ValueError(f"features[{missing[0]}]: expected {key!r} as in features[0]")
             values = [feature[key] for feature in features]
             if key in _POSITIONS and left:
-                values = [
-                    value + width - length for value, length in zip(values, lengths, strict=True)
-                ]
+                values = [value + width - length for value, length in zip(values, lengths, strict=True)]
             if _is_sequence(values[0]) and not _holds_floats(values):
                 values = self._pad(key, values, lengths, width, left)
             kind = torch.float32 if _holds_floats(values) else torch.int64
             batch[key] = torch.tensor(values, dtype=kind)
         return batch
 
-    def _pad(
-        self, key: str, rows: list[Any], lengths: list[int], width: int, left: bool
-    ) -> list[list[int]]:
+    def _pad(self, key: str, rows: list[Any], lengths: list[int], width: int, left: bool) -> list[list[int]]:
         filler = self._filler(key)
         padded = []
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             if len(row) != length:
-                raise ValueError(
-                    f"features[{index}]: expected {key!r} as long as input_ids ({length});"
-                    f" got {len(row)}"
-                )
+                raise ValueError(f"features[{index}]: expected {key!r} as long as input_ids ({length}); got {len(row)}")
             padding = [filler] * (width - length)
             padded.append(padding + list(row) if left else list(row) + padding)
         return padded
@@ -146,16 +135,10 @@ def _is_sequence(value: object) -> bool:
 
 
 def _holds_floats(values: Sequence[Any]) -> bool:
-    return any(
-        isinstance(item, float)
-        for value in values
-        for item in (value if _is_sequence(value) else (value,))
-    )
+    return any(isinstance(item, float) for value in values for item in (value if _is_sequence(value) else (value,)))
 
 
-def token_budget_batches(
-    lengths: Sequence[int], max_tokens: int, *, shuffle: bool, seed: int = 0
-) -> list[list[int]]:
+def token_budget_batches(lengths: Sequence[int], max_tokens: int, *, shuffle: bool, seed: int = 0) -> list[list[int]]:
     """Groups of rows whose real tokens add up to at most max_tokens, as evenly as order allows.
 
     Each index is in exactly one group. With `shuffle`, rows come in an order drawn from the seed
@@ -175,9 +158,7 @@ def token_budget_batches(
         raise ValueError(f"max_tokens: must be a positive integer; got {max_tokens!r}")
     for index, length in enumerate(lengths):
         if not 1 <= length <= max_tokens:
-            raise ValueError(
-                f"lengths[{index}]: must be in [1, max_tokens = {max_tokens}]; got {length!r}"
-            )
+            raise ValueError(f"lengths[{index}]: must be in [1, max_tokens = {max_tokens}]; got {length!r}")
     order = list(range(len(lengths)))
     if not order:
         return []

@@ -7,7 +7,7 @@ import logging
 import zipfile
 from pathlib import Path
 
-from ptv2_fast.checkpoint import TRAINER_WEIGHTS_NAME
+from ptv2_fast.saving.checkpoint import TRAINER_WEIGHTS_NAME
 from ptv2_fast.storage.tensors import read_safetensors
 
 logger = logging.getLogger(__name__)

@@ -118,9 +118,7 @@ def _check_together(
         notes.append(f"{name}: IOB1 tags are read as IOB2: {strays} I-x that begin an entity become B-x")
 
 
-def _rows(
-    path_or_name: str | Path, task: str, split: str | None, wanted: Wanted, notes: list[str]
-) -> Iterator[Row]:
+def _rows(path_or_name: str | Path, task: str, split: str | None, wanted: Wanted, notes: list[str]) -> Iterator[Row]:
     path = Path(path_or_name)
     suffix = path.suffix.lower()
     is_file = path.is_file() or (suffix in formats.FILE_SUFFIXES and not path.is_dir())

@@ -210,9 +210,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[Line]:
 def _is_quoted(text: str, separator: str) -> bool:
     """Whether cells may stand in quotes: in a CSV, and in a TSV whose header does."""
     cells = [cell.strip() for cell in text.lstrip("\r\n").split("\n", 1)[0].split(separator)]
-    return separator == "," or any(
-        _wrapped(cell) and cell[1:-1].strip().lower() in HEADER_NAMES for cell in cells
-    )
+    return separator == "," or any(_wrapped(cell) and cell[1:-1].strip().lower() in HEADER_NAMES for cell in cells)
 
 
 def _wrapped(cell: str) -> bool:

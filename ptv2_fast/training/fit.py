@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ptv2_fast import PTuningV2Model
-from ptv2_fast.checkpoint import TRAINER_WEIGHTS_NAME
+from ptv2_fast.saving.checkpoint import TRAINER_WEIGHTS_NAME
 from ptv2_fast.storage.files import write_whole
 from ptv2_fast.storage.tensors import read_safetensors, write_tensors
 from ptv2_fast.training.checkpoints import last_whole
@@ -221,9 +221,7 @@ def _result(trainer: _Trainer, metric: Metric, seconds: float) -> FitResult:
     )
 
 
-def _arguments(
-    settings: FitSettings, checkpoints: str | Path, rows: int, metric: Metric | None
-) -> TrainingArguments:
+def _arguments(settings: FitSettings, checkpoints: str | Path, rows: int, metric: Metric | None) -> TrainingArguments:
     steps = -(-rows // (settings.batch_size * settings.gradient_accumulation))
     has_gpu = torch.cuda.is_available()
     watched: dict[str, Any] = {}

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ptv2_fast import PTuningV2Config
-from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.training.loading import read_description
 
 
@@ -69,7 +69,7 @@ def _tensor_sizes(path: Path) -> dict[str, int]:
 def _model_facts(name: str) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModel
 
-    from ptv2_fast.models.families import family_of, sizes_of
+    from ptv2_fast.families.registry import family_of, sizes_of
     from ptv2_fast.training.bases import locate, not_loaded
 
     source, options = locate(name)

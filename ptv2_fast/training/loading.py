@@ -11,8 +11,8 @@ from typing import Any, cast
 from safetensors import SafetensorError, safe_open
 
 from ptv2_fast import PTuningV2Config, PTuningV2Model
-from ptv2_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig
+from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.training.bases import head_size, load_base
 from ptv2_fast.training.data import LabelSet
 from ptv2_fast.training.run_folder import SETTINGS_NAME, RunFolder, read_object

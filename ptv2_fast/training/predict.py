@@ -172,7 +172,5 @@ def _tags(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec)
 
 def _answers(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) -> list[Prediction]:
     starts, ends = [row[0].tolist() for row in rows], [row[1].tolist() for row in rows]
-    answers = decode_answers(
-        starts, ends, features, examples, codec.tokenizer, no_answer=codec.no_answer
-    )
+    answers = decode_answers(starts, ends, features, examples, codec.tokenizer, no_answer=codec.no_answer)
     return [Prediction(answer["text"], answer["score"]) for answer in answers]

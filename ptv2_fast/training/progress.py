@@ -66,9 +66,7 @@ class TrainingProgress(TrainerCallback):
             self.loss = float(logs["loss"])
             self.progress.update(self.bar, loss=self.loss)
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Print the epoch's metric on the held-out rows."""
         value = (metrics or {}).get(f"eval_{self.metric}")
         if value is not None:

@@ -130,9 +130,7 @@ _ALL = (
         max_length=152,
         **_TAGS,
     ),
-    _recipe(
-        "conll04-bert-large", _UNCASED, 128, 2e-2, 40, 32, "84.5 entity F1", dropout=0.2, **_TAGS
-    ),
+    _recipe("conll04-bert-large", _UNCASED, 128, 2e-2, 40, 32, "84.5 entity F1", dropout=0.2, **_TAGS),
     _recipe("conll04-roberta-large", _ROBERTA, 144, 6e-2, 80, 32, "88.4 entity F1", **_TAGS),
     _recipe("ontonotes-bert-large", _UNCASED, 16, 1e-2, 30, 16, "86.4 entity F1", **_TAGS),
     _recipe("ontonotes-roberta-large", _ROBERTA, 48, 7e-3, 60, 16, "90.1 entity F1", **_TAGS),
@@ -146,9 +144,7 @@ _ALL = (
         "89.4 F1 (WSJ), 83.9 F1 (Brown)",
         **_TAGS,
     ),
-    _recipe(
-        "conll12-bert-large", _UNCASED, 128, 5e-3, 45, 16, "85.3 F1", note=_CONLL12_BERT, **_TAGS
-    ),
+    _recipe("conll12-bert-large", _UNCASED, 128, 5e-3, 45, 16, "85.3 F1", note=_CONLL12_BERT, **_TAGS),
     _recipe("conll12-roberta-large", _ROBERTA, 64, 5e-3, 45, 32, "84.7 F1", **_TAGS),
     _recipe(
         "squad1-roberta-large",

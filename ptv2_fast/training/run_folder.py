@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.checkpoint import WEIGHTS_NAME, write_whole
+from ptv2_fast.saving.checkpoint import WEIGHTS_NAME, write_whole
 
 SETTINGS_NAME, METRICS_NAME, CURVES_NAME = "settings.json", "metrics.json", "curves.png"
 CHECKPOINTS, RUN_NAME = "checkpoints", "run.json"
@@ -177,9 +177,7 @@ def differences(was: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(was, dict) and isinstance(now, dict):
         keys = [*now, *(key for key in was if key not in now)]
         return [
-            line
-            for key in keys
-            for line in differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
+            line for key in keys for line in differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
         ]
     return [] if was == now else [f"{name} was {_shown(was)}, is {_shown(now)}"]
 

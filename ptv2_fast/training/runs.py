@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
+from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.config import HEAD_TASKS, HeadConfig
-from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.families import family_of
+from ptv2_fast.families.registry import family_of
 from ptv2_fast.training.bases import digest_of_weights, load_base
 from ptv2_fast.training.batches import PadCollator
 from ptv2_fast.training.curves import plot_curves
@@ -163,9 +163,7 @@ class PreparedRun:
         plot_curves(result.history, self.folder.path / CURVES_NAME)
 
 
-def prepare(
-    request: TrainRequest, output: str | Path, *, resume: bool = False, overwrite: bool = False
-) -> PreparedRun:
+def prepare(request: TrainRequest, output: str | Path, *, resume: bool = False, overwrite: bool = False) -> PreparedRun:
     """Read the data, load the base, build the model and run its longest row once; nothing is written.
 
     Args:
@@ -223,9 +221,7 @@ def _check_alike(
         )
 
 
-def _digests(
-    train: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]] | None
-) -> dict[str, str | None]:
+def _digests(train: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]] | None) -> dict[str, str | None]:
     return {"--data": digest_of(train), "--dev": digest_of(dev) if dev is not None else None}
 
 

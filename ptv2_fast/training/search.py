@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.checkpoint import write_whole
+from ptv2_fast.saving.checkpoint import write_whole
 from ptv2_fast.training.fit import Diverged
 from ptv2_fast.training.metrics import Metric, metric_for
 from ptv2_fast.training.run_folder import differences
@@ -143,9 +143,7 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return differences({**was, "digests": None}, {**now, "digests": None}) + data
 
 
-def _run_trial(
-    study: Any, request: TrainRequest, output: Path, space: SearchSpace, say: Callable[[str], Any]
-) -> None:
+def _run_trial(study: Any, request: TrainRequest, output: Path, space: SearchSpace, say: Callable[[str], Any]) -> None:
     """One trial, into a folder of its own. What it draws follows from the seed, its number and the trials before."""
     import optuna
 

@@ -12,9 +12,7 @@ def stray_insides(tags: Sequence[str]) -> list[int]:
     """Where an I-x follows no B-x or I-x of its type: in IOB1 an entity begins there, in IOB2 nothing does."""
     before = ("O", *tags)
     return [
-        index
-        for index, tag in enumerate(tags)
-        if tag.startswith("I-") and before[index] not in (tag, "B-" + tag[2:])
+        index for index, tag in enumerate(tags) if tag.startswith("I-") and before[index] not in (tag, "B-" + tag[2:])
     ]
 
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ptv2_fast.adapter import Adapter
+from ptv2_fast.backbone.locate import backbone_of
+from ptv2_fast.backbone.sharded_weights import device_of
 from ptv2_fast.config import PTuningV2Config
+from ptv2_fast.families.dimensions import Dimensions
+from ptv2_fast.families.registry import family_of
+from ptv2_fast.inputs.features import reads_text
+from ptv2_fast.inputs.pooling import pool, tokens_read
 from ptv2_fast.model import PTuningV2Model
-from ptv2_fast.models.backbone import backbone_of
-from ptv2_fast.models.dimensions import Dimensions
-from ptv2_fast.models.families import family_of
-from ptv2_fast.models.features import reads_text
-from ptv2_fast.models.gathered import device_of
-from ptv2_fast.models.pooling import pool, tokens_read
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.tutorials.sizes import check_sizes
 

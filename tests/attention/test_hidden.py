@@ -137,8 +137,7 @@ def test_half_precision(backend, dtype, queries):
             "dropout_p": 0.0}  # fmt: skip
     tensors, options, hidden = _dense(call)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    expected, got = (
-        _run(_poisoned(tensors, hidden, value), options, backend) for value in (0.5, float("nan")))
+    expected, got = (_run(_poisoned(tensors, hidden, value), options, backend) for value in (0.5, float("nan")))
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 

@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
-from ptv2_fast.models.cache import CACHE
+from ptv2_fast.inputs.cache import CACHE
 from ptv2_fast.reference.attention import prompt_attention as judge
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ptv2_fast import from_paper
-from ptv2_fast.models.cache import CACHE
+from ptv2_fast.inputs.cache import CACHE
 
 LENGTH, WIDTH, LAYERS, HEADS = 4, 6, 2, 4
 RIGHT = padded(text_rows(), "right")

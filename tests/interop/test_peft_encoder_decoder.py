@@ -140,7 +140,7 @@ def test_a_base_says_what_an_adapter_without_a_task_is_for(tmp_path):
 
 
 def test_keys_and_values_can_be_exported(tmp_path):
-    from ptv2_fast.export import prompt_tensors
+    from ptv2_fast.saving.export import prompt_tensors
 
     model = get_ptv2_model(tiny_base("t5"), PTuningV2Config(TASK, LENGTH, stacks=STACKS))
     tensors = prompt_tensors(model, "kv")

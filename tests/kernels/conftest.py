@@ -207,7 +207,8 @@ class Call:
         if needs is None:
             needs = Needs(query=True, text=True, prompt=True, prompt_bias=len(self.tensors) > 5)
         return prompt_attention_backward(
-            grad_output, *self.tensors[:5], output, lse, needs=needs, **self._kernel_arguments())
+            grad_output, *self.tensors[:5], output, lse, needs=needs, **self._kernel_arguments()
+        )
 
     def _kernel_arguments(self) -> dict[str, object]:
         bias = {"prompt_bias": self.tensors[5]} if len(self.tensors) > 5 else {}
@@ -249,8 +250,17 @@ class Call:
 
 def sdpa(*tensors, **arguments):
     """The torch backend, which wants every argument named."""
-    optional = ("key_mask", "cu_seqlens", "max_seqlen", "prompt_index", "prompt_lens", "prompt_bias", "bias", "window",
-                "softcap")
+    optional = (
+        "key_mask",
+        "cu_seqlens",
+        "max_seqlen",
+        "prompt_index",
+        "prompt_lens",
+        "prompt_bias",
+        "bias",
+        "window",
+        "softcap",
+    )
     return torch_backend.prompt_attention(*tensors, **{**dict.fromkeys(optional), "dropout_p": 0.0, **arguments})
 
 
@@ -272,7 +282,8 @@ def replayed_dropout(call: Call):
             dense = (tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v))
             row_keep = keep[row : row + 1, :, : end - start, : prompt_length + end - start]
             output, lse = reference(
-                *dense, *prompt, prompt_index=prompt_index[row : row + 1], dropout_keep=row_keep, **arguments)
+                *dense, *prompt, prompt_index=prompt_index[row : row + 1], dropout_keep=row_keep, **arguments
+            )
             outputs.append(output[0].transpose(0, 1))
             lses.append(lse[0])
         return torch.cat(outputs), torch.cat(lses, 1)

@@ -40,7 +40,8 @@ def test_kept_table_is_about_the_kernels_as_they_are(table):
     nothing = dict.fromkeys(MEASURED, 0)
     expected = [key(row.report(nothing)) for row in aot.rows_of(aot.all_cases())]
     assert [key(report) for report in table] == expected, (
-        "run python -m ptv2_fast.kernels.aot --out kernels/aot_table.json")
+        "run python -m ptv2_fast.kernels.aot --out kernels/aot_table.json"
+    )
 
 
 def test_table_holds_every_row_of_configurations_in_every_dtype_on_every_card(table):
@@ -108,8 +109,7 @@ def _kernel(x_ptr, size):
 
 @triton.jit
 def _same_kernel(x_ptr, size):
-    tl.store(
-        x_ptr + size, _doubled(tl.load(x_ptr + size), FACTOR_OF_THE_KERNEL))
+    tl.store(x_ptr + size, _doubled(tl.load(x_ptr + size), FACTOR_OF_THE_KERNEL))
 
 
 @pytest.fixture
@@ -185,9 +185,7 @@ print(aot.rows_of(aot.all_cases()[:1]))
 def test_signature_is_specialised_as_a_launch_is_and_fingerprints_need_no_interpreter():
     # Interpreted kernels have no signature: this runs in a process without the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", _SIGNATURE], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", _SIGNATURE], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(aot.rows_of(aot.all_cases()[:1]))
 
@@ -198,9 +196,24 @@ def test_compiles_without_a_gpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     kernels = ["prompt_attention_forward", "prompt_attention_backward_prompt"]
     command = [
-        sys.executable, "-m", "ptv2_fast.kernels.aot", "--arch", "90", "--dtype", "bf16",
-        "--head-dim", "64", "--features", "plain", "--kernel", *kernels,
-        "--jobs", "1", "--out", str(tmp_path / "table.json")]
+        sys.executable,
+        "-m",
+        "ptv2_fast.kernels.aot",
+        "--arch",
+        "90",
+        "--dtype",
+        "bf16",
+        "--head-dim",
+        "64",
+        "--features",
+        "plain",
+        "--kernel",
+        *kernels,
+        "--jobs",
+        "1",
+        "--out",
+        str(tmp_path / "table.json"),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     version, reports = aot.read_table(tmp_path / "table.json")
@@ -214,12 +227,11 @@ def test_compiles_without_a_gpu(tmp_path):
 def test_refuses_to_compile_interpreted_kernels():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "ptv2_fast.kernels.aot"], cwd=ROOT, env=environment,
-        capture_output=True, text=True)
+        [sys.executable, "-m", "ptv2_fast.kernels.aot"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
 
 
 def test_every_dtype_has_a_pointer_type():
-    assert all(dtype in aot_compile.POINTERS for dtype in (*launch.DTYPES, torch.int64, torch.int32,
-                                                    torch.uint8))
+    assert all(dtype in aot_compile.POINTERS for dtype in (*launch.DTYPES, torch.int64, torch.int32, torch.uint8))

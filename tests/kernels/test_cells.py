@@ -60,7 +60,8 @@ def test_kernel_cells(case, compiled):
         prompt_k, prompt_v = (empty(entries, case.Hkv, case.P, case.d) for _ in range(2))
         output, lse = prompt_attention_forward(q, k, v, prompt_k, prompt_v, causal=case.causal, **arguments)
         prompt_attention_backward(
-            output, q, k, v, prompt_k, prompt_v, output, lse, needs=FULL, causal=case.causal, **arguments)
+            output, q, k, v, prompt_k, prompt_v, output, lse, needs=FULL, causal=case.causal, **arguments
+        )
 
     heads = (case.H, case.Hkv, case.Hkv)
     dense = [empty(case.B, case.N, count, case.d).transpose(1, 2) for count in heads]

@@ -30,8 +30,7 @@ def test_rocm_is_told_from_cuda_by_torch(monkeypatch):
 
 
 def test_crowded_kernels_get_smaller_tiles():
-    plain, crowded = (
-        launch.choose_config(90, 64, torch.bfloat16, "forward", crowded) for crowded in (False, True))
+    plain, crowded = (launch.choose_config(90, 64, torch.bfloat16, "forward", crowded) for crowded in (False, True))
     assert crowded.block_n < plain.block_n
 
 
@@ -45,8 +44,7 @@ def test_crowded_kernels_get_smaller_tiles():
 )
 def test_refuses(change, message):
     with pytest.raises(ValueError, match=message):
-        launch.choose_config(**{"arch": 90, "head_dim": 64, "dtype": torch.float32,
-                                "kernel_pass": "forward"} | change)
+        launch.choose_config(**{"arch": 90, "head_dim": 64, "dtype": torch.float32, "kernel_pass": "forward"} | change)
 
 
 @pytest.mark.parametrize(("head_dim", "padded"), [(16, 16), (80, 128), (96, 128), (128, 128), (192, 256)])

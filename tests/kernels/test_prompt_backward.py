@@ -44,11 +44,18 @@ def test_matches_reference_on_drawn_shapes(data, make_call, budget):
     draw = data.draw
     kv_heads = draw(st.integers(1, 2), "kv_heads")
     call = make_call(
-        batch=draw(st.integers(1, 2), "batch"), kv_heads=kv_heads, heads=kv_heads * draw(st.integers(1, 2), "group"),
-        queries=draw(st.integers(0, 40), "queries"), keys=draw(st.integers(0, 40), "keys"),
-        prompt=draw(st.integers(0, 40), "prompt"), head_dim=draw(st.sampled_from([16, 32]), "head_dim"), scaled=False,
-        mask=draw(st.sampled_from([None, "left", "right", "holes"]), "mask"), prompt_bias=draw(st.booleans(), "bias"),
-        options={"causal": draw(st.booleans(), "causal"), "window": draw(st.none() | st.integers(1, 50), "window")})
+        batch=draw(st.integers(1, 2), "batch"),
+        kv_heads=kv_heads,
+        heads=kv_heads * draw(st.integers(1, 2), "group"),
+        queries=draw(st.integers(0, 40), "queries"),
+        keys=draw(st.integers(0, 40), "keys"),
+        prompt=draw(st.integers(0, 40), "prompt"),
+        head_dim=draw(st.sampled_from([16, 32]), "head_dim"),
+        scaled=False,
+        mask=draw(st.sampled_from([None, "left", "right", "holes"]), "mask"),
+        prompt_bias=draw(st.booleans(), "bias"),
+        options={"causal": draw(st.booleans(), "causal"), "window": draw(st.none() | st.integers(1, 50), "window")},
+    )
     check_gradients(call, budget)
 
 

@@ -62,7 +62,8 @@ def test_backward_kernels_accept_its_result(make_call, budget):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"packed": (3, 4)}, "cu_seqlens must be None"), ({"options": {"dropout_p": 0.1}}, "dropout_p must be 0")])
+    [({"packed": (3, 4)}, "cu_seqlens must be None"), ({"options": {"dropout_p": 0.1}}, "dropout_p must be 0")],
+)
 def test_refuses(make_call, options, message):
     call = make_call(**options)
     with pytest.raises(ValueError, match=message):

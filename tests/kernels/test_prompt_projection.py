@@ -9,9 +9,12 @@ from ptv2_fast.kernels.prompt_projection import WeightTable, prompt_projection
 
 def literal(x, weights, biases):
     """One product a layer."""
-    return torch.stack([
-        torch.nn.functional.linear(layer, weight, None if biases is None else biases[place])
-        for place, (layer, weight) in enumerate(zip(x, weights))])
+    return torch.stack(
+        [
+            torch.nn.functional.linear(layer, weight, None if biases is None else biases[place])
+            for place, (layer, weight) in enumerate(zip(x, weights))
+        ]
+    )
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])

@@ -108,8 +108,7 @@ class _OnACard(torch.Tensor):
 def test_masks_of_a_model_have_even_rows_on_a_card(keys):
     given = torch.ones(3, keys, dtype=torch.bool).as_subclass(_OnACard)
     many, one = (
-        hook.padding_mask(3, queries, keys, keys - queries, 0, bidirectional_mask_function, given)
-        for queries in (2, 1)
+        hook.padding_mask(3, queries, keys, keys - queries, 0, bidirectional_mask_function, given) for queries in (2, 1)
     )
     assert many.shape == given.shape and many.stride(0) % 16 == 0
     assert one.stride(0) == keys  # while decoding a copy for each token would cost more than a version

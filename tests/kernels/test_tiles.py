@@ -17,12 +17,21 @@ BLOCK_M, BLOCK_N = 16, 8
 
 
 @triton.jit(do_not_specialize=("num_queries", "num_keys", "window"))
-def _key_blocks_kernel(mask_ptr, out_ptr, num_queries, num_keys, window, BLOCK_M: tl.constexpr,
-                       BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def _key_blocks_kernel(
+    mask_ptr,
+    out_ptr,
+    num_queries,
+    num_keys,
+    window,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
     tile = tl.program_id(0)
     begin, head_end, body_end, end = tiles.key_blocks(
-        mask_ptr, 1, tile * BLOCK_M, num_queries, num_keys, window, BLOCK_M, BLOCK_N, IS_CAUSAL,
-        HAS_WINDOW)
+        mask_ptr, 1, tile * BLOCK_M, num_queries, num_keys, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
+    )
     tl.store(out_ptr + tile * 4, begin)
     tl.store(out_ptr + tile * 4 + 1, head_end)
     tl.store(out_ptr + tile * 4 + 2, body_end)
@@ -30,12 +39,14 @@ def _key_blocks_kernel(mask_ptr, out_ptr, num_queries, num_keys, window, BLOCK_M
 
 
 @triton.jit(do_not_specialize=("num_queries", "num_keys", "window"))
-def _seeing_queries_kernel(out_ptr, num_queries, num_keys, window, BLOCK_N: tl.constexpr,
-                           IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def _seeing_queries_kernel(
+    out_ptr, num_queries, num_keys, window, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
     tile = tl.program_id(0)
     last = tl.minimum(tile * BLOCK_N + BLOCK_N, num_keys) - 1
     begin, full_begin, full_end, end = tiles.seeing_queries(
-        tile * BLOCK_N, last, num_keys - num_queries, num_queries, window, IS_CAUSAL, HAS_WINDOW)
+        tile * BLOCK_N, last, num_keys - num_queries, num_queries, window, IS_CAUSAL, HAS_WINDOW
+    )
     tl.store(out_ptr + tile * 4, begin)
     tl.store(out_ptr + tile * 4 + 1, full_begin)
     tl.store(out_ptr + tile * 4 + 2, full_end)
@@ -66,14 +77,21 @@ RULES = list(itertools.product([False, True], [None, 1, 7, 20]))
 @pytest.mark.parametrize("kind", [None, "left", "right", "holes"])
 def test_key_blocks_visit_what_is_visible_and_no_more(device, queries, keys, kind):
     positions = torch.arange(keys)
-    mask = {None: None, "left": positions >= 9, "right": positions < 14,
-            "holes": (positions % 5 != 0)}[kind]
+    mask = {None: None, "left": positions >= 9, "right": positions < 14, "holes": (positions % 5 != 0)}[kind]
     num_tiles = -(-queries // BLOCK_M)
     for causal, window in RULES:
         out = torch.empty(num_tiles, 4, dtype=torch.int32, device=device)
         _key_blocks_kernel[(num_tiles,)](
-            None if mask is None else mask.to(torch.uint8).to(device), out, queries, keys,
-            window or 0, BLOCK_M, BLOCK_N, causal, window is not None)
+            None if mask is None else mask.to(torch.uint8).to(device),
+            out,
+            queries,
+            keys,
+            window or 0,
+            BLOCK_M,
+            BLOCK_N,
+            causal,
+            window is not None,
+        )
         visible = visible_pairs(queries, keys, causal, window, mask)
         for tile, (begin, head_end, body_end, end) in enumerate(out.tolist()):
             rows = visible[tile * BLOCK_M : (tile + 1) * BLOCK_M]
@@ -86,7 +104,8 @@ def test_key_blocks_visit_what_is_visible_and_no_more(device, queries, keys, kin
                 assert begin >= end or not rows.any()
             assert rows[:, head_end:body_end].all()
             full_blocks = [
-                start for start in range(begin, end - BLOCK_N + 1, BLOCK_N) if rows[:, start : start + BLOCK_N].all()]
+                start for start in range(begin, end - BLOCK_N + 1, BLOCK_N) if rows[:, start : start + BLOCK_N].all()
+            ]
             if kind != "holes":
                 assert (body_end - head_end) // BLOCK_N == len(full_blocks)
 
@@ -96,8 +115,7 @@ def test_seeing_queries_are_exact(device, queries, keys):
     num_tiles = -(-keys // BLOCK_N)
     for causal, window in RULES:
         out = torch.empty(num_tiles, 4, dtype=torch.int32, device=device)
-        _seeing_queries_kernel[(num_tiles,)](out, queries, keys, window or 0, BLOCK_N, causal,
-                                             window is not None)
+        _seeing_queries_kernel[(num_tiles,)](out, queries, keys, window or 0, BLOCK_N, causal, window is not None)
         visible = visible_pairs(queries, keys, causal, window, None)
         for tile, (begin, full_begin, full_end, end) in enumerate(out.tolist()):
             columns = visible[:, tile * BLOCK_N : (tile + 1) * BLOCK_N]

@@ -28,8 +28,8 @@ def tensors(make_call):
 def attend(tensors, mask, backend, **options):
     *inputs, prompt_bias = tensors
     return prompt_attention(
-        *inputs[:3], inputs[3][0], inputs[4][0], prompt_bias=prompt_bias[0], key_mask=mask,
-        backend=backend, **options)
+        *inputs[:3], inputs[3][0], inputs[4][0], prompt_bias=prompt_bias[0], key_mask=mask, backend=backend, **options
+    )
 
 
 def gradients(output, tensors):
@@ -42,8 +42,9 @@ def test_serves_the_public_function_with_gradients(make_call, budget, queries):
     tensors, mask = [tensor.requires_grad_() for tensor in call.tensors], call.arguments["key_mask"]
     got, expected = (attend(tensors, mask, backend, causal=True) for backend in ("triton", "reference"))
     budget.check("o", got, expected, None)
-    for name, a, b in zip("q k v prompt_k prompt_v prompt_bias".split(), gradients(got, tensors),
-                          gradients(expected, tensors)):
+    for name, a, b in zip(
+        "q k v prompt_k prompt_v prompt_bias".split(), gradients(got, tensors), gradients(expected, tensors)
+    ):
         budget.check(f"d {name}", a, b, None)
 
 
@@ -63,8 +64,7 @@ def test_compiles_whole_forward_and_backward(tensors):
 
 def test_compiled_dropout_follows_the_global_seed(tensors):
     inputs, mask = tensors
-    compiled = torch.compile(functools.partial(attend, dropout_p=0.5), fullgraph=True,
-                             backend="aot_eager")
+    compiled = torch.compile(functools.partial(attend, dropout_p=0.5), fullgraph=True, backend="aot_eager")
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -83,14 +83,11 @@ def test_opcheck(make_call, form):
     }[form]
     call = make_call(scaled=False, **options)
     tensors = [tensor.requires_grad_() for tensor in call.tensors] + [None] * (6 - len(call.tensors))
-    arguments = {"max_seqlen": None, "window": None, "softcap": None, "dropout_p": 0.0,
-                 **call.arguments}
+    arguments = {"max_seqlen": None, "window": None, "softcap": None, "dropout_p": 0.0, **call.arguments}
     if arguments.get("bias") is not None:
         arguments["bias"].requires_grad_()
-    rest = [arguments.get(name) for name in ("bias", "key_mask", "cu_seqlens", "prompt_index",
-                                             "prompt_lens", "seed")]
-    numbers = [arguments[name] for name in ("max_seqlen", "causal", "window", "softcap", "scale",
-                                            "dropout_p")]
+    rest = [arguments.get(name) for name in ("bias", "key_mask", "cu_seqlens", "prompt_index", "prompt_lens", "seed")]
+    numbers = [arguments[name] for name in ("max_seqlen", "causal", "window", "softcap", "scale", "dropout_p")]
     torch.library.opcheck(triton_backend.forward_op, (*tensors, *rest, *numbers))
 
 
@@ -135,13 +132,11 @@ def test_dropout_is_replayed_in_backward(make_call, budget, monkeypatch):
     call = make_call(queries=QUERIES, scaled=False)
     tensors = [tensor.requires_grad_() for tensor in call.tensors]
     monkeypatch.setattr(torch, "randint", lambda *_, **options: seed.to(options["device"]))
-    output = prompt_attention(*tensors[:3], tensors[3][0], tensors[4][0], dropout_p=0.4,
-                              backend="triton")
-    keep = dropout_keep_mask(*output.shape[:3], tensors[3].shape[2] + QUERIES, 0.4,
-                             seed.to(output.device))
+    output = prompt_attention(*tensors[:3], tensors[3][0], tensors[4][0], dropout_p=0.4, backend="triton")
+    keep = dropout_keep_mask(*output.shape[:3], tensors[3].shape[2] + QUERIES, 0.4, seed.to(output.device))
     truth = reference(
-        *(tensor.double() for tensor in tensors), scale=call.arguments["scale"], dropout_p=0.4,
-        dropout_keep=keep)
+        *(tensor.double() for tensor in tensors), scale=call.arguments["scale"], dropout_p=0.4, dropout_keep=keep
+    )
     budget.check("o", output, truth, None)
     for got, expected in zip(gradients(output, tensors), gradients(truth, tensors)):
         budget.check("gradient", got, expected, None)
@@ -159,21 +154,21 @@ def test_frozen_inputs_launch_nothing_for_themselves(make_call, monkeypatch):
         original(kernel, *arguments)
 
     monkeypatch.setattr(launch, "run", spy)
-    output = prompt_attention(*call.tensors[:3], call.tensors[3][0], call.tensors[4][0],
-                              backend="triton")
+    output = prompt_attention(*call.tensors[:3], call.tensors[3][0], call.tensors[4][0], backend="triton")
     launched.clear()
     output.sum().backward()
     assert launched == [
-        "_prompt_attention_delta_kernel", "_prompt_attention_backward_prompt_kernel",
-        "_sum_slots_kernel"]
+        "_prompt_attention_delta_kernel",
+        "_prompt_attention_backward_prompt_kernel",
+        "_sum_slots_kernel",
+    ]
 
 
 def test_saves_nothing_of_the_size_of_the_scores(make_call):
     call = make_call(queries=QUERIES, scaled=False)
     tensors = [tensor.requires_grad_() for tensor in call.tensors]
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x,
-                                                  lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         prompt_attention(*tensors[:3], tensors[3][0], tensors[4][0], backend="triton")
     assert max(saved) == tensors[0].numel()
 

@@ -11,7 +11,7 @@ from tolerances import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptv2_fast import PTuningV2Config, PTuningV2Model
-from ptv2_fast.adapter_set import BASE_ROW
+from ptv2_fast.adapter import BASE_ROW
 from ptv2_fast.attention.prompt_batch import LayerPrompt
 from ptv2_fast.prompts import bank
 from ptv2_fast.prompts.bank import stack_bank

@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_model
 from tolerances import assert_differs, assert_same_bits
 
-from ptv2_fast.models.norms import normed_together
+from ptv2_fast.backbone.norms import normed_together
 
 FAMILIES = ("bert", "roberta", "llama", "mistral", "qwen3", "gemma2", "gemma3_text", "smollm3", "phi3", "gpt_neox")
 
@@ -30,7 +30,7 @@ def test_layers_together_are_layers_one_by_one(family, entries):
     torch.manual_seed(1)
     together = _pairs(model, entries)
     projections = model._source("default")._projections
-    projections._family = replace(projections._family, normed_together=None, finished_together=None)
+    projections._family = replace(projections._family, attention_inputs=None, finish_all_keys=None)
     torch.manual_seed(1)
     for actual, expected in zip(together, _pairs(model, entries)):
         assert_same_bits(actual, expected)

@@ -38,9 +38,7 @@ def batch(pad):
 
 @pytest.mark.parametrize("task_idx", [0, 1], ids=HEADS)
 @pytest.mark.parametrize(("trained", "share"), [("prompts", 0.85), ("prompts and heads", 0.5)])
-def test_loss_falls_and_the_base_stays_bit_identical(
-    make_backbone, batch, task_idx, trained, share
-):
+def test_loss_falls_and_the_base_stays_bit_identical(make_backbone, batch, task_idx, trained, share):
     model = _model(make_backbone("bert", exact=False))
     model.classification_heads.requires_grad_("heads" in trained)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

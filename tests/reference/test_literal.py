@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ptv2_fast.models.cache import CACHE
+from ptv2_fast.inputs.cache import CACHE
 from ptv2_fast.reference.literal import literal_deep, literal_prefix, literal_shallow
 
 FAMILIES = ["bert", "roberta", "gpt2", "llama", "qwen3"]
@@ -32,8 +32,7 @@ def _prompts(backbone, injection: str, seed: int = 5) -> tuple[Tensor, ...]:
     }[injection]
     dtype = backbone.dtype
     return tuple(
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for shape in shapes
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
     )
 
 
@@ -77,9 +76,7 @@ def _keys_and_values_by_hand(backbone, prompts: Tensor) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_left_padded_right_padded_and_alone_are_the_same(
-    make_backbone, rows, pad, family, injection
-):
+def test_left_padded_right_padded_and_alone_are_the_same(make_backbone, rows, pad, family, injection):
     backbone = make_backbone(family)
     run, prompts = _LITERAL[injection], _prompts(backbone, injection)
     alone = [run(backbone, *prompts, row[None])[0] for row in rows]
@@ -93,9 +90,7 @@ def test_left_padded_right_padded_and_alone_are_the_same(
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_change_the_output_and_get_true_gradients(
-    make_backbone, rows, pad, family, injection
-):
+def test_prompts_change_the_output_and_get_true_gradients(make_backbone, rows, pad, family, injection):
     backbone = make_backbone(family)
     run, prompts = _LITERAL[injection], _prompts(backbone, injection)
     batch = pad(rows, "left")
@@ -181,9 +176,7 @@ def test_prefix_on_decoders_is_a_filled_cache(make_backbone, rows, pad, family):
     )[0]
     output = literal_prefix(backbone, keys, values, *_args(batch), position_offset=4)
     for index in range(3):
-        torch.testing.assert_close(
-            batch.real(output, index), batch.real(expected, index), rtol=0, atol=1e-10
-        )
+        torch.testing.assert_close(batch.real(output, index), batch.real(expected, index), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -195,21 +188,15 @@ def test_deep_is_prefix_with_the_keys_and_values_of_the_prompts(make_backbone, r
     deep = literal_deep(backbone, prompts, *_args(batch))
     prefix = literal_prefix(backbone, keys, values, *_args(batch))
     for index in range(3):
-        torch.testing.assert_close(
-            batch.real(deep, index), batch.real(prefix, index), rtol=0, atol=1e-10
-        )
+        torch.testing.assert_close(batch.real(deep, index), batch.real(prefix, index), rtol=0, atol=1e-10)
     one_layer = literal_deep(backbone, prompts[1:], *_args(batch), layers=[1])
     by_index = literal_prefix(backbone, {1: keys[1]}, {1: values[1]}, *_args(batch))
-    torch.testing.assert_close(
-        batch.real(one_layer, 0), batch.real(by_index, 0), rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(batch.real(one_layer, 0), batch.real(by_index, 0), rtol=0, atol=1e-10)
     assert (batch.real(one_layer, 0) - batch.real(deep, 0)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-def test_causal_shallow_is_the_prefix_that_the_prompts_alone_leave(
-    make_backbone, rows, pad, family
-):
+def test_causal_shallow_is_the_prefix_that_the_prompts_alone_leave(make_backbone, rows, pad, family):
     backbone = make_backbone(family)
     (prompts,) = _prompts(backbone, "shallow")
     cache = backbone(inputs_embeds=prompts[None], use_cache=True)[CACHE]
@@ -219,16 +206,12 @@ def test_causal_shallow_is_the_prefix_that_the_prompts_alone_leave(
     shallow = literal_shallow(backbone, prompts, *_args(batch))
     prefix = literal_prefix(backbone, keys, values, *_args(batch), position_offset=P)
     for index in range(3):
-        torch.testing.assert_close(
-            batch.real(shallow, index), batch.real(prefix, index), rtol=0, atol=1e-10
-        )
+        torch.testing.assert_close(batch.real(shallow, index), batch.real(prefix, index), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fully_padded_row_is_finite_and_leaves_the_others_alone(
-    make_backbone, rows, pad, family, injection
-):
+def test_a_fully_padded_row_is_finite_and_leaves_the_others_alone(make_backbone, rows, pad, family, injection):
     backbone = make_backbone(family)
     run, prompts = _LITERAL[injection], _prompts(backbone, injection)
     batch = pad([rows[0], rows[1][:0]], "right")

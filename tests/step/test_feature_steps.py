@@ -9,8 +9,8 @@ from tiny_features import EVERY, HIDDEN, IMAGES, TASK, TOKENS, features, gradien
 from tolerances import assert_equal
 
 from ptv2_fast import HeadConfig, StepOptions
-from ptv2_fast.models.families import family_of
-from ptv2_fast.models.view import TRACES_VIEWS
+from ptv2_fast.backbone.view import TRACES_VIEWS
+from ptv2_fast.families.registry import family_of
 from ptv2_fast.step import layers as step_layers
 
 pytestmark = pytest.mark.usefixtures("kernels_without_overflow_checks")

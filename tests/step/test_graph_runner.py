@@ -13,11 +13,12 @@ from tiny_models import tiny_model
 from tolerances import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ptv2_fast import HeadConfig, heads, tasks
+from ptv2_fast import HeadConfig, heads
 from ptv2_fast.attention import layer
 from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import Buckets, pack
+from ptv2_fast.task_models import classes as tasks
 
 
 @pytest.mark.parametrize("case", CASES)

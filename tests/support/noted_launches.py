@@ -60,8 +60,19 @@ class Compiled(CompiledKernel):
     def _init_handles(self) -> None:
         pass
 
-    def note(self, width: int, height: int, depth: int, stream: int, function: Any, metadata: Any,
-             launch_metadata: Any, enter: Any, leave: Any, *arguments: Any) -> None:
+    def note(
+        self,
+        width: int,
+        height: int,
+        depth: int,
+        stream: int,
+        function: Any,
+        metadata: Any,
+        launch_metadata: Any,
+        enter: Any,
+        leave: Any,
+        *arguments: Any,
+    ) -> None:
         """Keep what was launched, tensors as addresses; hooks run as in Triton's launchers."""
         if enter is not None:
             enter(launch_metadata)

@@ -71,17 +71,19 @@ def alike() -> Iterator[Callable[[], Any]]:
             lse = torch.zeros((2, 96) if base is packed else output.shape[:3])
             needs = Needs(True, True, True, "prompt_bias" in change, "bias" in change)
             yield functools.partial(prompt_attention_forward, **arguments)
-            yield functools.partial(
-                prompt_attention_backward, output, output=output, lse=lse, needs=needs, **arguments)
+            yield functools.partial(prompt_attention_backward, output, output=output, lse=lse, needs=needs, **arguments)
 
 
 def check_what_is_kept_of_a_call_is_what_it_would_be_anew() -> None:
     """Grid and constants of each launch, and their types."""
     calls = [*alike(), *alike()]
     kept, anew = (
-        [(kernel.__name__, grid, sorted((name, repr(value)) for name, value in constants.values.items()))
-         for kernel, grid, constants, _ in recorded(calls, forget)]
-        for forget in (False, True))
+        [
+            (kernel.__name__, grid, sorted((name, repr(value)) for name, value in constants.values.items()))
+            for kernel, grid, constants, _ in recorded(calls, forget)
+        ]
+        for forget in (False, True)
+    )
     assert len(kept) > 500
     for one, other in zip(kept, anew, strict=True):
         assert one == other, (one, other)
@@ -167,7 +169,8 @@ def check_the_device_is_switched_where_it_is_another() -> None:
         kernel, grid, constants, tensors = small()
         streams = [
             noted(functools.partial(launch.run, kernel, grid, torch.device("cuda", index), tensors, constants))[0][2]
-            for index in (0, 1, 0, 1)]
+            for index in (0, 1, 0, 1)
+        ]
     finally:
         torch.cuda.device, torch.cuda.current_device = usual
     assert streams == [7, 107, 7, 107] and entered == [1, 1] and active.device == 0

@@ -66,7 +66,7 @@ def tiny_base(
     config = tiny_config(family, **changes)
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    model = _build(family, kind, config).eval()
+    model = _new_adapter(family, kind, config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # transformers starts biases at 0, norms at 1 and attention almost uniform.
@@ -78,7 +78,7 @@ def tiny_base(
     return model.double() if exact else model
 
 
-def _build(family: str, kind: str, config):
+def _new_adapter(family: str, kind: str, config):
     if kind == "projection":
         tower = {"clip_vision_model": "CLIPVisionModelWithProjection", "clip_text_model": "CLIPTextModelWithProjection"}
         return getattr(transformers, tower[family])(config)

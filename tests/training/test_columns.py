@@ -113,7 +113,6 @@ class TestHeaders:
         pairs = read_examples(path, "SEQ_CLS", labelled=False, text_column=("1", "2"))
         assert pairs[0] == {"text": "it rains today here", "text_pair": "the street is wet"}
 
-
     @pytest.mark.parametrize(
         ("name", "text", "task"),
         [

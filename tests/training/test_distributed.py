@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from ptv2_fast import GraphRunner, PTuningV2Model, StepOptions, get_ptv2_model
-from ptv2_fast.export import prompt_tensors
-from ptv2_fast.models.families import family_of
+from ptv2_fast.families.registry import family_of
+from ptv2_fast.saving.export import prompt_tensors
 
 ALL_ON = StepOptions(**{field.name: True for field in fields(StepOptions)})
 # family, injection, task, gradient checkpointing

@@ -13,8 +13,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from typer.testing import CliRunner
 
 from ptv2_fast import GraphRunner, PTuningV2Model
-from ptv2_fast.checkpoint import DESCRIPTION_KEY
 from ptv2_fast.cli import app
+from ptv2_fast.saving.checkpoint import DESCRIPTION_KEY
 from ptv2_fast.training.bases import load_base
 from ptv2_fast.training.runs import load_trained
 
@@ -85,7 +85,7 @@ def test_the_command_line_reads_texts_alone(tmp_path):
 
 
 def test_a_card_names_the_task():
-    from ptv2_fast.hub import model_card
+    from ptv2_fast.saving.hub import model_card
 
     for family, task in (("vit", "image-classification"), ("whisper", "audio-classification")):
         assert model_card(tiny_model(family, "deep", TASK[family])).data.pipeline_tag == task

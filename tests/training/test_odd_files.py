@@ -141,7 +141,6 @@ class TestConll:
         read_examples(path, "TOKEN_CLS")
         assert "line 3 has 3 columns, most have 2" in caplog.text
 
-
     def test_sentences_are_no_tokens(self, tmp_path):
         path = write(tmp_path, "a.txt", "Anna is here\nBob too\n")
         refused(path, "TOKEN_CLS", f"{path}, line 1", "one token a line", "standard input", labelled=False)

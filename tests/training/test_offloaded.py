@@ -75,11 +75,11 @@ def test_a_base_with_accelerates_hooks_gives_what_it_gives_without(family, injec
 
 def test_what_needs_weights_is_off_where_they_are_offloaded(caplog):
     model = tiny_model("llama", "deep", "CAUSAL_LM").train()
-    model.step_options = StepOptions(labelled_rows_loss=True, fused_projections=True, compile_layers=True)
+    model.step_options = StepOptions(labelled_tokens_loss=True, fused_projections=True, compile_layers=True)
     _offloaded(model.base_model)
     with caplog.at_level(logging.INFO, "ptv2_fast"):
         plan = model.step_plan()
-    assert not (plan.labelled_rows_loss or plan.fused_projections or plan.compile_layers)
+    assert not (plan.labelled_tokens_loss or plan.fused_projections or plan.compile_layers)
     assert "fused_projections off (weights come and go: offloading)" in caplog.text
 
 
@@ -135,7 +135,7 @@ def test_no_weight_is_read_but_by_its_own_module(family, injection, task):
         if gathered:
             model.step_options = ALL_ON
             whole = _come_and_go(model.base_model)
-            assert model.step_plan().gathered_by == "DeepSpeed ZeRO-3"
+            assert model.step_plan().weights_owner == "DeepSpeed ZeRO-3"
         labels = BATCH.input_ids[:, -1] % LABELS if task == "SEQ_CLS" else BATCH.input_ids.masked_fill(~REAL, -100)
         loss = model(**BATCH.inputs, labels=labels).loss
         for parameter, data in whole.items():

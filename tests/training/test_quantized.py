@@ -13,7 +13,7 @@ from tolerances import assert_differs, assert_equal
 from torch import nn
 
 from ptv2_fast import PTuningV2Model, StepOptions, get_ptv2_model
-from ptv2_fast.models.families import family_of
+from ptv2_fast.families.registry import family_of
 from ptv2_fast.prompts.projection import LayerProjections
 from ptv2_fast.step.fused_projections import FusedProjections
 
@@ -68,9 +68,11 @@ def quantized(tmp_path_factory):
             folders[family, task] = tmp_path_factory.mktemp(family)
             changes = SIZES if family != "gpt2" else {"hidden_size": 64}
             tiny_base(family, task, **changes).save_pretrained(folders[family, task])
-        base = AUTO[task].from_pretrained(
-            folders[family, task], quantization_config=config, dtype=torch.float32, device_map="cpu"
-        ).eval()
+        base = (
+            AUTO[task]
+            .from_pretrained(folders[family, task], quantization_config=config, dtype=torch.float32, device_map="cpu")
+            .eval()
+        )
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # Where the CPU has it, bitsandbytes packs weights in evaluation for a product without a gradient.
@@ -115,7 +117,7 @@ def test_a_quantized_base_trains_evaluates_and_saves(family, task, kind, quantiz
     before = {name: value.clone() for name, value in base.state_dict().items() if isinstance(value, torch.Tensor)}
     torch.manual_seed(3)
     model = get_ptv2_model(base, tiny_prompts("deep", task)).train()
-    model.step_options = StepOptions(unpad=True, labelled_rows_loss=True, fused_projections=True, last_rows=True)
+    model.step_options = StepOptions(unpad=True, labelled_tokens_loss=True, fused_projections=True, last_rows=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     labels = (BATCH.input_ids % LABELS).masked_fill(~REAL, -100)
     losses, logits = [], []

@@ -80,9 +80,7 @@ def _outcome(trainer: Trainer) -> tuple[dict[int, float], dict[str, torch.Tensor
 
 @pytest.mark.parametrize(("task_type", "injection"), [("SEQ_CLS", "deep"), ("CAUSAL_LM", "prefix")])
 def test_a_killed_process_resumes_to_the_same_bits(task_type, injection, tmp_path):
-    child = forkserver().Process(
-        target=_train_until_killed, args=(task_type, injection, str(tmp_path / "killed"))
-    )
+    child = forkserver().Process(target=_train_until_killed, args=(task_type, injection, str(tmp_path / "killed")))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL

@@ -113,9 +113,7 @@ def test_a_finished_run_says_which_weights_it_speaks_of(old):
     }  # fmt: skip
 
 
-def test_overwrite_killed_before_its_first_save_leaves_no_old_checkpoint(
-    place, old, straight, tmp_path, monkeypatch
-):
+def test_overwrite_killed_before_its_first_save_leaves_no_old_checkpoint(place, old, straight, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(old, folder)
     metrics = (folder / "metrics.json").read_text()

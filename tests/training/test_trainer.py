@@ -14,7 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.trainer_utils import get_last_checkpoint
 
 from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
-from ptv2_fast.checkpoint import DESCRIPTION_KEY
+from ptv2_fast.saving.checkpoint import DESCRIPTION_KEY
 from ptv2_fast.training.data import LabelSet
 from ptv2_fast.training.predict import evaluate, predict
 from ptv2_fast.training.task_data import TaskCodec

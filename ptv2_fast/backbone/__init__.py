@@ -1,0 +1,1 @@
+"""Machinery on a frozen model: views of it, its projections, its tokens; nothing of a single family."""

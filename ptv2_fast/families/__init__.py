@@ -1,0 +1,1 @@
+"""What differs between model families, each in one small file."""

@@ -1,0 +1,1 @@
+"""Saving and loading: folders, the hub, and the formats of others."""

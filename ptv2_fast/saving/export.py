@@ -1,0 +1,112 @@
+"""Trained prompts as plain tensors, for servers and code that know nothing of this package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
+from ptv2_fast.backbone.at_rest import at_rest
+from ptv2_fast.saving.checkpoint import describe
+from ptv2_fast.storage.files import write_whole
+from ptv2_fast.storage.tensors import read_metadata, write_tensors
+
+if TYPE_CHECKING:
+    from ptv2_fast.model import PTuningV2Model
+
+FORMATS = ("kv", "embeddings")
+
+
+def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = None) -> dict[str, Tensor]:
+    """An adapter's prompts as plain tensors on the CPU.
+
+    Args:
+        what: "kv": `layers.{i}.key` and `layers.{i}.value`, (Hkv, P, d) for every prompted layer, as attention reads
+            them: projected, normalised and rotated to positions -P..-1 where the family is rotary; `layers.{i}.bias`
+            (H, P), to be added to their scores, where there is a gate or a term for distances. Reparameterisation is
+            merged. "embeddings": `prompt_embeddings` (P, D), to be put in front of the text's own embeddings.
+        adapter_name: None means the active adapter.
+
+    Raises:
+        ValueError: the adapter is unknown, or its prompts cannot be written that way.
+    """
+    name = model.active_adapter if adapter_name is None else adapter_name
+    model._check_name(name)
+    model._follow_backbone()
+    adapter = model.adapters[name]
+    config = adapter.config
+    if what not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {what!r}")
+    if what == "embeddings" and config.injection != "shallow":
+        raise ValueError(
+            f"format 'embeddings' needs injection 'shallow'; adapter {name!r} has {config.injection!r}, whose prompts "
+            "are not inputs of the model"
+        )
+    if what == "kv" and model._evolves_with_text(adapter):
+        raise ValueError(
+            f"format 'kv' needs prompts that do not see the text; adapter {name!r} is shallow on a bidirectional model"
+        )
+    with at_rest(model):
+        if what == "embeddings":
+            return {"prompt_embeddings": _plain(adapter.encoder())}
+        return _keys_and_values(model._source(name)("torch"))
+
+
+def _keys_and_values(prompts: Sequence[LayerPrompt | LazyPrompt | None]) -> dict[str, Tensor]:
+    tensors = {}
+    for layer, prompt in enumerate(prompts):
+        if prompt is None:
+            continue
+        if isinstance(prompt, LazyPrompt):
+            raise ValueError(
+                "model must have its weights at hand for format 'kv'; got a sharded or offloaded one: load the "
+                "saved adapter over a whole base"
+            )
+        tensors[f"layers.{layer}.key"] = _plain(prompt.keys)
+        tensors[f"layers.{layer}.value"] = _plain(prompt.values)
+        if prompt.bias is not None:
+            tensors[f"layers.{layer}.bias"] = _plain(prompt.bias)
+    return tensors
+
+
+def export_prompts(model: PTuningV2Model, path: str | Path, what: str = "kv", adapter_name: str | None = None) -> None:
+    """Write `prompt_tensors` as a safetensors file whose metadata describes the adapter and its base.
+
+    An earlier export is replaced, nothing else is.
+
+    Raises:
+        ValueError: as `prompt_tensors`, or `path` is there and no earlier export, or cannot be in its folder.
+    """
+    path = Path(path)
+    _check_free(path)
+    name = model.active_adapter if adapter_name is None else adapter_name
+    tensors = prompt_tensors(model, what, adapter_name)
+    description = describe(name, model.adapters[name].config, model.base_model)
+    metadata = {"content": what, "ptv2": json.dumps(description)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: write_tensors(file, tensors, metadata))
+
+
+def _check_free(path: Path) -> None:
+    """Refuse a path whose file an export must not replace."""
+    if path.is_dir():
+        raise ValueError(f"path must name a file; {path} is a folder")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"path must name a file in a folder; {above} is a file")
+    if not path.exists():
+        return
+    try:
+        is_export = path.is_file() and {"content", "ptv2"} <= set(read_metadata(path))
+    except ValueError:
+        is_export = False
+    if not is_export:
+        raise ValueError(f"path must be free or an earlier export; {path} is something else and is not overwritten")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()

@@ -1,0 +1,79 @@
+"""The model class of the task SEQ_2_SEQ_LM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptv2_fast.base_methods import refuse_unserved
+from ptv2_fast.heads import check_labels
+from ptv2_fast.inputs.cache import with_cache_name
+from ptv2_fast.inputs.right_padding import ENCODER_STATES, change_states
+from ptv2_fast.model import PTuningV2Model
+
+
+class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
+    """Prompts for an encoder-decoder that writes text (task_type SEQ_2_SEQ_LM)."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's output: logits (B, M, V) of the decoder's tokens, and the mean loss of labels (B, M), but -100.
+
+        Args:
+            input_ids: (B, N) the encoder's; or inputs_embeds (B, N, D), or encoder_outputs of an earlier call.
+            attention_mask: (B, N) of the encoder's text, padding anywhere.
+            decoder_input_ids: (B, M); left out with labels, from which the base derives them.
+            decoder_attention_mask: (B, M), or with a cache of everything in it too; padding anywhere where no cache is
+                kept, at the right where one is, or in front too where only distances count (T5). Or (B, 1, M, L) over
+                the L cached and new tokens, bool or additive, whose positions are slots.
+            adapter_names: one name per row, "__base__" for none; None runs the active adapter on all rows.
+        """
+        self._check_read(kwargs)
+        if kwargs.pop("task", None) is not None:
+            raise ValueError("task must be None: an encoder-decoder has the one head of its base")
+        if self.training and labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError(
+                "labels or decoder_input_ids must be given in training; where Trainer takes the labels away (label "
+                "smoothing), DataCollatorForSeq2Seq(tokenizer, model=model) makes decoder_input_ids of them"
+            )
+        if labels is not None:
+            beside = [x for x in (decoder_input_ids, decoder_inputs_embeds, labels) if isinstance(x, Tensor)]
+            check_labels("labels", labels, self.base_model.config.vocab_size, beside[0].shape[:2] if beside else ())
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "encoder_outputs": encoder_outputs,
+            "inputs_embeds": inputs_embeds,
+            "decoder_inputs_embeds": decoder_inputs_embeds,
+            "labels": labels,
+            **kwargs,
+        }
+        return self._as_asked(self.run(self.base_model, inputs, adapter_names), kwargs.get("return_dict"))
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """`generate` of the base with the prompts in its encoder and in every step of its decoder."""
+        if self._disabled:
+            return self.base_model.generate(*args, **with_cache_name(kwargs))
+        refuse_unserved(kwargs.get("generation_config") or self.generation_config, kwargs, seq2seq=True)
+        bound, base = self._bound_prompts(adapter_names), self.base_model
+        with torch.no_grad():
+            output = bound.around(self._hooked.whole(base)).generate(*args, **with_cache_name(kwargs))
+        if bound.length and not isinstance(output, Tensor):
+            change_states(output, ENCODER_STATES, lambda states: states[:, bound.length :])
+        return output

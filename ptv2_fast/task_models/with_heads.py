@@ -1,0 +1,233 @@
+"""What the tasks with trained heads share: running the head that an adapter has, and the outputs they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    ImageClassifierOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from ptv2_fast.adapter import BASE_ROW, Adapter
+from ptv2_fast.config import ROW_TASKS
+from ptv2_fast.heads import base_targets, chosen_loss, classification_loss, span_loss
+from ptv2_fast.inputs.features import features_read, input_size, reads_text
+from ptv2_fast.inputs.pooling import tokens_read
+from ptv2_fast.inputs.right_padding import HIDDEN_STATES, change_states, reorder_tokens, to_right_padding
+from ptv2_fast.inputs.text import check_inputs
+from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
+from ptv2_fast.task_models.captured import CapturedModel
+from ptv2_fast.task_models.labelled_config import labelled
+
+
+class PTuningV2ModelWithHeads(CapturedModel):
+    """What the tasks with trained heads share: running the head that an adapter has."""
+
+    @property
+    def config(self) -> Any:
+        """The base's configuration; with the active adapter's label names where they are its own.
+
+        What is set on it is set on the base's, and label names in the adapter. A pipeline reads label names from here.
+        """
+        config, adapter = self.base_model.config, self.adapters[self.active_adapter]
+        if len(adapter.heads) != 1 and adapter.labels is None:
+            return config
+        return labelled(config, adapter.label_names, adapter.rename_labels)
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.base_model.config = config
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes `config` names."""
+        return int(self.config.num_labels)
+
+    def _own_heads(self) -> Mapping[str, nn.Module]:
+        return dict(self.adapters[self.active_adapter].base_heads.items())
+
+    def _run_task(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        task: str | None,
+        targets: dict[str, Tensor | None],
+    ) -> Any:
+        """The task's output with logits, and a loss where `targets` (labels, or start and end) are given."""
+        return_dict = inputs.pop("return_dict", None)
+        names = list(dict.fromkeys(adapter_names)) if adapter_names else [self.active_adapter]
+        given = {name: target for name, target in targets.items() if target is not None}
+        adapters = [self.adapters[n] for n in names if n in self.adapters]
+        captured = self._captured_task(inputs, adapter_names, task, given)
+        if captured is not None:
+            return self._as_asked(captured, return_dict)
+        if task is not None and not any(len(a.heads) for a in adapters):
+            raise ValueError(f"task must be None where no adapter has heads of its own; got {task!r}")
+        if self._disabled or not adapters or not any(len(a.heads) for a in adapters):
+            output = self._run_base_head(inputs, adapter_names, adapters, given)
+        else:
+            output = self._run_own_heads(inputs, adapter_names, names, task, given)
+        return self._as_asked(output, return_dict)
+
+    def _captured_task(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        task: str | None,
+        targets: Mapping[str, Tensor],
+    ) -> Any:
+        """The task's output from a captured pass; None where it has to be computed as any other."""
+        if not targets:
+            return None
+        beside: dict[str, Any] = {name: target for name, target in targets.items() if name != "labels"}
+        if task is not None and list(self.adapters[self.active_adapter].heads) != [task]:
+            beside["task"] = task
+        labels = targets.get("labels", next(iter(targets.values())))
+        captured = self._captured({**inputs, **beside}, labels, adapter_names)
+        return None if captured is None else _output_class(self.packed_task()[0])(*captured)
+
+    def _run_base_head(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        adapters: list[Adapter],
+        targets: Mapping[str, Tensor],
+    ) -> Any:
+        """The base's own forward, with the adapter's copy of the base's head in its place."""
+        task_type = self.adapters[self.active_adapter].config.task_type
+        target = self.base_model
+        if adapters and not self._disabled:
+            if len(adapters) > 1:
+                raise ValueError(
+                    "adapter_names must name one adapter where each has its own copy of the base's head; configure "
+                    f"heads={{...}} on the backbone to mix them in one batch; got {len(adapters)} adapters"
+                )
+            target = adapters[0].base_with_head(target)
+        targets = base_targets(target, task_type, input_size(self._family, inputs), targets)
+        read = back = None
+        if adapters and adapters[0].config.task_type in ROW_TASKS and self._family.reads_first:
+            if not self._disabled and reads_text(self._family):
+                check_inputs(inputs.get("input_ids"), inputs.get("inputs_embeds"), inputs.get("attention_mask"), 0)
+                inputs, back = to_right_padding(inputs)
+            read = self._read(inputs, "first")
+        output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
+        if back is not None:
+            change_states(output, HIDDEN_STATES, lambda states: reorder_tokens(states, back))
+        return output
+
+    def _run_own_heads(
+        self,
+        inputs: dict[str, Any],
+        adapter_names: Sequence[str] | None,
+        names: Sequence[str],
+        task: str | None,
+        targets: Mapping[str, Tensor],
+    ) -> Any:
+        """The backbone with prompts, then our head of each row's adapter."""
+        read = None
+        if len(names) == 1:
+            kind = self.adapters[names[0]].head(task).config
+            read = self._read(inputs, kind.pooling) if kind.task_type in ROW_TASKS else None
+        output = self.run(self.backbone, inputs, adapter_names, read=read)
+        hidden = output.last_hidden_state
+        mask = inputs.get("attention_mask")
+        mask = mask if mask is not None and mask.dim() == 2 and reads_text(self._family) else None
+        if len(names) == 1:
+            head = self.adapters[names[0]].head(task)
+            logits = head(hidden, mask, read if reads_text(self._family) else None)
+            chosen = chosen_loss(self.base_model)
+            return _task_output(head.config.task_type, logits, targets, output, chosen)
+        if BASE_ROW in names:
+            raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
+        if targets:
+            raise ValueError(
+                f"{', '.join(targets)} must be None with several adapters in one batch: train one at a time"
+            )
+        each = [
+            self.adapters[name].head(task)(hidden[i : i + 1], None if mask is None else mask[i : i + 1])
+            for i, name in enumerate(self._row_names(adapter_names, inputs))
+        ]
+        kinds = {self.adapters[name].head(task).config.task_type for name in names}
+        same = len(kinds) == 1 and len({row.shape for row in each}) == 1
+        # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
+        joined = torch.cat(each) if same else tuple(row[0] for row in each)
+        return _task_output(next(iter(kinds)) if same else "SEQ_CLS", joined, targets, output)
+
+    def _read(self, inputs: dict[str, Any], pooling: str) -> Tensor | None:
+        """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""
+        if reads_text(self._family):
+            return tokens_read(inputs, pooling)
+        return features_read(self._family, inputs, self.backbone, pooling)
+
+    def packed_task(self) -> tuple[str, str]:
+        """The task type and pooling by which a batch is packed for the active adapter."""
+        adapter = self.adapters[self.active_adapter]
+        if not adapter.heads:
+            return adapter.config.task_type, "first"
+        head = next(iter(adapter.heads.values())).config
+        return head.task_type, head.pooling
+
+    def why_not_packed(self) -> str | None:
+        """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
+        adapter = self.adapters[self.active_adapter]
+        if len(adapter.heads) > 1:
+            return "the adapter has several heads"
+        if adapter.heads and chosen_loss(self.base_model) is not None:
+            return "the loss is another one than its task's"
+        task_type, pooling = self.packed_task()
+        if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+            return f"a {task_type} loss is over whole rows"
+        if task_type == "SEQ_CLS" and not adapter.heads:
+            return "the base's own classifier reads padded rows"
+        if task_type == "SEQ_CLS" and pooling == "mean":
+            return "a mean is over whole rows"
+        return super().why_not_packed()
+
+    def packed_output(self, packed: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """As `CapturedModel` says; logits of the base's own head are of all tokens."""
+        if reason := self.why_not_packed():
+            raise ValueError(f"packed must suit the active adapter: {reason}")
+        adapter = self.adapters[self.active_adapter]
+        if not adapter.heads:
+            labels = packed_labels(packed)
+            output = self._run_base_head(packed_inputs(packed), None, [adapter], {"labels": labels})
+            return output.loss, output.logits[0]
+        head = adapter.head(None)
+        states = self.packed_states(packed)
+        # A pooled row is a text of one token.
+        states = states[:, None] if head.config.task_type == "SEQ_CLS" else states[None]
+        logits = head(states, None).reshape(-1, head.config.num_labels)
+        return classification_loss(logits, packed.targets), logits
+
+
+def _task_output(
+    task_type: str, logits: Any, targets: Mapping[str, Tensor], output: Any, chosen: Callable[..., Any] | None = None
+) -> Any:
+    """The output class of a task, with its loss where there are targets: its own, or the one that somebody chose."""
+    expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
+    if targets and set(targets) != expected:
+        raise ValueError(
+            f"{' and '.join(sorted(expected))} must be given for a {task_type} head; got {', '.join(targets)}"
+        )
+    states = {"hidden_states": output.hidden_states}
+    loss = None
+    if task_type == "QUESTION_ANS":
+        start, end = logits.unbind(-1)
+        if targets:
+            loss = chosen(start, end, **targets) if chosen else span_loss(logits, **targets)
+        return QuestionAnsweringModelOutput(loss, start_logits=start, end_logits=end, **states)
+    if targets:
+        loss = chosen(logits=logits, **targets) if chosen else classification_loss(logits, targets["labels"])
+    return _output_class(task_type)(loss, logits=logits, **states)
+
+
+def _output_class(task_type: str) -> type[Any]:
+    """The class of outputs with one loss and one tensor of logits."""
+    classes = {"TOKEN_CLS": TokenClassifierOutput, "IMAGE_CLS": ImageClassifierOutput}
+    return classes.get(task_type, SequenceClassifierOutput)

@@ -1,0 +1,28 @@
+"""The table of families says what the registry says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tiny_features
+from tiny_models import DECODERS, FAMILIES
+from tiny_seq2seq import KINDS
+
+from ptv2_fast.families.table import table
+
+ENCODER_DECODERS = {kind.split("-")[0] for kind in KINDS}
+FILE = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+def test_the_table_is_current():
+    assert FILE.read_text(encoding="utf-8") == table()
+
+
+def test_the_table_has_the_families_that_are_tested():
+    rows = [line.split(" | ") for line in table().splitlines() if line.startswith("| `")]
+    assert {row[0].strip("| `") for row in rows} == {*FAMILIES, *tiny_features.FAMILIES, *ENCODER_DECODERS}
+    assert {row[0].strip("| `") for row in rows if row[1] == "decoder"} == set(DECODERS)
+    assert {row[0].strip("| `") for row in rows if row[1] == "encoder-decoder"} == ENCODER_DECODERS
+    images = {row[0].strip("| `") for row in rows if row[1] == "encoder of images"}
+    assert images == set(tiny_features.IMAGES)
+    assert all(("decoder" in row[1]) == (row[6] == "yes") for row in rows)

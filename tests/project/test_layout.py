@@ -1,0 +1,230 @@
+"""The shape of the source tree: who may import whom, what is packaged, how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE, KERNELS = ROOT / "ptv2_fast", ROOT / "kernels"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.glob("*.py")])
+MAX_LINES = 400
+
+# From the bottom up: a room imports from itself and from the rooms below it. Rooms of one row do not know each other.
+LAYERS = (
+    ("kernels", "reference"),
+    ("attention",),
+    ("backbone", "storage", "typed_modules", "config"),
+    ("families",),
+    ("inputs",),
+    ("prompts", "heads"),
+    ("step",),
+    ("adapter",),
+    ("saving", "adapter_set", "base_attributes", "base_methods", "forward"),
+    ("model",),
+    ("task_models",),
+    ("public", "checkpoint", "export", "hub"),
+    ("training", "tutorials", "interop"),
+    ("cli", "demo"),
+)
+RANK = {layer: rank for rank, row in enumerate(LAYERS) for layer in row}
+# The reference stands beside everything: only the backend of that name reaches it, when it is asked for.
+MAY_IMPORT_REFERENCE = {"ptv2_fast.attention.api"}
+# The one arrow upwards: the classes of the tasks are looked up by name where a saved model is rebuilt.
+LAZY_UPWARDS = {("ptv2_fast.model", "ptv2_fast.task_models.classes")}
+# Rooms that stay below transformers.
+WITHOUT_TRANSFORMERS = {"kernels", "config", "storage", "typed_modules", "public", "checkpoint", "export", "hub"}
+ATTENTION_WITHOUT_TRANSFORMERS = {
+    "api", "checks", "layer", "prompt_batch", "torch_backend", "triton_backend", "triton_layers", "__init__",
+}  # fmt: skip
+
+
+def _name(path: Path) -> str:
+    """The module that a file is installed as."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("ptv2_fast", *parts) if parts[0] == "kernels" else parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def _layer(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in RANK else "public"
+
+
+def _imports(path: Path) -> list[tuple[str, bool]]:
+    """Every module that a file imports, and whether it does so when it is itself imported."""
+    found = []
+
+    def visit(node: ast.AST, at_import: bool) -> None:
+        if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, at_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from package import module` imports a module too.
+            modules = {_name(source) for source in SOURCES}
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.extend((name if name in modules else node.module, at_import) for name in inner)
+        lazily = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, at_import and not lazily)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    return found
+
+
+def _each(paths):
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
+
+
+def test_every_source_has_a_layer():
+    layers = {_layer(_name(path)) for path in SOURCES}
+    assert layers == {layer for layer in RANK}
+    assert [name for name in (_name(path) for path in SOURCES) if _layer(name) == "public"] == ["ptv2_fast"]
+
+
+@pytest.mark.parametrize("path", _each(SOURCES))
+def test_imports_point_down(path):
+    module = _name(path)
+    own = RANK[_layer(module)]
+    for imported, _ in _imports(path):
+        if not imported.startswith("ptv2_fast") or (module, imported) in LAZY_UPWARDS:
+            continue
+        layer = _layer(imported)
+        assert RANK[layer] < own or layer == _layer(module), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", _each(SOURCES))
+def test_the_reference_is_imported_where_it_is_asked_for_alone(path):
+    module = _name(path)
+    for imported, at_import in _imports(path):
+        if _layer(imported) == "reference" and _layer(module) != "reference":
+            assert module in MAY_IMPORT_REFERENCE and not at_import, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", _each(KERNELS.glob("*.py")))
+def test_kernels_need_torch_and_triton_alone(path):
+    for imported, at_import in _imports(path):
+        top = imported.split(".")[0]
+        # The interpreter is written in NumPy: what mends it may look at that, when it runs.
+        known = top in ("torch", "triton") or top in sys.stdlib_module_names or (top == "numpy" and not at_import)
+        assert known or imported.startswith("ptv2_fast.kernels"), imported
+
+
+@pytest.mark.parametrize("path", _each(SOURCES))
+def test_transformers_stays_above_the_hook(path):
+    module = _name(path)
+    uses = any(name.split(".")[0] == "transformers" for name, _ in _imports(path))
+    low = _layer(module) == "attention" and path.stem in ATTENTION_WITHOUT_TRANSFORMERS
+    if uses:
+        assert _layer(module) not in WITHOUT_TRANSFORMERS and not low, f"{module} imports transformers"
+
+
+@pytest.mark.parametrize("path", _each(SOURCES))
+def test_only_training_needs_what_the_train_extra_installs(path):
+    extra = {"accelerate", "sklearn", "seqeval", "matplotlib", "rich", "typer", "datasets", "gguf", "peft"}
+    for imported, _ in _imports(path):
+        if imported.split(".")[0] in extra:
+            assert _layer(_name(path)) in ("training", "cli", "demo"), f"{path} imports {imported}"
+
+
+def test_a_lower_layer_is_really_seen(tmp_path):
+    """The walk can fail: it reads imports in functions, of modules and from packages."""
+    file = tmp_path / "sample.py"
+    file.write_text("import a.b\ndef f():\n    from ptv2_fast.task_models import classes\n    import torch\n")
+    assert _imports(file) == [("a.b", True), ("ptv2_fast.task_models.classes", False), ("torch", False)]
+    assert _layer("ptv2_fast.task_models.classes") == "task_models" and RANK["task_models"] > RANK["kernels"]
+
+
+@pytest.mark.parametrize("path", _each(SOURCES))
+def test_files_stay_readable(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_LINES, f"{len(lines)} lines"
+
+
+def test_kernels_is_no_package_of_its_own():
+    """The top-level name belongs to another project; transformers probes it at import."""
+    assert not (KERNELS / "__init__.py").exists()
+    assert not [path for path in KERNELS.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    shim = [path.name for path in (PACKAGE / "kernels").glob("*.py")]
+    assert shim == ["__init__.py"]
+
+
+def test_tests_mirror_the_sources_without_packages():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def test_the_wheel_holds_the_kernels_as_they_are(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in (PACKAGE, KERNELS):
+        shutil.copytree(folder, source / folder.name, ignore=ignored)
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    command = [sys.executable, "-c", build, str(tmp_path)]
+    done = subprocess.run(command, cwd=source, env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(installed)
+    # The shim only points to the folder whose files the wheel carries in its place.
+    for path in set(SOURCES) - {PACKAGE / "kernels" / "__init__.py"}:
+        inside = installed / (_name(path).replace(".", "/") + ".py")
+        if path.name == "__init__.py":
+            inside = installed / path.relative_to(ROOT)
+        assert inside.read_bytes() == path.read_bytes(), path
+    assert "ptv2_fast/py.typed" in names
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
+    data = {f"ptv2_fast/demo/data/{path.name}" for path in (PACKAGE / "demo" / "data").iterdir()}
+    assert data and data <= names
+    # Installed, the kernels come from the wheel and not from a folder beside it.
+    code = "import ptv2_fast.kernels.launch as module; print(module.__file__)"
+    where = {**_environment(), "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True)
+    assert done.stdout.strip() == str(installed / "ptv2_fast" / "kernels" / "launch.py"), done.stderr
+
+
+def _asks_for_equal_outputs(tree: ast.AST) -> list[int]:
+    """Lines of `assert torch.equal(...)` on what a model computes."""
+    asked = (node for node in ast.walk(tree) if isinstance(node, ast.Assert) and isinstance(node.test, ast.Call))
+    calls = [node.test for node in asked if ast.unparse(node.test.func) == "torch.equal"]
+    outputs = {"logits", "last_hidden_state", "loss"}
+    return [call.lineno for call in calls if any(getattr(node, "attr", None) in outputs for node in ast.walk(call))]
+
+
+def test_equal_outputs_are_asked_for_where_it_is_written_when_they_may_be():
+    """`assert_same_bits` says what rounds alike on every processor, and what does not."""
+    files = [path for path in (ROOT / "tests").rglob("*.py") if "kernels" not in path.parts]
+    found = {str(path): _asks_for_equal_outputs(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
+    assert not {path: lines for path, lines in found.items() if lines}
+    assert _asks_for_equal_outputs(ast.parse("assert torch.equal(model(x).logits, y)")) == [1]
+    assert _asks_for_equal_outputs(ast.parse("assert not torch.equal(a.logits, b.logits)")) == []
+
+
+def test_links_stay_within_the_tree():
+    """A link to an environment or a folder outside leads nowhere on another machine."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    done = subprocess.run([git, "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True)
+    links = [ROOT / line.split("\t")[1] for line in done.stdout.splitlines() if line.startswith("120000")]
+    assert links and all((link.parent / os.readlink(link)).resolve().is_relative_to(ROOT) for link in links), links
