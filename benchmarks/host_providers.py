@@ -17,8 +17,8 @@ from ptv2_fast.step.options import StepOptions
 
 Call = Callable[[], Any]
 # What they are on CUDA through the triton backend, while training and not.
-CUDA_DEFAULTS = StepOptions(unpad=True, labelled_tokens_loss=True, fused_projections=True, last_rows=True)
-CUDA_EVALUATION = StepOptions(unpad=False, labelled_tokens_loss=False, fused_projections=False, last_rows=False)
+CUDA_DEFAULTS = StepOptions(unpad=True, labelled_rows_loss=True, fused_projections=True, last_rows=True)
+CUDA_EVALUATION = StepOptions(unpad=False, labelled_rows_loss=False, fused_projections=False, last_rows=False)
 # Tokens of a generation that is timed against one of a single token.
 NEW_TOKENS = 8
 

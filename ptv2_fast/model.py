@@ -40,7 +40,7 @@ from ptv2_fast.inputs.text import (
 from ptv2_fast.prompts.cache import PromptCache, Prompts
 from ptv2_fast.saving.mixin import Persistence
 from ptv2_fast.step.capture import CAPTURES
-from ptv2_fast.step.labelled_tokens import balances_experts
+from ptv2_fast.step.labelled_rows import balances_experts
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
 from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.step.unpad import Packing, can_unpad, unpadded

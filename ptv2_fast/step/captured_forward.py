@@ -260,8 +260,8 @@ def _why_not_model(model: PassModel, plan: StepPlan) -> str | None:
         return _HALF
     if chosen_loss(base) is not None:
         return "the loss is another one than the task's"
-    if model.packed_task()[0] == "CAUSAL_LM" and not plan.labelled_tokens_loss:
-        return "step_options.labelled_tokens_loss is off: a captured loss comes without logits"
+    if model.packed_task()[0] == "CAUSAL_LM" and not plan.labelled_rows_loss:
+        return "step_options.labelled_rows_loss is off: a captured loss comes without logits"
     if config.output_hidden_states or config.output_attentions:
         return "the base's configuration asks for hidden states or attention weights"
     if getattr(backbone, "gradient_checkpointing", False):

@@ -11,12 +11,12 @@ import torch
 from ptv2_fast.step.capture import CAPTURES
 
 # Evaluation reads logits and states, and few would wait for a compiler there.
-_TRAINING_ALONE = ("labelled_tokens_loss", "last_rows", "compile_layers")
+_TRAINING_ALONE = ("labelled_rows_loss", "last_rows", "compile_layers")
 
-_NOT_TRACED = ("unpad", "labelled_tokens_loss", "fused_projections", "compile_layers")
+_NOT_TRACED = ("unpad", "labelled_rows_loss", "fused_projections", "compile_layers")
 
 # What reads, moves or traces weights outside the forward of the module that has them.
-_NEEDS_WEIGHTS = ("labelled_tokens_loss", "fused_projections", "compile_layers", "cuda_graphs")
+_NEEDS_WEIGHTS = ("labelled_rows_loss", "fused_projections", "compile_layers", "cuda_graphs")
 
 logger = logging.getLogger("ptv2_fast")
 
@@ -30,7 +30,7 @@ class StepOptions:
     Attributes:
         unpad: run the layers over real tokens only; padding is dropped before the first layer and put back, as
             zeros, after the last. None: while training, on the CPU or with the triton backend.
-        labelled_tokens_loss: causal language models compute logits for labelled tokens only, in chunks, and return
+        labelled_rows_loss: causal language models compute logits for labelled tokens only, in chunks, and return
             a loss without logits. None: while training on CUDA.
         fused_projections: queries, keys and values (and gate and up) of the frozen base by one matrix product; their
             weights become views of one buffer. None: while training on CUDA.
@@ -44,7 +44,7 @@ class StepOptions:
     """
 
     unpad: bool | None = None
-    labelled_tokens_loss: bool | None = None
+    labelled_rows_loss: bool | None = None
     fused_projections: bool | None = None
     last_rows: bool | None = None
     compile_layers: bool | None = None
@@ -66,7 +66,7 @@ class StepPlan:
     """
 
     unpad: bool
-    labelled_tokens_loss: bool
+    labelled_rows_loss: bool
     fused_projections: bool
     last_rows: bool
     compile_layers: bool
@@ -100,7 +100,7 @@ def plan_step(
     traced = torch.compiler.is_compiling()
     rules = {
         "unpad": (training and (triton or device.type == "cpu"), "training on the CPU or with triton"),
-        "labelled_tokens_loss": (training and on_cuda, "training on CUDA"),
+        "labelled_rows_loss": (training and on_cuda, "training on CUDA"),
         "fused_projections": (training and on_cuda, "training on CUDA"),
         "last_rows": (training, "training"),
         "compile_layers": (False, "unless asked for"),

@@ -24,10 +24,10 @@ from ptv2_fast.inputs.arguments import named_arguments
 from ptv2_fast.inputs.cache import with_cache_name
 from ptv2_fast.inputs.text import text_size
 from ptv2_fast.model import PTuningV2Model
-from ptv2_fast.step.labelled_tokens import (
+from ptv2_fast.step.labelled_rows import (
     kept_items,
+    labelled_rows_loss,
     labelled_tokens,
-    labelled_tokens_loss,
     predictable_labels,
     why_not_labelled_rows,
 )
@@ -133,7 +133,7 @@ class PTuningV2ModelForCausalLM(CapturedModel):
             return self._as_asked(CausalLMOutputWithPast(*captured), kwargs.get("return_dict"))
         call = self._predictable({**inputs, "labels": labels})
         plan = self.step_plan()
-        if plan.labelled_tokens_loss and not self._disabled and why_not_labelled_rows(self.base_model, call) is None:
+        if plan.labelled_rows_loss and not self._disabled and why_not_labelled_rows(self.base_model, call) is None:
             output = self._run_labelled_rows(call, adapter_names)
         else:
             output = self.run(self._with_its_loss(), call, adapter_names)
@@ -162,7 +162,7 @@ class PTuningV2ModelForCausalLM(CapturedModel):
         tokens, targets = labelled_tokens(inputs.pop("labels"))
         output = self.run(self.backbone, inputs, adapter_names, read=tokens)
         head = self.base_model.get_output_embeddings()
-        loss = labelled_tokens_loss(output.last_hidden_state, tokens, targets, head, count)
+        loss = labelled_rows_loss(output.last_hidden_state, tokens, targets, head, count)
         return CausalLMOutputWithPast(loss=loss, hidden_states=output.hidden_states)
 
     def __setattr__(self, name: str, value: Any) -> None:

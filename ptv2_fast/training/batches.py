@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ptv2_fast.step.labelled_tokens import predictable_labels
+from ptv2_fast.step.labelled_rows import predictable_labels
 
 # The label that every loss of this package leaves out.
 IGNORED_LABEL = -100

@@ -14,7 +14,7 @@ class SFTTrainer(trl.SFTTrainer):
     """`trl.SFTTrainer`, but the loss comes from the model's forward.
 
     trl computes the loss in a forward of its own, for every token and in tiles. A wrapped model's forward computes the
-    same loss of labelled rows alone (`StepOptions.labelled_tokens_loss`), without the labels of tokens that follow
+    same loss of labelled rows alone (`StepOptions.labelled_rows_loss`), without the labels of tokens that follow
     padding in front, which are not counted either. trl's token accuracy and entropy are not logged.
     """
 

@@ -83,7 +83,7 @@ def test_training_steps_give_the_same_losses(family, unpad):
     losses = {}
     for backend in ("reference", "triton"):
         model = _with_backend(copy.deepcopy(start), backend).train()
-        model.step_options = StepOptions(unpad=unpad and backend == "triton", labelled_tokens_loss=False)
+        model.step_options = StepOptions(unpad=unpad and backend == "triton", labelled_rows_loss=False)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         losses[backend] = []
         for _ in range(12):

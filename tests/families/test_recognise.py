@@ -16,7 +16,7 @@ from ptv2_fast.families.recognise import recognise
 from ptv2_fast.families.registry import families, family_of
 from ptv2_fast.reference import backbones
 from ptv2_fast.reference.float64 import to_exact_float64
-from ptv2_fast.step.labelled_tokens import why_not_labelled_rows
+from ptv2_fast.step.labelled_rows import why_not_labelled_rows
 
 # model type -> the listed one that it behaves like.
 RECOGNISED = {

@@ -297,7 +297,7 @@ def test_what_cannot_be_captured_runs_as_before_and_says_why(name, counts, said)
         labels = batch.pop("labels")
         batch.update(start_positions=labels, end_positions=labels)
     losses = []
-    for options in (OPTIONS, StepOptions(labelled_tokens_loss=True, cuda_graphs=False)):
+    for options in (OPTIONS, StepOptions(labelled_rows_loss=True, cuda_graphs=False)):
         model.step_options = options
         for _ in range(2):
             torch.manual_seed(0)

@@ -17,7 +17,7 @@ from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.options import StepOptions
 
 TAGS, TEXT = "roberta tags, own head", "llama text"
-UNCAPTURED = StepOptions(labelled_tokens_loss=True, cuda_graphs=False)
+UNCAPTURED = StepOptions(labelled_rows_loss=True, cuda_graphs=False)
 
 
 def _batch(case):

@@ -112,7 +112,7 @@ def _compare(family, task, switch, unpad):
     model = tiny_model(family, "deep", task, base_changes=changes).train()
     inputs = _labelled(task)
     plain, expected = _losses_and_grads(model, OFF, inputs)
-    on = replace(OFF, unpad=unpad, labelled_tokens_loss=task == "CAUSAL_LM", **{switch: True})
+    on = replace(OFF, unpad=unpad, labelled_rows_loss=task == "CAUSAL_LM", **{switch: True})
     losses, grads = _losses_and_grads(model, on, inputs)
     assert_equal(losses[0], plain[0], "loss")
     assert grads.keys() == expected.keys()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptv2_fast.inputs.pooling import pooled_tokens
-from ptv2_fast.step.labelled_tokens import labelled_tokens, predictable_labels
+from ptv2_fast.step.labelled_rows import labelled_tokens, predictable_labels
 from ptv2_fast.step.packed import Buckets, PackedBatch, pack
 from ptv2_fast.step.unpad import Packing
 

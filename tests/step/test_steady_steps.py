@@ -169,7 +169,7 @@ def _steady_forward(case, layers=2):
     family, injection, task, config = CASES[case]
     torch.manual_seed(0)
     model = tiny_model(family, injection, task, base_changes={"num_hidden_layers": layers}, **config).train()
-    model.step_options = StepOptions(labelled_tokens_loss=True)
+    model.step_options = StepOptions(labelled_rows_loss=True)
     batch = _batch(task, 2, 5)
     step = lambda: model(**batch).loss.backward()  # noqa: E731
     for _ in range(WARM_UP_STEPS + 2):

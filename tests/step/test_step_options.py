@@ -87,25 +87,25 @@ def test_labelled_rows_give_the_loss_and_gradients_of_all_logits(family, unpad):
     inside = batch.inputs["attention_mask"].cumsum(-1) > 1
     labels = batch.inputs["input_ids"].masked_fill(~inside, -100)
     plain, saved = _compare(
-        model, StepOptions(unpad=unpad, labelled_tokens_loss=True), {**batch.inputs, "labels": labels}
+        model, StepOptions(unpad=unpad, labelled_rows_loss=True), {**batch.inputs, "labels": labels}
     )
     # A softcap stands between Gemma's head and its logits: those are computed as ever.
     capped = getattr(model.config, "final_logit_softcapping", None) is not None
     assert plain.logits is not None and (saved.logits is not None) == capped
     count = {**batch.inputs, "labels": labels, "num_items_in_batch": torch.tensor(50)}
-    _compare(model, StepOptions(unpad=unpad, labelled_tokens_loss=True), count)
+    _compare(model, StepOptions(unpad=unpad, labelled_rows_loss=True), count)
 
 
 def test_a_batch_without_labels_has_loss_zero():
     model = tiny_model("llama", "deep", "CAUSAL_LM").train()
-    model.step_options = StepOptions(labelled_tokens_loss=True)
+    model.step_options = StepOptions(labelled_rows_loss=True)
     ids = torch.randint(3, 30, (2, 5))
     assert model(input_ids=ids, labels=torch.full_like(ids, -100)).loss == 0
 
 
 def test_evaluation_keeps_its_logits():
     model = tiny_model("llama", "deep", "CAUSAL_LM").eval()
-    model.step_options = StepOptions(labelled_tokens_loss=True)
+    model.step_options = StepOptions(labelled_rows_loss=True)
     ids = torch.randint(3, 30, (2, 5))
     assert model(input_ids=ids, labels=ids).logits is not None
 
@@ -194,7 +194,7 @@ def test_the_plan_says_what_is_on_and_why(caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         "training step: unpad on (training on the CPU or with triton); "
-        "labelled_tokens_loss off (not training on CUDA); fused_projections off (not training on CUDA); "
+        "labelled_rows_loss off (not training on CUDA); fused_projections off (not training on CUDA); "
         "last_rows on (training); compile_layers off (unless asked for); cuda_graphs off (not training on CUDA)"
     ]
 
@@ -205,11 +205,11 @@ def test_a_loss_beside_the_cross_entropy_is_kept(where):
     model = tiny_model("mixtral", "deep", "CAUSAL_LM", base_changes=changes).train()
     ids = torch.randint(3, 30, (2, 5))
     inputs = {"input_ids": ids, "labels": ids, **({} if where == "config" else {"output_router_logits": True})}
-    _, saved = _compare(model, StepOptions(labelled_tokens_loss=True), inputs)
+    _, saved = _compare(model, StepOptions(labelled_rows_loss=True), inputs)
     assert saved.aux_loss is not None
 
 
-@pytest.mark.parametrize("options", [OFF, StepOptions(unpad=True, labelled_tokens_loss=True)], ids=["off", "on"])
+@pytest.mark.parametrize("options", [OFF, StepOptions(unpad=True, labelled_rows_loss=True)], ids=["off", "on"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_labels_count_alike_on_every_side_of_the_padding(family, options):
     model = tiny_model(family, "deep", "CAUSAL_LM").train()
@@ -224,7 +224,7 @@ def test_labels_count_alike_on_every_side_of_the_padding(family, options):
 
 def test_a_loss_of_another_kind_is_not_replaced():
     ids = torch.randint(3, 30, (2, 5))
-    on = StepOptions(labelled_tokens_loss=True)
+    on = StepOptions(labelled_rows_loss=True)
     model = tiny_model("llama", "deep", "CAUSAL_LM").train()
     hook = model.base_model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
     _compare(model, on, {"input_ids": ids, "labels": ids})
@@ -243,7 +243,7 @@ def test_tuples_are_given_to_who_asks_for_them(family, task, where):
     inputs = {**batch.inputs, "labels": labels}
     if where == "config" and task == "CAUSAL_LM":
         pytest.skip("transformers' own model fails with config.return_dict=False")
-    for options in (OFF, StepOptions(unpad=True, labelled_tokens_loss=True)):
+    for options in (OFF, StepOptions(unpad=True, labelled_rows_loss=True)):
         model.step_options = options
         expected = model(**inputs).loss
         if where == "call":

@@ -15,7 +15,7 @@ from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import Buckets
 
 # What is on by default on CUDA and decides whether a causal model returns logits.
-OPTIONS = StepOptions(labelled_tokens_loss=True)
+OPTIONS = StepOptions(labelled_rows_loss=True)
 UNTIL_CAPTURED = WARM_UP_STEPS + 1
 
 

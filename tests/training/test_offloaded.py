@@ -75,11 +75,11 @@ def test_a_base_with_accelerates_hooks_gives_what_it_gives_without(family, injec
 
 def test_what_needs_weights_is_off_where_they_are_offloaded(caplog):
     model = tiny_model("llama", "deep", "CAUSAL_LM").train()
-    model.step_options = StepOptions(labelled_tokens_loss=True, fused_projections=True, compile_layers=True)
+    model.step_options = StepOptions(labelled_rows_loss=True, fused_projections=True, compile_layers=True)
     _offloaded(model.base_model)
     with caplog.at_level(logging.INFO, "ptv2_fast"):
         plan = model.step_plan()
-    assert not (plan.labelled_tokens_loss or plan.fused_projections or plan.compile_layers)
+    assert not (plan.labelled_rows_loss or plan.fused_projections or plan.compile_layers)
     assert "fused_projections off (weights come and go: offloading)" in caplog.text
 
 

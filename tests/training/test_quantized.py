@@ -117,7 +117,7 @@ def test_a_quantized_base_trains_evaluates_and_saves(family, task, kind, quantiz
     before = {name: value.clone() for name, value in base.state_dict().items() if isinstance(value, torch.Tensor)}
     torch.manual_seed(3)
     model = get_ptv2_model(base, tiny_prompts("deep", task)).train()
-    model.step_options = StepOptions(unpad=True, labelled_tokens_loss=True, fused_projections=True, last_rows=True)
+    model.step_options = StepOptions(unpad=True, labelled_rows_loss=True, fused_projections=True, last_rows=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     labels = (BATCH.input_ids % LABELS).masked_fill(~REAL, -100)
     losses, logits = [], []

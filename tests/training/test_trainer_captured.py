@@ -32,7 +32,7 @@ def _model(task_type: str) -> PTuningV2Model:
     torch.manual_seed(0)
     config = PTuningV2Config(task_type, num_virtual_tokens=4, heads=heads, prompt_dropout=0.1)
     # As on CUDA.
-    return get_ptv2_model(base, config, step_options=StepOptions(labelled_tokens_loss=True))
+    return get_ptv2_model(base, config, step_options=StepOptions(labelled_rows_loss=True))
 
 
 class _StopAfter(TrainerCallback):

@@ -67,7 +67,7 @@ def test_our_sft_trainer_replays_captured_passes(tmp_path):
     found = []
     for captures in (True, False):
         model = model_of()
-        model.step_options = StepOptions(labelled_tokens_loss=True, cuda_graphs=captures)
+        model.step_options = StepOptions(labelled_rows_loss=True, cuda_graphs=captures)
         with captured_on_cpu() as counts:
             found.append(losses_of(sft(SFTTrainer, model, tmp_path / str(captures), gradient_checkpointing=False)))
         assert counts.replays == (COMMON["max_steps"] - WARM_UP_STEPS) * captures

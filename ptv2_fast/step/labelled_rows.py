@@ -87,7 +87,7 @@ def labelled_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
     return before, targets.index_select(0, index)
 
 
-def labelled_tokens_loss(
+def labelled_rows_loss(
     hidden: Tensor,
     tokens: Tensor,
     targets: Tensor,
