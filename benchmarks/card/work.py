@@ -14,31 +14,25 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import (
-    audit,
-    cases,
-    decode_cases,
-    decode_providers,
-    decode_suite,
-    environment,
-    kernels_suite,
-    memory_suite,
-    parity_suite,
-    precompile,
-    steps_suite,
-    tune_suite,
-)
+from benchmarks import environment
+from benchmarks.attention import audit, cases, parity_suite, precompile, tune_suite
+from benchmarks.attention import suite as kernels_suite
+from benchmarks.attention.inputs import make_inputs
+from benchmarks.attention.provider import gradients
+from benchmarks.attention.providers import all_providers
 from benchmarks.card import bisection, tuned
 from benchmarks.ceilings import measure_ceiling
 from benchmarks.context import Context
-from benchmarks.inputs import make_inputs
-from benchmarks.provider import gradients
-from benchmarks.providers import all_providers
-from benchmarks.step_batches import make_prompts
-from benchmarks.step_bench import GroupBench, clean_up
-from benchmarks.step_models import FIRST_WORD, build_base
-from benchmarks.step_providers import step_providers
-from benchmarks.step_verify import run_once
+from benchmarks.decode import cases as decode_cases
+from benchmarks.decode import providers as decode_providers
+from benchmarks.decode import suite as decode_suite
+from benchmarks.step import memory_suite
+from benchmarks.step import suite as steps_suite
+from benchmarks.step.batches import make_prompts
+from benchmarks.step.bench import GroupBench, clean_up
+from benchmarks.step.models import FIRST_WORD, build_base
+from benchmarks.step.providers import step_providers
+from benchmarks.step.verify import run_once
 
 Arguments = Mapping[str, object]
 _MACHINE_CHECKS = ("two-runs-bit-identical", "cuda-graph-equals-eager", "torch-compile-equals-eager", "allocator-trace")

@@ -7,14 +7,16 @@ import time
 import pytest
 import torch
 
-from benchmarks import kernels_suite, precompile, step_models
-from benchmarks.cases import case_of, kernel_cases
-from benchmarks.decode_cases import tiny_decode_cases
-from benchmarks.precompile import Compilers, code_of, small
-from benchmarks.step_batches import make_batch, make_prompts
-from benchmarks.step_cases import StepCase
-from benchmarks.step_providers import Kit, step_providers
-from benchmarks.step_verify import run_once
+from benchmarks.attention import precompile
+from benchmarks.attention import suite as kernels_suite
+from benchmarks.attention.cases import case_of, kernel_cases
+from benchmarks.attention.precompile import Compilers, code_of, small
+from benchmarks.decode.cases import tiny_decode_cases
+from benchmarks.step import models as step_models
+from benchmarks.step.batches import make_batch, make_prompts
+from benchmarks.step.cases import StepCase
+from benchmarks.step.providers import Kit, step_providers
+from benchmarks.step.verify import run_once
 from ptv2_fast.kernels import launch
 
 CPU = torch.device("cpu")
@@ -123,7 +125,7 @@ def test_a_few_layers_launch_what_a_whole_model_does(model, peers, names, monkey
 
         monkeypatch.setattr(launch, "run", run)
         monkeypatch.setattr(step_models, "_TINY", {**step_models._TINY, "num_hidden_layers": 5})
-        monkeypatch.setattr("benchmarks.step_providers.Kit", _interpreted(Kit))
+        monkeypatch.setattr("benchmarks.step.providers.Kit", _interpreted(Kit))
         if ahead:
             precompile.compile_step(case, tiny=True)
         else:
