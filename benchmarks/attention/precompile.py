@@ -10,25 +10,17 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
 from os import cpu_count
-from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.attention.cases import Case
 from benchmarks.context import Context
-from benchmarks.decode.cases import DecodeCase
-
-if TYPE_CHECKING:
-    # Steps need transformers, attention alone does not.
-    from benchmarks.step.cases import StepCase
 
 # Each holds a CUDA context and a compiler: some hundred megabytes of host and device memory.
 _MOST_WORKERS = 12
 # Sizes are no part of the compiled code, but whether strides are multiples of 16 is: this many tokens
 # stand for every longer text.
 _TOKENS = 128
-# The first layer needs no gradient of its text, the last one may have fewer queries, one stands for those between.
-_LAYERS = 3
 # What compiling ahead of whole steps may take.
 _WARM_SECONDS = 60.0
 
@@ -99,44 +91,6 @@ def compile_provider(name: str, case: Case) -> None:
     call = provider.build(case, make_inputs(case, "cuda"))
     gradients(call, call.forward())
     torch.cuda.synchronize()
-
-
-def compile_step(case: StepCase, tiny: bool = False) -> None:
-    """Take whole steps of ours on a few layers of a model, which launch what all of them do. For a worker."""
-    from benchmarks.step.batches import make_batch, make_prompts
-    from benchmarks.step.models import build_base
-    from benchmarks.step.providers import Kit, step_providers
-    from benchmarks.step.verify import run_once
-
-    device = torch.device("cpu" if tiny else "cuda")
-    base = build_base(case.model, device, case.torch_dtype, dropout=case.dropout, layers=_LAYERS)
-    kit = Kit(base, make_prompts(base, case.P), case, tiny=tiny)
-    batch = make_batch(base, case.lengths, causal=case.causal, width=case.N)
-    # Without a prompt and with one for each row kernels are compiled anew.
-    names = ("ours", "ours_tasks16", *(() if case.causal else ("ours_p0",)))
-    for provider in step_providers():
-        if provider.name in names and case.peers in provider.peers:
-            bound = provider.build(kit)
-            run_once(bound, bound.prepare(batch))
-
-
-def compile_decode(case: DecodeCase, tiny: bool = False) -> None:
-    """Generate a few tokens behind a prompt with a few layers of a model. For a worker."""
-    from benchmarks.decode.providers import DecodeKit, decode_providers
-    from benchmarks.step.batches import make_prompts
-    from benchmarks.step.models import FIRST_WORD, build_base
-
-    device = torch.device("cpu" if tiny else "cuda")
-    base = build_base(case.model, device, case.torch_dtype, layers=_LAYERS).eval()
-    base.generation_config.eos_token_id = None
-    kit = DecodeKit(base, make_prompts(base, case.P), case, tiny=tiny)
-    ours = next(p for p in decode_providers() if p.name == "ours")
-    ours.build(kit)(torch.full((case.B, case.N), FIRST_WORD, device=device), 3)
-
-
-def compile_cell(case: StepCase | DecodeCase, tiny: bool = False) -> None:
-    """Compile what a step or a generation of ours launches. For a worker."""
-    (compile_decode if isinstance(case, DecodeCase) else compile_step)(case, tiny)
 
 
 def code_of(name: str, case: Case) -> tuple:

@@ -15,17 +15,19 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment
-from benchmarks.attention import audit, cases, parity_suite, precompile, tune_suite
+from benchmarks.attention import audit, cases, parity_suite, tune_suite
 from benchmarks.attention import suite as kernels_suite
 from benchmarks.attention.inputs import make_inputs
+from benchmarks.attention.precompile import Compilers
 from benchmarks.attention.provider import gradients
 from benchmarks.attention.providers import all_providers
 from benchmarks.card import bisection, tuned
 from benchmarks.ceilings import measure_ceiling
 from benchmarks.context import Context
-from benchmarks.decode import cases as decode_cases
-from benchmarks.decode import providers as decode_providers
 from benchmarks.decode import suite as decode_suite
+from benchmarks.decode.cases import decode_cases, tiny_decode_cases
+from benchmarks.decode.precompile import compile_cell
+from benchmarks.decode.providers import DecodeKit, decode_providers
 from benchmarks.step import memory_suite
 from benchmarks.step import suite as steps_suite
 from benchmarks.step.batches import make_prompts
@@ -64,7 +66,7 @@ def gates(context: Context, arguments: Arguments, before: Arguments) -> str:
     large = cases.large_cases() if arguments.get("large") and not context.tiny else []
     timed = replace(context, only=tuple(arguments.get("ahead", ()))).chosen(cases.kernel_cases())
     ahead = [*small, audit.audited_case(), *large, *timed]
-    with precompile.Compilers(context.device) as compilers:
+    with Compilers(context.device) as compilers:
         kernels_suite.compile_ahead(ahead, context, all_providers(), compilers, set())
     names = [f"judged-{case.id}" for case in (*small, *large)]
     return parity_suite.run(replace(context, only=(*names, *_MACHINE_CHECKS)))
@@ -110,7 +112,7 @@ def memory(context: Context, arguments: Arguments, before: Arguments) -> str:
 
 def decode(context: Context, arguments: Arguments, before: Arguments) -> str:
     """Generation behind a prompt."""
-    return decode_suite.run(context, _named(decode_providers.decode_providers(), arguments), warm=False)
+    return decode_suite.run(context, _named(decode_providers(), arguments), warm=False)
 
 
 def tune(context: Context, arguments: Arguments, before: Arguments) -> str:
@@ -123,8 +125,8 @@ def compile_ours(context: Context, arguments: Arguments, before: Arguments) -> s
     steps = [case for group in steps_suite.chosen_groups(context) for case in group.cases]
     every = [*context.chosen(_decode_cases(context)), *steps]
     # At once: the processes take long to start, and nothing else is to be done in this phase.
-    with precompile.Compilers(context.device) as compilers:
-        compilers.warm(precompile.compile_cell, [(case,) for case in every], context.left)
+    with Compilers(context.device) as compilers:
+        compilers.warm(compile_cell, [(case,) for case in every], context.left)
     return "complete"
 
 
@@ -150,9 +152,9 @@ def compile_decode(context: Context, arguments: Arguments, before: Arguments) ->
     for case in context.chosen(_decode_cases(context)):
         base = build_base(case.model, context.device, case.torch_dtype).eval()
         base.generation_config.eos_token_id = None
-        kit = decode_providers.DecodeKit(base, make_prompts(base, case.P), case, tiny=context.tiny)
+        kit = DecodeKit(base, make_prompts(base, case.P), case, tiny=context.tiny)
         ids = torch.full((case.B, case.N), FIRST_WORD, device=context.device)
-        for provider in _named(decode_providers.decode_providers(), arguments):
+        for provider in _named(decode_providers(), arguments):
             if provider.compiles and provider.refuses(context.device) is None:
                 provider.build(kit)(ids, 4)
                 context.say(f"compiled {provider.name} of {case.id}")
@@ -175,7 +177,7 @@ def compile_kernels(context: Context, arguments: Arguments, before: Arguments) -
 
 
 def _decode_cases(context: Context) -> list:
-    return decode_cases.tiny_decode_cases() if context.tiny else decode_cases.decode_cases()
+    return tiny_decode_cases() if context.tiny else decode_cases()
 
 
 def _named(everyone: Iterable, arguments: Arguments) -> list:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import environment
-from benchmarks.attention.precompile import compile_decode, warm_all
+from benchmarks.attention.precompile import warm_all
 from benchmarks.attention.roofline import Work
 from benchmarks.context import Context
 from benchmarks.decode.cases import DecodeCase, cpu_decode_cases, decode_cases, tiny_decode_cases
+from benchmarks.decode.precompile import compile_decode
 from benchmarks.decode.providers import DecodeKit, DecodeProvider, Generate, decode_providers
 from benchmarks.goals import best_of_ours
 from benchmarks.health import BrokenContext, entry_of

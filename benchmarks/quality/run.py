@@ -28,8 +28,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.quality import language_model
-from benchmarks.quality.models import METHODS, Candidate, build, minilm_folder
+from benchmarks.quality.models import METHODS, Candidate, build
 from benchmarks.quality.plan import ORDER, PLANS, Plan, fast
+from benchmarks.weights import minilm_folder
 from ptv2_fast.checkpoint import write_whole
 from ptv2_fast.training.data import LabelSet, read_examples
 from ptv2_fast.training.fit import FitSettings, fit

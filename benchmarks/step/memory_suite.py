@@ -7,7 +7,7 @@ import os
 import torch
 
 from benchmarks import environment
-from benchmarks.attention.precompile import compile_step, warm_all
+from benchmarks.attention.precompile import warm_all
 from benchmarks.context import Context
 from benchmarks.health import entry_of
 from benchmarks.step.audit import JoinedShapes, forbidden_among, inside_attention
@@ -19,6 +19,7 @@ from benchmarks.step.forms import Bound
 from benchmarks.step.live_bytes import measure_memory
 from benchmarks.step.models import build_base
 from benchmarks.step.optimized import LEARNING_RATE
+from benchmarks.step.precompile import compile_step
 from benchmarks.step.providers import Kit, StepProvider, step_providers
 from benchmarks.step.verify import clear_gradients
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, Qwen3Config, RobertaConfig
 
-from benchmarks.quality.models import minilm_folder
+from benchmarks.weights import minilm_folder
 from ptv2_fast.models.dimensions import Dimensions
 
 # Positions beyond what the published encoders have: a batch of 2048 tokens behind 128 virtual ones must fit.

@@ -6,11 +6,12 @@ import statistics
 import time
 from dataclasses import replace
 
-from benchmarks.attention.precompile import compile_step, warm_all
+from benchmarks.attention.precompile import warm_all
 from benchmarks.context import Context
 from benchmarks.health import BrokenContext, entry_of
 from benchmarks.step.bench import SPARE_SECONDS, GroupBench, clean_up
 from benchmarks.step.cases import Group, cpu_groups, step_groups, tiny_groups
+from benchmarks.step.precompile import compile_step
 from benchmarks.step.profile import SECONDS as PROFILE_SECONDS
 from benchmarks.step.profile import profile_group
 from benchmarks.step.providers import StepProvider, step_providers

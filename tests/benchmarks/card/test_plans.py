@@ -131,9 +131,9 @@ def test_an_unknown_variant_is_refused():
 
 def test_steps_and_generation_are_compiled_by_the_same_processes(make_context, monkeypatch):
     begun, asked = [], []
-    monkeypatch.setattr(work.precompile.Compilers, "__enter__", lambda self: begun.append(self) or self)
+    monkeypatch.setattr(work.Compilers, "__enter__", lambda self: begun.append(self) or self)
     monkeypatch.setattr(
-        work.precompile.Compilers, "warm", lambda self, function, tasks, seconds: asked.append((function, seconds))
+        work.Compilers, "warm", lambda self, function, tasks, seconds: asked.append((function, seconds))
     )
     context = make_context()
     work.compile_ours(context, {}, {})
