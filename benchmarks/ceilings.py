@@ -41,9 +41,7 @@ def measure_ceiling(device: torch.device, *, tiny: bool = False) -> Ceiling:
     side, size = (_TINY_SIDE, _TINY_BYTES) if tiny else (_SIDE, _BYTES)
     generator = torch.Generator(device=device).manual_seed(0)
     # Zeros would be multiplied faster: they draw less power.
-    left, right = (
-        torch.randn(side, side, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(2)
-    )
+    left, right = (torch.randn(side, side, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(left)
     product = _median_seconds(lambda: torch.mm(left, right, out=out), device)
     source = torch.empty(size, dtype=torch.uint8, device=device)

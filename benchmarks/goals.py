@@ -109,10 +109,7 @@ def _is(direction: str, **wanted) -> Callable[[Mapping[str, object]], bool]:
     """Cells of a direction whose fields are as given; a callable judges its field."""
 
     def judged(case: Mapping[str, object]) -> bool:
-        fields = (
-            check(case[name]) if callable(check) else case[name] == check
-            for name, check in wanted.items()
-        )
+        fields = (check(case[name]) if callable(check) else case[name] == check for name, check in wanted.items())
         return case["direction"] == direction and case["dtype"] == "bf16" and all(fields)
 
     return judged

@@ -139,8 +139,7 @@ def _time_on_cpu(calls, effort) -> dict[str, Timing]:
         estimates[name] = sample(call)
     samples = _rounds(calls, {name: _count(ms, effort) for name, ms in estimates.items()}, sample)
     return {
-        name: Timing(*quantiles(times), samples=len(times), method="perf_counter")
-        for name, times in samples.items()
+        name: Timing(*quantiles(times), samples=len(times), method="perf_counter") for name, times in samples.items()
     }
 
 

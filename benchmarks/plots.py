@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from benchmarks.goals import best_of_ours, milliseconds
-from benchmarks.step_report import rung_names
+from benchmarks.step.report import rung_names
 
 # What a bar or a line is called.
 _LABELS = {

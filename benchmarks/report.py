@@ -12,9 +12,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import headline, host_report, plots, predictions, step_report
+from benchmarks import headline, plots, predictions
 from benchmarks.goals import KERNEL_GOALS, Standing, milliseconds, standing
+from benchmarks.host import report as host_report
 from benchmarks.record import check_schema
+from benchmarks.step import report as step_report
 from benchmarks.untried import untried
 
 HERE = Path(__file__).resolve().parent

@@ -18,14 +18,14 @@ from pathlib import Path
 
 # A module for each suite, imported when chosen: `run(context) -> state` is all that it has to offer.
 SUITES = {
-    "parity": "benchmarks.parity_suite",
-    "kernels": "benchmarks.kernels_suite",
-    "tune": "benchmarks.tune_suite",
-    "steps": "benchmarks.steps_suite",
-    "memory": "benchmarks.memory_suite",
-    "decode": "benchmarks.decode_suite",
-    "host": "benchmarks.host_suite",
-    "quality": "benchmarks.quality_suite",
+    "parity": "benchmarks.attention.parity_suite",
+    "kernels": "benchmarks.attention.suite",
+    "tune": "benchmarks.attention.tune_suite",
+    "steps": "benchmarks.step.suite",
+    "memory": "benchmarks.step.memory_suite",
+    "decode": "benchmarks.decode.suite",
+    "host": "benchmarks.host.suite",
+    "quality": "benchmarks.quality.suite",
 }
 
 

@@ -23,8 +23,8 @@ from transformers import AutoModel
 
 from benchmarks.environment import describe
 from benchmarks.measure import quantiles
-from benchmarks.quality_models import minilm_folder
 from benchmarks.record import write_json
+from benchmarks.weights import minilm_folder
 from ptv2_fast.reference import deep_tutorial as deep_literal
 from ptv2_fast.reference import evolving_tutorial as evolving_literal
 from ptv2_fast.tutorials import P_Tuning_Model, PTuningV2Model

@@ -46,7 +46,9 @@ PATHS = (
     Path("tensors past 2^31 elements", "parity", _passed("offsets-past-2^31"), "nothing"),
     Path("compute-sanitizer", "parity", _passed("sanitizer-"), "how its logs are read"),
     Path(
-        "a kernel captured in a CUDA graph", "parity", _passed("cuda-graph-equals-eager"),
+        "a kernel captured in a CUDA graph",
+        "parity",
+        _passed("cuda-graph-equals-eager"),
         "a stand-in that keeps the call",
     ),
     Path("cuDNN attention", "kernels", _timed("cudnn", "cudnn_mask"), "nothing"),
@@ -55,14 +57,18 @@ PATHS = (
     Path("replay of kernels by the clock", "kernels", _entries(lambda e: e.get("method") == "graph"), "nothing"),
     Path("a captured training step", "steps", _entries(lambda e: bool(e.get("captured"))), "a stand-in for capture"),
     Path(
-        "a peer compiled with CUDA graphs", "steps", _timed("peft_compiled", "floor_compiled"),
+        "a peer compiled with CUDA graphs",
+        "steps",
+        _timed("peft_compiled", "floor_compiled"),
         "the same step, compiled without a code generator",
     ),
     Path("the profiler on a device", "steps", _entries(lambda e: bool(e.get("device_ms"))), "the profiler on the CPU"),
     Path("the allocator's audit of a step", "memory", _passed("audit-allocator"), "the audit of operations"),
     Path("generation by a compiled step", "decode", _timed("ours_compiled"), "the same, without a code generator"),
     Path(
-        "launch configurations chosen by time", "tune", _entries(lambda e: e.get("method") in ("events", "graph")),
+        "launch configurations chosen by time",
+        "tune",
+        _entries(lambda e: e.get("method") in ("events", "graph")),
         "the sweep, interpreted, with one configuration",
     ),
 )

@@ -8,15 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks import cases, environment
-from benchmarks.cases import Case
+from benchmarks import environment
+from benchmarks.attention import cases
+from benchmarks.attention.cases import Case
+from benchmarks.attention.inputs import Inputs, make_inputs
+from benchmarks.attention.parity_suite import GATE_DTYPES
+from benchmarks.attention.tune_suite import PASSES, Job, bind
+from benchmarks.attention.verify import make_judge
 from benchmarks.context import Context
 from benchmarks.health import BrokenContext, entry_of
-from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.measure import cell_stream
-from benchmarks.parity_suite import GATE_DTYPES
-from benchmarks.tune_suite import PASSES, Job, bind
-from benchmarks.verify import make_judge
 from ptv2_fast.kernels import launch
 from ptv2_fast.reference.attention import prompt_attention as literal
 

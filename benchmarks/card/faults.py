@@ -45,7 +45,7 @@ def _do(kind: str, attempt: int) -> None:
     if kind == "pool":
         import torch
 
-        from benchmarks.precompile import Compilers
+        from benchmarks.attention.precompile import Compilers
 
         # As on a card, where a phase compiles in processes of its own.
         with Compilers(torch.device("cuda")) as compilers:

@@ -49,10 +49,3 @@ class Order:
     def of(cls, text: str) -> Order:
         """The order that a text says."""
         return cls(**json.loads(text))
-
-
-def start(text: str) -> None:
-    """Do what an order says; runs in the phase's own process, which never comes back from here."""
-    from benchmarks.card import child
-
-    child.main(text)

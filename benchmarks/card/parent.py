@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.card.channel import Heard
-from benchmarks.card.order import BROKEN, Order, start
+from benchmarks.card.order import BROKEN, Order
 from benchmarks.card.plans import GREEN, RED, Phase, Plan
 from benchmarks.card.record import CardRecord, found_in
 
@@ -70,7 +70,13 @@ class Parent:
     """
 
     def __init__(
-        self, plan: Plan, *, device: str, tiny: bool, fault: str | None, record: CardRecord,
+        self,
+        plan: Plan,
+        *,
+        device: str,
+        tiny: bool,
+        fault: str | None,
+        record: CardRecord,
         before: Mapping[str, object] | None = None,
     ):
         self._plan, self._device, self._tiny, self._fault = plan, device, tiny, fault
@@ -154,7 +160,7 @@ class Parent:
         )  # fmt: skip
         self._record.phase(phase.name, state="running", start=round(self._now, 1), limit=round(limit, 1))
         # No daemon: those may start no processes, and compiling in parallel takes some.
-        process = self._processes.Process(target=start, args=(order.text(),))
+        process = self._processes.Process(target=_start, args=(order.text(),))
         process.start()
         now = self._now
         return Running(phase, process, Heard(scratch / "lines"), scratch, now, now + limit, attempt)
@@ -245,3 +251,10 @@ def _signal(pid: int | None, number: int) -> None:
     except ProcessLookupError:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def _start(text: str) -> None:
+    """Do what an order says; runs in the phase's own process, which never comes back from here."""
+    from benchmarks.card import child
+
+    child.main(text)

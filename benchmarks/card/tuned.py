@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-from benchmarks.provider import Provider
-from benchmarks.providers import all_providers
+from benchmarks.attention.provider import Provider
+from benchmarks.attention.providers import all_providers
 from ptv2_fast.kernels import launch
 
 
@@ -15,7 +15,7 @@ def providers(winners: Mapping[str, object]) -> list[Provider]:
     """`ours_tuned`; none where nothing was tuned.
 
     Args:
-        winners: `tune_suite.winners`.
+        winners: `attention.tune_suite.winners`.
     """
     tables = winners.get("tables") if winners else None
     if not tables:

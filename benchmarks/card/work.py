@@ -14,31 +14,27 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import (
-    audit,
-    cases,
-    decode_cases,
-    decode_providers,
-    decode_suite,
-    environment,
-    kernels_suite,
-    memory_suite,
-    parity_suite,
-    precompile,
-    steps_suite,
-    tune_suite,
-)
+from benchmarks import environment
+from benchmarks.attention import audit, cases, parity_suite, tune_suite
+from benchmarks.attention import suite as kernels_suite
+from benchmarks.attention.inputs import make_inputs
+from benchmarks.attention.precompile import Compilers
+from benchmarks.attention.provider import gradients
+from benchmarks.attention.providers import all_providers
 from benchmarks.card import bisection, tuned
 from benchmarks.ceilings import measure_ceiling
 from benchmarks.context import Context
-from benchmarks.inputs import make_inputs
-from benchmarks.provider import gradients
-from benchmarks.providers import all_providers
-from benchmarks.step_batches import make_prompts
-from benchmarks.step_bench import GroupBench, clean_up
-from benchmarks.step_models import FIRST_WORD, build_base
-from benchmarks.step_providers import step_providers
-from benchmarks.step_verify import run_once
+from benchmarks.decode import suite as decode_suite
+from benchmarks.decode.cases import decode_cases, tiny_decode_cases
+from benchmarks.decode.precompile import compile_cell
+from benchmarks.decode.providers import DecodeKit, decode_providers
+from benchmarks.step import memory_suite
+from benchmarks.step import suite as steps_suite
+from benchmarks.step.batches import make_prompts
+from benchmarks.step.bench import GroupBench, clean_up
+from benchmarks.step.models import FIRST_WORD, build_base
+from benchmarks.step.providers import step_providers
+from benchmarks.step.verify import run_once
 
 Arguments = Mapping[str, object]
 _MACHINE_CHECKS = ("two-runs-bit-identical", "cuda-graph-equals-eager", "torch-compile-equals-eager", "allocator-trace")
@@ -50,8 +46,10 @@ def start(context: Context, arguments: Arguments, before: Arguments) -> str:
     ceiling = measure_ceiling(context.device, tiny=context.tiny)
     facts |= {"ceiling": ceiling.as_dict(), "libtriton_sha256": _digest_of_triton()}
     context.result.send(facts=facts)
-    context.say(f"{facts['card'] or 'cpu'}, torch {facts['torch']}, triton {facts['triton']}, "
-                f"{ceiling.tflops:.4g} TFLOP/s, {ceiling.terabytes_per_second:.4g} TB/s")
+    context.say(
+        f"{facts['card'] or 'cpu'}, torch {facts['torch']}, triton {facts['triton']}, "
+        f"{ceiling.tflops:.4g} TFLOP/s, {ceiling.terabytes_per_second:.4g} TB/s"
+    )
     return "complete"
 
 
@@ -70,7 +68,7 @@ def gates(context: Context, arguments: Arguments, before: Arguments) -> str:
     large = cases.large_cases() if arguments.get("large") and not context.tiny else []
     timed = replace(context, only=tuple(arguments.get("ahead", ()))).chosen(cases.kernel_cases())
     ahead = [*small, audit.audited_case(), *large, *timed]
-    with precompile.Compilers(context.device) as compilers:
+    with Compilers(context.device) as compilers:
         kernels_suite.compile_ahead(ahead, context, all_providers(), compilers, set())
     names = [f"judged-{case.id}" for case in (*small, *large)]
     return parity_suite.run(replace(context, only=(*names, *_MACHINE_CHECKS)))
@@ -116,7 +114,7 @@ def memory(context: Context, arguments: Arguments, before: Arguments) -> str:
 
 def decode(context: Context, arguments: Arguments, before: Arguments) -> str:
     """Generation behind a prompt."""
-    return decode_suite.run(context, _named(decode_providers.decode_providers(), arguments), warm=False)
+    return decode_suite.run(context, _named(decode_providers(), arguments), warm=False)
 
 
 def tune(context: Context, arguments: Arguments, before: Arguments) -> str:
@@ -129,8 +127,8 @@ def compile_ours(context: Context, arguments: Arguments, before: Arguments) -> s
     steps = [case for group in steps_suite.chosen_groups(context) for case in group.cases]
     every = [*context.chosen(_decode_cases(context)), *steps]
     # At once: the processes take long to start, and nothing else is to be done in this phase.
-    with precompile.Compilers(context.device) as compilers:
-        compilers.warm(precompile.compile_cell, [(case,) for case in every], context.left)
+    with Compilers(context.device) as compilers:
+        compilers.warm(compile_cell, [(case,) for case in every], context.left)
     return "complete"
 
 
@@ -156,9 +154,9 @@ def compile_decode(context: Context, arguments: Arguments, before: Arguments) ->
     for case in context.chosen(_decode_cases(context)):
         base = build_base(case.model, context.device, case.torch_dtype).eval()
         base.generation_config.eos_token_id = None
-        kit = decode_providers.DecodeKit(base, make_prompts(base, case.P), case, tiny=context.tiny)
+        kit = DecodeKit(base, make_prompts(base, case.P), case, tiny=context.tiny)
         ids = torch.full((case.B, case.N), FIRST_WORD, device=context.device)
-        for provider in _named(decode_providers.decode_providers(), arguments):
+        for provider in _named(decode_providers(), arguments):
             if provider.compiles and provider.refuses(context.device) is None:
                 provider.build(kit)(ids, 4)
                 context.say(f"compiled {provider.name} of {case.id}")
@@ -181,7 +179,7 @@ def compile_kernels(context: Context, arguments: Arguments, before: Arguments) -
 
 
 def _decode_cases(context: Context) -> list:
-    return decode_cases.tiny_decode_cases() if context.tiny else decode_cases.decode_cases()
+    return tiny_decode_cases() if context.tiny else decode_cases()
 
 
 def _named(everyone: Iterable, arguments: Arguments) -> list:

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.cases import case_of
+from benchmarks.attention.cases import case_of
 from benchmarks.context import Context
 from benchmarks.record import ResultFile
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from fake_cuda import fake_cuda  # noqa: F401  a fixture
 
-from benchmarks import ceilings, live_bytes, measure, step_clock
+from benchmarks import ceilings, measure
+from benchmarks.step import clock as step_clock
+from benchmarks.step import live_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

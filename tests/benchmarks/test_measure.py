@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import ceilings, measure, roofline
-from benchmarks.cases import case_of
+from benchmarks import ceilings, measure
+from benchmarks.attention import roofline
+from benchmarks.attention.cases import case_of
 from benchmarks.record import ResultFile, check_schema, write_json
 
 CPU = torch.device("cpu")

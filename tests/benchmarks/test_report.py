@@ -8,7 +8,7 @@ import json
 import pytest
 
 from benchmarks import headline, predictions, report
-from benchmarks.cases import case_of
+from benchmarks.attention.cases import case_of
 from benchmarks.goals import KERNEL_GOALS, standing
 from benchmarks.record import ResultFile
 

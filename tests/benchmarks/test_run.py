@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import health, kernels_suite, record, run
-from benchmarks.providers import all_providers
+from benchmarks import health, record, run
+from benchmarks.attention import suite as kernels_suite
+from benchmarks.attention.providers import all_providers
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = [p for p in all_providers() if p.name in ("sdpa_user", "sdpa_outside")]
@@ -231,7 +232,7 @@ def test_gates_are_judged_in_every_dtype_before_anything_is_timed(make_context, 
 
 def test_attention_alone_is_measured_without_transformers():
     code = "import sys; sys.modules.update(transformers=None, peft=None)\n"
-    code += "from benchmarks import kernels_suite, parity_suite, tune_suite"
+    code += "from benchmarks.attention import parity_suite, suite, tune_suite"
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]

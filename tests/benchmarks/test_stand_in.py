@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import step_stream, steps_suite
 from benchmarks.stand_in import captured_on_cpu
-from benchmarks.step_bench import GroupBench
-from benchmarks.step_cases import StepCase, tiny_groups
-from benchmarks.step_clock import StepEffort, time_steps
-from benchmarks.step_optimized import make_step
-from benchmarks.step_providers import step_providers
+from benchmarks.step import stream as step_stream
+from benchmarks.step import suite as steps_suite
+from benchmarks.step.bench import GroupBench
+from benchmarks.step.cases import StepCase, tiny_groups
+from benchmarks.step.clock import StepEffort, time_steps
+from benchmarks.step.optimized import make_step
+from benchmarks.step.providers import step_providers
 from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.graph_runner import GraphRunner
 
@@ -144,5 +145,3 @@ def test_a_replay_that_writes_elsewhere_is_found():
             replay()
         weight.grad = held
         replay()
-
-

@@ -11,8 +11,8 @@ from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
 from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 from tiny_models import tiny_base
 
-from benchmarks.cases import DTYPES, kernel_cases
-from benchmarks.inputs import BANK_TASKS
+from benchmarks.attention.cases import DTYPES, kernel_cases
+from benchmarks.attention.inputs import BANK_TASKS
 from ptv2_fast import PTuningV2Config, PTuningV2Model
 from ptv2_fast.kernels import aot, aot_compile, launch
 

@@ -14,7 +14,7 @@ from tiny_folders import WORDS, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
-from benchmarks import quality
+from benchmarks.quality.run import table
 from ptv2_fast.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -109,4 +109,4 @@ def test_the_tree_is_the_one_that_is_there():
 def test_the_quality_table_is_what_the_results_give():
     results = json.loads((ROOT / "benchmarks" / "results" / "quality_minilm_cpu.json").read_text(encoding="utf-8"))
     shown = README.split("<!-- quality -->\n")[1].split("\n<!-- /quality -->")[0]
-    assert shown == quality.table(results)
+    assert shown == table(results)

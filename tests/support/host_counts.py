@@ -10,10 +10,10 @@ import json
 
 import torch
 
-from benchmarks import host_driver
-from benchmarks.host_cases import HostCase
-from benchmarks.host_counts import operations, python_calls
-from benchmarks.host_providers import NEW_TOKENS, calls_of
+from benchmarks.host import driver
+from benchmarks.host.cases import HostCase
+from benchmarks.host.counts import operations, python_calls
+from benchmarks.host.providers import NEW_TOKENS, calls_of
 
 CASES = {
     f"{kind}-{model}-{injection}": (kind, f"tiny-{model}", injection)
@@ -45,7 +45,7 @@ def counted(case: HostCase, made) -> dict[str, list[int]]:
 def main() -> None:
     """Count every case."""
     torch.set_num_threads(1)
-    made = host_driver.install()
+    made = driver.install()
     results = {}
     for name, (kind, model, injection) in CASES.items():
         few, many = (counted(HostCase(kind, model, depth, injection, 0.4), made) for depth in DEPTHS)

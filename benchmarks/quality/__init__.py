@@ -1,0 +1,1 @@
+"""What each method reaches on real tasks."""

@@ -1,0 +1,1 @@
+"""Whole training steps: their time and what they hold."""
