@@ -22,12 +22,12 @@ from tiny_seq2seq import KINDS
 from tolerances import assert_differs, assert_equal
 
 from ptv2_fast.families.dimensions import Dimensions
-from ptv2_fast.families.registry import family_of, supported_families
+from ptv2_fast.families.registry import families, family_of
 
 
 def test_every_family_is_tested():
     encoder_decoders = {kind.split("-")[0] for kind in KINDS}
-    assert set(supported_families()) == {*FAMILIES, *tiny_features.FAMILIES, *encoder_decoders}
+    assert set(families()) == {*FAMILIES, *tiny_features.FAMILIES, *encoder_decoders}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,12 +44,12 @@ def test_sizes(family):
 def test_layers_are_all_of_them_in_order(family):
     base = tiny_base(family, num_hidden_layers=3)
     known = family_of(base)
-    whole = base if known.with_layer_index is None else known.with_layer_index(base)
+    whole = known.with_layer_index(base)
     layers = list(known.layers(whole))
     indices = [{m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} for layer in layers]
     assert indices == [{0}, {1}, {2}]
-    assert (known.with_layer_index is not None) == (family in WITHOUT_INDEX)
-    if known.with_layer_index is not None:
+    assert (known.layer_index is not None) == (whole is not base) == (family in WITHOUT_INDEX)
+    if whole is not base:
         assert not any(hasattr(m, "layer_idx") for m in base.modules()), "the base was written to"
         batch = padded(text_rows(), "right")
         own, same = base(**batch.inputs).last_hidden_state, whole(**batch.inputs).last_hidden_state
