@@ -1,4 +1,4 @@
-"""Where things are: the backbone inside a model, which runs the layers without the task's head, and parts of a module."""
+"""Where things are: the backbone in a model, which runs the layers without the task's head, and parts of a module."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.backbone import rotary
+from ptv2_fast.backbone.locate import part_at
 from ptv2_fast.backbone.norms import normed_together
 from ptv2_fast.families.family import Family
 
@@ -27,15 +28,14 @@ class Llama(Family):
 
         Some of SmolLM3's layers know no positions at all.
         """
-        attention = self.layers(backbone)[layer].self_attn
+        attention = part_at(backbone, self.path_of_attention(backbone, layer))
         if hasattr(attention, "k_norm"):
             keys = attention.k_norm(keys)
         return rotary.before_text(backbone, keys) if getattr(attention, "use_rope", True) else keys
 
     def finish_all_keys(self, backbone: PreTrainedModel, layers: Sequence[int], keys: Tensor) -> Tensor | None:
         """`finish_keys` of several layers' keys (L, P, Hkv, d)."""
-        own = self.layers(backbone)
-        attentions = [own[layer].self_attn for layer in layers]
+        attentions = [part_at(backbone, self.path_of_attention(backbone, layer)) for layer in layers]
         if not all(attention.__dict__.get("use_rope", True) for attention in attentions):
             return None
         finished: Tensor | None = keys

@@ -18,7 +18,7 @@ from tiny_models import (
     tiny_base,
     tiny_model,
 )
-from tiny_seq2seq import KINDS
+from tiny_seq2seq import TINY
 from tolerances import assert_differs, assert_equal
 
 from ptv2_fast.families.dimensions import Dimensions
@@ -26,7 +26,7 @@ from ptv2_fast.families.registry import families, family_of
 
 
 def test_every_family_is_tested():
-    encoder_decoders = {kind.split("-")[0] for kind in KINDS}
+    encoder_decoders = {tiny.model_type for tiny in TINY.values()}
     assert set(families()) == {*FAMILIES, *tiny_features.FAMILIES, *encoder_decoders}
 
 
@@ -101,16 +101,12 @@ def _odd(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_that_are_not_plain_are_called_as_they_are(family):
     """A quantised or adapted layer's weight alone does not say what it computes."""
-    names = ("c_attn", "key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "qkv_proj", "Wqkv", "query_key_value",
-             "k", "v", "key_proj", "value_proj")  # fmt: skip
     model = tiny_model(family, "deep", exact=True)
     batch = padded(text_rows(), "right")
     plain = model(**batch.inputs).last_hidden_state
-    for owner in model.backbone.modules():
-        for name in names:
-            if isinstance(getattr(owner, name, None), torch.nn.Module):
-                module = getattr(owner, name)
-                module.__class__ = _odd(type(module))
+    known = family_of(model.backbone)
+    for module in {one.module for layer in range(2) for one in known.projections(model.backbone, layer)}:
+        module.__class__ = _odd(type(module))
     found, expected = model(**batch.inputs).last_hidden_state, literal_states(model, model.backbone, **batch.inputs)
     real = batch.attention_mask.bool()
     assert_equal(found[real], expected[real], "states")

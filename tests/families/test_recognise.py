@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -70,21 +72,14 @@ def test_it_is_the_family_that_it_behaves_like(family):
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("family", RECOGNISED)
 def test_outputs_and_gradients_are_those_of_the_literal_form(family, injection, monkeypatch):
-    like = RECOGNISED[family]
-    kin = "LLAMA_LIKE" if like == "llama" else "BERT_LIKE"
-    monkeypatch.setattr(backbones, kin, (*getattr(backbones, kin), family))
-    monkeypatch.setattr(backbones, "FAMILIES", (*backbones.FAMILIES, family))
-    if kin == "BERT_LIKE":
-        monkeypatch.setattr(backbones, "ENCODERS", (*backbones.ENCODERS, family))
-    if like == "roberta":
-        monkeypatch.setattr(backbones, "first_position", lambda backbone: 2)
+    form = backbones.FORMS[RECOGNISED[family]]
+    if family == "granite":
+        form = replace(form, embed=lambda backbone, ids, *_: 2.0 * backbone.embed_tokens(ids))
+    if family == "phi":
+        form = replace(form, final_norm=lambda backbone, hidden: backbone.final_layernorm(hidden))
+    monkeypatch.setitem(backbones.FORMS, family, form)
     exact = to_exact_float64(_base(family))
     literal = to_exact_float64(_base(family))
-    if family == "granite":
-        embed = backbones.embed
-        monkeypatch.setattr(backbones, "embed", lambda *args: 2.0 * embed(*args))
-    if family == "phi":
-        monkeypatch.setattr(backbones, "final_norm", lambda backbone, hidden: backbone.final_layernorm(hidden))
     model = get_ptv2_model(exact, tiny_prompts(injection)).eval()
     model.adapters.double()
     batch = padded(text_rows(), "left")
