@@ -13,6 +13,7 @@ __all__ = [
     "from_paper",
     "from_peft",
     "get_ptv2_model",
+    "register_family",
 ]
 
 # Loaded when asked for, so that the command line's help need not wait for torch and transformers.
@@ -25,10 +26,12 @@ _HOME = {
     "from_paper": "ptv2_fast.interop.paper",
     "from_peft": "ptv2_fast.interop.peft_import",
     "get_ptv2_model": "ptv2_fast.task_models.classes",
+    "register_family": "ptv2_fast.families.registry",
 }
 
 if TYPE_CHECKING:
     from ptv2_fast.config import HeadConfig, PTuningV2Config
+    from ptv2_fast.families.registry import register_family
     from ptv2_fast.interop.paper import from_paper
     from ptv2_fast.interop.peft_import import from_peft
     from ptv2_fast.model import PTuningV2Model

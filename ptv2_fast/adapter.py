@@ -176,11 +176,13 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
     backbone = backbone_of(base)
     family = family_of(backbone)
     _check_input(name, family, config)
+    decodes = family.sizes(backbone).decoder_layers > 0
+    if config.injection == "shallow" and not (family.causal or decodes or family.has_shallow_view):
+        raise ValueError(f"injection must be 'deep' or 'prefix' on {name}, whose family has no shallow_view")
     has_positions = family.rotary or text_limit(backbone, family) is not None
     offset = None if config.injection == "shallow" else config.position_offset
     if offset and not has_positions:
         raise ValueError(f"position_offset must be None on {name}, which has no positions; got {offset}")
-    decodes = family.sizes(backbone).decoder_layers > 0
     if config.task_type == "SEQ_2_SEQ_LM":
         if not decodes or not base.can_generate():
             raise ValueError(

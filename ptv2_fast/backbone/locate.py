@@ -1,7 +1,10 @@
-"""The backbone inside a model: what runs the layers, without the task's head."""
+"""Where things are: the backbone in a model, which runs the layers without the task's head, and parts of a module."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.backbone.view import view_of
@@ -31,6 +34,18 @@ def with_backbone(target: PreTrainedModel, backbone: PreTrainedModel) -> PreTrai
 def backbone_name(base: PreTrainedModel) -> str:
     """The attribute under which a model that has a head holds its backbone."""
     return _attribute(base) or base.base_model_prefix
+
+
+def part_at(module: nn.Module, path: str) -> Any:
+    """What is at a path ("encoder.layer.0") in a module.
+
+    Raises:
+        AttributeError: the module has no such part.
+    """
+    part: Any = module
+    for name in path.split("."):
+        part = getattr(part, name)
+    return part
 
 
 def _attribute(base: PreTrainedModel) -> str | None:

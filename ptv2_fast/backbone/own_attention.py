@@ -15,7 +15,7 @@ place of the attention mask.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,19 +55,17 @@ def given_prompts(backbone: PreTrainedModel, prompts: PromptBatch) -> PreTrained
     return view_of(backbone, forward=forward)
 
 
-def with_attention(backbone: PreTrainedModel, path: str, attend: Callable[..., Any]) -> PreTrainedModel:
+def with_attention(backbone: PreTrainedModel, paths: Sequence[str], attend: Callable[..., Any]) -> PreTrainedModel:
     """A view of a backbone whose attention modules know their layer and run `attend`.
 
     Args:
-        path: of the attention module inside a layer of `encoder.layer`.
+        paths: of the attention modules in the backbone, layer by layer.
         attend: called as attend(original_forward, hidden states, call, ...) with an AttentionCall where the module
             itself is given a mask.
     """
     attentions = {
-        f"encoder.layer.{index}.{path}": view_of(
-            layer.get_submodule(path), attributes={"layer_idx": index}, forward=attend
-        )
-        for index, layer in enumerate(backbone.encoder.layer)
+        path: view_of(backbone.get_submodule(path), attributes={"layer_idx": layer}, forward=attend)
+        for layer, path in enumerate(paths)
     }
     return with_modules(backbone, attentions)
 

@@ -135,13 +135,6 @@ def with_modules(module: M, replacements: Mapping[str, nn.Module]) -> M:
     return view_of(module, children=children) if children else module
 
 
-def numbered(module: M, path: str, count: int) -> M:
-    """A view of `module` whose attention modules have a `layer_idx`: those at path.format(0), ... of `count` layers."""
-    paths = [path.format(index) for index in range(count)]
-    views = {p: view_of(module.get_submodule(p), attributes={"layer_idx": i}) for i, p in enumerate(paths)}
-    return with_modules(module, views)
-
-
 def in_eval(module: M) -> M:
     """A view of a module, and of every module in it, in eval mode."""
     children = {name: None if child is None else in_eval(child) for name, child in module._modules.items()}

@@ -9,50 +9,58 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.backbone.projection import Projection, linear_projection
 from ptv2_fast.backbone.view import view_of, with_modules
+from ptv2_fast.families.bert import Bert
 
 
-def layers(backbone: PreTrainedModel) -> nn.ModuleList:
-    """The groups of shared weights; in an indexed view the repetitions in order."""
-    return backbone.encoder.albert_layer_groups
+class Albert(Bert):
+    """`layers` are the groups of shared weights; in a view that knows the layers, the repetitions in order."""
 
+    skips_unread_tokens = False
+    layer_index = "layer_idx"
+    layers_path = "encoder.albert_layer_groups"
+    attention_path = "albert_layers.0.attention"
 
-def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Projection]:
-    """The key and the value projection of one repetition."""
-    group = backbone.encoder.albert_layer_groups[_group_of(backbone, layer)]
-    attention = group.albert_layers[0].attention
-    return linear_projection(attention.key), linear_projection(attention.value)
+    def check(self, backbone: PreTrainedModel) -> None:
+        """Refuse groups of several layers: a repetition would need several prompts.
 
+        Raises:
+            ValueError: the configuration has them.
+        """
+        if backbone.config.inner_group_num != 1:
+            raise ValueError(f"base must have inner_group_num 1; got {backbone.config.inner_group_num}")
 
-def with_layer_index(backbone: PreTrainedModel) -> PreTrainedModel:
-    """A view of the backbone with one layer group for every repetition, whose attention knows which one it is.
+    def num_attentions(self, backbone: PreTrainedModel) -> int:
+        """The number of repetitions."""
+        repetitions: int = backbone.config.num_hidden_layers
+        return repetitions
 
-    The encoder picks group i * groups // repetitions for repetition i: with as many groups as repetitions, group i.
-    """
-    encoder = backbone.encoder
-    groups, config = encoder.albert_layer_groups, copy.copy(encoder.config)
-    repetitions = {}
-    for index in range(config.num_hidden_layers):
-        group = groups[int(index / (config.num_hidden_layers / config.num_hidden_groups))]
-        attention = view_of(group.albert_layers[0].attention, attributes={"layer_idx": index})
-        repetitions[str(index)] = with_modules(group, {"albert_layers.0.attention": attention})
-    config.num_hidden_groups = config.num_hidden_layers
-    groups = view_of(groups, children=repetitions)
-    children = {"encoder": view_of(encoder, children={"albert_layer_groups": groups}, attributes={"config": config})}
-    if backbone.pooler is not None:
-        children |= _pooler(backbone)
-    return view_of(backbone, children=children)
+    def path_of_attention(self, backbone: PreTrainedModel, layer: int) -> str:
+        """Where the attention is that a repetition shares with others."""
+        config = backbone.config
+        group = int(layer / (config.num_hidden_layers / config.num_hidden_groups))
+        return super().path_of_attention(backbone, group)
 
+    def with_layer_index(self, backbone: PreTrainedModel) -> PreTrainedModel:
+        """A view of the backbone with one layer group for every repetition, whose attention knows which one it is.
 
-def check(backbone: PreTrainedModel) -> None:
-    """Refuse groups of several layers: a repetition would need several prompts.
-
-    Raises:
-        ValueError: the configuration has them.
-    """
-    if backbone.config.inner_group_num != 1:
-        raise ValueError(f"base must have inner_group_num 1; got {backbone.config.inner_group_num}")
+        The encoder picks group i * groups // repetitions for repetition i: with as many groups as repetitions, group i.
+        """
+        encoder = backbone.encoder
+        groups, config = encoder.albert_layer_groups, copy.copy(encoder.config)
+        repetitions = {}
+        for index in range(config.num_hidden_layers):
+            group = groups[int(index / (config.num_hidden_layers / config.num_hidden_groups))]
+            attention = view_of(group.get_submodule(self.attention_path), attributes={self.layer_index: index})
+            repetitions[str(index)] = with_modules(group, {self.attention_path: attention})
+        config.num_hidden_groups = config.num_hidden_layers
+        groups = view_of(groups, children=repetitions)
+        children = {
+            "encoder": view_of(encoder, children={"albert_layer_groups": groups}, attributes={"config": config})
+        }
+        if backbone.pooler is not None:
+            children |= _pooler(backbone)
+        return view_of(backbone, children=children)
 
 
 def _pooler(backbone: nn.Module) -> dict[str, nn.Module]:
@@ -63,8 +71,3 @@ def _pooler(backbone: nn.Module) -> dict[str, nn.Module]:
         return activation(original(states if states.dim() == 2 else states[:, 0]))
 
     return {"pooler": view_of(backbone.pooler, forward=read), "pooler_activation": nn.Identity()}
-
-
-def _group_of(backbone: PreTrainedModel, layer: int) -> int:
-    config = backbone.config
-    return int(layer / (config.num_hidden_layers / config.num_hidden_groups))

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import PromptBatch
 from ptv2_fast.backbone.own_attention import AttentionCall, attended, heads, with_attention
-from ptv2_fast.backbone.projection import Projection, linear_projection
 from ptv2_fast.backbone.view import view_of
-from ptv2_fast.families import bert
+from ptv2_fast.backbone.virtual_tokens import behind_prompts, of_the_text, visible_prompts
+from ptv2_fast.families.bert import Bert
 
 
 @dataclass(frozen=True)
@@ -39,82 +39,81 @@ class Distances:
     rows: Tensor
 
 
-def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Projection]:
-    """The key and the value projection of one layer."""
-    attention = backbone.encoder.layer[layer].attention.self
-    return linear_projection(attention.key_proj), linear_projection(attention.value_proj)
+class Deberta(Bert):
+    absolute_positions = True
+    relative_positions = True
+    own_attention = True
+    skips_unread_tokens = False
+    layer_index = "layer_idx"
+    key_path, value_path = "key_proj", "value_proj"
 
+    def num_positions(self, backbone: PreTrainedModel) -> int | None:
+        """How many learned positions there are; none where only distances count."""
+        return backbone.config.max_position_embeddings if backbone.embeddings.position_biased_input else None
 
-def num_positions(backbone: PreTrainedModel) -> int | None:
-    """How many learned positions there are; none where only distances count."""
-    return backbone.config.max_position_embeddings if backbone.embeddings.position_biased_input else None
+    def far_keys_and_bias(self, backbone: PreTrainedModel, layer: int, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Keys k + K[far] (H, P, d) and s * k Q[far] (H, P): as every query sees tokens far in front of it."""
+        encoder = backbone.encoder
+        module = encoder.layer[layer].attention.self
+        if not module.relative_attention:
+            return keys, None
+        far = 2 * module.pos_ebd_size - 1
+        embedding = module.pos_dropout(_embeddings(encoder, far, far + 1))
+        position_keys, position_queries = _projected(module, embedding)
+        bias = None if position_queries is None else (keys * (_scale(module) * position_queries)).sum(-1)
+        return keys if position_keys is None else keys + position_keys, bias
 
+    def with_layer_index(self, backbone: PreTrainedModel) -> PreTrainedModel:
+        """A view of the backbone whose attention knows its layer and runs through the hook, with the call's prompts."""
 
-def far_keys_and_bias(backbone: PreTrainedModel, layer: int, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Keys k + K[far] (H, P, d) and s * k Q[far] (H, P): as every query sees tokens far in front of it."""
-    encoder = backbone.encoder
-    module = encoder.layer[layer].attention.self
-    if not module.relative_attention:
-        return keys, None
-    far = 2 * module.pos_ebd_size - 1
-    embedding = module.pos_dropout(_embeddings(encoder, far, far + 1))
-    position_keys, position_queries = _projected(module, embedding)
-    bias = None if position_queries is None else (keys * (_scale(module) * position_queries)).sum(-1)
-    return keys if position_keys is None else keys + position_keys, bias
+        def run(
+            original: Any,
+            input_ids: Tensor | None = None,
+            attention_mask: Tensor | None = None,
+            ptv2_prompts: PromptBatch | None = None,
+            ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            if attention_mask is not None and attention_mask.dim() != 2:
+                raise ValueError(
+                    f"attention_mask must have shape (B, N), which is all that DeBERTa's embeddings take; "
+                    f"got {tuple(attention_mask.shape)}"
+                )
+            model = original.__self__
+            call = AttentionCall(attention_mask, ptv2_prompts, ptv2_record)
+            if attention_mask is None:
+                # Without a mask the model looks for padding, which waits for the device.
+                attention_mask = _ones(input_ids if input_ids is not None else kwargs["inputs_embeds"])
+            handed: dict[str, Callable[..., Any]] = {"get_attention_mask": lambda mask: call}
+            if model.encoder.relative_attention:
+                # A shallow prompt's rows are among those of the mask.
+                apart = distances(model.encoder, attention_mask.shape[1], attention_mask.device)
+                embeddings = _embeddings(model.encoder, apart.first, apart.end)
+                handed |= {"get_rel_pos": lambda *_: apart.rows, "get_rel_embedding": lambda: embeddings}
+            inner = view_of(model, children={"encoder": view_of(model.encoder, attributes=handed)})
+            # Some of the model's parts take no booleans.
+            return inner.forward(input_ids, attention_mask=attention_mask.long(), **kwargs)
 
+        return view_of(with_attention(backbone, self.attention_paths(backbone), _attend), forward=run)
 
-def with_layer_index(backbone: PreTrainedModel) -> PreTrainedModel:
-    """A view of the backbone whose attention knows its layer and runs through the hook, with the call's prompts."""
+    def shallow_view(self, backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
+        """A view of the backbone in which virtual tokens evolve in front of every row's text."""
 
-    def run(
-        original: Any,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        ptv2_prompts: PromptBatch | None = None,
-        ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask must have shape (B, N), which is all that DeBERTa's embeddings take; "
-                f"got {tuple(attention_mask.shape)}"
-            )
-        model = original.__self__
-        call = AttentionCall(attention_mask, ptv2_prompts, ptv2_record)
-        if attention_mask is None:
-            # Without a mask the model looks for padding, which waits for the device.
-            attention_mask = _ones(input_ids if input_ids is not None else kwargs["inputs_embeds"])
-        handed: dict[str, Callable[..., Any]] = {"get_attention_mask": lambda mask: call}
-        if model.encoder.relative_attention:
-            # A shallow prompt's rows are among those of the mask.
-            apart = distances(model.encoder, attention_mask.shape[1], attention_mask.device)
-            embeddings = _embeddings(model.encoder, apart.first, apart.end)
-            handed |= {"get_rel_pos": lambda *_: apart.rows, "get_rel_embedding": lambda: embeddings}
-        inner = view_of(model, children={"encoder": view_of(model.encoder, attributes=handed)})
-        # Some of the model's parts take no booleans.
-        return inner.forward(input_ids, attention_mask=attention_mask.long(), **kwargs)
+        length = prompts.shape[0]
 
-    return view_of(with_attention(backbone, "attention.self", _attend), forward=run)
+        def run(
+            original: Callable[..., Any],
+            input_ids: Tensor | None = None,
+            attention_mask: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            if attention_mask is None:
+                attention_mask = _ones(input_ids if input_ids is not None else kwargs["inputs_embeds"])
+            mask = visible_prompts(attention_mask, length)
+            return of_the_text(original(input_ids, attention_mask=mask, **kwargs), length)
 
-
-def shallow_view(backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
-    """A view of the backbone in which virtual tokens evolve in front of every row's text."""
-
-    length = prompts.shape[0]
-
-    def run(
-        original: Callable[..., Any],
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if attention_mask is None:
-            attention_mask = _ones(input_ids if input_ids is not None else kwargs["inputs_embeds"])
-        mask = bert.visible_prompts(attention_mask, length)
-        return bert.of_the_text(original(input_ids, attention_mask=mask, **kwargs), length)
-
-    children = {"embeddings": bert.behind_prompts(backbone.embeddings, prompts)}
-    return view_of(view_of(backbone, children=children), forward=run)
+        children = {"embeddings": behind_prompts(backbone.embeddings, prompts)}
+        return view_of(view_of(backbone, children=children), forward=run)
 
 
 def distances(encoder: nn.Module, tokens: int, device: torch.device) -> Distances:

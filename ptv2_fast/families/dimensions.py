@@ -35,10 +35,7 @@ class Dimensions:
 
     def place(self, layer: int) -> tuple[str, int]:
         """The stack ("encoder", "decoder" or "cross") that a layer is of, and its index there."""
-        if layer < self.encoder_layers:
-            return "encoder", layer
-        cross, index = divmod(layer - self.encoder_layers, self.decoder_layers)
-        return ("decoder", "cross")[cross], index
+        return place_of(layer, self.encoder_layers, self.decoder_layers)
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Dimensions:
@@ -56,3 +53,11 @@ class Dimensions:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             initializer_range=getattr(config, "initializer_range", 0.02),
         )
+
+
+def place_of(layer: int, encoder_layers: int, decoder_layers: int) -> tuple[str, int]:
+    """The stack ("encoder", "decoder" or "cross") that a layer is of, and its index there."""
+    if layer < encoder_layers:
+        return "encoder", layer
+    cross, index = divmod(layer - encoder_layers, decoder_layers)
+    return ("decoder", "cross")[cross], index

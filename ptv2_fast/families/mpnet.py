@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import PromptBatch
 from ptv2_fast.backbone.own_attention import AttentionCall, attended, heads, with_attention
-from ptv2_fast.backbone.projection import Projection, linear_projection
 from ptv2_fast.backbone.view import view_of
+from ptv2_fast.families.roberta import Roberta
 
 # transformers' encoder counts in these, whatever number of buckets the configuration gives the table.
 _BUCKETS, _MAX_DISTANCE = 32, 128
@@ -22,47 +22,50 @@ _BUCKETS, _MAX_DISTANCE = 32, 128
 _FARTHEST = _BUCKETS // 2 - 1
 
 
-def projections(backbone: PreTrainedModel, layer: int) -> tuple[Projection, Projection]:
-    """The key and the value projection of one layer."""
-    attention = backbone.encoder.layer[layer].attention.attn
-    return linear_projection(attention.k), linear_projection(attention.v)
+class Mpnet(Roberta):
+    absolute_positions = True
+    relative_positions = True
+    own_attention = True
+    skips_unread_tokens = False
+    layer_index = "layer_idx"
+    attention_path = "attention.attn"
+    key_path, value_path = "k", "v"
 
+    def far_keys_and_bias(self, backbone: PreTrainedModel, layer: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (H, P, d) as they are, and (H, P): the bias of the farthest bucket, which all layers share."""
+        far = backbone.encoder.relative_attention_bias.weight[_FARTHEST]
+        return keys, far[:, None].expand(-1, keys.shape[1])
 
-def far_keys_and_bias(backbone: PreTrainedModel, layer: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys (H, P, d) as they are, and (H, P): the bias of the farthest bucket, which all layers share."""
-    far = backbone.encoder.relative_attention_bias.weight[_FARTHEST]
-    return keys, far[:, None].expand(-1, keys.shape[1])
+    def with_layer_index(self, backbone: PreTrainedModel) -> PreTrainedModel:
+        """A view of the backbone whose attention knows its layer and runs through the hook, with the call's prompts."""
 
-
-def with_layer_index(backbone: PreTrainedModel) -> PreTrainedModel:
-    """A view of the backbone whose attention knows its layer and runs through the hook, with the call's prompts."""
-
-    def run(
-        original: Any,
-        *args: Any,
-        attention_mask: Tensor | None = None,
-        ptv2_prompts: PromptBatch | None = None,
-        ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        model = original.__self__
-        call = AttentionCall(attention_mask, ptv2_prompts, ptv2_record)
-
-        def encode(
-            original: Callable[..., Any], states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        def run(
+            original: Any,
+            *args: Any,
+            attention_mask: Tensor | None = None,
+            ptv2_prompts: PromptBatch | None = None,
+            ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
+            **kwargs: Any,
         ) -> Any:
-            return original(states, attention_mask=call, **kwargs)
+            model = original.__self__
+            call = AttentionCall(attention_mask, ptv2_prompts, ptv2_record)
 
-        def compute_position_bias(states: Tensor) -> Any:
-            return position_bias(model.encoder.relative_attention_bias.weight, states.shape[1])
+            def encode(
+                original: Callable[..., Any], states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+            ) -> Any:
+                return original(states, attention_mask=call, **kwargs)
 
-        # The model returns a 4-D mask as it is, where it would build one of (B, 1, N, N); nobody reads this one.
-        if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, None, None, :]
-        encoder = view_of(model.encoder, attributes={"compute_position_bias": compute_position_bias}, forward=encode)
-        return view_of(model, children={"encoder": encoder}).forward(*args, attention_mask=attention_mask, **kwargs)
+            def compute_position_bias(states: Tensor) -> Any:
+                return position_bias(model.encoder.relative_attention_bias.weight, states.shape[1])
 
-    return view_of(with_attention(backbone, "attention.attn", _attend), forward=run)
+            # The model returns a 4-D mask as it is, where it would build one of (B, 1, N, N); nobody reads this one.
+            if attention_mask is not None and attention_mask.dim() == 2:
+                attention_mask = attention_mask[:, None, None, :]
+            own = {"compute_position_bias": compute_position_bias}
+            encoder = view_of(model.encoder, attributes=own, forward=encode)
+            return view_of(model, children={"encoder": encoder}).forward(*args, attention_mask=attention_mask, **kwargs)
+
+        return view_of(with_attention(backbone, self.attention_paths(backbone), _attend), forward=run)
 
 
 def position_bias(table: Tensor, tokens: int) -> Tensor:

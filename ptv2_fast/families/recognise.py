@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 _FRONT, _BACK = 4, 3  # tokens of the two halves of the text that a trial reads
 # How far two ways to the same numbers may lie apart, ||a - b|| / ||b||.
 _ALIKE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# What a family's functions raise on a model of another build.
+# What a family's methods raise on a model of another build.
 _OTHER_BUILD = (AttributeError, ValueError, TypeError, IndexError, KeyError, RuntimeError)
 
 _recognised: WeakKeyDictionary[PreTrainedModel, Family] = WeakKeyDictionary()
@@ -40,13 +39,8 @@ def recognise(backbone: PreTrainedModel, listed: Mapping[str, Family]) -> Family
     """
     if why_not_tried(backbone) is not None:
         return None
-    if backbone not in _recognised:
-        known: list[Family] = []
-        for family in listed.values():
-            # What a step leaves out inside a layer was written for that layer.
-            candidate = replace(family, last_layer_tokens=None)
-            if candidate not in known:
-                known.append(candidate)
+    known = tuple(dict.fromkeys(listed.values()))
+    if _recognised.get(backbone) not in known:
         hooked = attention_view(backbone)
         if hooked is None:
             return None
@@ -74,10 +68,9 @@ def why_not_tried(backbone: PreTrainedModel) -> str | None:
 @torch.no_grad()
 def _is_like(backbone: PreTrainedModel, family: Family) -> bool:
     try:
-        if family.own_attention or family.with_layer_index is not None or family.absolute_positions:
+        if family.own_attention or family.layer_index is not None or family.absolute_positions:
             return False
-        if family.check is not None:
-            family.check(backbone)
+        family.check(backbone)
         layers = family.sizes(backbone).num_layers
         if len(family.layers(backbone)) != layers:
             return False

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ptv2_fast.families.encoder_decoder import EncoderDecoder
 from ptv2_fast.families.family import Family
-from ptv2_fast.families.registry import families
+from ptv2_fast.families.registry import OWN
 
 _HEADING = """# Model families
 
@@ -14,30 +15,27 @@ Written by `python -m ptv2_fast.families.table docs/families.md`; a test fails w
 
 A model type that is not here is tried on a few tokens: a base that makes its keys and values, counts its positions and
 hides its text as a family of this table does is taken for one of that family (CamemBERT, Ernie, Granite, StarCoder2,
-Qwen2-MoE, Gemma and Phi in `tests/families/test_recognise.py`); others are refused by name.
+Qwen2-MoE, Gemma and Phi in `tests/families/test_recognise.py`); others are refused by name. A model of your own is
+served once its family is registered: [adding-a-family.md](adding-a-family.md).
 
 Every row runs in these tests, on a tiny random model with the family's own features on:
 
 - `tests/behaviour/test_parity.py`: outputs and prompt gradients against the literal concat-and-slice form, in float64;
-- `tests/behaviour/test_invariants.py`: padding on any side, packed rows, gradient checkpointing, a disabled prompt, a prompt per
-  row, shapes, pooling; `tests/saving/test_saving.py`: save and load;
-- `tests/forward/test_generation.py`: decoders generate with left padding, dynamic and static caches, none, and in turns;
+- `tests/behaviour/test_invariants.py`: padding on any side, packed rows, gradient checkpointing, a disabled prompt, a
+  prompt per row, shapes, pooling; `tests/saving/test_saving.py`: save and load;
+- `tests/forward/test_generation.py`: decoders generate with left padding, dynamic and static caches, none, in turns;
 - `tests/behaviour/test_shape_audit.py`: no tensor of P + N rows; `tests/step/`: the savings of a training step;
 - `tests/families/test_special.py`: what single families have of their own;
-- `tests/behaviour/test_images_and_audio.py`, `tests/inputs/test_features.py`, `tests/step/test_feature_steps.py`: all of this for
-  families that read images or sounds; `tests/families/test_clip_text.py` for CLIP's texts;
-- `tests/test_encoder_decoder*.py`: all of these for encoder-decoders, which have prompts in the encoder, the decoder's
-  self-attention and, where asked for (`stacks`), its cross-attention.
+- `tests/behaviour/test_images_and_audio.py`, `tests/inputs/test_features.py`, `tests/step/test_feature_steps.py`: all
+  of this for families that read images or sounds; `tests/families/test_clip_text.py` for CLIP's texts;
+- `tests/forward/test_encoder_decoder*.py`: all of these for encoder-decoders, which have prompts in the encoder, the
+  decoder's self-attention and, where asked for (`stacks`), its cross-attention.
 
 """
-_ENCODER_DECODERS = ("bart", "mt5", "t5")
 _COLUMNS = ("model_type", "kind", "positions", "deep", "shallow", "prefix", "generation", "remarks")
-_KINDS = {
-    "clip_text_model": "causal encoder",
-    "clip_vision_model": "encoder of images",
-    "vit": "encoder of images",
-    "whisper": "encoder of sounds",
-}
+# By what a family reads.
+_ENCODERS = {"input_ids": "encoder", "pixel_values": "encoder of images", "input_features": "encoder of sounds"}
+# What else there is to say of a model type; most need nothing.
 _REMARKS = {
     "bart": "rows run with their tokens first, since positions are slots; no layerdrop; as many heads in either stack",
     "mt5": "as t5",
@@ -66,17 +64,24 @@ _REMARKS = {
 def table() -> str:
     """The whole file."""
     rows = [_COLUMNS, tuple("---" for _ in _COLUMNS)]
-    rows += [_row(name, family) for name, family in families().items()]
+    rows += [_row(name, family) for name, family in sorted(OWN.items())]
     return _HEADING + "\n".join(f"| {' | '.join(row)} |" for row in rows) + _footer()
 
 
 def _row(name: str, family: Family) -> tuple[str, ...]:
-    decodes = name in _ENCODER_DECODERS
-    kind = "encoder-decoder" if decodes else _KINDS.get(name, "decoder" if family.causal else "encoder")
-    positions = "relative" if family.far_keys_and_bias is not None else "rotary" if family.rotary else "learned"
+    decodes = isinstance(family, EncoderDecoder)
+    kind = "encoder-decoder" if decodes else _kind(family)
+    positions = "relative" if family.relative_positions else "rotary" if family.rotary else "learned"
     shallow = "yes" if family.causal else "yes, as rows of the encoder" if decodes else "yes, as rows of the batch"
     generation = "yes" if "decoder" in kind else "no"
     return (f"`{name}`", kind, positions, "yes", shallow, "yes", generation, _REMARKS.get(name, ""))
+
+
+def _kind(family: Family) -> str:
+    if not family.causal:
+        return _ENCODERS[family.reads]
+    # CLIP's text sees no token ahead, and none is generated.
+    return "causal encoder" if family.own_pooler else "decoder"
 
 
 def _footer() -> str:

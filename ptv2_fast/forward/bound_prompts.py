@@ -227,7 +227,7 @@ class BoundPrompts:
             return
         starts = F.pad(mask.bool().int(), (1, 0)).diff(dim=1) > 0  # (B, N), of runs of tokens
         # Where only distances count, padding around a row's tokens changes none.
-        wrong = starts.sum(1) > 1 if self.family.far_keys_and_bias is not None else starts[:, 1:].any(1)
+        wrong = starts.sum(1) > 1 if self.family.relative_positions else starts[:, 1:].any(1)
         if bool(wrong.any()):
             raise ValueError(
                 "decoder_attention_mask must have its padding at the right where a cache is kept (use_cache=False runs "

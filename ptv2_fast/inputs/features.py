@@ -64,10 +64,11 @@ def check_features(family: Family, inputs: Mapping[str, Any], base: PreTrainedMo
 
 def features_read(family: Family, inputs: Mapping[str, Any], backbone: PreTrainedModel, pooling: str) -> Tensor | None:
     """(B,) the flattened (B, N) slots that a head reads which pools this way; None where it reads them all."""
-    if pooling != "first" or family.feature_tokens is None:
+    if pooling != "first":
         return None
     features = _features(family, inputs)
-    return torch.arange(features.shape[0], device=features.device) * family.feature_tokens(backbone, features)
+    tokens = family.feature_tokens(backbone, features)
+    return None if tokens is None else torch.arange(features.shape[0], device=features.device) * tokens
 
 
 def _features(family: Family, inputs: Mapping[str, Any]) -> Tensor:

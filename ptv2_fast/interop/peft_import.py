@@ -291,7 +291,7 @@ def _decoder_prefix(source: _Source, base: PreTrainedModel) -> Parts:
     """
     backbone, flat = backbone_of(base), source.tensor("prompt_embeddings")
     sizes = sizes_of(backbone)
-    if family_of(backbone).far_keys_and_bias is not None:
+    if family_of(backbone).relative_positions:
         raise ValueError(
             f"{source.where} cannot run on {type(base).__name__} as it does in PEFT: a prefix there stands right "
             "before the decoder's text, whose scores have a bias for the distance; here it would stand far in front"

@@ -38,12 +38,7 @@ def made_together(
     """
     present = [encoder for encoder in encoders if encoder is not None]
     alike = {(encoder.injection, encoder.layers, encoder.shape) for encoder in present}
-    if (
-        len(alike) != 1
-        or present[0].injection == "shallow"
-        or family.far_keys_and_bias is not None
-        or projections.must_wait()
-    ):
+    if len(alike) != 1 or present[0].injection == "shallow" or family.relative_positions or projections.must_wait():
         return None
     first = present[0]
     made = [None if encoder is None else encoder() for encoder in encoders]

@@ -51,16 +51,14 @@ def layer_prompts(
 
     def finished(layer: int, keys: Tensor, values: Tensor) -> LayerPrompt:
         bias = gates.get(layer)
-        if family.far_keys_and_bias is not None:
+        if family.relative_positions:
             keys, distance = family.far_keys_and_bias(backbone, layer, keys)
             if distance is not None:
                 bias = distance if bias is None else distance + bias
         return LayerPrompt(keys, values, bias=bias)
 
     # What a layer's weights make is made while the layer runs.
-    if waits and (
-        encoder.injection == "deep" or (encoder.injection == "prefix" and family.far_keys_and_bias is not None)
-    ):
+    if waits and (encoder.injection == "deep" or (encoder.injection == "prefix" and family.relative_positions)):
         pair_of = projections.of_layer if encoder.injection == "deep" else _as_they_are
 
         def late(layer: int, own: Tensor) -> LayerPrompt:

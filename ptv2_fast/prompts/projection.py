@@ -60,18 +60,16 @@ class LayerProjections:
 
     def _normed_together(self, states: Tensor, backend: str) -> Tensor | None:
         """(L', P, D) what all layers' projections read, for the kernel; None where each layer has to be asked."""
-        together = self._family.attention_inputs
-        if together is None or not _kernel_is_wanted(states, backend):
+        if not _kernel_is_wanted(states, backend):
             return None
-        return together(self._backbone, self._layers, states)
+        return self._family.attention_inputs(self._backbone, self._layers, states)
 
     def _all_finished(self, made: tuple[Tensor, ...], entries: int | None) -> list[tuple[Tensor, Tensor]]:
         """`_finished` of all layers' projected keys and values (L', P, Hkv * d), or a bank's (L', P * R, Hkv * d)."""
         keys, values = made
-        together = self._family.finish_all_keys
         tokens = keys.shape[1] // (entries or 1)
         shape = (len(self._layers), tokens, -1, self._head_dim)
-        finished = None if together is None else together(self._backbone, self._layers, keys.reshape(shape))
+        finished = self._family.finish_all_keys(self._backbone, self._layers, keys.reshape(shape))
         if finished is None:
             return [self._finished(*flat, entries=entries) for flat in zip(self._layers, keys, values)]
         sides = (finished, values.reshape(shape))

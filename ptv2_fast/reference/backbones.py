@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,29 +12,135 @@ from torch import Tensor, nn
 from ptv2_fast.reference import own_attention
 from ptv2_fast.reference.masks import additive_mask
 
-BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra")
-# Attention is their own code, and positions are slots of the batch: their rows run without padding.
-RELATIVE = ("mpnet", "deberta-v2")
-ENCODERS = (*BERT_LIKE, "albert", "distilbert", "modernbert", *RELATIVE)
-# Layers are called and named as in Llama; what differs inside a layer is the layer's own business.
-LLAMA_LIKE = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "smollm3", "gemma2", "gemma3_text",
-)  # fmt: skip
-FAMILIES = (*ENCODERS, "gpt2", "opt", "gpt_neox", *LLAMA_LIKE)
-
-WITHOUT_TOKEN_TYPES = ("distilbert", "modernbert", "mpnet")
-# Rotary tables of their own for layers with and without a window.
-_TABLES_BY_KIND = ("gemma3_text", "modernbert")
-# Every layer has the window that the configuration names; elsewhere the configuration lists kinds of layers.
-_ONE_WINDOW = ("mistral", "mixtral", "phi3", "qwen3_moe")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 # The name under which the attention below is known to transformers while a literal form runs.
 _ATTENTION_NAME = "ptv2_fast_literal"
 
 
-def check_backbone(backbone: nn.Module) -> str:
-    """Return the backbone's family, or say why the literal forms do not cover it.
+@dataclass(frozen=True)
+class Form:
+    """What the literal forms must know of a family.
+
+    Attributes:
+        embed: (backbone, ids (B, N), positions (B, N), token types (B, N) or None) -> what enters the first layer
+            (B, N, D), as the backbone's own forward makes it.
+        layers: (backbone) -> its layers in the order in which they run; a shared one as often as it runs.
+        final_norm: (backbone, hidden) -> what stands between the last layer and the heads.
+        causal: a token is kept from seeing the tokens behind it.
+        token_types: its embeddings take them.
+        from_padding: positions count from padding_idx + 1.
+        relative: attention is its own code (`own_attention`), and positions are slots of the batch: rows run without
+            padding.
+        tables_by_kind: layers with and without a window have rotary tables of their own.
+        one_window: every layer has the window that the configuration names; elsewhere it lists kinds of layers.
+    """
+
+    embed: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+    layers: Callable[[nn.Module], Sequence[nn.Module]]
+    final_norm: Callable[[nn.Module, Tensor], Tensor] = lambda backbone, hidden: hidden
+    causal: bool = False
+    token_types: bool = False
+    from_padding: bool = False
+    relative: bool = False
+    tables_by_kind: bool = False
+    one_window: bool = False
+
+
+def _embed_bert(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    hidden = backbone.embeddings(input_ids=ids, position_ids=positions, token_type_ids=types)
+    return backbone.embeddings_project(hidden) if hasattr(backbone, "embeddings_project") else hidden
+
+
+def _embed_albert(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    return backbone.encoder.embedding_hidden_mapping_in(_embed_bert(backbone, ids, positions, types))
+
+
+def _embed_opt(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    words = backbone.decoder.embed_tokens(ids)
+    words = words if backbone.decoder.project_in is None else backbone.decoder.project_in(words)
+    return words + backbone.decoder.embed_positions(None, position_ids=positions)
+
+
+def _repetitions(backbone: nn.Module) -> Sequence[nn.Module]:
+    """ALBERT's groups, as often as they run."""
+    groups, config = backbone.encoder.albert_layer_groups, backbone.config
+    share = config.num_hidden_layers / config.num_hidden_groups
+    return [groups[int(index / share)] for index in range(config.num_hidden_layers)]
+
+
+def _norm_opt(backbone: nn.Module, hidden: Tensor) -> Tensor:
+    for step in (backbone.decoder.final_layer_norm, backbone.decoder.project_out):
+        hidden = hidden if step is None else step(hidden)
+    return hidden
+
+
+_BERT = Form(_embed_bert, lambda backbone: backbone.encoder.layer, token_types=True)
+# Layers are called and named as in Llama; what differs inside a layer is the layer's own business.
+_LLAMA = Form(
+    lambda backbone, ids, *_: backbone.embed_tokens(ids),
+    lambda backbone: backbone.layers,
+    lambda backbone, hidden: backbone.norm(hidden),
+    causal=True,
+)
+
+# `config.model_type` -> what the literal forms know of it.
+FORMS = {
+    "bert": _BERT,
+    "roberta": replace(_BERT, from_padding=True),
+    "xlm-roberta": replace(_BERT, from_padding=True),
+    "electra": _BERT,
+    "albert": replace(_BERT, embed=_embed_albert, layers=_repetitions),
+    "distilbert": Form(
+        lambda backbone, ids, positions, _: backbone.embeddings(ids, position_ids=positions),
+        lambda backbone: backbone.transformer.layer,
+    ),
+    "modernbert": Form(
+        lambda backbone, ids, *_: backbone.embeddings(ids),
+        lambda backbone: backbone.layers,
+        lambda backbone, hidden: backbone.final_norm(hidden),
+        tables_by_kind=True,
+    ),
+    "mpnet": Form(
+        lambda backbone, ids, positions, _: backbone.embeddings(input_ids=ids, position_ids=positions),
+        lambda backbone: backbone.encoder.layer,
+        relative=True,
+        from_padding=True,
+    ),
+    "deberta-v2": replace(_BERT, relative=True),
+    "gpt2": Form(
+        lambda backbone, ids, positions, _: backbone.drop(backbone.wte(ids) + backbone.wpe(positions)),
+        lambda backbone: backbone.h,
+        lambda backbone, hidden: backbone.ln_f(hidden),
+        causal=True,
+    ),
+    "opt": Form(_embed_opt, lambda backbone: backbone.decoder.layers, _norm_opt, causal=True),
+    "gpt_neox": Form(
+        lambda backbone, ids, *_: backbone.emb_dropout(backbone.embed_in(ids)),
+        lambda backbone: backbone.layers,
+        lambda backbone, hidden: backbone.final_layer_norm(hidden),
+        causal=True,
+    ),
+    "llama": _LLAMA,
+    "mistral": replace(_LLAMA, one_window=True),
+    "mixtral": replace(_LLAMA, one_window=True),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen3_moe": replace(_LLAMA, one_window=True),
+    "phi3": replace(_LLAMA, one_window=True),
+    "smollm3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": replace(_LLAMA, tables_by_kind=True),
+}
+
+
+def form_of(backbone: nn.Module) -> Form:
+    """What the literal forms know of a backbone's family."""
+    return FORMS[backbone.config.model_type]
+
+
+def check_backbone(backbone: nn.Module) -> None:
+    """Refuse what the literal forms do not cover.
 
     Raises:
         ValueError: another family, a model with a head on top, an encoder set up as a decoder, or
@@ -41,23 +148,22 @@ def check_backbone(backbone: nn.Module) -> str:
     """
     config = getattr(backbone, "config", None)
     family = getattr(config, "model_type", None)
-    if family not in FAMILIES:
-        raise ValueError(f"backbone must be one of {', '.join(FAMILIES)}; got {family!r}")
+    if family not in FORMS:
+        raise ValueError(f"backbone must be one of {', '.join(FORMS)}; got {family!r}")
     inside = ("encoder", "decoder", "transformer", "h", "layers")
     if getattr(backbone, "base_model", backbone) is not backbone or not any(hasattr(backbone, n) for n in inside):
         raise ValueError(f"backbone must be the model without a head (model.base_model); got {type(backbone).__name__}")
-    if getattr(config, "is_decoder", False) and family in ENCODERS:
+    if getattr(config, "is_decoder", False) and not FORMS[family].causal:
         raise ValueError(f"backbone must be an encoder; got a {family} with is_decoder=True")
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
     if backbone.training and checkpointed:
         # The recomputation would run after the attention implementation has been put back.
         raise ValueError("backbone must not use gradient checkpointing in the literal form")
-    return family
 
 
 def is_causal(backbone: nn.Module) -> bool:
     """Say whether a token is kept from seeing the tokens behind it."""
-    return backbone.config.model_type not in ENCODERS
+    return form_of(backbone).causal
 
 
 def uses_rotary(backbone: nn.Module) -> bool:
@@ -67,57 +173,23 @@ def uses_rotary(backbone: nn.Module) -> bool:
 
 def first_position(backbone: nn.Module) -> int:
     """Return the position id of a row's first token: RoBERTa and MPNet count from their padding_idx + 1."""
-    if backbone.config.model_type in ("roberta", "xlm-roberta", "mpnet"):
-        return backbone.embeddings.padding_idx + 1
-    return 0
+    return backbone.embeddings.padding_idx + 1 if form_of(backbone).from_padding else 0
 
 
 def layers_of(backbone: nn.Module) -> Sequence[nn.Module]:
     """Return the transformer layers, in the order in which they run; a shared one as often as it runs."""
-    family, config = backbone.config.model_type, backbone.config
-    if family in (*BERT_LIKE, *RELATIVE):
-        return backbone.encoder.layer
-    if family == "albert":
-        groups = backbone.encoder.albert_layer_groups
-        share = config.num_hidden_layers / config.num_hidden_groups
-        return [groups[int(index / share)] for index in range(config.num_hidden_layers)]
-    if family == "distilbert":
-        return backbone.transformer.layer
-    if family == "opt":
-        return backbone.decoder.layers
-    return backbone.h if family == "gpt2" else backbone.layers
+    return form_of(backbone).layers(backbone)
 
 
 def embed(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
     """Run what stands before the first layer as the backbone's own forward does it: (B, N) ids -> (B, N, D)."""
-    family = backbone.config.model_type
-    if family in (*BERT_LIKE, "albert", *RELATIVE):
-        if family in WITHOUT_TOKEN_TYPES:
-            return backbone.embeddings(input_ids=input_ids, position_ids=position_ids)
-        hidden = backbone.embeddings(input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
-        if family == "albert":
-            return backbone.encoder.embedding_hidden_mapping_in(hidden)
-        return backbone.embeddings_project(hidden) if hasattr(backbone, "embeddings_project") else hidden
-    if family == "distilbert":
-        return backbone.embeddings(input_ids, position_ids=position_ids)
-    if family == "modernbert":
-        return backbone.embeddings(input_ids)
-    if family == "gpt2":
-        return backbone.drop(backbone.wte(input_ids) + backbone.wpe(position_ids))
-    if family == "opt":
-        decoder = backbone.decoder
-        words = decoder.embed_tokens(input_ids)
-        words = words if decoder.project_in is None else decoder.project_in(words)
-        return words + decoder.embed_positions(None, position_ids=position_ids)
-    if family == "gpt_neox":
-        return backbone.emb_dropout(backbone.embed_in(input_ids))
-    return backbone.embed_tokens(input_ids)
+    return form_of(backbone).embed(backbone, input_ids, position_ids, token_type_ids)
 
 
 def layer_kind(backbone: nn.Module, index: int) -> str:
     """Return "sliding_attention" where layer ``index`` has a window, else "full_attention"."""
     config = backbone.config
-    if config.model_type in _ONE_WINDOW:
+    if form_of(backbone).one_window:
         return _FULL if config.sliding_window is None else _SLIDING
     kinds = getattr(config, "layer_types", None)
     return _FULL if kinds is None or getattr(config, "sliding_window", None) is None else kinds[index]
@@ -135,9 +207,10 @@ def masks_by_kind(backbone: nn.Module, key_mask: Tensor, prompt_length: int, dty
 
 def mask_argument(backbone: nn.Module, masks: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
     """Return the masks as the backbone's own forward takes them."""
-    if backbone.config.model_type in RELATIVE:
+    form = form_of(backbone)
+    if form.relative:
         return (masks[_FULL][:, 0, 0] == 0).long()
-    if set(masks) == {_FULL} or backbone.config.model_type in _ONE_WINDOW:
+    if set(masks) == {_FULL} or form.one_window:
         return next(iter(masks.values()))
     return {_FULL: next(iter(masks.values())), **masks}
 
@@ -150,11 +223,12 @@ def run_layer(
     ``positions`` (B, M) is what rotary layers turn queries and keys by, and the first ``prompt_length`` rows are what
     layers that count distances take for prompts; the others do not read them.
     """
-    if backbone.config.model_type in RELATIVE:
+    form = form_of(backbone)
+    if form.relative:
         return own_attention.run_layer(backbone, index, hidden, mask, prompt_length)
     layer = layers_of(backbone)[index]
     if uses_rotary(backbone):
-        kind = (backbone.config.layer_types[index],) if backbone.config.model_type in _TABLES_BY_KIND else ()
+        kind = (backbone.config.layer_types[index],) if form.tables_by_kind else ()
         tables = backbone.rotary_emb(hidden, positions, *kind)
         output = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=tables)
     else:
@@ -164,20 +238,14 @@ def run_layer(
 
 def after_layer(backbone: nn.Module, index: int, embedded: Tensor, hidden: Tensor) -> Tensor:
     """Apply what stands between layer ``index`` and the next one: hidden (B, N, D), embedded (B, N, D) the first's."""
-    if backbone.config.model_type in RELATIVE:
+    if form_of(backbone).relative:
         return own_attention.after_layer(backbone, index, embedded, hidden)
     return hidden
 
 
 def final_norm(backbone: nn.Module, hidden: Tensor) -> Tensor:
     """Apply what stands between the last layer and the heads; nothing on post-norm encoders."""
-    family = backbone.config.model_type
-    if family == "opt":
-        for step in (backbone.decoder.final_layer_norm, backbone.decoder.project_out):
-            hidden = hidden if step is None else step(hidden)
-        return hidden
-    name = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "modernbert": "final_norm"}.get(family, "norm")
-    return hidden if family in ENCODERS and family != "modernbert" else getattr(backbone, name)(hidden)
+    return form_of(backbone).final_norm(backbone, hidden)
 
 
 class PrefixByCall:
@@ -258,7 +326,8 @@ def plain_attention_in(backbone: nn.Module, prefix: PrefixByCall | None = None) 
 
     Backbones whose attention is their own code get the prefix here, the others with their call.
     """
-    if backbone.config.model_type in RELATIVE:
+    form = FORMS.get(backbone.config.model_type)
+    if form is not None and form.relative:
         with own_attention.plain_attention_in(backbone, prefix):
             yield
         return

@@ -16,7 +16,7 @@ from ptv2_fast.reference import backbones
 from ptv2_fast.reference.masks import additive_mask, as_key_mask, positions_from_mask
 
 # Their layers take hidden states and a 4-D additive mask; the tutorial itself knows BERT's attributes alone.
-_ENCODERS = (*backbones.BERT_LIKE, "albert", "distilbert")
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "albert", "distilbert")
 
 
 class DeepPromptEncoder(nn.Module):

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from ptv2_fast.reference import backbones
 from ptv2_fast.reference.masks import additive_mask, as_key_mask, positions_from_mask
 
+# The model types whose stacks are called as the forms here call them.
+FAMILIES = ("t5", "mt5", "bart")
 _FAR = 10**6
 Pair = tuple[Tensor, Tensor]
 Biases = Mapping[int, Tensor]
@@ -59,10 +61,10 @@ def literal_encoder_decoder(
         The decoder's states (B, M, D), or None, and the encoder's (B, N, D), after their last norms.
 
     Raises:
-        ValueError: the backbone is no T5, mT5 or BART.
+        ValueError: the backbone is of none of `FAMILIES`.
     """
-    if getattr(backbone.config, "model_type", None) not in ("t5", "mt5", "bart"):
-        raise ValueError(f"backbone must be t5, mt5 or bart; got {type(backbone).__name__}")
+    if getattr(backbone.config, "model_type", None) not in FAMILIES:
+        raise ValueError(f"backbone must be one of {', '.join(FAMILIES)}; got {type(backbone).__name__}")
     prompts = (states or {}, keys_values or {}, prompt_bias or {})
     offsets = position_offset or {}
     encoder, length = backbone.encoder, 0 if virtual is None else len(virtual)

@@ -11,6 +11,7 @@ Source: visual prompt tuning (Jia et al., 2022), VPT-deep and VPT-shallow; prefi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,53 @@ from torch import Tensor, nn
 from ptv2_fast.reference.backbones import PrefixByCall, plain_attention_in
 from ptv2_fast.reference.masks import additive_mask, as_key_mask, positions_from_mask
 
-FAMILIES = ("vit", "clip_vision_model", "clip_text_model", "whisper")
-
 # A backbone's last states (B, N, D), and what enters each layer and leaves the last one, (L + 1) of (B, N, D).
 States = tuple[Tensor, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the literal forms must know of a family.
+
+    Attributes:
+        layers: (backbone) -> its layers in order.
+        embed: (backbone, pixel values or input features) -> the rows (B, N, D) as they are before anything is learned
+            of one another, positions included. A text's are embedded with its positions.
+        first_input: (backbone, embedded) -> what the first layer reads.
+        last_norm: (backbone, hidden) -> the last states.
+        is_text: it reads token ids, causally.
+    """
+
+    layers: Callable[[nn.Module], Sequence[nn.Module]]
+    embed: Callable[[nn.Module, Tensor], Tensor] = lambda backbone, inputs: backbone.embeddings(inputs)
+    first_input: Callable[[nn.Module, Tensor], Tensor] = lambda backbone, embedded: embedded
+    last_norm: Callable[[nn.Module, Tensor], Tensor] = lambda backbone, hidden: hidden
+    is_text: bool = False
+
+
+def _frames(backbone: nn.Module, features: Tensor) -> Tensor:
+    """Whisper's."""
+    frames = nn.functional.gelu(backbone.conv2(nn.functional.gelu(backbone.conv1(features))))
+    return frames.transpose(1, 2) + backbone.embed_positions.weight
+
+
+# `config.model_type` -> what the literal forms know of it.
+FORMS = {
+    "vit": Form(lambda backbone: backbone.layers, last_norm=lambda backbone, hidden: backbone.layernorm(hidden)),
+    # CLIP's vision tower norms what it pools, and nothing else.
+    "clip_vision_model": Form(
+        lambda backbone: backbone.encoder.layers,
+        first_input=lambda backbone, embedded: backbone.pre_layrnorm(embedded),
+    ),
+    "clip_text_model": Form(
+        lambda backbone: backbone.encoder.layers,
+        last_norm=lambda backbone, hidden: backbone.final_layer_norm(hidden),
+        is_text=True,
+    ),
+    "whisper": Form(
+        lambda backbone: backbone.layers, _frames, last_norm=lambda backbone, hidden: backbone.layer_norm(hidden)
+    ),
+}
 
 
 def literal_deep_features(
@@ -133,44 +177,37 @@ def _check(backbone: nn.Module) -> None:
         ValueError: another family, or Whisper's model around its encoder.
     """
     family = backbone.config.model_type
-    if family not in FAMILIES or (family == "whisper" and not hasattr(backbone, "conv1")):
-        raise ValueError(f"backbone must be one of {', '.join(FAMILIES)}; got {type(backbone).__name__}")
+    if family not in FORMS or (family == "whisper" and not hasattr(backbone, "conv1")):
+        raise ValueError(f"backbone must be one of {', '.join(FORMS)}; got {type(backbone).__name__}")
+
+
+def _form(backbone: nn.Module) -> Form:
+    return FORMS[backbone.config.model_type]
 
 
 def _is_text(backbone: nn.Module) -> bool:
-    return backbone.config.model_type == "clip_text_model"
+    return _form(backbone).is_text
 
 
 def _layers(backbone: nn.Module) -> Sequence[nn.Module]:
-    return backbone.encoder.layers if backbone.config.model_type.startswith("clip") else backbone.layers
+    return _form(backbone).layers(backbone)
 
 
 def _embed(backbone: nn.Module, inputs: Tensor, attention_mask: Tensor | None, shift: int = 0) -> Tensor:
     """(B, N, D): the rows as they are before anything is learned of one another, positions included."""
-    family = backbone.config.model_type
-    if family == "whisper":
-        frames = nn.functional.gelu(backbone.conv2(nn.functional.gelu(backbone.conv1(inputs))))
-        return frames.transpose(1, 2) + backbone.embed_positions.weight
     if _is_text(backbone):
         positions = shift + positions_from_mask(as_key_mask(attention_mask, inputs))
         return backbone.embeddings(input_ids=inputs, position_ids=positions)
-    return backbone.embeddings(inputs)
+    return _form(backbone).embed(backbone, inputs)
 
 
 def _first_input(backbone: nn.Module, embedded: Tensor) -> Tensor:
     """What the first layer reads of embeddings."""
-    return backbone.pre_layrnorm(embedded) if backbone.config.model_type == "clip_vision_model" else embedded
+    return _form(backbone).first_input(backbone, embedded)
 
 
 def _last_norm(backbone: nn.Module, hidden: Tensor) -> Tensor:
-    norms: dict[str, Callable[[], nn.Module]] = {
-        "vit": lambda: backbone.layernorm,
-        "whisper": lambda: backbone.layer_norm,
-        "clip_text_model": lambda: backbone.final_layer_norm,
-        # CLIP's vision tower norms what it pools, and nothing else.
-        "clip_vision_model": nn.Identity,
-    }
-    return norms[backbone.config.model_type]()(hidden)
+    return _form(backbone).last_norm(backbone, hidden)
 
 
 def _mask(backbone: nn.Module, inputs: Tensor, attention_mask: Tensor | None, hidden: Tensor, length: int) -> Tensor:

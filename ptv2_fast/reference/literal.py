@@ -1,7 +1,7 @@
 """The three injections on Hugging Face backbones, literally: concat, mask, layer, slice.
 
 These functions judge the fast path. They are slow on purpose and follow the definition step by
-step. ``backbone`` is a model without a head (BertModel, LlamaModel, ...; ``backbones.FAMILIES``); its
+step. ``backbone`` is a model without a head (BertModel, LlamaModel, ...; ``backbones.FORMS``); its
 weights, its mode and its attention implementation are left as they were. All of
 them work in every floating dtype, give gradients to the prompts (and to whatever else asks for
 them) and return the text's N rows after the backbone's last norm.
@@ -47,7 +47,8 @@ def _rows_alone(literal: Callable[P, Tensor]) -> Callable[P, Tensor]:
     def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         call = dict(signature.bind(*args, **kwargs).arguments)
         backbone, ids, mask = call["backbone"], call["input_ids"], call.get("attention_mask")
-        if mask is None or backbones.check_backbone(backbone) not in backbones.RELATIVE:
+        backbones.check_backbone(backbone)
+        if mask is None or not backbones.form_of(backbone).relative:
             return by_name(**call)
         real = as_key_mask(call.pop("attention_mask"), ids)
         by_token = [n for n in ("input_ids", "position_ids", "token_type_ids") if call.get(n) is not None]
@@ -247,10 +248,8 @@ def _prepend_prompt_positions(positions: Tensor, prompt_length: int, first: int)
 
 
 def _check_token_types(backbone: nn.Module, token_type_ids: Tensor | None) -> None:
-    family = backbone.config.model_type
-    typed = set(backbones.ENCODERS) - set(backbones.WITHOUT_TOKEN_TYPES)
-    if token_type_ids is not None and family not in typed:
-        raise ValueError(f"token_type_ids must be None for {family}, which has no token types")
+    if token_type_ids is not None and not backbones.form_of(backbone).token_types:
+        raise ValueError(f"token_type_ids must be None for {backbone.config.model_type}, which has no token types")
 
 
 def _by_layer(

@@ -116,7 +116,7 @@ def _check(model: PTuningV2Model, name: str, adapter: Adapter) -> None:
     reason = None
     if adapter.heads:
         reason = f"the heads {', '.join(adapter.heads)} are ours, and PEFT trains heads of the base's own class only"
-    elif not reads_text(family) or family.with_own_pooler is not None:
+    elif not reads_text(family) or family.own_pooler:
         reason = f"PEFT puts prompts before embeddings or in a cache, and a {kind} takes no embeddings and has no cache"
     elif adapter.encoder.gate is not None:
         reason = "prompt_init='gated' trains a bias on the prompt's scores, which PEFT does not have"

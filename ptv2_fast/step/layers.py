@@ -20,6 +20,7 @@ from ptv2_fast.backbone.own_attention import AttentionCall
 from ptv2_fast.backbone.sharded_weights import weights_owner
 from ptv2_fast.backbone.view import view_of, with_modules
 from ptv2_fast.families.family import Family
+from ptv2_fast.families.registry import is_listed
 from ptv2_fast.inputs.features import reads_text
 from ptv2_fast.step.fused_projections import FusedProjections
 from ptv2_fast.step.options import StepOptions, StepPlan
@@ -41,9 +42,8 @@ class StepLayers:
         self._fused: FusedProjections | None = None
         self._compiled: Callable | None = None
         self._views = KeptViews()
-        # Found once: every step asks, a configuration is slow to read, and a compiler can trace no search.
+        # Found once: every step asks, and a configuration is slow to read.
         self.without = self._find_without()
-        self._layers_path = self._find_layers()
 
     def weights_owner(self, *above: nn.Module) -> str | None:
         """Who brings the weights of the backbone, or of modules above it, while they run; None where they stay."""
@@ -69,17 +69,16 @@ class StepLayers:
             read: (R,) the tokens of the flattened (B, N) whose last states are read; None for all.
         """
         call = self._compiled_call(dynamic=plan.unpad) if plan.compile_layers else None
-        last_layer_tokens = self._family.last_layer_tokens if plan.last_rows and read is not None else None
         whole = backbone
         if fused or call is not None:
             whole = self._views.of((backbone, fused, call), lambda: self._changed(backbone, fused, call))
-        if last_layer_tokens is None or read is None:
+        if not plan.last_rows or read is None or "last_rows" in self.without:
             return whole
         # How many rows are read changes with every batch: that layer is not compiled.
         last = len(self._family.layers(whole)) - 1
         layer = whole if call is None else with_modules(backbone, fused)
-        path = f"{self._layers_path}.{last}"
-        return with_modules(whole, {path: last_layer_tokens(layer.get_submodule(path), read)})
+        path = f"{self._family.layers_path}.{last}"
+        return with_modules(whole, {path: self._family.last_layer_tokens(layer.get_submodule(path), read)})
 
     def _changed(
         self, backbone: PreTrainedModel, fused: Mapping[str, nn.Module], call: Callable | None
@@ -88,8 +87,8 @@ class StepLayers:
         backbone = with_modules(backbone, fused)
         if call is None:
             return backbone
-        layers = enumerate(self._family.layers(backbone))
-        return with_modules(backbone, {f"{self._layers_path}.{i}": compiled_layer(one, i, call) for i, one in layers})
+        layers, path = enumerate(self._family.layers(backbone)), self._family.layers_path
+        return with_modules(backbone, {f"{path}.{i}": compiled_layer(one, i, call) for i, one in layers})
 
     def _find_without(self) -> dict[str, str]:
         if self._family.sizes(self.backbone).decoder_layers:
@@ -100,7 +99,8 @@ class StepLayers:
             found["unpad"] = "positions are slots of padded rows"
         if not reads_text(self._family):
             found["unpad"] = f"{self._family.reads} have no padding"
-        if self._family.last_layer_tokens is None:
+        # Written for a family's own layers, which those of a model that behaves like it need not be.
+        if not self._family.skips_unread_tokens or not is_listed(self.backbone):
             found["last_rows"] = "not written for this family"
         return found
 
@@ -121,11 +121,6 @@ class StepLayers:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}
-
-    def _find_layers(self) -> str:
-        """The path of the backbone's layers in it."""
-        layers = self._family.layers(self.backbone)
-        return next(path for path, module in self.backbone.named_modules() if module is layers)
 
 
 def compiled_layer(layer: nn.Module, position: int, call: Callable) -> nn.Module:

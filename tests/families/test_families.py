@@ -18,16 +18,16 @@ from tiny_models import (
     tiny_base,
     tiny_model,
 )
-from tiny_seq2seq import KINDS
+from tiny_seq2seq import TINY
 from tolerances import assert_differs, assert_equal
 
 from ptv2_fast.families.dimensions import Dimensions
-from ptv2_fast.families.registry import family_of, supported_families
+from ptv2_fast.families.registry import families, family_of
 
 
 def test_every_family_is_tested():
-    encoder_decoders = {kind.split("-")[0] for kind in KINDS}
-    assert set(supported_families()) == {*FAMILIES, *tiny_features.FAMILIES, *encoder_decoders}
+    encoder_decoders = {tiny.model_type for tiny in TINY.values()}
+    assert set(families()) == {*FAMILIES, *tiny_features.FAMILIES, *encoder_decoders}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,12 +44,12 @@ def test_sizes(family):
 def test_layers_are_all_of_them_in_order(family):
     base = tiny_base(family, num_hidden_layers=3)
     known = family_of(base)
-    whole = base if known.with_layer_index is None else known.with_layer_index(base)
+    whole = known.with_layer_index(base)
     layers = list(known.layers(whole))
     indices = [{m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} for layer in layers]
     assert indices == [{0}, {1}, {2}]
-    assert (known.with_layer_index is not None) == (family in WITHOUT_INDEX)
-    if known.with_layer_index is not None:
+    assert (known.layer_index is not None) == (whole is not base) == (family in WITHOUT_INDEX)
+    if whole is not base:
         assert not any(hasattr(m, "layer_idx") for m in base.modules()), "the base was written to"
         batch = padded(text_rows(), "right")
         own, same = base(**batch.inputs).last_hidden_state, whole(**batch.inputs).last_hidden_state
@@ -101,16 +101,12 @@ def _odd(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_that_are_not_plain_are_called_as_they_are(family):
     """A quantised or adapted layer's weight alone does not say what it computes."""
-    names = ("c_attn", "key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "qkv_proj", "Wqkv", "query_key_value",
-             "k", "v", "key_proj", "value_proj")  # fmt: skip
     model = tiny_model(family, "deep", exact=True)
     batch = padded(text_rows(), "right")
     plain = model(**batch.inputs).last_hidden_state
-    for owner in model.backbone.modules():
-        for name in names:
-            if isinstance(getattr(owner, name, None), torch.nn.Module):
-                module = getattr(owner, name)
-                module.__class__ = _odd(type(module))
+    known = family_of(model.backbone)
+    for module in {one.module for layer in range(2) for one in known.projections(model.backbone, layer)}:
+        module.__class__ = _odd(type(module))
     found, expected = model(**batch.inputs).last_hidden_state, literal_states(model, model.backbone, **batch.inputs)
     real = batch.attention_mask.bool()
     assert_equal(found[real], expected[real], "states")

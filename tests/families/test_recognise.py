@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from batches import padded, text_rows
+from families import changed
 from tiny_models import INJECTIONS, LABELS, literal_states, tiny_base, tiny_prompts
 from tolerances import assert_equal
 
@@ -64,28 +65,21 @@ def _base(family: str, task=transformers.AutoModel, **changes):
 def test_it_is_the_family_that_it_behaves_like(family):
     base = _base(family)
     found = family_of(base)
-    assert found == replace(families()[RECOGNISED[family]], last_layer_tokens=None)
+    assert found == families()[RECOGNISED[family]]
     assert family_of(base) is found, "the trial ran again"
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("family", RECOGNISED)
 def test_outputs_and_gradients_are_those_of_the_literal_form(family, injection, monkeypatch):
-    like = RECOGNISED[family]
-    kin = "LLAMA_LIKE" if like == "llama" else "BERT_LIKE"
-    monkeypatch.setattr(backbones, kin, (*getattr(backbones, kin), family))
-    monkeypatch.setattr(backbones, "FAMILIES", (*backbones.FAMILIES, family))
-    if kin == "BERT_LIKE":
-        monkeypatch.setattr(backbones, "ENCODERS", (*backbones.ENCODERS, family))
-    if like == "roberta":
-        monkeypatch.setattr(backbones, "first_position", lambda backbone: 2)
+    form = backbones.FORMS[RECOGNISED[family]]
+    if family == "granite":
+        form = replace(form, embed=lambda backbone, ids, *_: 2.0 * backbone.embed_tokens(ids))
+    if family == "phi":
+        form = replace(form, final_norm=lambda backbone, hidden: backbone.final_layernorm(hidden))
+    monkeypatch.setitem(backbones.FORMS, family, form)
     exact = to_exact_float64(_base(family))
     literal = to_exact_float64(_base(family))
-    if family == "granite":
-        embed = backbones.embed
-        monkeypatch.setattr(backbones, "embed", lambda *args: 2.0 * embed(*args))
-    if family == "phi":
-        monkeypatch.setattr(backbones, "final_norm", lambda backbone, hidden: backbone.final_layernorm(hidden))
     model = get_ptv2_model(exact, tiny_prompts(injection)).eval()
     model.adapters.double()
     batch = padded(text_rows(), "left")
@@ -135,7 +129,7 @@ def _without_norm(backbone, layer, states):
 )
 def test_every_part_of_the_trial_can_fail(change):
     base, llama = _base("granite"), families()["llama"]
-    assert recognise(base, {"other": replace(llama, **change)}) is None
+    assert recognise(base, {"other": changed(llama, **change)}) is None
     assert recognise(base, {"llama": llama}) is not None
 
 
@@ -168,6 +162,13 @@ def test_losses_and_generation_of_an_unlisted_causal_model():
     for index, row in enumerate(text_rows()):
         alone = model.generate(row[None], max_new_tokens=4, do_sample=False)[0, len(row) :]
         assert torch.equal(together[index], alone)
+
+
+@pytest.mark.parametrize("family", ["granite", "ernie"])
+def test_the_last_layer_computes_all_tokens_of_a_layer_that_nobody_looked_at(family):
+    model = get_ptv2_model(_base(family), tiny_prompts("deep"))
+    assert model._family.skips_unread_tokens
+    assert model._step_layers.without["last_rows"] == "not written for this family"
 
 
 def test_labelled_rows_are_for_listed_families():

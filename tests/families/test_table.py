@@ -6,11 +6,11 @@ from pathlib import Path
 
 import tiny_features
 from tiny_models import DECODERS, FAMILIES
-from tiny_seq2seq import KINDS
+from tiny_seq2seq import TINY
 
 from ptv2_fast.families.table import table
 
-ENCODER_DECODERS = {kind.split("-")[0] for kind in KINDS}
+ENCODER_DECODERS = {tiny.model_type for tiny in TINY.values()}
 FILE = Path(__file__).parents[2] / "docs" / "families.md"
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from families import changed, one_by_one
 from tiny_models import tiny_model
 from tolerances import assert_differs, assert_same_bits
 
@@ -30,7 +29,7 @@ def test_layers_together_are_layers_one_by_one(family, entries):
     torch.manual_seed(1)
     together = _pairs(model, entries)
     projections = model._source("default")._projections
-    projections._family = replace(projections._family, attention_inputs=None, finish_all_keys=None)
+    projections._family = changed(projections._family, attention_inputs=one_by_one, finish_all_keys=one_by_one)
     torch.manual_seed(1)
     for actual, expected in zip(together, _pairs(model, entries)):
         assert_same_bits(actual, expected)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 from batches import padded, text_rows
+from families import changed
 from peft_models import LENGTH, counted, said, trained
 from safetensors.torch import load_file
 from tiny_models import tiny_base, tiny_model, wide_window
 from tolerances import assert_differs, assert_equal
 
 from ptv2_fast import PTuningV2Config, from_peft, get_ptv2_model
-from ptv2_fast.interop import peft_export
+from ptv2_fast.saving import peft_export
 
 peft = pytest.importorskip("peft")
 # PEFT asks transformers for this; nothing of ours does.
@@ -217,7 +217,7 @@ def test_positions_that_are_no_rotation(tmp_path, monkeypatch):
         return finished(backbone, layer, keys) * len(keys)
 
     family = peft_export.family_of(model.backbone)
-    monkeypatch.setattr(peft_export, "family_of", lambda backbone: replace(family, finished=other))
+    monkeypatch.setattr(peft_export, "family_of", lambda backbone: changed(family, finish_keys=other))
     _refused(model, tmp_path / "new", "layer 0 of LlamaModel must turn its keys by rotary positions")
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -11,46 +15,100 @@ from torch import Tensor
 from ptv2_fast import PTuningV2Model, get_ptv2_model
 from ptv2_fast.reference.features import literal_deep_features, literal_prefix_features, literal_shallow_features
 
-IMAGES, SOUNDS = ("vit", "clip_vision_model"), ("whisper",)
-FEATURES = (*IMAGES, *SOUNDS)
-EVERY = [pytest.param(family, injection, id=f"{family}-{injection}") for family in FEATURES for injection in INJECTIONS]
-TEXTS = ("clip_text_model",)
-FAMILIES = (*FEATURES, *TEXTS)
 HIDDEN, LABELS, HEADS = 32, 3, 4
-# Rows that an image of 2 x 3 patches and its class token, or a sound of 14 mel frames, becomes.
-TOKENS = {"vit": 7, "clip_vision_model": 5, "whisper": 7}
 VOCABULARY, PADDING_ID, END_ID = 40, 1, 39
-MAIN_INPUT = {"vit": "pixel_values", "clip_vision_model": "pixel_values", "whisper": "input_features"}
-TASK = {"vit": "IMAGE_CLS", "clip_vision_model": "IMAGE_CLS", "whisper": "AUDIO_CLS"}
 
 
-def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
-    """A configuration with 2 layers, 4 heads and no dropout."""
-    sizes = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": HEADS,
-        "num_labels": LABELS,
-        "projection_dim": 12,
-    }
-    if family == "vit":
-        sizes |= {"image_size": (8, 12), "patch_size": 4, "num_channels": 2}
-        sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        sizes.pop("projection_dim")
-    elif family == "clip_vision_model":
-        sizes |= {"image_size": 8, "patch_size": 4, "num_channels": 2}
-    elif family == "clip_text_model":
-        sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "eos_token_id": END_ID}
-        sizes |= {"bos_token_id": None, "pad_token_id": PADDING_ID}
-    else:
-        sizes = {
+@dataclass(frozen=True)
+class Tiny:
+    """What tests must know of a family, by themselves.
+
+    Attributes:
+        reads: its main input.
+        config: its configuration, beside 2 layers of `HEADS` heads and without dropout.
+        shape: of a row of its main input: (C, H, W) or (M, F).
+        tokens: rows that such an input becomes.
+        task: of its own classifier.
+    """
+
+    reads: str
+    config: Mapping[str, Any]
+    shape: tuple[int, ...] = ()
+    tokens: int | None = None
+    task: str | None = None
+
+
+_SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_labels": LABELS,
+}
+_CLIP = {**_SIZES, "projection_dim": 12}
+TINY = {
+    # Images of 2 x 3 and of 2 x 2 patches, and their class tokens.
+    "vit": Tiny(
+        "pixel_values",
+        {
+            **_SIZES,
+            "image_size": (8, 12),
+            "patch_size": 4,
+            "num_channels": 2,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        shape=(2, 8, 12),
+        tokens=7,
+        task="IMAGE_CLS",
+    ),
+    "clip_vision_model": Tiny(
+        "pixel_values",
+        {**_CLIP, "image_size": 8, "patch_size": 4, "num_channels": 2},
+        shape=(2, 8, 8),
+        tokens=5,
+        task="IMAGE_CLS",
+    ),
+    # A sound of 14 mel frames.
+    "whisper": Tiny(
+        "input_features",
+        {
             "d_model": HIDDEN, "encoder_layers": 2, "encoder_attention_heads": HEADS, "encoder_ffn_dim": 48,
             "decoder_layers": 3, "decoder_attention_heads": 2, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY,
             "num_mel_bins": 6, "max_source_positions": 7, "classifier_proj_size": 10, "num_labels": LABELS,
             "pad_token_id": PADDING_ID, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2,
-        }  # fmt: skip
-    return transformers.AutoConfig.for_model(family, **{**sizes, "attn_implementation": "sdpa", **changes})
+        },
+        shape=(6, 14),
+        tokens=7,
+        task="AUDIO_CLS",
+    ),
+    "clip_text_model": Tiny(
+        "input_ids",
+        {
+            **_CLIP,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 64,
+            "eos_token_id": END_ID,
+            "bos_token_id": None,
+            "pad_token_id": PADDING_ID,
+        },
+    ),
+}  # fmt: skip
+FAMILIES = tuple(TINY)
+TEXTS = tuple(name for name, tiny in TINY.items() if tiny.reads == "input_ids")
+IMAGES = tuple(name for name, tiny in TINY.items() if tiny.reads == "pixel_values")
+SOUNDS = tuple(name for name, tiny in TINY.items() if tiny.reads == "input_features")
+FEATURES = (*IMAGES, *SOUNDS)
+EVERY = [pytest.param(family, injection, id=f"{family}-{injection}") for family in FEATURES for injection in INJECTIONS]
+TOKENS = {name: TINY[name].tokens for name in FEATURES}
+MAIN_INPUT = {name: TINY[name].reads for name in FEATURES}
+TASK = {name: TINY[name].task for name in FEATURES}
+
+
+def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
+    """A configuration with 2 layers, 4 heads and no dropout."""
+    own = {"attn_implementation": "sdpa", **TINY[family].config, **changes}
+    return transformers.AutoConfig.for_model(family, **own)
 
 
 @built_once
@@ -66,7 +124,7 @@ def tiny_base(
     config = tiny_config(family, **changes)
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    model = _new_adapter(family, kind, config).eval()
+    model = _new_model(family, kind, config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # transformers starts biases at 0, norms at 1 and attention almost uniform.
@@ -78,7 +136,7 @@ def tiny_base(
     return model.double() if exact else model
 
 
-def _new_adapter(family: str, kind: str, config):
+def _new_model(family: str, kind: str, config):
     if kind == "projection":
         tower = {"clip_vision_model": "CLIPVisionModelWithProjection", "clip_text_model": "CLIPTextModelWithProjection"}
         return getattr(transformers, tower[family])(config)
@@ -121,9 +179,10 @@ def tiny_model(
 
 def features(family: str, rows: int = 3, *, seed: int = 5, dtype=torch.float32) -> dict[str, Tensor]:
     """The main input of a family: images (B, 2, H, W) or spectrograms (B, 6, 14)."""
-    shape = {"vit": (2, 8, 12), "clip_vision_model": (2, 8, 8), "whisper": (6, 14)}[family]
     generator = torch.Generator().manual_seed(seed)
-    return {MAIN_INPUT[family]: torch.randn(rows, *shape, generator=generator, dtype=torch.float64).to(dtype)}
+    return {
+        MAIN_INPUT[family]: torch.randn(rows, *TINY[family].shape, generator=generator, dtype=torch.float64).to(dtype)
+    }
 
 
 def clip_rows(*lengths: int, seed: int = 3) -> list[Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -18,79 +19,161 @@ from ptv2_fast.reference.literal import literal_deep, literal_prefix, literal_sh
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-ENCODERS = (
-    "bert", "roberta", "xlm-roberta", "electra", "albert", "distilbert", "modernbert", "mpnet", "deberta-v2",
-)  # fmt: skip
-DECODERS = (
-    "gpt2", "llama", "qwen3", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3", "phi3", "gemma2", "gemma3_text",
-    "gpt_neox", "opt",
-)  # fmt: skip
-FAMILIES = (*ENCODERS, *DECODERS)
 INJECTIONS = ("deep", "shallow", "prefix")
 VOCABULARY, HIDDEN, LABELS, PADDING_ID = 40, 32, 3, 1
+# How many tokens a layer with a window sees back, fewer than the tests' texts have.
+WINDOW = 4
+# Kinds of layers, which a configuration repeats for as many layers as it has.
+_IN_TURN = ("sliding_attention", "full_attention")
+_FLOAT64_EXPERTS = {"experts_implementation": "eager"}  # the one that takes float64
 
-# Families that are one another to the package: their layers differ, what the package knows of them does not.
-KIN = ("xlm-roberta", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3")
-DISTINCT = tuple(family for family in FAMILIES if family not in KIN)
-# Encoders whose positions count from padding_idx + 1.
-FROM_PADDING = ("roberta", "xlm-roberta", "mpnet")
-TOKEN_TYPES = ("bert", "roberta", "xlm-roberta", "electra", "albert")
-# Decoders whose positions are learned; all others rotate.
-LEARNED = ("gpt2", "opt")
-# Attention is their own code, with a term for distances in its scores; their positions are slots of the batch.
-RELATIVE = ("mpnet", "deberta-v2")
-# Encoders that have no table of positions and whose prompts no position id moves.
-WITHOUT_TABLE = ("deberta-v2",)
-# Two query heads share a key head in these; the heads of 16 do not add up to the hidden size.
-GROUPED = ("llama", "qwen3", "mistral", "mixtral", "qwen2", "qwen3_moe", "smollm3", "phi3", "gemma2", "gemma3_text")
-MIXTURES = ("mixtral", "qwen3_moe")
-WIDE_HEADS = ("qwen3", "qwen3_moe", "gemma2", "gemma3_text")
-# Some or all of their layers see this many tokens back, fewer than the tests' texts have.
-WINDOWED, WINDOW = ("mistral", "phi3", "gemma2", "gemma3_text", "modernbert"), 4
-# Some families' layers are shared or do not know which one they are.
-WITHOUT_INDEX = ("albert", "distilbert", *RELATIVE)
-# Words are narrower than hidden states, and so are shallow prompts.
-NARROW_WORDS = {"electra": 16, "albert": 16}
-# What stands in a family's configuration beside the sizes: whatever makes it differ from Llama, switched on.
-_SPECIAL = {
-    "electra": {"embedding_size": 16, "summary_last_dropout": 0.0},
-    "albert": {"embedding_size": 16, "classifier_dropout_prob": 0.0},
-    "distilbert": {
-        "hidden_dim": 48,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-        "qa_dropout": 0.0,
-        "seq_classif_dropout": 0.0,
-    },
-    "modernbert": {"local_attention": 2 * WINDOW, "cls_token_id": 2, "sep_token_id": 3},
-    "mpnet": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+
+@dataclass(frozen=True)
+class Tiny:
+    """What tests must know of a family, by themselves.
+
+    Attributes:
+        causal: it is a decoder.
+        kin: it is another family to the package: its layers differ, what the package knows of them does not.
+        learned: positions are learned, in a decoder; all other decoders rotate.
+        from_padding: positions count from padding_idx + 1.
+        without_table: it has no table of positions and no position id moves its prompts.
+        relative: attention is its own code, with a term for distances in its scores; positions are slots of the batch.
+        without_index: layers are shared or do not know which one they are.
+        token_types: its embeddings take them.
+        config: what stands in its configuration beside the sizes: whatever makes it differ from Llama, switched on.
+    """
+
+    causal: bool = False
+    kin: bool = False
+    learned: bool = False
+    from_padding: bool = False
+    without_table: bool = False
+    relative: bool = False
+    without_index: bool = False
+    token_types: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+_BERT_DROPOUTS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_BERT = Tiny(token_types=True, config={**_BERT_DROPOUTS, "type_vocab_size": 2})
+_LLAMA = Tiny(causal=True, config={"num_key_value_heads": 2, "head_dim": 8})
+
+
+def _like(tiny: Tiny, config: Mapping[str, Any] | None = None, **changes: Any) -> Tiny:
+    """A row like another one, with more in its configuration."""
+    return replace(tiny, config={**tiny.config, **(config or {})}, **changes)
+
+
+TINY = {
+    "bert": _BERT,
+    "roberta": _like(_BERT, from_padding=True),
+    "xlm-roberta": _like(_BERT, from_padding=True, kin=True),
+    "electra": _like(_BERT, {"embedding_size": 16, "summary_last_dropout": 0.0}),
+    "albert": _like(_BERT, {"embedding_size": 16, "classifier_dropout_prob": 0.0}, without_index=True),
+    "distilbert": Tiny(
+        without_index=True,
+        config={
+            "hidden_dim": 48,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "qa_dropout": 0.0,
+            "seq_classif_dropout": 0.0,
+        },
+    ),
+    "modernbert": Tiny(
+        config={"local_attention": 2 * WINDOW, "cls_token_id": 2, "sep_token_id": 3, "layer_types": _IN_TURN},
+    ),
+    "mpnet": Tiny(
+        from_padding=True,
+        relative=True,
+        without_index=True,
+        config={**_BERT_DROPOUTS, "attn_implementation": "eager"},  # it has no other
+    ),
     # As DeBERTa-v3 has it, with so few buckets that the tests' texts reach the logarithmic ones.
-    "deberta-v2": {
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "relative_attention": True,
-        "position_buckets": 8,
-        "share_att_key": True,
-        "pos_att_type": ["p2c", "c2p"],
-        "norm_rel_ebd": "layer_norm",
-        "position_biased_input": False,
-        "type_vocab_size": 0,
-    },
-    "mistral": {"sliding_window": WINDOW},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    "smollm3": {"no_rope_layer_interval": 2},
-    "phi3": {"sliding_window": WINDOW, "original_max_position_embeddings": 64},
-    "gemma2": {
-        "sliding_window": WINDOW,
-        "query_pre_attn_scalar": 11,
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 8.0,
-    },
-    "gemma3_text": {"sliding_window": WINDOW, "query_pre_attn_scalar": 11},
-    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "dropout": 0.0},
+    "deberta-v2": Tiny(
+        relative=True,
+        without_index=True,
+        without_table=True,
+        config={
+            **_BERT_DROPOUTS,
+            "relative_attention": True,
+            "position_buckets": 8,
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+            "attn_implementation": "eager",  # it has no other
+        },
+    ),
+    "gpt2": Tiny(
+        causal=True,
+        learned=True,
+        config={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "classifier_dropout": 0.0},
+    ),
+    "llama": _LLAMA,
+    "qwen3": _like(_LLAMA, {"head_dim": 16}),
+    "mistral": _like(_LLAMA, {"sliding_window": WINDOW}, kin=True),
+    "mixtral": _like(
+        _LLAMA,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None, **_FLOAT64_EXPERTS},
+        kin=True,
+    ),
+    "qwen2": _like(_LLAMA, kin=True),
+    "qwen3_moe": _like(
+        _LLAMA,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16, **_FLOAT64_EXPERTS},
+        kin=True,
+    ),
+    "smollm3": _like(_LLAMA, {"no_rope_layer_interval": 2}, kin=True),
+    "phi3": _like(_LLAMA, {"sliding_window": WINDOW, "original_max_position_embeddings": 64}),
+    "gemma2": _like(
+        _LLAMA,
+        {
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 11,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 8.0,
+            "head_dim": 16,
+            "layer_types": _IN_TURN,
+            "attn_implementation": "eager",  # no other knows the softcap
+        },
+    ),
+    "gemma3_text": _like(
+        _LLAMA,
+        {"sliding_window": WINDOW, "query_pre_attn_scalar": 11, "head_dim": 16, "layer_types": _IN_TURN},
+    ),
+    "gpt_neox": Tiny(
+        causal=True,
+        config={"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "opt": Tiny(causal=True, learned=True, config={"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "dropout": 0.0}),
 }
+
+
+def _names(chosen: Callable[[Tiny], object]) -> tuple[str, ...]:
+    return tuple(name for name, tiny in TINY.items() if chosen(tiny))
+
+
+FAMILIES = tuple(TINY)
+ENCODERS, DECODERS = _names(lambda tiny: not tiny.causal), _names(lambda tiny: tiny.causal)
+KIN, DISTINCT = _names(lambda tiny: tiny.kin), _names(lambda tiny: not tiny.kin)
+FROM_PADDING = _names(lambda tiny: tiny.from_padding)
+TOKEN_TYPES = _names(lambda tiny: tiny.token_types)
+LEARNED = _names(lambda tiny: tiny.learned)
+RELATIVE = _names(lambda tiny: tiny.relative)
+WITHOUT_TABLE = _names(lambda tiny: tiny.without_table)
+WITHOUT_INDEX = _names(lambda tiny: tiny.without_index)
+# Some or all of their layers have a window.
+WINDOWED = _names(lambda tiny: tiny.config.get("sliding_window") or "local_attention" in tiny.config)
+# Two query heads share a key head in these; the heads of 16 do not add up to the hidden size.
+GROUPED = _names(lambda tiny: "num_key_value_heads" in tiny.config)
+WIDE_HEADS = _names(lambda tiny: tiny.config.get("head_dim") == 16)
+MIXTURES = _names(lambda tiny: "experts_implementation" in tiny.config)
+# Words are narrower than hidden states, and so are shallow prompts.
+NARROW_WORDS = {name: TINY[name].config["embedding_size"] for name in _names(lambda t: "embedding_size" in t.config)}
+
 _AUTO = {
     "FEATURE_EXTRACTION": transformers.AutoModel,
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -107,6 +190,7 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
         "hidden_size": HIDDEN,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "intermediate_size": 48,
         "max_position_embeddings": 64,
         "pad_token_id": PADDING_ID,
         "bos_token_id": None,
@@ -114,28 +198,9 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
         "num_labels": LABELS,
         "attn_implementation": "sdpa",
     }
-    if family in TOKEN_TYPES:
-        sizes |= {
-            "intermediate_size": 48,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-            "type_vocab_size": 2,
-        }
-    elif family == "gpt2":
-        names = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")
-        sizes |= dict.fromkeys(names, 0.0)
-    else:
-        sizes |= {"intermediate_size": 48}
-    if family in GROUPED:
-        sizes |= {"num_key_value_heads": 2, "head_dim": 16 if family in WIDE_HEADS else 8}
-    if family in MIXTURES:
-        sizes |= {"experts_implementation": "eager"}  # the one that takes float64
-    sizes |= _SPECIAL.get(family, {}) | changes
-    if family in ("gemma2", "gemma3_text", "modernbert"):
-        kinds = ("sliding_attention", "full_attention")
-        sizes |= {"layer_types": [kinds[i % 2] for i in range(sizes["num_hidden_layers"])]}
-    if family == "gemma2" or family in RELATIVE:
-        sizes["attn_implementation"] = "eager"  # they have no other, or none that knows Gemma's softcap
+    sizes |= {**TINY[family].config, **changes}
+    if "layer_types" in TINY[family].config and "layer_types" not in changes:
+        sizes["layer_types"] = [_IN_TURN[index % 2] for index in range(sizes["num_hidden_layers"])]
     return transformers.AutoConfig.for_model(family, **sizes)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,6 @@ from ptv2_fast import PTuningV2Model, get_ptv2_model
 from ptv2_fast.reference.encoder_decoder import literal_encoder_decoder
 from ptv2_fast.reference.float64 import to_exact_float64
 
-# What each kind of base has of its own; d_kv * heads is not d_model in T5.
-KINDS = ("t5", "t5-gated", "mt5", "bart", "bart-scaled")
 STACKS = ("encoder", "decoder", "cross")
 # Layers of either stack; transformers' caches have as many layers as the encoder, so the decoder has fewer.
 ENCODER, DECODER = 3, 2
@@ -24,22 +24,50 @@ LAYERS = ENCODER + 2 * DECODER
 START = 2
 # Older versions compute T5's attention in the model itself.
 T5_SERVED = hasattr(transformers.models.t5.modeling_t5, "ALL_ATTENTION_FUNCTIONS")
-_CLASSES = {
-    ("t5", "SEQ_2_SEQ_LM"): transformers.T5ForConditionalGeneration,
-    ("t5", "FEATURE_EXTRACTION"): transformers.T5Model,
-    ("t5", "ENCODER"): transformers.T5EncoderModel,
-    ("t5", "SEQ_CLS"): transformers.T5ForSequenceClassification,
-    ("t5", "TOKEN_CLS"): transformers.T5ForTokenClassification,
-    ("t5", "QUESTION_ANS"): transformers.T5ForQuestionAnswering,
-    ("mt5", "SEQ_2_SEQ_LM"): transformers.MT5ForConditionalGeneration,
-    ("mt5", "FEATURE_EXTRACTION"): transformers.MT5Model,
-    ("mt5", "ENCODER"): transformers.MT5EncoderModel,
-    ("mt5", "SEQ_CLS"): transformers.MT5ForSequenceClassification,
-    ("mt5", "TOKEN_CLS"): transformers.MT5ForTokenClassification,
-    ("bart", "SEQ_2_SEQ_LM"): transformers.BartForConditionalGeneration,
-    ("bart", "FEATURE_EXTRACTION"): transformers.BartModel,
-    ("bart", "SEQ_CLS"): transformers.BartForSequenceClassification,
-    ("bart", "QUESTION_ANS"): transformers.BartForQuestionAnswering,
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What tests must know of a kind of base.
+
+    Attributes:
+        model_type: of its configuration.
+        config: its configuration beside the vocabulary, without dropout.
+        noise: how much is added to its weights, so that attention is not almost uniform and biases not 0.
+    """
+
+    model_type: str
+    config: Mapping[str, Any]
+    noise: float
+
+
+# d_kv * heads is not d_model.
+_T5 = {
+    "d_kv": 6, "d_ff": 48, "num_heads": 4, "num_layers": ENCODER, "num_decoder_layers": DECODER, "dropout_rate": 0.0,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+}  # fmt: skip
+_GATED = {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_BART = {
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40,
+    "encoder_layers": ENCODER, "decoder_layers": DECODER, "max_position_embeddings": 64, "dropout": 0.0,
+    "forced_eos_token_id": None,
+}  # fmt: skip
+# T5 does not scale its scores: less noise is as much.
+TINY = {
+    "t5": Tiny("t5", {**_T5, "feed_forward_proj": "relu", "tie_word_embeddings": True}, noise=0.1),
+    "t5-gated": Tiny("t5", _GATED, noise=0.1),
+    "mt5": Tiny("mt5", _GATED, noise=0.1),
+    "bart": Tiny("bart", {**_BART, "scale_embedding": False}, noise=0.25),
+    "bart-scaled": Tiny("bart", {**_BART, "scale_embedding": True}, noise=0.25),
+}
+KINDS = tuple(TINY)
+_AUTO = {
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+    "ENCODER": transformers.AutoModelForTextEncoding,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
 }
 
 
@@ -49,35 +77,20 @@ def tiny_config(kind: str, **changes) -> transformers.PretrainedConfig:
         "vocab_size": VOCABULARY, "d_model": HIDDEN, "pad_token_id": PADDING_ID, "bos_token_id": None,
         "eos_token_id": None, "decoder_start_token_id": START, "num_labels": LABELS, "attn_implementation": "sdpa",
     }  # fmt: skip
-    if "t5" in kind:
-        own = {
-            "d_kv": 6, "d_ff": 48, "num_heads": 4, "num_layers": ENCODER, "num_decoder_layers": DECODER,
-            "dropout_rate": 0.0, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
-            "feed_forward_proj": "relu" if kind == "t5" else "gated-gelu",
-            "tie_word_embeddings": kind == "t5",
-        }  # fmt: skip
-        config = transformers.MT5Config if kind == "mt5" else transformers.T5Config
-        return config(**{**common, **own, **changes})
-    own = {
-        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40,
-        "encoder_layers": ENCODER, "decoder_layers": DECODER, "max_position_embeddings": 64, "dropout": 0.0,
-        "scale_embedding": kind == "bart-scaled", "forced_eos_token_id": None,
-    }  # fmt: skip
-    return transformers.BartConfig(**{**common, **own, **changes})
+    return transformers.AutoConfig.for_model(TINY[kind].model_type, **{**common, **TINY[kind].config, **changes})
 
 
 @built_once
 def tiny_base(kind: str, task: str = "SEQ_2_SEQ_LM", *, exact: bool = False, **changes) -> transformers.PreTrainedModel:
     """A tiny model in eval mode; the same weights every time. `exact` makes it true float64."""
-    if "t5" in kind and not T5_SERVED:
+    if TINY[kind].model_type in ("t5", "mt5") and not T5_SERVED:
         pytest.skip("this transformers' T5 has an attention of its own")
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    model = _CLASSES[kind.split("-")[0], task](tiny_config(kind, **changes)).eval()
+    model = _AUTO[task].from_config(tiny_config(kind, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            # T5 does not scale its scores.
-            parameter += (0.1 if "t5" in kind else 0.25) * torch.randn_like(parameter)
+            parameter += TINY[kind].noise * torch.randn_like(parameter)
         for name, table in model.named_parameters():
             if "relative_attention_bias" in name:
                 table.mul_(3.0)
