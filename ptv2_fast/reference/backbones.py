@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptv2_fast.reference import own_attention
 from ptv2_fast.reference.masks import additive_mask
+from ptv2_fast.reference.prefix import PrefixByCall
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -246,22 +247,6 @@ def after_layer(backbone: nn.Module, index: int, embedded: Tensor, hidden: Tenso
 def final_norm(backbone: nn.Module, hidden: Tensor) -> Tensor:
     """Apply what stands between the last layer and the heads; nothing on post-norm encoders."""
     return form_of(backbone).final_norm(backbone, hidden)
-
-
-class PrefixByCall:
-    """Keys, values and bias that stand in front of each layer's own, handed out in the order of the layers.
-
-    ALBERT's one layer runs again and again and some layers know no index of their own; but every layer asks once.
-    """
-
-    def __init__(self, by_layer: Mapping[int, tuple[Tensor, Tensor, Tensor | None] | None]):
-        self._by_layer = by_layer
-        self._calls = 0
-
-    def next(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Return the prefix of the layer whose turn it is, None where it has none."""
-        self._calls += 1
-        return self._by_layer.get(self._calls - 1)
 
 
 def plain_attention(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ptv2_fast.reference import backbones
 from ptv2_fast.reference.masks import additive_mask, as_key_mask, positions_from_mask
+from ptv2_fast.reference.prefix import PrefixByCall
 
 # The model types whose stacks are called as the forms here call them.
 FAMILIES = ("t5", "mt5", "bart")
@@ -130,7 +131,7 @@ def _run(
         if encoded is not None and encoded_mask is not None:
             options = _looking(states, biases, cross, encoded, encoded_mask, rows.shape[1])
             calls[1] = _prefix(keys_values, biases, cross, None)
-        literal_prefix = backbones.PrefixByCall(calls)
+        literal_prefix = PrefixByCall(calls)
         output = block(rows, mask, **options, literal_prefix=literal_prefix)
         hidden = (output[0] if isinstance(output, tuple) else output)[:, length:]
     return stack.final_layer_norm(hidden) if hasattr(stack, "final_layer_norm") else hidden

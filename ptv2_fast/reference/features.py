@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ptv2_fast.reference.backbones import PrefixByCall, plain_attention_in
+from ptv2_fast.reference.backbones import plain_attention_in
 from ptv2_fast.reference.masks import additive_mask, as_key_mask, positions_from_mask
+from ptv2_fast.reference.prefix import PrefixByCall
 
 # A backbone's last states (B, N, D), and what enters each layer and leaves the last one, (L + 1) of (B, N, D).
 States = tuple[Tensor, tuple[Tensor, ...]]
