@@ -51,8 +51,10 @@ class EncoderDecoder(Family):
 
     def attention_input(self, backbone: PreTrainedModel, layer: int, states: Tensor) -> Tensor:
         """What a layer's projections read: its input, normed where it norms; the encoder's output as it is."""
+        if self.norm_path is None:
+            return states
         stack, index = self.place(backbone, layer)
-        if self.norm_path is None or stack == "cross":
+        if stack == "cross":
             return states
         layers = self.layers_path if stack == "encoder" else self.decoder_path
         normed: Tensor = part_at(backbone, f"{layers}.{index}.{self.norm_path}")(states)

@@ -8,6 +8,8 @@ import threading
 from types import MethodType
 
 import pytest
+import tiny_features
+import tiny_seq2seq
 import torch
 from batches import padded, text_rows
 from tiny_models import tiny_base, tiny_model, tiny_prompts
@@ -15,7 +17,7 @@ from tolerances import assert_differs, assert_same_bits
 from torch import nn
 
 from ptv2_fast import StepOptions, get_ptv2_model
-from ptv2_fast.backbone import hooked
+from ptv2_fast.backbone import hooked, view
 from ptv2_fast.backbone.kept_views import KeptViews
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.backbone.view import view_of
@@ -49,6 +51,37 @@ def test_a_view_is_kept_from_call_to_call(family, training):
     # In another mode each module is another one.
     model.train(not training)
     assert _view(model) is not first
+
+
+def _copies(monkeypatch, model, inputs):
+    """How many module objects a call makes, once others have run."""
+    for _ in range(2):
+        model(**inputs)
+    made, copied = [], view._shallow_copy
+    with monkeypatch.context() as patch:
+        patch.setattr(view, "_shallow_copy", lambda *args: made.append(args[0]) or copied(*args))
+        model(**inputs)
+    return len(made)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, "vit", "clip_text_model", "t5", "bart"])
+def test_no_call_makes_a_module_for_each_layer(family, training, monkeypatch):
+    """Attention learns its layer in views that are kept: what a call makes itself holds that call's prompts."""
+    made = []
+    for layers in (2, 5):
+        if family in ("t5", "bart"):
+            names = ("num_layers", "num_decoder_layers") if family == "t5" else ("encoder_layers", "decoder_layers")
+            model = tiny_seq2seq.tiny_model(family, base_changes=dict.fromkeys(names, layers))
+            inputs = tiny_seq2seq.pair().inputs
+        elif family in tiny_features.FAMILIES:
+            model = tiny_features.tiny_model(family, base_changes={"num_hidden_layers": layers}, kind="backbone")
+            inputs = {"input_ids": torch.stack(tiny_features.clip_rows(4, 4))}
+            inputs = tiny_features.features(family) if family in tiny_features.FEATURES else inputs
+        else:
+            model, inputs = tiny_model(family, base_changes={"num_hidden_layers": layers}), BATCH.inputs
+        made.append(_copies(monkeypatch, model.train(training), inputs))
+    assert made[0] == made[1] <= 12
 
 
 def _layer(model):

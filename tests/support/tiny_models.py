@@ -41,6 +41,7 @@ class Tiny:
         relative: attention is its own code, with a term for distances in its scores; positions are slots of the batch.
         without_index: layers are shared or do not know which one they are.
         token_types: its embeddings take them.
+        eager: transformers' eager attention is the only one that it has, or that knows all it does.
         config: what stands in its configuration beside the sizes: whatever makes it differ from Llama, switched on.
     """
 
@@ -52,6 +53,7 @@ class Tiny:
     relative: bool = False
     without_index: bool = False
     token_types: bool = False
+    eager: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,13 +90,15 @@ TINY = {
         from_padding=True,
         relative=True,
         without_index=True,
-        config={**_BERT_DROPOUTS, "attn_implementation": "eager"},  # it has no other
+        eager=True,
+        config=_BERT_DROPOUTS,
     ),
     # As DeBERTa-v3 has it, with so few buckets that the tests' texts reach the logarithmic ones.
     "deberta-v2": Tiny(
         relative=True,
         without_index=True,
         without_table=True,
+        eager=True,
         config={
             **_BERT_DROPOUTS,
             "relative_attention": True,
@@ -104,7 +108,6 @@ TINY = {
             "norm_rel_ebd": "layer_norm",
             "position_biased_input": False,
             "type_vocab_size": 0,
-            "attn_implementation": "eager",  # it has no other
         },
     ),
     "gpt2": Tiny(
@@ -137,8 +140,8 @@ TINY = {
             "final_logit_softcapping": 8.0,
             "head_dim": 16,
             "layer_types": _IN_TURN,
-            "attn_implementation": "eager",  # no other knows the softcap
         },
+        eager=True,
     ),
     "gemma3_text": _like(
         _LLAMA,
@@ -201,6 +204,8 @@ def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
     sizes |= {**TINY[family].config, **changes}
     if "layer_types" in TINY[family].config and "layer_types" not in changes:
         sizes["layer_types"] = [_IN_TURN[index % 2] for index in range(sizes["num_hidden_layers"])]
+    if TINY[family].eager:
+        sizes["attn_implementation"] = "eager"
     return transformers.AutoConfig.for_model(family, **sizes)
 
 
