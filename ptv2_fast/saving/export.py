@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.backbone.at_rest import at_rest
+from ptv2_fast.prompts.placement import is_inline
 from ptv2_fast.saving.checkpoint import describe
 from ptv2_fast.storage.files import write_whole
 from ptv2_fast.storage.tensors import read_metadata, write_tensors
@@ -46,7 +47,7 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
             f"format 'embeddings' needs injection 'shallow'; adapter {name!r} has {config.injection!r}, whose prompts "
             "are not inputs of the model"
         )
-    if what == "kv" and model._evolves_with_text(adapter):
+    if what == "kv" and is_inline(config, model._family):
         raise ValueError(
             f"format 'kv' needs prompts that do not see the text; adapter {name!r} is shallow on a bidirectional model"
         )

@@ -26,7 +26,7 @@ LAYERS = (
     ("inputs",),
     ("prompts", "heads"),
     ("step",),
-    ("adapter",),
+    ("adapter", "frozen_base"),
     ("saving", "adapter_set", "base_attributes", "base_methods", "forward"),
     ("model",),
     ("task_models",),
