@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import BASE_ROW, Adapter
-from ptv2_fast.adapter_set import AdapterSet
 from ptv2_fast.attention import hook
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.backbone.sharded_weights import device_of
@@ -36,7 +35,7 @@ from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.typed_modules import ModuleDictOf
 
 
-class PTuningV2Model(BaseAttributes, BaseMethods, AdapterSet, Persistence):
+class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
     """A frozen transformers model whose attention layers also see trained prompts.
 
     The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values

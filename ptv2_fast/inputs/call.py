@@ -51,11 +51,6 @@ class TextCall:
     is_first: bool
     packing: PackedRows | None
 
-    def padding_mask(self) -> Tensor | None:
-        """The mask where it has a row's tokens only, (B, past + N)."""
-        mask = self.mask
-        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
     def length(self) -> int | None:
         """How many positions the longest row takes, what is cached included; None where only the device knows."""
         if not isinstance(self.past_length, int):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptv2_fast.reference import own_attention
 from ptv2_fast.reference.masks import additive_mask
+from ptv2_fast.reference.prefix import PrefixByCall
 
 BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra")
 # Attention is their own code, and positions are slots of the batch: their rows run without padding.
@@ -178,22 +179,6 @@ def final_norm(backbone: nn.Module, hidden: Tensor) -> Tensor:
         return hidden
     name = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "modernbert": "final_norm"}.get(family, "norm")
     return hidden if family in ENCODERS and family != "modernbert" else getattr(backbone, name)(hidden)
-
-
-class PrefixByCall:
-    """Keys, values and bias that stand in front of each layer's own, handed out in the order of the layers.
-
-    ALBERT's one layer runs again and again and some layers know no index of their own; but every layer asks once.
-    """
-
-    def __init__(self, by_layer: Mapping[int, tuple[Tensor, Tensor, Tensor | None] | None]):
-        self._by_layer = by_layer
-        self._calls = 0
-
-    def next(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Return the prefix of the layer whose turn it is, None where it has none."""
-        self._calls += 1
-        return self._by_layer.get(self._calls - 1)
 
 
 def plain_attention(

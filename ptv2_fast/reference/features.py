@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ptv2_fast.reference.backbones import PrefixByCall, plain_attention_in
+from ptv2_fast.reference.backbones import plain_attention_in
 from ptv2_fast.reference.masks import additive_mask, as_key_mask, positions_from_mask
+from ptv2_fast.reference.prefix import PrefixByCall
 
 FAMILIES = ("vit", "clip_vision_model", "clip_text_model", "whisper")
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ptv2_fast.reference import backbones
 from ptv2_fast.reference.masks import as_key_mask, positions_from_mask
+from ptv2_fast.reference.prefix import PrefixByCall
 
 P = ParamSpec("P")
 
@@ -226,7 +227,7 @@ def literal_prefix(
     }
     if token_type_ids is not None:
         inputs["token_type_ids"] = token_type_ids
-    prefix_by_call = backbones.PrefixByCall(prefix)
+    prefix_by_call = PrefixByCall(prefix)
     with backbones.plain_attention_in(backbone, prefix_by_call):
         return backbone(**inputs, use_cache=False, literal_prefix=prefix_by_call)[0]
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ptv2_fast.reference.backbones import PrefixByCall
+from ptv2_fast.reference.prefix import PrefixByCall
 
 # Any number that no text has so many tokens as.
 _FAR = 10**6
