@@ -13,7 +13,6 @@ from ptv2_fast.adapter import BASE_ROW, Adapter
 from ptv2_fast.attention import hook
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.backbone.sharded_weights import device_of
-from ptv2_fast.backbone.tokens import gather_tokens
 from ptv2_fast.base_attributes import BaseAttributes
 from ptv2_fast.base_methods import BaseMethods
 from ptv2_fast.config import PTuningV2Config
@@ -31,7 +30,6 @@ from ptv2_fast.prompts.placement import is_inline, text_offset
 from ptv2_fast.saving.mixin import Persistence
 from ptv2_fast.step.kept_plan import KeptPlan
 from ptv2_fast.step.options import StepOptions, StepPlan
-from ptv2_fast.step.packed import PackedBatch, packed_inputs
 from ptv2_fast.typed_modules import ModuleDictOf
 
 
@@ -216,12 +214,6 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
         base, rows = self._follow_backbone(), self._row_prompts(adapter_names, None)
         route_of(base, rows)
         return bind_prompts(base, rows)
-
-    def packed_states(self, packed: PackedBatch) -> Tensor:
-        """(R, D) the backbone's last states of the tokens that a packed batch reads; zero where it reads none."""
-        output = self.run(self.backbone, packed_inputs(packed), read=packed.tokens)
-        states = gather_tokens(output.last_hidden_state, packed.tokens)[0]
-        return states * (packed.tokens < packed.input_ids.shape[1])[:, None]
 
     def text_limit(self) -> int | None:
         """The most tokens of a text that the active adapter leaves room for; None where there is no limit."""
