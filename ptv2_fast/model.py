@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +24,7 @@ from ptv2_fast.forward.route import Route, route_of
 from ptv2_fast.forward.row_prompts import RowPrompts
 from ptv2_fast.inputs.call import named_inputs, read_call
 from ptv2_fast.inputs.max_length import text_limit
-from ptv2_fast.prompts.cache import PromptCache, Prompts
+from ptv2_fast.prompts.cache import PromptCache
 from ptv2_fast.prompts.placement import is_inline, text_offset
 from ptv2_fast.saving.mixin import Persistence
 from ptv2_fast.step.kept_plan import KeptPlan
@@ -192,18 +191,16 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
         """The prompts that each of B rows asks for; None where B is not known yet."""
         names = self._row_names(adapter_names, rows)
         known, members = self.adapters, sorted(set(names))
-        adapters = [None if name == BASE_ROW else known[name] for name in names]
         mixed = len(members) > 1 or members == [BASE_ROW]
-        entries = [members.index(name) for name in names] if mixed else None
-        backend = known[self.active_adapter].config.backend
-        named = len(adapter_names) if adapter_names else 1
-        return RowPrompts(names, adapters, backend, partial(self._prompts, members, backend), entries, named)
-
-    def _prompts(self, members: Sequence[str], backend: str) -> Prompts:
-        """Every layer's prompt: that of one adapter, or the bank of several."""
-        if members == [BASE_ROW]:
-            return (None,) * self._frozen.sizes.num_layers
-        return self._kept.of([None if name == BASE_ROW else self._source(name) for name in members], backend)
+        return RowPrompts(
+            names,
+            [None if name == BASE_ROW else known[name] for name in names],
+            known[self.active_adapter].config.backend,
+            [None if name == BASE_ROW else self._source(name) for name in members],
+            [members.index(name) for name in names] if mixed else None,
+            self._kept,
+            len(adapter_names) if adapter_names else 1,
+        )
 
     def _bound_prompts(self, adapter_names: Sequence[str] | None) -> BoundPrompts:
         """The prompts of an encoder-decoder's rows that are named, for any number of calls.

@@ -57,7 +57,7 @@ def bind_prompts(base: FrozenBase, rows: RowPrompts) -> BoundPrompts:
     """The prompts of the rows that are named, for any number of calls."""
     device = device_of(base.backbone)
     virtual = _virtual_tokens(base, rows.adapters[0])
-    batch = PromptBatch((), backend=rows.backend) if virtual is not None else rows.batch(device)
+    batch = PromptBatch((), backend=rows.backend) if virtual is not None else rows.batch(base, device)
     offsets = {stack: _offsets(rows, stack, device) for stack in ("encoder", "decoder")}
     return BoundPrompts(base, batch, offsets, virtual, rows.named)
 

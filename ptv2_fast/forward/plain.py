@@ -52,7 +52,7 @@ def run_plain(
     inputs = _beside_prompts(base, call, rows, device)
     # Weights move here, before anything takes their address.
     fused = base.layers.fused(plan)
-    prompts = rows.batch(device, call.packing if isinstance(call, TextCall) else None)
+    prompts = rows.batch(base, device, call.packing if isinstance(call, TextCall) else None)
     inputs["ptv2_prompts"] = prompts
     if training and isinstance(call, TextCall) and call.is_first:
         inputs.setdefault("use_cache", False)

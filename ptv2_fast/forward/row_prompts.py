@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention.prompt_batch import Account, PromptBatch
+from ptv2_fast.frozen_base import FrozenBase
 from ptv2_fast.inputs.text import PackedRows
-from ptv2_fast.prompts.cache import Prompts
+from ptv2_fast.prompts.cache import PromptCache, Prompts
+from ptv2_fast.prompts.source import PromptSource
 
 
 @dataclass(frozen=True)
@@ -21,21 +23,25 @@ class RowPrompts:
         names: the adapter of every row, or a single name where all rows have the same.
         adapters: the same as adapters; None is the bare base.
         backend: which backend of `prompt_attention` serves them.
-        make: gives every layer's prompt: that of the one adapter, or the bank of several.
-        entries: which entry of the bank each row uses; None where all rows share one prompt.
+        sources: what makes the prompt of the one adapter, or each entry of the bank of several; None is the bare base.
+        entries: which of them each row uses; None where all rows share one prompt.
+        kept: what was made of them before, as long as they are frozen.
         named: how many rows the caller named adapters of; 1 where it named none.
     """
 
     names: Sequence[str]
     adapters: Sequence[Adapter | None]
     backend: str
-    make: Callable[[], Prompts]
+    sources: Sequence[PromptSource | None]
     entries: Sequence[int] | None
+    kept: PromptCache
     named: int = 1
 
-    def batch(self, device: torch.device, packing: PackedRows | None = None) -> PromptBatch:
+    def batch(self, base: FrozenBase, device: torch.device, packing: PackedRows | None = None) -> PromptBatch:
         """The prompts of a forward pass, and the boundaries of its rows where it is packed."""
-        layers = self.make()
+        layers: Prompts = (None,) * base.sizes.num_layers
+        if self.sources[0] is not None or len(self.sources) > 1:
+            layers = self.kept.of(self.sources, self.backend)
         index = None if self.entries is None else torch.tensor(self.entries, device=device)
         if packing is None:
             return PromptBatch(layers, index, backend=self.backend, asked=new_account())
