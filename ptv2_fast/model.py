@@ -175,7 +175,6 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
         if self._disabled:
             return target(**inputs)
         base = self._follow_backbone()
-        hook.check_served(inputs, base.backbone.config)
         call = read_call(inputs, base.family, base.model, base.backbone, stacks=base.sizes.decoder_layers > 0)
         rows = self._row_prompts(adapter_names, call.rows)
         route = route_of(base, rows)

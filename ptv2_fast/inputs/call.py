@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ptv2_fast.attention import hook
 from ptv2_fast.families.family import Family
 from ptv2_fast.inputs.cache import CACHE, cached_tokens, with_cache_name
 from ptv2_fast.inputs.features import check_features, reads_text
@@ -120,8 +121,10 @@ def read_call(
         stacks: whether it has an encoder and a decoder.
 
     Raises:
-        ValueError: an input is missing, of another shape, type or device than the others ask for; the message names it.
+        ValueError: an input is missing, of another shape, type or device than the others ask for, or asks for attention
+            weights; the message names it.
     """
+    hook.check_served(inputs, backbone.config)
     if stacks:
         return StackedCall(inputs)
     if reads_text(family):
