@@ -14,18 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import BASE_ROW, Adapter
-from ptv2_fast.backbone.hooked import Hooked
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.backbone.view import view_of
 from ptv2_fast.config import PTuningV2Config
-from ptv2_fast.families.dimensions import Dimensions
 from ptv2_fast.families.family import Family
 from ptv2_fast.families.registry import family_of, sizes_of
+from ptv2_fast.frozen_base import FrozenBase
 from ptv2_fast.inputs.features import reads_text
 from ptv2_fast.prompts.cache import PromptCache
 from ptv2_fast.prompts.source import PromptSource
 from ptv2_fast.prompts.text_init import initialise_from_text, token_ids
-from ptv2_fast.step.layers import StepLayers
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.storage.names import check_name, namesake
 from ptv2_fast.typed_modules import ModuleDictOf
@@ -53,12 +51,10 @@ class AdapterSet(nn.Module):
     base_model: PreTrainedModel
     adapters: ModuleDictOf[Adapter]
     active_adapter: str
+    _frozen: FrozenBase
     _family: Family
-    _sizes: Dimensions
     _sources: dict[str, PromptSource]
     _kept: PromptCache
-    _hooked: Hooked
-    _step_layers: StepLayers
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As everywhere; what the next forward would stumble over is refused here.
@@ -157,7 +153,7 @@ class AdapterSet(nn.Module):
 
     def unload(self) -> PreTrainedModel:
         """Give the base back, which has its own attention all the time; its parameters stay frozen."""
-        self._step_layers.release()
+        self._frozen.layers.release()
         return self.base_model
 
     def _replicate_for_data_parallel(self) -> NoReturn:
@@ -209,7 +205,7 @@ class AdapterSet(nn.Module):
         by_default = config.prompt_init is None and config.reparameterization is None
         if init_text is not None and (config.prompt_init == "text" or by_default):
             ids = token_ids(tokenizer, init_text, config.num_virtual_tokens)
-            initialise_from_text(adapter.encoder, self.backbone, self._family, self._hooked, ids)
+            initialise_from_text(adapter.encoder, self.backbone, self._family, self._frozen.hooked, ids)
 
     def _register(self, name: str, adapter: Adapter) -> None:
         """Make an adapter one of this model's; only the active one trains."""
@@ -217,36 +213,64 @@ class AdapterSet(nn.Module):
         adapter.train(self.training)
         self.adapters[name] = adapter
 
-    def _look_at(self, backbone: PreTrainedModel) -> None:
-        """Find out all that is known of a backbone."""
-        family = family_of(backbone)
-        self._family, self._sizes = family, family.sizes(backbone)
-        self._hooked = Hooked(backbone, own_attention=family.own_attention, with_layer_index=family.with_layer_index)
-        self._step_layers = StepLayers(backbone, family)
+    def _look_at(self, base: PreTrainedModel) -> None:
+        """Find out all that is known of a base."""
+        self._frozen = FrozenBase.of(base)
+        self._family = self._frozen.family
         self._sources = {}
 
-    def _follow_backbone(self) -> None:
-        """Look at the backbone anew where somebody has put another in its place.
+    def _follow_backbone(self) -> FrozenBase:
+        """What is known of the base; looked at anew where somebody has put another backbone, or head, in its place.
 
         Raises:
             ValueError: its sizes are not those that the adapters were made for.
         """
-        backbone = self.backbone
-        if backbone is self._step_layers.backbone:
-            return
-        had = self._sizes
+        known, base = self._frozen, self.base_model
+        backbone = backbone_of(base)
+        if backbone is known.backbone:
+            if base is not known.model:
+                self._frozen = known = replace(known, model=base)
+            return known
+        had = known.sizes
         has = replace(sizes_of(backbone), initializer_range=had.initializer_range)
         if had != has:
             raise ValueError(f"base must keep the sizes that its adapters were made for, {had}; got {has}")
-        self._step_layers.release()
-        self._look_at(backbone)
+        known.layers.release()
+        self._look_at(base)
+        return self._frozen
 
     def _source(self, name: str) -> PromptSource:
         """Where an adapter's keys and values come from: the encoder that it has now."""
         encoder, source = self.adapters[name].encoder, self._sources.get(name)
         if source is None or source.encoder is not encoder:
-            source = self._sources[name] = PromptSource(encoder, self.backbone, self._family, self._hooked)
+            source = self._sources[name] = PromptSource(encoder, self.backbone, self._family, self._frozen.hooked)
         return source
+
+    def _row_names(self, adapter_names: Sequence[str] | None, rows: int | None) -> tuple[str, ...]:
+        """The adapter of every row; a single name where all rows have the same.
+
+        Args:
+            adapter_names: one per row; None means the active one. Beam search and several returned sequences repeat
+                each row in place, and so do these.
+            rows: B; None where that is not known yet, and a name stands for as many rows as it turns out.
+
+        Raises:
+            ValueError: they are no names of so many rows, or one is unknown.
+        """
+        if adapter_names is None:
+            return (self.active_adapter,)
+        if isinstance(adapter_names, str):
+            raise ValueError(f"adapter_names must be one name per row; got the string {adapter_names!r}")
+        if rows is None and not adapter_names:
+            raise ValueError(f"adapter_names must be one name per row; got {adapter_names!r}")
+        if rows is not None and (not adapter_names or rows % len(adapter_names)):
+            raise ValueError(f"adapter_names must name {rows} rows; got {len(adapter_names)} names")
+        for name in set(adapter_names) - {BASE_ROW}:
+            self._check_name(name)
+        if len(set(adapter_names)) == 1:
+            return (adapter_names[0],)
+        repeats = 1 if rows is None else rows // len(adapter_names)
+        return tuple(name for name in adapter_names for _ in range(repeats))
 
     def _check_compatible(self, config: PTuningV2Config) -> None:
         """Refuse an adapter that no forward could serve beside the ones that are there."""

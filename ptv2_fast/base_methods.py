@@ -40,11 +40,11 @@ class BaseMethods(nn.Module):
         model: Any = self
         if part is self.base_model:
             return self
-        model._follow_backbone()
-        if model._sizes.decoder_layers:
+        base = model._follow_backbone()
+        if base.sizes.decoder_layers:
             own = part is getattr(backbone_of(self.base_model), stack, None)
             return view_of(part, forward=_stack_of(model, stack)) if own else part
-        reads_tokens = part is model.backbone or (stack == "decoder" and model._family.causal)
+        reads_tokens = part is base.backbone or (stack == "decoder" and base.family.causal)
         return view_of(part, forward=_backbone_of(model)) if reads_tokens else part
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,8 +79,8 @@ def _stack_of(model: Any, stack: str) -> Any:
     def forward(original: Any, *args: Any, **inputs: Any) -> Any:
         if model._disabled:
             return original(*args, **inputs)
-        model._follow_backbone()
-        target = model._hooked.whole(model.backbone)
+        base = model._follow_backbone()
+        target = base.hooked.whole(base.backbone)
         prompted = getattr(model._bound_prompts(None).around(target), stack)
         return prompted(**{**named_arguments(original, args), **inputs})
 

@@ -76,7 +76,11 @@ class Hooked:
     def __call__(self, backbone: PreTrainedModel) -> PreTrainedModel:
         """A view of the backbone (or of a view of it) whose attention modules run through the hook and know their
         layer."""
-        view, indexed = self.attention(backbone), self._with_layer_index
+        return self.with_layer_index(self.attention(backbone))
+
+    def with_layer_index(self, view: PreTrainedModel) -> PreTrainedModel:
+        """A view of what `attention` gives whose attention modules know their layer."""
+        indexed = self._with_layer_index
         return view if indexed is None else self._views.of((view,), lambda: indexed(view))
 
     def attention(self, backbone: PreTrainedModel) -> PreTrainedModel:

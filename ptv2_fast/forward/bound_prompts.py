@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.attention import hook
-from ptv2_fast.attention.prompt_batch import Account, PromptBatch
-from ptv2_fast.backbone.hooked import Hooked
+from ptv2_fast.attention.prompt_batch import PromptBatch
 from ptv2_fast.backbone.locate import backbone_of, with_backbone
 from ptv2_fast.backbone.view import view_of
 from ptv2_fast.backbone.virtual_tokens import visible_prompts, with_virtual_tokens
-from ptv2_fast.families.family import Family
-from ptv2_fast.inputs.cache import CACHE, cached_tokens
+from ptv2_fast.forward.row_prompts import new_account
+from ptv2_fast.frozen_base import FrozenBase
+from ptv2_fast.inputs.cache import CACHE
+from ptv2_fast.inputs.call import TextCall, read_text
 from ptv2_fast.inputs.max_length import check_length
 from ptv2_fast.inputs.right_padding import (
     ENCODER_STATES,
@@ -32,10 +33,10 @@ from ptv2_fast.inputs.right_padding import (
     reorder_tokens,
     to_right_padding,
 )
-from ptv2_fast.inputs.text import check_beside, check_inputs
 
 # What these models count or know themselves; transformers would hand it on to every layer, unread.
 _UNREAD = ("position_ids", "token_type_ids", "cu_seq_lens_q", "cu_seq_lens_k")
+_OF_ENCODER = ("input_ids", "inputs_embeds", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,14 @@ class BoundPrompts:
     """The prompts of a call, or of all calls of one `generate`.
 
     Attributes:
-        base: the backbone, for its sizes and its device.
-        family: its family.
-        hooked: makes views of it whose attention runs through the hook.
+        base: the frozen base.
         batch: the prompts of all layers; its index (R,) is of the rows that were named.
         offsets: "encoder" and "decoder" -> how far the text's positions are shifted, (R,) where the named rows differ.
         virtual: (P, D) virtual tokens that evolve in front of the encoder's text, or None.
         named: R, how many rows were named; 1 where all are alike.
     """
 
-    base: PreTrainedModel
-    family: Family
-    hooked: Hooked
+    base: FrozenBase
     batch: PromptBatch
     offsets: Mapping[str, int | Tensor]
     virtual: Tensor | None = None
@@ -68,7 +65,7 @@ class BoundPrompts:
     def around(self, target: PreTrainedModel) -> PreTrainedModel:
         """A view of a model, or of its backbone, with the prompts in both stacks; what it returns stands where a call
         has its tokens."""
-        backbone = self.hooked(backbone_of(target))
+        backbone = self.base.hooked(backbone_of(target))
         children = {"encoder": view_of(backbone.encoder, forward=self._encode)}
         children["decoder"] = view_of(backbone.decoder, forward=self._decode)
         return with_backbone(target, view_of(view_of(backbone, children=children), forward=self._run))
@@ -78,12 +75,12 @@ class BoundPrompts:
         call = {name: value for name, value in {"input_ids": input_ids, **call}.items() if value is not None}
         unread = [name for name in _UNREAD if name in call]
         if unread:
-            raise ValueError(f"{unread[0]} must be None: {type(self.base).__name__} has no use for it")
+            raise ValueError(f"{unread[0]} must be None: {type(self.base.backbone).__name__} has no use for it")
         back = None
         if not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & set(call):
             if "encoder_outputs" in call:
                 raise ValueError("decoder_input_ids must be given with encoder_outputs")
-            check_inputs(call.get("input_ids"), call.get("inputs_embeds"), call.get("attention_mask"), 0)
+            self._read_text({name: call[name] for name in _OF_ENCODER if name in call})
             call, back = to_right_padding(call)
         output = original(**call)
         if self.length:
@@ -102,7 +99,7 @@ class BoundPrompts:
     ) -> Any:
         """The encoder: each row's tokens first, virtual tokens in front of them; states (B, P + N, D)."""
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        rows, tokens = self._check(original.__self__, given, others, 0, "encoder")
+        rows = self._read(original.__self__, given, others, "encoder").rows
         call, back = to_right_padding({name: value for name, value in given.items() if value is not None})
         if self.virtual is not None:
             words = call.pop("inputs_embeds", None)
@@ -132,7 +129,7 @@ class BoundPrompts:
         A mask (B, 1, M, L) is taken as it is, with positions that are slots.
         """
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        rows, _ = self._check(original.__self__, given, others, cached_tokens(others), "decoder")
+        rows = self._read(original.__self__, given, others, "decoder").rows
         call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         back = None
         if attention_mask is not None:
@@ -150,15 +147,14 @@ class BoundPrompts:
 
     def _through(self, original: Any, call: dict[str, Any], others: dict[str, Any], rows: int, stack: str) -> Any:
         """One stack with its prompts, each row of the call with those of the row that was named for it."""
-        first = self.family.sizes(self.base).encoder_layers
+        first = self.base.sizes.encoder_layers
         own = range(first) if stack == "encoder" else range(first, len(self.batch.layers))
         layers = tuple(prompt if layer in own else None for layer, prompt in enumerate(self.batch.layers))
         index = self.batch.index
         if index is not None:
             # Beams and several returned sequences repeat each row in place.
             index = index.repeat_interleave(rows // self.named)
-        account = None if torch.compiler.is_compiling() else Account()
-        batch = replace(self.batch, layers=layers, index=index, asked=account)
+        batch = replace(self.batch, layers=layers, index=index, asked=new_account())
         run = self._shifted(original, rows, stack)
         output = run(**call, **others, ptv2_prompts=batch)
         batch.check_reached(type(original.__self__).__name__, len(own) if self.batch.layers else 1)
@@ -182,32 +178,38 @@ class BoundPrompts:
         module = original.__self__
         return view_of(module, children={"embed_positions": view_of(module.embed_positions, forward=embed)}).forward
 
-    def _check(
-        self, module: nn.Module, given: Mapping[str, Any], others: Mapping[str, Any], past: int | Tensor, stack: str
-    ) -> tuple[int, int]:
-        """Rows and tokens of a stack's call.
+    def _read(self, module: nn.Module, given: Mapping[str, Any], others: Mapping[str, Any], stack: str) -> TextCall:
+        """A stack's text, read and known to fit beside its prompts.
+
+        Args:
+            module: the stack.
+            given: its text and mask, as the stack calls them; others: its other keyword arguments.
 
         Raises:
             ValueError: an input is missing, of another shape, device or length; the message names it.
         """
         hook.check_served(others, module.config)
-        prefix = "decoder_" if stack == "decoder" else ""
         mask = given["attention_mask"]
-        if getattr(others.get(CACHE), "is_compileable", False):
-            mask = None  # `generate` makes one over all slots of a static cache
         if stack == "encoder" and isinstance(mask, Tensor) and mask.dim() != 2:
             # The decoder reads the encoder's tokens through the same mask.
             raise ValueError(f"attention_mask must have shape (B, N); got {tuple(mask.shape)}")
-        rows, tokens = check_inputs(given["input_ids"], given["inputs_embeds"], mask, past, prefix)
-        check_beside(given, rows, tokens, self.base, prefix)
-        if rows % self.named:
-            raise ValueError(f"adapter_names must name {rows} rows; got {self.named} names")
-        if isinstance(past, int):
+        # The encoder has no cache, though it may be handed the decoder's.
+        prefix, cache = ("", None) if stack == "encoder" else ("decoder_", others.get(CACHE))
+        static = getattr(cache, "is_compileable", False)  # for which `generate` makes a mask of all slots
+        call = self._read_text({**given, CACHE: cache}, prefix, mask_of_slots=static)
+        if call.rows % self.named:
+            raise ValueError(f"adapter_names must name {call.rows} rows; got {self.named} names")
+        length = call.length()
+        if length is not None:
             offset = self.offsets[stack]
             most = int(offset.max()) if isinstance(offset, Tensor) else offset
-            room = past + tokens + most + (self.length if stack == "encoder" else 0)
-            check_length(self.base, self.family, room, f"{prefix}input_ids")
-        return rows, tokens
+            room = length + most + (self.length if stack == "encoder" else 0)
+            check_length(self.base.backbone, self.base.family, room, f"{prefix}input_ids")
+        return call
+
+    def _read_text(self, inputs: Mapping[str, Any], prefix: str = "", *, mask_of_slots: bool = False) -> TextCall:
+        family, backbone = self.base.family, self.base.backbone
+        return read_text(inputs, family, backbone, backbone, prefix, mask_of_slots=mask_of_slots)
 
     def _check_encoded(self, states: Tensor | None, mask: Tensor | None, rows: int) -> None:
         if states is None:
@@ -227,7 +229,7 @@ class BoundPrompts:
             return
         starts = F.pad(mask.bool().int(), (1, 0)).diff(dim=1) > 0  # (B, N), of runs of tokens
         # Where only distances count, padding around a row's tokens changes none.
-        wrong = starts.sum(1) > 1 if self.family.relative_positions else starts[:, 1:].any(1)
+        wrong = starts.sum(1) > 1 if self.base.family.relative_positions else starts[:, 1:].any(1)
         if bool(wrong.any()):
             raise ValueError(
                 "decoder_attention_mask must have its padding at the right where a cache is kept (use_cache=False runs "

@@ -1,94 +1,75 @@
-"""How a PTuningV2Model runs an encoder-decoder."""
+"""The way through an encoder-decoder: prompts are bound to views of its two stacks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.adapter import BASE_ROW
+from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention.prompt_batch import PromptBatch
-from ptv2_fast.backbone.hooked import Hooked
 from ptv2_fast.backbone.sharded_weights import device_of
-from ptv2_fast.config import HEAD_TASKS, PTuningV2Config
+from ptv2_fast.config import HEAD_TASKS
 from ptv2_fast.forward.bound_prompts import BoundPrompts
+from ptv2_fast.forward.gradient_checkpointing import check_checkpointing
+from ptv2_fast.forward.row_prompts import RowPrompts
+from ptv2_fast.frozen_base import FrozenBase
 from ptv2_fast.inputs.cache import CACHE
+from ptv2_fast.inputs.call import Call
+from ptv2_fast.prompts.placement import stack_offset
 
-_BY_DEFAULT = ("encoder", "decoder")
+_OF_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "encoder_outputs")
 
 
-class EncoderDecoder(nn.Module):
-    """What a PTuningV2Model knows of encoders with decoders; mixed into it."""
+def run_encoder_decoder(
+    base: FrozenBase,
+    target: PreTrainedModel,
+    call: Call,
+    rows: RowPrompts,
+    task_type: str,
+    *,
+    training: bool,
+) -> Any:
+    """Call `target` with prompts in both stacks.
 
-    _hooked: Hooked
+    Args:
+        target: the base, its backbone, or a view of one.
+        task_type: what the model is for.
 
-    def _run_stacks(
-        self, target: PreTrainedModel, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None
-    ) -> Any:
-        """Call `target`, an encoder-decoder, its backbone or a view of either, with prompts in both stacks."""
-        own = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "encoder_outputs")
-        given = [name for name in own if name in inputs]
-        if given and self.adapters[self.active_adapter].config.task_type in HEAD_TASKS:
-            raise ValueError(f"{given[0]} must be None: the head reads the decoder at the tokens of the encoder's text")
-        if self.training:
-            self._check_checkpointing()
-            if inputs.get(CACHE) is None:
-                inputs = {"use_cache": False, **inputs}
-        self.step_plan()
-        return self._bound_prompts(adapter_names).around(target)(**inputs)
+    Raises:
+        ValueError: the decoder has a text of its own where a head reads it at the tokens of the encoder's.
+    """
+    inputs: Mapping[str, Any] = call.inputs
+    given = [name for name in _OF_DECODER if name in inputs]
+    if given and task_type in HEAD_TASKS:
+        raise ValueError(f"{given[0]} must be None: the head reads the decoder at the tokens of the encoder's text")
+    if training:
+        check_checkpointing(base)
+        if inputs.get(CACHE) is None:
+            inputs = {"use_cache": False, **inputs}
+    return bind_prompts(base, rows).around(target)(**inputs)
 
-    def _bound_prompts(self, adapter_names: Sequence[str] | None) -> BoundPrompts:
-        """The prompts of the rows that are named, for any number of calls.
 
-        Raises:
-            ValueError: a name is unknown, or adapters that no batch can have together.
-        """
-        self._follow_backbone()
-        names = self._named(adapter_names)
-        configs = [None if name == BASE_ROW else self.adapters[name].config for name in names]
-        evolving = any(config is not None and config.injection == "shallow" for config in configs)
-        if evolving and len(names) > 1:
-            raise ValueError(
-                "adapter_names must not mix a shallow prompt on an encoder-decoder with other adapters: its virtual "
-                f"tokens are rows of the batch; got {sorted(set(names))}"
-            )
-        backend = self.adapters[self.active_adapter].config.backend
-        virtual = index = None
-        if evolving:
-            layers: tuple = ()
-            virtual = self.adapters[names[0]].encoder().to(self.backbone.dtype)
-        else:
-            layers, bank = self._prompts(names, backend)
-            index = None if bank is None else torch.tensor(bank, device=device_of(self.backbone))
-        return BoundPrompts(
-            self.backbone,
-            self._family,
-            self._hooked,
-            PromptBatch(layers, index, backend=backend),
-            {stack: self._offsets(configs, stack) for stack in ("encoder", "decoder")},
-            virtual,
-            len(adapter_names) if adapter_names else 1,
-        )
+def bind_prompts(base: FrozenBase, rows: RowPrompts) -> BoundPrompts:
+    """The prompts of the rows that are named, for any number of calls."""
+    device = device_of(base.backbone)
+    virtual = _virtual_tokens(base, rows.adapters[0])
+    batch = PromptBatch((), backend=rows.backend) if virtual is not None else rows.batch(base, device)
+    offsets = {stack: _offsets(rows, stack, device) for stack in ("encoder", "decoder")}
+    return BoundPrompts(base, batch, offsets, virtual, rows.named)
 
-    def _named(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
-        """The adapters that were named, row by row; a single one where all rows have the same."""
-        if adapter_names is None:
-            return (self.active_adapter,)
-        if isinstance(adapter_names, str) or not adapter_names:
-            raise ValueError(f"adapter_names must be one name per row; got {adapter_names!r}")
-        for name in set(adapter_names) - {BASE_ROW}:
-            self._check_name(name)
-        return tuple(adapter_names) if len(set(adapter_names)) > 1 else (adapter_names[0],)
 
-    def _offsets(self, configs: Sequence[PTuningV2Config | None], stack: str) -> int | Tensor:
-        """How far a stack's positions are shifted: by the offset of an adapter that prompts its self-attention."""
-        offsets = [
-            config.position_offset or 0
-            if config is not None and config.injection != "shallow" and stack in (config.stacks or _BY_DEFAULT)
-            else 0
-            for config in configs
-        ]
-        return offsets[0] if len(set(offsets)) == 1 else torch.tensor(offsets, device=device_of(self.backbone))
+def _virtual_tokens(base: FrozenBase, adapter: Adapter | None) -> Tensor | None:
+    """(P, D) the rows' virtual tokens where the first one's prompt is shallow: all rows have the same then."""
+    if adapter is None or adapter.config.injection != "shallow":
+        return None
+    return adapter.encoder().to(base.backbone.dtype)
+
+
+def _offsets(rows: RowPrompts, stack: str, device: torch.device) -> int | Tensor:
+    """How far a stack's positions are shifted; (R,) where the named rows differ."""
+    offsets = [0 if adapter is None else stack_offset(adapter.config, stack) for adapter in rows.adapters]
+    return offsets[0] if len(set(offsets)) == 1 else torch.tensor(offsets, device=device)

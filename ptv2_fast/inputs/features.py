@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.backbone.sharded_weights import device_of
+from ptv2_fast.families.family import Family
 from ptv2_fast.inputs.text import text_size
-
-if TYPE_CHECKING:
-    from ptv2_fast.families.family import Family
 
 TEXT = "input_ids"
 _SHAPES = {"pixel_values": ("(B, C, H, W)", 4), "input_features": ("(B, M, F)", 3)}

@@ -44,10 +44,15 @@ def pooled_tokens(rows: int, tokens: int, attention_mask: Tensor | None, how: st
 
 
 def tokens_read(inputs: Mapping[str, Any], pooling: str) -> Tensor | None:
-    """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""
-    mask = inputs.get("attention_mask")
-    if pooling == "mean" or (mask is not None and mask.dim() != 2):
+    """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all, and where
+    the inputs are none that a model takes: it says so itself."""
+    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if pooling == "mean" or not isinstance(text, Tensor) or text.dim() < 2 or not all(text.shape[:2]):
         return None
-    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     rows, tokens = text.shape[:2]
+    mask = inputs.get("attention_mask")
+    if mask is not None and not (
+        isinstance(mask, Tensor) and mask.shape == (rows, tokens) and mask.device == text.device
+    ):
+        return None
     return pooled_tokens(rows, tokens, mask, pooling, text.device)

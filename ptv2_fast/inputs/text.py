@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.backbone.sharded_weights import device_of
+
+
+class PackedRows(NamedTuple):
+    """Where the tokens of a flattened (B, N) are S packed rows.
+
+    Attributes:
+        cu_seqlens: (S + 1,) int32 boundaries.
+        row_of: (S,) the batch row that each packed row stands in.
+        longest: the most tokens of a packed row.
+    """
+
+    cu_seqlens: Tensor
+    row_of: Tensor
+    longest: int
 
 
 def check_inputs(
@@ -141,16 +155,10 @@ def text_positions(
     return (torch.arange(tokens, device=device) + first + past_length).expand(rows, -1) + offset
 
 
-def packing_from_positions(
-    position_ids: Tensor | None, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor, int] | None:
-    """Boundaries of packed rows, read off positions that restart; None where each row is one text.
+def packing_from_positions(position_ids: Tensor | None, attention_mask: Any) -> PackedRows | None:
+    """Packed rows, read off positions that restart; None where each row is one text.
 
     As in transformers, a batch with a mask is padded, not packed.
-
-    Returns:
-        cu_seqlens (S + 1,) int32 over the flattened (B, N) tokens, row_of (S,) the batch row that
-        each packed row stands in, and the longest packed row.
     """
     if position_ids is None or attention_mask is not None or position_ids.dim() != 2:
         return None
@@ -162,11 +170,11 @@ def packing_from_positions(
         return None
     end = torch.tensor([batch * tokens], device=begin.device)
     bounds = torch.cat([begin, end])
-    return bounds.to(torch.int32), begin // tokens, int(bounds.diff().max())
+    return PackedRows(bounds.to(torch.int32), begin // tokens, int(bounds.diff().max()))
 
 
-def packing_from_cu_seqlens(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int] | None:
-    """Boundaries of packed rows that the caller states (and this takes out of `inputs`); None where there are none.
+def packing_from_cu_seqlens(inputs: dict[str, Any]) -> PackedRows | None:
+    """Packed rows whose boundaries the caller states (and this takes out of `inputs`); None where there are none.
 
     `cu_seq_lens_q` and `max_length_q` are what transformers' DataCollatorWithFlattening returns. Stated, they cost no
     look at the device; position ids that are left out are counted from them.
@@ -187,7 +195,7 @@ def packing_from_cu_seqlens(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int
     if inputs.get("attention_mask") is not None:
         raise ValueError("attention_mask must be None with cu_seq_lens_q: packed rows have no padding")
     row_of = torch.zeros(bounds.shape[0] - 1, dtype=torch.long, device=bounds.device)
-    return bounds, row_of, text.shape[1] if longest is None else int(longest)
+    return PackedRows(bounds, row_of, text.shape[1] if longest is None else int(longest))
 
 
 def packed_positions(bounds: Tensor, tokens: int, first: int) -> Tensor:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ptv2_fast.adapter_set import AdapterSet
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.backbone.at_rest import at_rest
+from ptv2_fast.prompts.placement import is_inline
 from ptv2_fast.saving.checkpoint import describe
 from ptv2_fast.storage.files import write_whole
 from ptv2_fast.storage.tensors import read_metadata, write_tensors
 
-if TYPE_CHECKING:
-    from ptv2_fast.model import PTuningV2Model
-
 FORMATS = ("kv", "embeddings")
 
 
-def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = None) -> dict[str, Tensor]:
+def prompt_tensors(model: AdapterSet, what: str, adapter_name: str | None = None) -> dict[str, Tensor]:
     """An adapter's prompts as plain tensors on the CPU.
 
     Args:
@@ -46,7 +44,7 @@ def prompt_tensors(model: PTuningV2Model, what: str, adapter_name: str | None = 
             f"format 'embeddings' needs injection 'shallow'; adapter {name!r} has {config.injection!r}, whose prompts "
             "are not inputs of the model"
         )
-    if what == "kv" and model._evolves_with_text(adapter):
+    if what == "kv" and is_inline(config, model._family):
         raise ValueError(
             f"format 'kv' needs prompts that do not see the text; adapter {name!r} is shallow on a bidirectional model"
         )
@@ -73,7 +71,7 @@ def _keys_and_values(prompts: Sequence[LayerPrompt | LazyPrompt | None]) -> dict
     return tensors
 
 
-def export_prompts(model: PTuningV2Model, path: str | Path, what: str = "kv", adapter_name: str | None = None) -> None:
+def export_prompts(model: AdapterSet, path: str | Path, what: str = "kv", adapter_name: str | None = None) -> None:
     """Write `prompt_tensors` as a safetensors file whose metadata describes the adapter and its base.
 
     An earlier export is replaced, nothing else is.

@@ -5,15 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ptv2_fast.saving.checkpoint import CONFIG_NAME, TRAINER_WEIGHTS_NAME, WEIGHTS_NAME
-
-if TYPE_CHECKING:
-    from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.saving.described import Described
 
 CARD_NAME = "README.md"
 _FILES = [WEIGHTS_NAME, CONFIG_NAME, f"*/{WEIGHTS_NAME}", f"*/{CONFIG_NAME}"]
@@ -53,7 +51,7 @@ def adapter_folder(name: str | Path, *, revision: str | None = None, token: str 
 
 
 def model_card(
-    model: PTuningV2Model,
+    model: Described,
     adapter_names: Sequence[str] | None = None,
     metrics: Mapping[str, float] | None = None,
     repo_id: str = ".",
@@ -117,7 +115,7 @@ def model_card(
 
 
 def push_to_hub(
-    model: PTuningV2Model,
+    model: Described,
     repo_id: str,
     *,
     adapter_names: Sequence[str] | None = None,

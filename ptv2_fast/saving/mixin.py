@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import Adapter, check_tensors
+from ptv2_fast.adapter_set import AdapterSet
 from ptv2_fast.saving import checkpoint
 from ptv2_fast.storage.tensors import FLOATS
 
-if TYPE_CHECKING:
-    from ptv2_fast.model import PTuningV2Model
+M = TypeVar("M", bound="Persistence")
 
 # What save_pretrained takes elsewhere, and the values that say what happens here anyway.
 _AS_IT_IS: dict[str, tuple[Any, ...]] = {
@@ -27,12 +28,19 @@ _AS_IT_IS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Persistence(nn.Module):
-    """What a PTuningV2Model knows of saving; mixed into it.
+class Persistence(AdapterSet):
+    """Saving and loading of a set of adapters; what a PTuningV2Model knows of it.
 
     The state dict holds the adapters alone, with a description of themselves: Trainer's checkpoints
         therefore hold only what is trained, resume exactly, and can be read by `from_pretrained`.
     """
+
+    @classmethod
+    @abstractmethod
+    def of_adapters(
+        cls: type[M], base: PreTrainedModel, adapters: Mapping[str, tuple], first: str, *, is_trainable: bool
+    ) -> M:
+        """A model with ready adapters over a base, the one named `first` active; PTuningV2Model says how."""
 
     def save_pretrained(
         self,
@@ -81,7 +89,7 @@ class Persistence(nn.Module):
         if format == "peft":
             from ptv2_fast.saving.peft_export import save_peft
 
-            return save_peft(cast("PTuningV2Model", self), Path(save_directory), names)
+            return save_peft(self, Path(save_directory), names)
         parts = {}
         for name in names:
             adapter = self.adapters[name]
@@ -94,11 +102,11 @@ class Persistence(nn.Module):
         """Upload adapters with a model card; see `ptv2_fast.saving.hub.push_to_hub` for what it takes."""
         from ptv2_fast.saving.hub import push_to_hub
 
-        return push_to_hub(cast("PTuningV2Model", self), repo_id, **kwargs)
+        return push_to_hub(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[M],
         base: PreTrainedModel,
         load_directory: str | Path,
         *,
@@ -106,7 +114,7 @@ class Persistence(nn.Module):
         adapter_name: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
-    ) -> PTuningV2Model:
+    ) -> M:
         """Rebuild the model that `save_pretrained` (or Trainer) wrote, over `base`.
 
         A copied head has the size and label names that it was saved with, whatever the base's own head has;
@@ -134,7 +142,7 @@ class Persistence(nn.Module):
         if first not in adapters:
             raise ValueError(f"adapter_name must be one of {', '.join(adapters)}; got {adapter_name!r}")
         with _named(folder):
-            return cast("type[PTuningV2Model]", cls).of_adapters(base, adapters, first, is_trainable=is_trainable)
+            return cls.of_adapters(base, adapters, first, is_trainable=is_trainable)
 
     def load_adapter(self, load_directory: str | Path, adapter_name: str, *, is_trainable: bool = False) -> None:
         """Add the single adapter of a folder, or of a hub's repository, under a name.

@@ -6,12 +6,13 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptv2_fast.adapter import Adapter
+from ptv2_fast.adapter_set import AdapterSet
 from ptv2_fast.backbone.at_rest import at_rest
 from ptv2_fast.families.registry import family_of, sizes_of
 from ptv2_fast.inputs.features import reads_text
@@ -21,14 +22,11 @@ from ptv2_fast.saving.checkpoint import LABELS_KEY, Part, save_adapters
 from ptv2_fast.saving.flat_layout import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, flat_of
 from ptv2_fast.saving.rotation import turned
 
-if TYPE_CHECKING:
-    from ptv2_fast.model import PTuningV2Model
-
 # Families whose text, behind a prefix in PEFT, is known to stand at learned positions from P.
 _LEARNED = ("bert", "electra", "gpt2", "opt", "roberta", "xlm-roberta")
 
 
-def save_peft(model: PTuningV2Model, folder: Path, names: Sequence[str]) -> None:
+def save_peft(model: AdapterSet, folder: Path, names: Sequence[str]) -> None:
     """Write adapters of a model so that PEFT gives the logits that they give here: one into the folder itself, several
     into a sub-folder each, all switched at once.
 
@@ -46,7 +44,7 @@ def save_peft(model: PTuningV2Model, folder: Path, names: Sequence[str]) -> None
     save_adapters(folder, parts, list(model.adapters), weights_name=PEFT_WEIGHTS_NAME, config_name=PEFT_CONFIG_NAME)
 
 
-def _contents(model: PTuningV2Model, name: str) -> Part:
+def _contents(model: AdapterSet, name: str) -> Part:
     """What stands in `adapter_config.json` and in `adapter_model.safetensors`."""
     adapter = model.adapters[name]
     config, sizes = adapter.config, sizes_of(model.backbone)
@@ -87,7 +85,7 @@ def _contents(model: PTuningV2Model, name: str) -> Part:
     return Part(json.dumps(description, indent=2, sort_keys=True), tensors, metadata)
 
 
-def _keys_values(model: PTuningV2Model, name: str) -> Tensor:
+def _keys_values(model: AdapterSet, name: str) -> Tensor:
     """(L, 2, Hkv, P, d) float32, with rotary keys where PEFT has the text at P."""
     adapter = model.adapters[name]
     backbone, family = model.backbone, family_of(model.backbone)
@@ -104,7 +102,7 @@ def _keys_values(model: PTuningV2Model, name: str) -> Tensor:
     return made
 
 
-def _check(model: PTuningV2Model, name: str, adapter: Adapter) -> None:
+def _check(model: AdapterSet, name: str, adapter: Adapter) -> None:
     """Refuse what PEFT cannot do.
 
     Raises:

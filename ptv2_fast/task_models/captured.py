@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ptv2_fast.backbone.tokens import gather_tokens
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.step.captured_forward import CapturedForward
-from ptv2_fast.step.packed import PackedBatch
+from ptv2_fast.step.packed import PackedBatch, packed_inputs
 
 M = TypeVar("M", bound="CapturedModel")
 
@@ -42,6 +43,12 @@ class CapturedModel(PTuningV2Model):
             ValueError: `why_not_packed` says why.
         """
         return self.packed_output(packed)[0]
+
+    def packed_states(self, packed: PackedBatch) -> Tensor:
+        """(R, D) the backbone's last states of the tokens that a packed batch reads; zero where it reads none."""
+        output = self.run(self.backbone, packed_inputs(packed), read=packed.tokens)
+        states = gather_tokens(output.last_hidden_state, packed.tokens)[0]
+        return states * (packed.tokens < packed.input_ids.shape[1])[:, None]
 
     def _captured(
         self,

@@ -213,8 +213,8 @@ class PTuningV2ModelForCausalLM(CapturedModel):
             return self.base_model.generate(*args, **with_cache_name(kwargs))
 
         refuse_unserved(kwargs.get("generation_config") or self.generation_config, kwargs, seq2seq=False)
-        self._follow_backbone()
-        model, target = self.for_one_call(), self._hooked.whole(self.base_model)
+        base = self._follow_backbone()
+        model, target = self.for_one_call(), base.hooked.whole(base.model)
 
         def forward(original: Any, *args: Any, **inputs: Any) -> Any:
             # generate calls with keywords, logits processors with positions too; what they leave out stays out.

@@ -71,9 +71,9 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
         if self._disabled:
             return self.base_model.generate(*args, **with_cache_name(kwargs))
         refuse_unserved(kwargs.get("generation_config") or self.generation_config, kwargs, seq2seq=True)
-        bound, base = self._bound_prompts(adapter_names), self.base_model
+        bound, base = self._bound_prompts(adapter_names), self._follow_backbone()
         with torch.no_grad():
-            output = bound.around(self._hooked.whole(base)).generate(*args, **with_cache_name(kwargs))
+            output = bound.around(base.hooked.whole(base.model)).generate(*args, **with_cache_name(kwargs))
         if bound.length and not isinstance(output, Tensor):
             change_states(output, ENCODER_STATES, lambda states: states[:, bound.length :])
         return output

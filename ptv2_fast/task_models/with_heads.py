@@ -151,7 +151,7 @@ class PTuningV2ModelWithHeads(CapturedModel):
             )
         each = [
             self.adapters[name].head(task)(hidden[i : i + 1], None if mask is None else mask[i : i + 1])
-            for i, name in enumerate(self._row_names(adapter_names, inputs))
+            for i, name in enumerate(self._row_names(adapter_names, hidden.shape[0]))
         ]
         kinds = {self.adapters[name].head(task).config.task_type for name in names}
         same = len(kinds) == 1 and len({row.shape for row in each}) == 1

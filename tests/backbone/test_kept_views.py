@@ -34,8 +34,8 @@ def _states(model):
 
 def _view(model):
     """What a call runs the backbone through."""
-    plan = model.step_plan()
-    return model._step_layers.view(model._hooked(model.backbone), plan, model._step_layers.fused(plan), None)
+    plan, base = model.step_plan(), model._frozen
+    return base.layers.view(base.hooked(model.backbone), plan, base.layers.fused(plan), None)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -262,10 +262,18 @@ def test_unusable_adapter_names_are_refused(task, names, message):
         model(**BATCH.inputs, adapter_names=names)
 
 
-@pytest.mark.parametrize("inputs", [{}, {"input_ids": [[4, 5]]}], ids=["none", "list"])
-def test_names_of_rows_without_a_text_are_refused(inputs):
-    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given as a tensor"):
-        tiny_model("bert", "deep")(adapter_names=["default"], **inputs)
+@pytest.mark.parametrize("names", [None, ["default"]])
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "exactly one of input_ids and inputs_embeds must be given"),
+        ({"input_ids": [[4, 5]]}, "input_ids must be a tensor; got list"),
+    ],
+    ids=["none", "list"],
+)
+def test_what_is_no_text_is_refused_with_and_without_names(inputs, message, names):
+    with pytest.raises(ValueError, match=message):
+        tiny_model("bert", "deep")(adapter_names=names, **inputs)
 
 
 def test_copies_of_the_bases_head_cannot_be_mixed():

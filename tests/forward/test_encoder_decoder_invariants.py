@@ -228,7 +228,7 @@ def test_adapter_names_that_cannot_be(kind):
         model(**batch.inputs, adapter_names=["default", "deep", "deep"])
     with pytest.raises(ValueError, match="adapter_names must name 3 rows; got 2 names"):
         model(**batch.inputs, adapter_names=["default", "default"])
-    with pytest.raises(ValueError, match="adapter_names must be one name per row; got 'deep'"):
+    with pytest.raises(ValueError, match="adapter_names must be one name per row; got the string 'deep'"):
         model(**batch.inputs, adapter_names="deep")
     with pytest.raises(ValueError, match="adapter must be one of"):
         model(**batch.inputs, adapter_names=["deep", "none", "deep"])

@@ -26,8 +26,9 @@ LAYERS = (
     ("inputs",),
     ("prompts", "heads"),
     ("step",),
-    ("adapter",),
-    ("saving", "adapter_set", "base_attributes", "base_methods", "forward"),
+    ("adapter", "frozen_base"),
+    ("adapter_set", "base_attributes", "base_methods", "forward"),
+    ("saving",),
     ("model",),
     ("task_models",),
     ("public", "checkpoint", "export", "hub"),
@@ -58,21 +59,29 @@ def _layer(module: str) -> str:
     return parts[1] if len(parts) > 1 and parts[1] in RANK else "public"
 
 
-def _imports(path: Path) -> list[tuple[str, bool]]:
-    """Every module that a file imports, and whether it does so when it is itself imported."""
+MODULES = {_name(source): source for source in SOURCES}
+
+
+def _imports(path: Path, *, types: bool = False) -> list[tuple[str, bool]]:
+    """Every module that a file imports, and whether it does so when it is itself imported.
+
+    Args:
+        types: also those that only a type checker imports.
+    """
     found = []
 
     def visit(node: ast.AST, at_import: bool) -> None:
         if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
-            return
+            if not types:
+                return
+            at_import = False
         if isinstance(node, ast.Import):
             found.extend((alias.name, at_import) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             # `from package import module` imports a module too.
-            modules = {_name(source) for source in SOURCES}
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            found.extend((name if name in modules else node.module, at_import) for name in inner)
+            found.extend((name if name in MODULES else node.module, at_import) for name in inner)
         lazily = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         for child in ast.iter_child_nodes(node):
             visit(child, at_import and not lazily)
@@ -95,11 +104,37 @@ def test_every_source_has_a_layer():
 def test_imports_point_down(path):
     module = _name(path)
     own = RANK[_layer(module)]
-    for imported, _ in _imports(path):
+    # The public names are of all rooms, and a type checker has to see where they come from.
+    for imported, _ in _imports(path, types=module != "ptv2_fast"):
         if not imported.startswith("ptv2_fast") or (module, imported) in LAZY_UPWARDS:
             continue
         layer = _layer(imported)
         assert RANK[layer] < own or layer == _layer(module), f"{module} imports {imported}"
+
+
+def _circles(arrows: dict[str, set[str]]) -> set[str]:
+    """What stands on a circle or between two: all that is left once whoever imports, or is imported by, nobody goes."""
+    left = dict(arrows)
+    while True:
+        imported = {to for reached in left.values() for to in reached if to in left}
+        kept = {name: {to for to in reached if to in left} for name, reached in left.items() if name in imported}
+        kept = {name: reached for name, reached in kept.items() if reached}
+        if kept == left:
+            return set(left)
+        left = kept
+
+
+def test_imports_have_no_circle():
+    """Files of one room too; those that a function or a type checker imports are counted."""
+    arrows = {
+        module: {imported for imported, _ in _imports(path, types=True) if imported in MODULES and imported != module}
+        for module, path in MODULES.items()
+        if module != "ptv2_fast"
+    }
+    for module, imported in LAZY_UPWARDS:
+        arrows[module].remove(imported)
+    assert not _circles(arrows)
+    assert _circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"b", "c"}
 
 
 @pytest.mark.parametrize("path", _each(SOURCES))
@@ -141,6 +176,11 @@ def test_a_lower_layer_is_really_seen(tmp_path):
     file = tmp_path / "sample.py"
     file.write_text("import a.b\ndef f():\n    from ptv2_fast.task_models import classes\n    import torch\n")
     assert _imports(file) == [("a.b", True), ("ptv2_fast.task_models.classes", False), ("torch", False)]
+    file.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ptv2_fast.model import PTuningV2Model\n"
+    )
+    assert _imports(file) == [("typing", True)]
+    assert _imports(file, types=True) == [("typing", True), ("ptv2_fast.model", False)]
     assert _layer("ptv2_fast.task_models.classes") == "task_models" and RANK["task_models"] > RANK["kernels"]
 
 

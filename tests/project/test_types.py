@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from planted_typos import plant
+
+from ptv2_fast import forward
 
 pytest.importorskip("mypy")
 ROOT = Path(__file__).parents[2]
@@ -55,6 +60,24 @@ def test_only_attributes_that_no_module_declares_are_any(tmp_path):
     codes = [line.rpartition("[")[2] for line in lines]
     assert codes == ["return-value]", "no-untyped-def]"], done.stdout + done.stderr
     assert 'got "int", expected "str"' in lines[0]
+
+
+@pytest.mark.timeout(300)
+def test_a_typo_on_the_way_of_a_call_is_seen(tmp_path):
+    """The files of forward/ are functions of typed arguments: nothing that they name of ours is Any."""
+    planted = {}
+    for module in pkgutil.iter_modules(forward.__path__, f"{forward.__name__}."):
+        text, typos = plant(importlib.import_module(module.name))
+        file = tmp_path / f"{module.name.rpartition('.')[2]}.py"
+        file.write_text(text)
+        planted[file] = typos
+    assert len(planted) > 5 and all(len(typos) > 2 for typos in planted.values()), planted
+    done = _mypy(*map(str, planted))
+    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    for file, typos in planted.items():
+        seen = [line.partition(f"{file.name}:")[2] for line in errors if f"{file.name}:" in line]
+        unseen = [t for t in typos if not any(e.startswith(f"{t.line}: ") and f'"{t.name}"' in e for e in seen)]
+        assert not unseen, (file.name, unseen, done.stdout[-2000:])
 
 
 @pytest.mark.timeout(300)

@@ -16,6 +16,7 @@ from tolerances import assert_equal, assert_same_bits
 from typer.testing import CliRunner
 
 from ptv2_fast.cli import app
+from ptv2_fast.prompts.placement import text_offset
 from ptv2_fast.saving.export import export_prompts, prompt_tensors
 
 
@@ -47,7 +48,7 @@ def test_exported_keys_and_values_run_as_a_prefix_with_the_same_outputs(family, 
 
 
 def model_offset(model) -> int:
-    return model._text_offset(model.adapters["default"])
+    return text_offset(model.adapters["default"].config, model._family)
 
 
 def test_exported_embeddings_in_front_of_the_text_give_the_same_outputs():

@@ -1,0 +1,116 @@
+"""The plain way: prompts are keys and values inside attention, and every output has the text's own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptv2_fast.backbone.locate import backbone_of
+from ptv2_fast.backbone.sharded_weights import device_of
+from ptv2_fast.backbone.view import outside_graphs
+from ptv2_fast.forward.gradient_checkpointing import check_checkpointing
+from ptv2_fast.forward.row_prompts import RowPrompts
+from ptv2_fast.forward.views import LayersOfStep, ViewsOfCall, prompted
+from ptv2_fast.frozen_base import FrozenBase
+from ptv2_fast.inputs.call import Call, TextCall
+from ptv2_fast.inputs.max_length import check_length
+from ptv2_fast.inputs.sliding_window import counts_padding
+from ptv2_fast.prompts.placement import text_offset
+from ptv2_fast.step.labelled_rows import balances_experts
+from ptv2_fast.step.options import StepPlan
+from ptv2_fast.step.unpad import Packing, can_unpad
+
+
+def run_plain(
+    base: FrozenBase,
+    target: PreTrainedModel,
+    call: Call,
+    rows: RowPrompts,
+    plan: StepPlan,
+    *,
+    training: bool,
+    read: Tensor | None = None,
+) -> Any:
+    """Call `target` with each row's prompts beside its text.
+
+    Args:
+        target: the base, its backbone, or a view of one.
+        plan: what the step leaves out.
+        read: (R,) the tokens of the flattened (B, N) whose last states the caller reads; None for all.
+
+    Raises:
+        ValueError: the text does not fit beside its prompts.
+    """
+    if training:
+        check_checkpointing(base)
+    device = device_of(base.backbone)
+    inputs = _beside_prompts(base, call, rows, device)
+    # Weights move here, before anything takes their address.
+    fused = base.layers.fused(plan)
+    prompts = rows.batch(base, device, call.packing if isinstance(call, TextCall) else None)
+    inputs["ptv2_prompts"] = prompts
+    if training and isinstance(call, TextCall) and call.is_first:
+        inputs.setdefault("use_cache", False)
+    output = _view(base, target, inputs, LayersOfStep(plan, fused, read))(**inputs)
+    base.check_reached(prompts)
+    return output
+
+
+def _beside_prompts(base: FrozenBase, call: Call, rows: RowPrompts, device: torch.device) -> dict[str, Any]:
+    """The call's keyword arguments, with the positions that a text has beside its rows' prompts.
+
+    Raises:
+        ValueError: the text is too long for them.
+    """
+    if not isinstance(call, TextCall):
+        return dict(call.inputs)
+    offsets = [0 if one is None else text_offset(one.config, base.family) for one in rows.adapters]
+    length = call.length()
+    if length is not None:
+        check_length(base.backbone, base.family, length + max(offsets))
+    offset = offsets[0] if len(offsets) == 1 else torch.tensor(offsets, device=device)[:, None]
+    positions = call.positions(base.family.first_position(base.backbone), offset, device)
+    mask = call.mask
+    if mask is None and positions is not None and call.is_first:
+        # With a mask at hand transformers does not look for packed rows itself.
+        mask = torch.ones(call.rows, call.tokens, dtype=torch.bool, device=device)
+    inputs = dict(call.inputs)
+    if mask is not None:
+        inputs["attention_mask"] = mask
+    if positions is not None:
+        inputs["position_ids"] = positions
+    return inputs
+
+
+@outside_graphs
+def _view(base: FrozenBase, target: PreTrainedModel, inputs: Mapping[str, Any], step: LayersOfStep) -> PreTrainedModel:
+    """What the call runs: `target`, with its backbone as the step's plan says.
+
+    Args:
+        inputs: the keyword arguments that it is called with.
+    """
+    backbone, read = backbone_of(target), step.read
+    packing = _packing(base, backbone, inputs, step.plan)
+    if inputs.get("output_hidden_states") or backbone.config.output_hidden_states:
+        read = None
+    if packing is not None and read is not None:
+        read = packing.places(read)
+    views = ViewsOfCall(base, inputs["ptv2_prompts"], layers=replace(step, read=read), packing=packing)
+    return prompted(target, backbone, views)
+
+
+def _packing(base: FrozenBase, backbone: PreTrainedModel, inputs: Mapping[str, Any], plan: StepPlan) -> Packing | None:
+    """Where the call's real tokens stand; None where it runs with its padding, or has none."""
+    # A loss over the routers' logits reads them for the padded batch.
+    if not can_unpad(inputs) or base.family.absolute_positions or balances_experts(base.model, inputs):
+        return None
+    mask = inputs["attention_mask"]
+    if not plan.unpad and not counts_padding(backbone, mask):
+        return None
+    packing = Packing.of(mask)
+    return packing if packing.has_padding and packing.index.numel() else None
