@@ -21,16 +21,10 @@ from ptv2_fast.inputs.features import reads_text
 from ptv2_fast.inputs.max_length import text_limit
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.storage.tensors import check_float
+from ptv2_fast.task_types import TASKS
 from ptv2_fast.typed_modules import ModuleDictOf
 
 BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
-_BASE_SUFFIX = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-    "IMAGE_CLS": "ForImageClassification",
-    "AUDIO_CLS": "ForAudioClassification",
-}
 
 
 class Adapter(nn.Module):
@@ -198,7 +192,7 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
         if not family.causal or base.get_output_embeddings() is None or not base.can_generate():
             raise ValueError(f"base must be a causal language model for task_type='CAUSAL_LM'; got {name}")
     elif config.task_type in HEAD_TASKS and config.heads is None:
-        suffix = _BASE_SUFFIX[config.task_type]
+        suffix = str(TASKS[config.task_type].class_suffix)
         if backbone is base:
             raise ValueError(
                 f"heads must be given for task_type={config.task_type!r} on the backbone {name}, which has no head "

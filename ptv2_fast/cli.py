@@ -19,6 +19,8 @@ try:
 except ModuleNotFoundError as error:  # pragma: no cover
     raise SystemExit("ptv2-fast: the command line needs `pip install ptv2-fast[train]`") from error
 
+from ptv2_fast import choices
+from ptv2_fast.task_types import TRAINED_TASKS
 from ptv2_fast.training.flags import COLUMNS, numbers
 from ptv2_fast.training.flags import request_of as _request
 from ptv2_fast.training.shell import OneLineGroup, quiet
@@ -35,50 +37,52 @@ app = typer.Typer(
 class Task(str, Enum):
     """What is trained for."""
 
-    SEQ_CLS = "SEQ_CLS"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    CAUSAL_LM = "CAUSAL_LM"
+    _ignore_ = "word"
+    for word in TRAINED_TASKS:
+        vars()[word] = word
 
 
 class Injection(str, Enum):
     """How prompts enter the model."""
 
-    deep = "deep"
-    shallow = "shallow"
-    prefix = "prefix"
+    _ignore_ = "word"
+    for word in choices.INJECTIONS:
+        vars()[word] = word
 
 
 class Init(str, Enum):
     """What prompts start as."""
 
-    text = "text"
-    normal = "normal"
-    gated = "gated"
+    _ignore_ = "word"
+    for word in choices.INITS:
+        vars()[word] = word
 
 
 class Pooling(str, Enum):
     """What a classification head reads of a row."""
 
-    first = "first"
-    last = "last"
-    mean = "mean"
+    _ignore_ = "word"
+    for word in choices.POOLINGS:
+        vars()[word] = word
 
 
 class Content(str, Enum):
     """What an export holds."""
 
-    kv = "kv"
-    embeddings = "embeddings"
+    _ignore_ = "word"
+    for word in choices.EXPORTS:
+        vars()[word] = word
 
 
 class Schedule(str, Enum):
     """How the learning rate falls."""
 
-    linear = "linear"
-    exponential = "exponential"
+    _ignore_ = "word"
+    for word in choices.SCHEDULES:
+        vars()[word] = word
 
 
+_DEEP, _KEYS_AND_VALUES = Injection("deep"), Content("kv")
 ModelOption = Annotated[str | None, typer.Option(help="Hub name, folder, or .gguf file.", metavar="NAME_OR_PATH")]
 DataOption = Annotated[str, typer.Option(help="CSV, TSV, JSON(L), CoNLL or text file; or a `datasets` name.")]
 SplitOption = Annotated[str | None, typer.Option(help="Split of a `datasets` name.")]
@@ -100,7 +104,7 @@ def train(
     task: Annotated[Task | None, typer.Option(help="What to train for.")] = None,
     dev: Annotated[str | None, typer.Option(help="Development data; chooses the best epoch.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Settings of a published run; flags override it.")] = None,
-    injection: Annotated[Injection, typer.Option(help="How prompts enter the model.")] = Injection.deep,
+    injection: Annotated[Injection, typer.Option(help="How prompts enter the model.")] = _DEEP,
     num_virtual_tokens: Annotated[int | None, typer.Option(help="P, the prompt's length [20].")] = None,
     layers: Annotated[str | None, typer.Option(help="Prompted layers, as in 0,1,-1 [all].")] = None,
     init: Annotated[Init | None, typer.Option(help="What prompts start as [text].")] = None,
@@ -262,7 +266,9 @@ def predict(
 def export(
     adapter: AdapterArgument,
     output: Annotated[Path, typer.Option(help="Safetensors file to write.")],
-    content: Annotated[Content, typer.Option(help="Keys and values per layer, or input embeddings.")] = Content.kv,
+    content: Annotated[
+        Content, typer.Option(help="Keys and values per layer, or input embeddings.")
+    ] = _KEYS_AND_VALUES,
     model: ModelOption = None,
 ) -> None:
     """Trained prompts as plain tensors, for servers that know nothing of this package."""
@@ -301,7 +307,7 @@ _SHARED_WITH_TRAIN = (
 )  # fmt: skip
 _TRAIN_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(inspect.signature(train).parameters),
-    "injection": Injection.deep,
+    "injection": _DEEP,
     "prompt_dropout": 0.0,
     "gradient_accumulation": 1,
 }

@@ -10,18 +10,14 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from ptv2_fast.attention.checks import BACKENDS
+from ptv2_fast.choices import INITS, INJECTIONS, POOLINGS, STACKS
+from ptv2_fast.task_types import TASKS
 
-TASK_TYPES = (
-    "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "IMAGE_CLS", "AUDIO_CLS",
-)  # fmt: skip
-STACKS = ("encoder", "decoder", "cross")
-INJECTIONS = ("deep", "shallow", "prefix")
-INITS = ("text", "normal", "gated")
-POOLINGS = ("first", "last", "mean")
-# Tasks with one vector per row, and those among them whose rows are images or sounds.
-ROW_TASKS = ("SEQ_CLS", "IMAGE_CLS", "AUDIO_CLS")
-FEATURE_TASKS = {"IMAGE_CLS": "pixel_values", "AUDIO_CLS": "input_features"}
-HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", *FEATURE_TASKS)
+TASK_TYPES = tuple(TASKS)
+# Tasks with trained heads, those among them that read one vector per row, and those whose rows are images or sounds.
+HEAD_TASKS = tuple(name for name, task in TASKS.items() if task.has_head)
+ROW_TASKS = tuple(name for name in HEAD_TASKS if TASKS[name].gives == "row")
+FEATURE_TASKS = {name: task.reads for name, task in TASKS.items() if task.reads != "input_ids"}
 
 # A prompt longer than this is a mistake far more often than a wish: cartridges use a few thousand
 # tokens.
@@ -206,7 +202,7 @@ class PTuningV2Config:
             return
         if not isinstance(self.heads, Mapping) or not self.heads:
             raise ValueError(f"heads must be a non-empty mapping of names or None; got {self.heads!r}")
-        if self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        if TASKS[self.task_type].gives == "text":
             raise ValueError(f"heads must be None with task_type={self.task_type!r}: the model's own head is used")
         heads = {}
         for name, head in self.heads.items():

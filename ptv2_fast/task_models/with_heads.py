@@ -7,23 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import (
-    ImageClassifierOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
+from transformers import modeling_outputs
 
 from ptv2_fast.adapter import BASE_ROW, Adapter
 from ptv2_fast.config import ROW_TASKS
-from ptv2_fast.heads import base_targets, chosen_loss, classification_loss, span_loss
 from ptv2_fast.inputs.features import features_read, input_size, reads_text
 from ptv2_fast.inputs.pooling import tokens_read
 from ptv2_fast.inputs.right_padding import HIDDEN_STATES, change_states, reorder_tokens, to_right_padding
 from ptv2_fast.inputs.text import check_inputs
+from ptv2_fast.losses import base_targets, chosen_loss, classification_loss, span_loss
 from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
 from ptv2_fast.task_models.captured import CapturedModel
 from ptv2_fast.task_models.labelled_config import labelled
+from ptv2_fast.task_types import TASKS
 
 
 class PTuningV2ModelWithHeads(CapturedModel):
@@ -181,11 +177,12 @@ class PTuningV2ModelWithHeads(CapturedModel):
         if adapter.heads and chosen_loss(self.base_model) is not None:
             return "the loss is another one than its task's"
         task_type, pooling = self.packed_task()
-        if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        if not TASKS[task_type].packs:
             return f"a {task_type} loss is over whole rows"
-        if task_type == "SEQ_CLS" and not adapter.heads:
+        of_rows = TASKS[task_type].gives == "row"
+        if of_rows and not adapter.heads:
             return "the base's own classifier reads padded rows"
-        if task_type == "SEQ_CLS" and pooling == "mean":
+        if of_rows and pooling == "mean":
             return "a mean is over whole rows"
         return super().why_not_packed()
 
@@ -201,7 +198,7 @@ class PTuningV2ModelWithHeads(CapturedModel):
         head = adapter.head(None)
         states = self.packed_states(packed)
         # A pooled row is a text of one token.
-        states = states[:, None] if head.config.task_type == "SEQ_CLS" else states[None]
+        states = states[:, None] if TASKS[head.config.task_type].gives == "row" else states[None]
         logits = head(states, None).reshape(-1, head.config.num_labels)
         return classification_loss(logits, packed.targets), logits
 
@@ -210,24 +207,25 @@ def _task_output(
     task_type: str, logits: Any, targets: Mapping[str, Tensor], output: Any, chosen: Callable[..., Any] | None = None
 ) -> Any:
     """The output class of a task, with its loss where there are targets: its own, or the one that somebody chose."""
-    expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
+    is_span = TASKS[task_type].gives == "span"
+    expected = {"start_positions", "end_positions"} if is_span else {"labels"}
     if targets and set(targets) != expected:
         raise ValueError(
             f"{' and '.join(sorted(expected))} must be given for a {task_type} head; got {', '.join(targets)}"
         )
     states = {"hidden_states": output.hidden_states}
     loss = None
-    if task_type == "QUESTION_ANS":
+    if is_span:
         start, end = logits.unbind(-1)
         if targets:
             loss = chosen(start, end, **targets) if chosen else span_loss(logits, **targets)
-        return QuestionAnsweringModelOutput(loss, start_logits=start, end_logits=end, **states)
+        return _output_class(task_type)(loss, start_logits=start, end_logits=end, **states)
     if targets:
         loss = chosen(logits=logits, **targets) if chosen else classification_loss(logits, targets["labels"])
     return _output_class(task_type)(loss, logits=logits, **states)
 
 
 def _output_class(task_type: str) -> type[Any]:
-    """The class of outputs with one loss and one tensor of logits."""
-    classes = {"TOKEN_CLS": TokenClassifierOutput, "IMAGE_CLS": ImageClassifierOutput}
-    return classes.get(task_type, SequenceClassifierOutput)
+    """The class of a task's outputs, transformers' own."""
+    found: type[Any] = getattr(modeling_outputs, TASKS[task_type].output_class)
+    return found

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
+from ptv2_fast.losses import IGNORED_LABEL
 from ptv2_fast.step.labelled_rows import predictable_labels
-
-# The label that every loss of this package leaves out.
-IGNORED_LABEL = -100
 
 # Kept in a feature for decoding, never given to the model.
 DECODING_KEYS = ("word_ids", "num_words", "offset_mapping", "example_index")

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from ptv2_fast import PTuningV2Model
+from ptv2_fast.choices import SCHEDULES
 from ptv2_fast.saving.checkpoint import TRAINER_WEIGHTS_NAME
 from ptv2_fast.storage.files import write_whole
 from ptv2_fast.storage.tensors import read_safetensors, write_tensors
@@ -34,7 +35,6 @@ from ptv2_fast.training.predict import evaluate
 from ptv2_fast.training.progress import TrainingProgress
 from ptv2_fast.training.task_data import TaskCodec
 
-SCHEDULES = ("linear", "exponential")
 # The loss is logged this often an epoch: enough points for a curve, few enough to cost nothing.
 _LOGS_PER_EPOCH = 10
 

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from ptv2_fast import PTuningV2Config, PTuningV2Model
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig
 from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ptv2_fast.task_types import TASKS
 from ptv2_fast.training.bases import head_size, load_base
-from ptv2_fast.training.data import LabelSet
+from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.run_folder import SETTINGS_NAME, RunFolder, read_object
 from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec
 
@@ -44,7 +45,7 @@ class LoadedAdapter:
             ValueError: see above.
         """
         reads = self.settings.get("reads")
-        if self.codec.task_type != "SEQ_CLS" or reads is None or not examples:
+        if reads is None or not examples:
             return
         there, here = ("pairs of texts" if "text_pair" in parts else "single texts" for parts in (reads, examples[0]))
         if there != here:
@@ -86,7 +87,7 @@ def load_trained(
     own_head = config.heads is None and task_type in HEAD_TASKS
     saved = description.get("labels")
     count = None
-    if own_head and task_type != "QUESTION_ANS":
+    if own_head and TASKS[task_type].names_labels:
         shapes = _shapes(Path(folder) / WEIGHTS_NAME)
         count = len(saved) if isinstance(saved, list) else head_size(name, task_type, shapes)
     base, tokenizer = load_base(name, task_type, own_head=own_head, num_labels=count)
@@ -190,7 +191,7 @@ def _chosen_head(config: PTuningV2Config, head: str | None) -> HeadConfig | None
 
 
 def _labels(head: HeadConfig | None, base: Any, task_type: str, saved: Any) -> LabelSet | None:
-    if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+    if not TASKS[task_type].names_labels:
         return None
     if head is not None:
         return LabelSet(tuple(head.labels or (str(index) for index in range(head.num_labels))))

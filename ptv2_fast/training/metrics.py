@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptv2_fast.task_types import TASKS, TRAINED_TASKS
 from ptv2_fast.training.tags import stray_insides
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -34,9 +35,9 @@ def metric_for(task: str) -> Metric:
     Raises:
         ValueError: the task has no metric.
     """
-    if task not in _METRICS:
-        raise ValueError(f"task: must be one of {sorted(_METRICS)}; got {task!r}")
-    return _METRICS[task]
+    if task not in TRAINED_TASKS:
+        raise ValueError(f"task: must be one of {sorted(TRAINED_TASKS)}; got {task!r}")
+    return METRICS[str(TASKS[task].metric)]
 
 
 def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> None:
@@ -163,9 +164,10 @@ def perplexity(loss_sums: Sequence[float], token_counts: Sequence[int]) -> dict[
     return {"perplexity": value, "loss": loss}
 
 
-_METRICS = {
-    "SEQ_CLS": Metric("accuracy", classification_scores, True),
-    "TOKEN_CLS": Metric("f1", entity_scores, True),
-    "QUESTION_ANS": Metric("f1", answer_scores, True),
-    "CAUSAL_LM": Metric("perplexity", perplexity, False),
+# By the names that the tasks' rows say.
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric("accuracy", classification_scores, True),
+    "entity_f1": Metric("f1", entity_scores, True),
+    "answer_f1": Metric("f1", answer_scores, True),
+    "perplexity": Metric("perplexity", perplexity, False),
 }

@@ -14,6 +14,7 @@ from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.config import HEAD_TASKS, HeadConfig
 from ptv2_fast.families.registry import family_of
+from ptv2_fast.task_types import TASKS
 from ptv2_fast.training.bases import digest_of_weights, load_base
 from ptv2_fast.training.batches import PadCollator
 from ptv2_fast.training.curves import plot_curves
@@ -179,7 +180,7 @@ def prepare(request: TrainRequest, output: str | Path, *, resume: bool = False, 
     folder.check(_asked(request), resume=resume, overwrite=overwrite)
     train = request.data.read(request.task_type)
     labels = None
-    if request.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+    if TASKS[request.task_type].names_labels:
         labels = LabelSet.from_examples(train)
         if len(labels) < 2:
             raise ValueError(f"{request.data.path}: expected at least two classes; got {list(labels.names)}")

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ptv2_fast.choices import INJECTIONS
 from ptv2_fast.saving.checkpoint import write_whole
 from ptv2_fast.training.fit import Diverged
 from ptv2_fast.training.metrics import Metric, metric_for
@@ -26,7 +27,6 @@ from ptv2_fast.training.run_folder import differences
 from ptv2_fast.training.runs import TrainRequest, prepare
 
 LOG_NAME, TABLE_NAME, PLOT_NAME, BEST_NAME = "trials.log", "trials.md", "trials.png", "best"
-INJECTIONS = ("deep", "shallow", "prefix")
 _ASKED = "asked"
 _MARKERS = dict(zip(INJECTIONS, "os^"))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ptv2_fast.training.batches import IGNORED_LABEL
-from ptv2_fast.training.data import LabelSet
+from ptv2_fast.losses import IGNORED_LABEL
+from ptv2_fast.training.labels import LabelSet
 
 logger = logging.getLogger(__name__)
 
