@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:  # pragma: no cover
     raise SystemExit("ptv2-fast: the command line needs `pip install ptv2-fast[train]`") from error
 
 from ptv2_fast import choices
-from ptv2_fast.task_types import TRAINED_TASKS
+from ptv2_fast.task_types import PROBLEM_TYPES, TRAINED_TASKS
 from ptv2_fast.training.flags import COLUMNS, numbers
 from ptv2_fast.training.flags import request_of as _request
 from ptv2_fast.training.shell import OneLineGroup, quiet
@@ -66,6 +66,14 @@ class Pooling(str, Enum):
         vars()[word] = word
 
 
+class Problem(str, Enum):
+    """What a classification head solves."""
+
+    _ignore_ = "word"
+    for word in PROBLEM_TYPES:
+        vars()[word] = word
+
+
 class Content(str, Enum):
     """What an export holds."""
 
@@ -90,6 +98,7 @@ TextColumns = Annotated[list[str] | None, typer.Option("--text-column", help="Tw
 LabelColumn = Annotated[str | None, typer.Option(help="Column with the label or the tags.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column to go on from (CAUSAL_LM).")]
 CompletionColumn = Annotated[str | None, typer.Option(help="Column to go on with (CAUSAL_LM).")]
+ProblemOption = Annotated[Problem | None, typer.Option(help="What a SEQ_CLS head solves; one class if not given.")]
 LengthOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of a row.")]
 AdapterArgument = Annotated[str, typer.Argument(help="Folder of a trained adapter.")]
 HeadOption = Annotated[str | None, typer.Option(help="Which head, where there are several.")]
@@ -111,6 +120,7 @@ def train(
     reparameterization: Annotated[int | None, typer.Option(help="Hidden size of the prompt's MLP.")] = None,
     prompt_dropout: Annotated[float, typer.Option(help="Dropout on the prompts.")] = 0.0,
     pooling: Annotated[Pooling | None, typer.Option(help="What a SEQ_CLS head reads.")] = None,
+    problem_type: ProblemOption = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate [0.01].")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data [10].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a batch [32].")] = None,
@@ -158,6 +168,7 @@ def search(
     num_virtual_tokens: Annotated[str, typer.Option(help="Values of P, between commas.")] = "8,20,64",
     lr: Annotated[str, typer.Option(help="Lowest and highest learning rate.")] = "1e-3,5e-2",
     recipe: Annotated[str | None, typer.Option(help="Settings of a published run; flags override it.")] = None,
+    problem_type: ProblemOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data [10].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a batch [32].")] = None,
     max_length: LengthOption = None,
@@ -208,7 +219,7 @@ def evaluate_adapter(
 
     given = dict(locals())
     loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
-    examples = source_of(data, given, loaded.columns).read(loaded.codec.task_type, loaded.codec.labels)
+    examples = loaded.read(source_of(data, given, loaded.columns))
     loaded.check_parts(data, examples)
     features = loaded.codec.encode(examples)
     options: dict[str, Any] = {"features": features, "batch_size": batch_size, "head": head}
@@ -252,7 +263,7 @@ def predict(
     if max_new_tokens is not None and task_type != "CAUSAL_LM":
         raise ValueError(f"--max-new-tokens is read for CAUSAL_LM alone; {adapter} is for {task_type}")
     if file is not None:
-        examples = source_of(file, given, loaded.columns).read(task_type, labelled=False)
+        examples = loaded.read(source_of(file, given, loaded.columns), labelled=False)
     else:
         where = "text" if texts else "standard input"
         examples = examples_of(texts or sys.stdin, task_type, where=where, context=context)
@@ -302,8 +313,8 @@ def info(
 
 # Flags of `search` that mean what they mean in `train`, and what `train` has where `search` has no flag.
 _SHARED_WITH_TRAIN = (
-    "data", "dev", "model", "task", "recipe", "epochs", "batch_size", "max_length", "seed", "bf16", "text_column",
-    "label_column", "prompt_column", "completion_column",
+    "data", "dev", "model", "task", "recipe", "problem_type", "epochs", "batch_size", "max_length", "seed", "bf16",
+    "text_column", "label_column", "prompt_column", "completion_column",
 )  # fmt: skip
 _TRAIN_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(inspect.signature(train).parameters),

@@ -11,7 +11,7 @@ from torch import nn
 
 from ptv2_fast.attention.checks import BACKENDS
 from ptv2_fast.choices import INITS, INJECTIONS, POOLINGS, STACKS
-from ptv2_fast.task_types import TASKS
+from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
 TASK_TYPES = tuple(TASKS)
 # Tasks with trained heads, those among them that read one vector per row, and those whose rows are images or sounds.
@@ -42,6 +42,9 @@ class HeadConfig:
             its real tokens. An image's first is its class token; IMAGE_CLS and AUDIO_CLS have no "last".
         dropout: dropout before the linear layer, in [0, 1).
         labels: names of the classes in the order of their ids, or None.
+        problem_type: what a head with one vector per row solves, in transformers' words: "single_label_classification",
+            "regression" (labels (B,) for one number a row, else (B, num_labels), floating; mean squared error) or
+            "multi_label_classification" (labels (B, num_labels), floating in [0, 1]; binary cross-entropy).
     """
 
     task_type: str
@@ -49,12 +52,14 @@ class HeadConfig:
     pooling: str = "first"
     dropout: float = 0.0
     labels: Sequence[str] | None = None
+    problem_type: str = SINGLE_LABEL
 
     def __post_init__(self) -> None:
         _one_of("task_type", self.task_type, HEAD_TASKS)
         _integer("num_labels", self.num_labels, 1, _MAX_INTEGER)
         _one_of("pooling", self.pooling, POOLINGS)
         _probability("dropout", self.dropout)
+        TASKS[self.task_type].solving(self.problem_type)
         if self.labels is not None:
             ordered = isinstance(self.labels, Iterable) and not isinstance(self.labels, _NO_NAMES)
             object.__setattr__(self, "labels", tuple(self.labels) if ordered else self.labels)
@@ -277,6 +282,10 @@ class PTuningV2Config:
         for name in ("layers", "stacks"):
             value = getattr(self, name)
             values[name] = list(value) if value is not None else None
+        for head in (values["heads"] or {}).values():
+            # Unsaid, as before there were others: what needs no later version is read by an earlier one.
+            if head["problem_type"] == SINGLE_LABEL:
+                del head["problem_type"]
         return values
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ptv2_fast.attention import checks
-from ptv2_fast.task_types import TASKS
+from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
 # The label that every loss of this package leaves out.
 IGNORED_LABEL = -100
@@ -60,6 +61,41 @@ def span_loss(logits: Tensor, start_positions: Tensor, end_positions: Tensor) ->
     return (losses[0] + losses[1]) / 2
 
 
+def regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared error of logits (B, C) and labels (B, C); with C = 1 labels may be (B,).
+
+    Raises:
+        ValueError: labels are no floating-point numbers of such a shape, or one is not finite.
+    """
+    shapes = [logits.shape, logits.shape[:1]] if logits.shape[-1] == 1 else [logits.shape]
+    check_numbers("labels", labels, shapes)
+    logits = _at_least_float32(logits)
+    return F.mse_loss(logits, labels.to(logits.dtype).view(logits.shape))
+
+
+def multi_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean binary cross-entropy of logits (B, C) and labels (B, C), 1 where a row has the label and 0 where it has not.
+
+    Raises:
+        ValueError: labels are no floating-point numbers of that shape, or one lies outside [0, 1].
+    """
+    check_numbers("labels", labels, [logits.shape], low=0.0, high=1.0)
+    logits = _at_least_float32(logits)
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+# By what the head solves; of a head that gives no spans.
+LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    SINGLE_LABEL: classification_loss,
+    "regression": regression_loss,
+    "multi_label_classification": multi_label_loss,
+}
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def base_targets(
     base: PreTrainedModel, task_type: str, size: tuple[int, Any], targets: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -100,11 +136,38 @@ def check_labels(name: str, labels: Tensor, count: int, shape: Sequence[int]) ->
         raise ValueError(f"{name} must be integers; got {labels.dtype}")
     if labels.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(labels.shape)}")
-    if not checks.readable(labels):
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(labels):
+    if not _can_look(labels):
         return
     wrong = ((labels < 0) | (labels >= count)) & (labels != IGNORED_LABEL)
     if bool(wrong.any()):
         found = sorted(set(labels[wrong].flatten().tolist()))[:5]
         raise ValueError(f"{name} must lie in [0, {count - 1}] or be {IGNORED_LABEL}; got {found}")
+
+
+def check_numbers(
+    name: str, labels: Tensor, shapes: Sequence[Sequence[int]], low: float = -math.inf, high: float = math.inf
+) -> None:
+    """Refuse labels that are not floating-point numbers of one of the shapes, or, where looking is free, not finite
+    ones in [low, high].
+
+    Raises:
+        ValueError: see above.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{name} must be a tensor of floating-point numbers; got {type(labels).__name__}")
+    if not labels.is_floating_point():
+        raise ValueError(f"{name} must be floating-point numbers; got {labels.dtype}")
+    if labels.shape not in [tuple(shape) for shape in shapes]:
+        expected = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{name} must have shape {expected}; got {tuple(labels.shape)}")
+    if not _can_look(labels):
+        return
+    wrong = ~torch.isfinite(labels) | (labels < low) | (labels > high)
+    if bool(wrong.any()):
+        limits = "be finite" if math.isinf(low) else f"lie in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must {limits}; got {labels[wrong].flatten()[:5].tolist()}")
+
+
+def _can_look(labels: Tensor) -> bool:
+    """Whether numbers can be looked at without waiting for a device, outside vmap."""
+    return checks.readable(labels) and not torch._C._functorch.is_functorch_wrapped_tensor(labels)

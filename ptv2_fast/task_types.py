@@ -6,8 +6,11 @@ Nothing is imported here but the standard library: objects of higher rooms (clas
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+
+# transformers' word for what a head solves that nobody says otherwise of: one class for each row.
+SINGLE_LABEL = "single_label_classification"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,37 @@ class TaskType:
     max_length: int | None = None
     predicts: str | None = None
     metric: str | None = None
+
+    @property
+    def solves_others(self) -> bool:
+        """Whether heads of this kind may solve another problem than choosing one class."""
+        return self.gives == "row" and self.names_labels
+
+    def solving(self, problem_type: str) -> TaskType:
+        """The row of a head that solves this problem.
+
+        Raises:
+            ValueError: no head of the task does.
+        """
+        if problem_type not in PROBLEM_TYPES:
+            raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}; got {problem_type!r}")
+        if problem_type == SINGLE_LABEL:
+            return self
+        if not self.solves_others:
+            raise ValueError(f"problem_type must be {SINGLE_LABEL!r} for {self.name}; got {problem_type!r}")
+        problem = next(problem for problem in _PROBLEMS if problem.name == problem_type)
+        trained = (problem.predicts, problem.metric) if self.predicts is not None else (None, None)
+        return replace(self, names_labels=problem.names_labels, packs=False, predicts=trained[0], metric=trained[1])
+
+
+@dataclass(frozen=True)
+class ProblemType:
+    """What a head over rows solves beside choosing one class; fields as those of a task that they replace."""
+
+    name: str
+    names_labels: bool
+    predicts: str
+    metric: str
 
 
 _TASKS = (
@@ -151,3 +185,9 @@ _TASKS = (
 TASKS: Mapping[str, TaskType] = MappingProxyType({task.name: task for task in _TASKS})
 # Those that `ptv2_fast.training` and the command line serve.
 TRAINED_TASKS = tuple(name for name, task in TASKS.items() if task.predicts is not None)
+
+_PROBLEMS = (
+    ProblemType("regression", names_labels=False, predicts="number", metric="pearson"),
+    ProblemType("multi_label_classification", names_labels=True, predicts="labels", metric="micro_f1"),
+)
+PROBLEM_TYPES = (SINGLE_LABEL, *(problem.name for problem in _PROBLEMS))

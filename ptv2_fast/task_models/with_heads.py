@@ -15,11 +15,11 @@ from ptv2_fast.inputs.features import features_read, input_size, reads_text
 from ptv2_fast.inputs.pooling import tokens_read
 from ptv2_fast.inputs.right_padding import HIDDEN_STATES, change_states, reorder_tokens, to_right_padding
 from ptv2_fast.inputs.text import check_inputs
-from ptv2_fast.losses import base_targets, chosen_loss, classification_loss, span_loss
+from ptv2_fast.losses import LOSSES, base_targets, chosen_loss, classification_loss, span_loss
 from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
 from ptv2_fast.task_models.captured import CapturedModel
 from ptv2_fast.task_models.labelled_config import labelled
-from ptv2_fast.task_types import TASKS
+from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
 
 class PTuningV2ModelWithHeads(CapturedModel):
@@ -29,12 +29,16 @@ class PTuningV2ModelWithHeads(CapturedModel):
     def config(self) -> Any:
         """The base's configuration; with the active adapter's label names where they are its own.
 
-        What is set on it is set on the base's, and label names in the adapter. A pipeline reads label names from here.
+        What is set on it is set on the base's, and label names in the adapter. A pipeline reads label names from here,
+        and what a head solves.
         """
         config, adapter = self.base_model.config, self.adapters[self.active_adapter]
         if len(adapter.heads) != 1 and adapter.labels is None:
             return config
-        return labelled(config, adapter.label_names, adapter.rename_labels)
+        problem = _problem_of(adapter)
+        return labelled(
+            config, adapter.label_names, adapter.rename_labels, None if problem == SINGLE_LABEL else problem
+        )
 
     @config.setter
     def config(self, config: Any) -> None:
@@ -138,7 +142,7 @@ class PTuningV2ModelWithHeads(CapturedModel):
             head = self.adapters[names[0]].head(task)
             logits = head(hidden, mask, read if reads_text(self._family) else None)
             chosen = chosen_loss(self.base_model)
-            return _task_output(head.config.task_type, logits, targets, output, chosen)
+            return _task_output(kind.task_type, logits, targets, output, kind.problem_type, chosen)
         if BASE_ROW in names:
             raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
         if targets:
@@ -177,6 +181,8 @@ class PTuningV2ModelWithHeads(CapturedModel):
         if adapter.heads and chosen_loss(self.base_model) is not None:
             return "the loss is another one than its task's"
         task_type, pooling = self.packed_task()
+        if (problem := _problem_of(adapter)) != SINGLE_LABEL:
+            return f"a {problem} loss is of no classes"
         if not TASKS[task_type].packs:
             return f"a {task_type} loss is over whole rows"
         of_rows = TASKS[task_type].gives == "row"
@@ -203,8 +209,19 @@ class PTuningV2ModelWithHeads(CapturedModel):
         return classification_loss(logits, packed.targets), logits
 
 
+def _problem_of(adapter: Adapter) -> str:
+    """What an adapter's single head solves."""
+    problems = {head.config.problem_type for head in adapter.heads.values()}
+    return problems.pop() if len(problems) == 1 else SINGLE_LABEL
+
+
 def _task_output(
-    task_type: str, logits: Any, targets: Mapping[str, Tensor], output: Any, chosen: Callable[..., Any] | None = None
+    task_type: str,
+    logits: Any,
+    targets: Mapping[str, Tensor],
+    output: Any,
+    problem_type: str = SINGLE_LABEL,
+    chosen: Callable[..., Any] | None = None,
 ) -> Any:
     """The output class of a task, with its loss where there are targets: its own, or the one that somebody chose."""
     is_span = TASKS[task_type].gives == "span"
@@ -221,7 +238,7 @@ def _task_output(
             loss = chosen(start, end, **targets) if chosen else span_loss(logits, **targets)
         return _output_class(task_type)(loss, start_logits=start, end_logits=end, **states)
     if targets:
-        loss = chosen(logits=logits, **targets) if chosen else classification_loss(logits, targets["labels"])
+        loss = chosen(logits=logits, **targets) if chosen else LOSSES[problem_type](logits, targets["labels"])
     return _output_class(task_type)(loss, logits=logits, **states)
 
 

@@ -103,11 +103,13 @@ class Table:
         self.names = list(dict.fromkeys(name for row in rows for name in row.values))
 
     def need(self, name: str, argument: str) -> str:
+        """A column that must be there."""
         if name not in self.names:
             raise self.missing(f"the column {name!r}", argument)
         return name
 
     def missing(self, what: str, argument: str) -> ValueError:
+        """What to raise where something is not."""
         return ValueError(f"{self.where}: expected {what} ({argument}); the columns are {self.names}")
 
     def one_of(self, usual: Sequence[str], argument: str) -> str | None:
@@ -117,6 +119,7 @@ class Table:
         return found[0] if found else None
 
     def refuse_several(self, found: Sequence[tuple[str, ...]], argument: str) -> None:
+        """Refuse a table in which several columns could be meant."""
         if len(found) > 1:
             each = ", ".join(" and ".join(map(repr, names)) for names in found)
             raise ValueError(
@@ -144,9 +147,10 @@ def _option(argument: str) -> str:
     return " or ".join(f"{name} (--{name.replace('_', '-')})" for name in argument.split(", "))
 
 
-def classified(table: Table, wanted: Wanted) -> dict[str, str]:
+def classified(table: Table, wanted: Wanted, usual_labels: Sequence[str] = LABEL_COLUMNS) -> dict[str, str]:
+    """A text, or a pair of texts, and a label."""
     texts = tuple(table.need(name, "text_column") for name in wanted.texts)
-    label = label_column(table, wanted, LABEL_COLUMNS)
+    label = label_column(table, wanted, usual_labels)
     if not texts:
         usual: list[tuple[str, ...]] = [pair for pair in PAIR_COLUMNS if all(name in table.names for name in pair)]
         usual = usual or [(name,) for name in TEXT_COLUMNS if name in table.names and name != label]
@@ -160,6 +164,7 @@ def classified(table: Table, wanted: Wanted) -> dict[str, str]:
 
 
 def label_column(table: Table, wanted: Wanted, usual: Sequence[str]) -> str | None:
+    """The column of the labels; None where they are not read."""
     if not wanted.labelled:
         return None
     if wanted.label is not None:
@@ -171,6 +176,7 @@ def label_column(table: Table, wanted: Wanted, usual: Sequence[str]) -> str | No
 
 
 def tagged(table: Table, wanted: Wanted) -> dict[str, str]:
+    """Words and tags."""
     if wanted.texts:
         tokens: str | None = table.need(wanted.texts[0], "text_column")
     else:
@@ -182,6 +188,7 @@ def tagged(table: Table, wanted: Wanted) -> dict[str, str]:
 
 
 def asked(table: Table, wanted: Wanted) -> dict[str, str]:
+    """Questions, contexts and answers."""
     needed = ("question", "context", "answers") if wanted.labelled else ("question", "context")
     for name in needed:
         table.need(name, name)
@@ -189,6 +196,7 @@ def asked(table: Table, wanted: Wanted) -> dict[str, str]:
 
 
 def continued(table: Table, wanted: Wanted) -> dict[str, str]:
+    """Text, or prompts and what follows them."""
     if wanted.texts:
         return {"text": table.need(wanted.texts[0], "text_column")}
     parts = ("prompt", "completion") if wanted.labelled else ("prompt",)

@@ -2,7 +2,8 @@
 
 Examples are plain dicts of plain values:
 
-    SEQ_CLS       {"text", "text_pair" (pairs only), "label"}
+    SEQ_CLS       {"text", "text_pair" (pairs only), "label"}; for regression "label" is a float, for
+                  several labels a row there is "labels", a list: a JSON list, or `a|b` in a cell
     TOKEN_CLS     {"tokens", "tags"}                        tags are IOB2: O, B-x, I-x
     QUESTION_ANS  {"id", "question", "context", "answers": {"text": [...], "answer_start": [...]}}
     CAUSAL_LM     {"text"} or {"prompt", "completion"}
@@ -45,6 +46,7 @@ def read_examples(
     max_examples: int | None = None,
     labels: LabelSet | Sequence[str] | None = None,
     labelled: bool = True,
+    problem_type: str | None = None,
 ) -> list[dict[str, Any]]:
     """The examples of a file, a folder of `datasets` or a named dataset, all checked.
 
@@ -62,6 +64,8 @@ def read_examples(
         max_examples: stop reading after so many.
         labels: the labels of training; a label outside them is refused where it stands.
         labelled: False reads text for prediction: labels, tags, answers and completions are not read.
+        problem_type: "regression" or "multi_label_classification" for what else a SEQ_CLS head solves; None is one
+            class for each row.
 
     Raises:
         FileNotFoundError: no such file or dataset.
@@ -76,7 +80,7 @@ def read_examples(
         labels = LabelSet(tuple(labels))
     texts = (text_column,) if isinstance(text_column, str) else tuple(text_column or ())
     wanted = Wanted(texts, label_column, prompt_column, completion_column, labelled)
-    handled = training_task(task)
+    handled = training_task(task, problem_type)
     wanted.check(task, handled.most_texts, handled.options)
     notes: list[str] = []
     rows = list(islice(_rows(path_or_name, task, split, wanted, notes), max_examples))

@@ -26,12 +26,15 @@ class Prediction:
     """What a model says about one example.
 
     Attributes:
-        value: the class (SEQ_CLS), the tag of each word (TOKEN_CLS) or the answer (QUESTION_ANS).
-        score: probability of the class, of the least certain tag, or the answer's logit sum.
+        value: the class (SEQ_CLS; of other problems the number, or the labels), the tag of each word (TOKEN_CLS) or
+            the answer (QUESTION_ANS).
+        score: probability of the class, of the least certain tag or label, the answer's logit sum, or the number.
+        scores: probabilities of all labels by name, where several may be true.
     """
 
     value: Any
     score: float
+    scores: Mapping[str, float] | None = None
 
 
 def loss_of(output: Any, batch: Mapping[str, Tensor]) -> tuple[float, int]:
@@ -41,6 +44,8 @@ def loss_of(output: Any, batch: Mapping[str, Tensor]) -> tuple[float, int]:
     labels = batch.get("labels")
     if labels is None:
         return float(output.loss), len(batch["start_positions"])
+    if labels.is_floating_point():
+        return float(output.loss), labels.numel()
     # A language model predicts each token from the ones before it: nothing predicts the first.
     shifts = output.logits.dim() == 3 and output.__class__.__name__.startswith("CausalLM")
     kept = (labels[:, 1:] if shifts else labels) != IGNORED_LABEL

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,18 +167,23 @@ def check_classes(
 ) -> None:
     """Refuse a class that is spelled in two ways; note what looks odd about the classes."""
     found = {example["label"] for example in examples if "label" in example}
-    twice = same_spelled_twice(found)
-    if twice:
-        raise ValueError(f"{name}: labels must be spelled in one way; {twice[0]!r} and {twice[1]!r} are the same")
-    cased = differing_by_case(found)
-    if cased:
-        notes.append(f"{name}: classes that differ by upper and lower case alone: {', '.join(map(repr, cased))}")
+    refuse_two_spellings(name, found, notes)
     if labels is None and len(found) > max(_FEW_CLASSES, len(examples) / 2):
         some = ", ".join(sorted(found)[:3])
         notes.append(
             f"{name}: {len(found)} classes in {len(examples)} examples ({some}, ...); is label_column"
             " (--label-column) the one that is meant?"
         )
+
+
+def refuse_two_spellings(name: str | Path, found: Collection[str], notes: list[str]) -> None:
+    """Refuse a label that is spelled in two ways; note those that differ by case alone."""
+    twice = same_spelled_twice(found)
+    if twice:
+        raise ValueError(f"{name}: labels must be spelled in one way; {twice[0]!r} and {twice[1]!r} are the same")
+    cased = differing_by_case(found)
+    if cased:
+        notes.append(f"{name}: classes that differ by upper and lower case alone: {', '.join(map(repr, cased))}")
 
 
 def check_tags(name: str | Path, examples: Sequence[dict[str, Any]], notes: list[str], labels: LabelSet | None) -> None:

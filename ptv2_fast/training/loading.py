@@ -38,6 +38,15 @@ class LoadedAdapter:
         source = self.settings.get("data") or {}
         return {name: _hashable(source[name]) for name in _COLUMNS if source.get(name)}
 
+    def read(self, source: Any, *, labelled: bool = True) -> list[dict[str, Any]]:
+        """The examples of a `DataSource`, as the adapter's task has them."""
+        known = self.codec.labels if labelled else None
+        problem = self.codec.problem_type
+        examples: list[dict[str, Any]] = source.read(
+            self.codec.task_type, known, labelled=labelled, problem_type=problem
+        )
+        return examples
+
     def check_parts(self, where: str, examples: Sequence[Mapping[str, Any]]) -> None:
         """Refuse single texts where training read pairs, and pairs where it read single texts.
 
@@ -83,6 +92,7 @@ def load_trained(
         )
     if task_type not in DEFAULT_MAX_LENGTH:
         raise ValueError(f"{folder} is an adapter for {task_type}, which predicts nothing by itself")
+    problem = chosen.problem_type if chosen is not None else None
     settings = _checked_settings(Path(folder) / SETTINGS_NAME, RunFolder(Path(folder)).settings())
     own_head = config.heads is None and task_type in HEAD_TASKS
     saved = description.get("labels")
@@ -99,6 +109,7 @@ def load_trained(
         max_length=max_length or settings.get("row_length") or DEFAULT_MAX_LENGTH[task_type],
         doc_stride=settings.get("doc_stride", 128),
         no_answer=settings.get("no_answer", False),
+        problem_type=problem,
     )
     return LoadedAdapter(adapter, codec, head, settings)
 
@@ -191,7 +202,8 @@ def _chosen_head(config: PTuningV2Config, head: str | None) -> HeadConfig | None
 
 
 def _labels(head: HeadConfig | None, base: Any, task_type: str, saved: Any) -> LabelSet | None:
-    if not TASKS[task_type].names_labels:
+    row = TASKS[task_type] if head is None else TASKS[task_type].solving(head.problem_type)
+    if not row.names_labels:
         return None
     if head is not None:
         return LabelSet(tuple(head.labels or (str(index) for index in range(head.num_labels))))

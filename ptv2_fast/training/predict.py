@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ptv2_fast.task_types import TRAINED_TASKS
 from ptv2_fast.training.decoding import Prediction as Prediction
 from ptv2_fast.training.decoding import Rows, loss_of
-from ptv2_fast.training.metrics import metric_for
 from ptv2_fast.training.task_data import TaskCodec
 from ptv2_fast.training.tasks import training_task
 
@@ -62,7 +61,7 @@ def evaluate(
     truth = [_truth(example, task.truth) for example in examples]
     predictions, loss = _predict(model, codec, examples, features, batch_size, head)
     values = [prediction.value for prediction in predictions]
-    return {**metric_for(codec.task_type).compute(values, truth), "loss": loss}
+    return {**codec.metric.compute(values, truth), "loss": loss}
 
 
 def _truth(example: Mapping[str, Any], key: str) -> Any:

@@ -14,7 +14,7 @@ from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.config import HEAD_TASKS, HeadConfig
 from ptv2_fast.families.registry import family_of
-from ptv2_fast.task_types import TASKS
+from ptv2_fast.task_types import SINGLE_LABEL
 from ptv2_fast.training.bases import digest_of_weights, load_base
 from ptv2_fast.training.batches import PadCollator
 from ptv2_fast.training.curves import plot_curves
@@ -23,6 +23,10 @@ from ptv2_fast.training.fit import Diverged, FitResult, FitSettings, fit
 from ptv2_fast.training.loading import load_trained as load_trained
 from ptv2_fast.training.run_folder import CURVES_NAME, RunFolder, digest_of
 from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec, starting_texts
+from ptv2_fast.training.tasks import task_row
+
+# What the outputs of heads are called that have no classes.
+_OUTPUTS = {"answer": ("start", "end"), "number": ("value",)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,14 @@ class DataSource:
     prompt_column: str | None = None
     completion_column: str | None = None
 
-    def read(self, task_type: str, labels: LabelSet | None = None, *, labelled: bool = True) -> list[dict[str, Any]]:
+    def read(
+        self,
+        task_type: str,
+        labels: LabelSet | None = None,
+        *,
+        labelled: bool = True,
+        problem_type: str | None = None,
+    ) -> list[dict[str, Any]]:
         """The examples, checked; see `read_examples`."""
         return read_examples(
             self.path,
@@ -48,6 +59,7 @@ class DataSource:
             split=self.split,
             labels=labels,
             labelled=labelled,
+            problem_type=problem_type,
         )
 
 
@@ -57,7 +69,7 @@ class TrainRequest:
 
     Attributes:
         model: a hub name, a folder or a .gguf file.
-        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS or CAUSAL_LM.
+        task_type: one of `TRAINED_TASKS`.
         data, dev: training and development examples; without dev the last epoch is kept.
         fit: how long and how fast.
         num_virtual_tokens, injection, layers, init, reparameterization, prompt_dropout: of
@@ -66,6 +78,7 @@ class TrainRequest:
         max_length: tokens of a row; None means the task's usual length.
         doc_stride: tokens that windows of a context share.
         dropout: of the base's hidden states; None keeps the base's own.
+        problem_type: what a SEQ_CLS head solves, as `HeadConfig` says it; None is one class for each row.
 
     Raises:
         ValueError: max_length or doc_stride is out of range.
@@ -86,6 +99,7 @@ class TrainRequest:
     max_length: int | None = None
     doc_stride: int = 128
     dropout: float | None = None
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("max_length", 1), ("doc_stride", 0)):
@@ -178,13 +192,16 @@ def prepare(request: TrainRequest, output: str | Path, *, resume: bool = False, 
     """
     folder = RunFolder(Path(output))
     folder.check(_asked(request), resume=resume, overwrite=overwrite)
-    train = request.data.read(request.task_type)
+    row = task_row(request.task_type, request.problem_type)
+    train = request.data.read(request.task_type, problem_type=request.problem_type)
     labels = None
-    if TASKS[request.task_type].names_labels:
+    if row.names_labels:
         labels = LabelSet.from_examples(train)
-        if len(labels) < 2:
+        if len(labels) < 2 and row.predicts != "labels":
             raise ValueError(f"{request.data.path}: expected at least two classes; got {list(labels.names)}")
-    dev = request.dev.read(request.task_type, labels) if request.dev is not None else None
+    dev = None
+    if request.dev is not None:
+        dev = request.dev.read(request.task_type, labels, problem_type=request.problem_type)
     _check_alike(request, train, dev)
     if request.fit.early_stopping is not None and dev is None:
         raise ValueError("early stopping needs dev data to watch; got none")
@@ -201,6 +218,7 @@ def prepare(request: TrainRequest, output: str | Path, *, resume: bool = False, 
         max_length=request.max_length or _usual_length(request, base),
         doc_stride=request.doc_stride,
         no_answer=any(not example["answers"]["text"] for example in train if "answers" in example),
+        problem_type=request.problem_type,
     )
     torch.manual_seed(request.fit.seed)
     model = _build(request, base, codec, train)
@@ -261,8 +279,9 @@ def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[M
     heads = None
     if request.task_type in HEAD_TASKS:
         pooling = request.pooling or ("last" if family_of(backbone_of(base)).causal else "first")
-        names = codec.labels.names if codec.labels is not None else ("start", "end")
-        heads = {"task": HeadConfig(request.task_type, len(names), pooling=pooling, labels=names)}
+        names = codec.labels.names if codec.labels is not None else _OUTPUTS[str(codec.row.predicts)]
+        problem = request.problem_type or SINGLE_LABEL
+        heads = {"task": HeadConfig(request.task_type, len(names), pooling=pooling, labels=names, problem_type=problem)}
     elif request.pooling is not None:
         raise ValueError(f"pooling must be None for {request.task_type}; got {request.pooling!r}")
     init = request.init or ("text" if request.reparameterization is None else "normal")

@@ -88,7 +88,7 @@ def search(
     output = Path(output)
     _check(request, output, trials)
     study = _study(output, request, _first_look(request, output, space))
-    metric = metric_for(request.task_type)
+    metric = metric_for(request.task_type, request.problem_type)
     _keep_best(study, output, metric)
     while len(_ended(study)) < trials:
         _run_trial(study, request, output, space, say)
@@ -123,7 +123,7 @@ def _study(output: Path, request: TrainRequest, asked: dict[str, Any]) -> Any:
     study = optuna.create_study(
         study_name="search",
         storage=JournalStorage(JournalFileBackend(str(output / LOG_NAME))),
-        direction="maximize" if metric_for(request.task_type).greater_is_better else "minimize",
+        direction="maximize" if metric_for(request.task_type, request.problem_type).greater_is_better else "minimize",
         load_if_exists=True,
     )
     kept = study.user_attrs.get(_ASKED)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from typing import Any
 
-from ptv2_fast.task_types import TASKS
+from ptv2_fast.task_types import TASKS, TaskType
 from ptv2_fast.training.batches import PadCollator
 from ptv2_fast.training.labels import LabelSet
-from ptv2_fast.training.tasks import TrainingTask, training_task
+from ptv2_fast.training.metrics import Metric, metric_for
+from ptv2_fast.training.tasks import TrainingTask, task_row, training_task
 
 # Tokens of a row where nobody says otherwise.
 DEFAULT_MAX_LENGTH = {name: task.max_length for name, task in TASKS.items() if task.max_length is not None}
@@ -21,12 +22,13 @@ class TaskCodec:
     """How the examples of one task meet one tokenizer.
 
     Attributes:
-        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS or CAUSAL_LM.
+        task_type: one of `TRAINED_TASKS`.
         tokenizer: a fast tokenizer.
         labels: the classes or tags in the order of the model's outputs; None for the other tasks.
         max_length: the most tokens of a row.
         doc_stride: tokens that neighbouring windows of a context share (QUESTION_ANS).
         no_answer: whether a question may have no answer (QUESTION_ANS).
+        problem_type: what a SEQ_CLS head solves, as `HeadConfig` says it; None is one class for each row.
     """
 
     task_type: str
@@ -35,18 +37,29 @@ class TaskCodec:
     max_length: int = 128
     doc_stride: int = 128
     no_answer: bool = False
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        training_task(self.task_type)
+        training_task(self.task_type, self.problem_type)
         if not isinstance(self.max_length, int) or self.max_length < 2:
             raise ValueError(f"max_length must be an integer of at least 2; got {self.max_length!r}")
         if not isinstance(self.doc_stride, int) or self.doc_stride < 0:
             raise ValueError(f"doc_stride must be an integer of at least 0; got {self.doc_stride!r}")
 
     @property
+    def row(self) -> TaskType:
+        """The task's row, for what its head solves."""
+        return task_row(self.task_type, self.problem_type)
+
+    @property
     def task(self) -> TrainingTask:
         """What is done for the task."""
-        return training_task(self.task_type)
+        return training_task(self.task_type, self.problem_type)
+
+    @property
+    def metric(self) -> Metric:
+        """How predictions are scored."""
+        return metric_for(self.task_type, self.problem_type)
 
     @property
     def known_labels(self) -> LabelSet:

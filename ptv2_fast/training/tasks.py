@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptv2_fast.task_types import TASKS, TRAINED_TASKS
-from ptv2_fast.training import columns, decoding, examples, texts, tokens
+from ptv2_fast.task_types import SINGLE_LABEL, TASKS, TRAINED_TASKS, TaskType
+from ptv2_fast.training import columns, decoding, examples, problems, texts, tokens
 from ptv2_fast.training.decoding import Outputs, Prediction, Rows
 from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
@@ -57,15 +57,24 @@ class TrainingTask:
     records: Callable[[LoadedAdapter, Rows, int], Iterator[dict[str, Any]]] | None = None
 
 
-def training_task(task_type: str) -> TrainingTask:
-    """What is done for a task.
+def task_row(task_type: str, problem_type: str | None = None) -> TaskType:
+    """A task's row, for what its head solves.
 
     Raises:
-        ValueError: training does not serve it.
+        ValueError: training does not serve the task, or no head of it solves that.
     """
     if task_type not in TRAINED_TASKS:
         raise ValueError(f"task_type must be one of {', '.join(TRAINED_TASKS)}; got {task_type!r}")
-    return BY_PREDICTION[str(TASKS[task_type].predicts)]
+    return TASKS[task_type].solving(problem_type or SINGLE_LABEL)
+
+
+def training_task(task_type: str, problem_type: str | None = None) -> TrainingTask:
+    """What is done for a task.
+
+    Raises:
+        ValueError: as `task_row`.
+    """
+    return BY_PREDICTION[str(task_row(task_type, problem_type).predicts)]
 
 
 def _encode_classes(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
@@ -101,6 +110,35 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         read=decoding.probabilities,
         decode=decoding.classes,
         record=texts.class_record,
+    ),
+    "number": TrainingTask(
+        columns=problems.number_columns,
+        example=problems.number_example,
+        encode=problems.encode_numbers,
+        shows="value",
+        typed=texts.typed_text,
+        line=problems.number_line,
+        most_texts=2,
+        options=("label_column",),
+        truth="label",
+        read=problems.numbers_in,
+        decode=problems.numbers,
+        record=problems.number_record,
+    ),
+    "labels": TrainingTask(
+        columns=columns.classified,
+        example=problems.labels_example,
+        encode=problems.encode_label_sets,
+        shows="labels",
+        typed=texts.typed_text,
+        line=problems.labels_line,
+        most_texts=2,
+        options=("label_column",),
+        check=problems.check_label_sets,
+        truth="labels",
+        read=problems.label_probabilities,
+        decode=problems.label_sets,
+        record=problems.labels_record,
     ),
     "tags": TrainingTask(
         columns=columns.tagged,
