@@ -117,8 +117,10 @@ class Adapter(nn.Module):
         return view_of(base, children=heads, attributes=attributes)
 
     def saved_labels(self, base: PreTrainedModel) -> tuple[str, ...] | None:
-        """The names of the copied head's classes; None where there is no such head."""
-        return (self.labels or labels_of(base.config)) if self.base_heads else None
+        """The names of the copied head's classes; None where there is no such head, or it gives a score alone."""
+        if not self.base_heads or TASKS[self.config.task_type].in_groups:
+            return None
+        return self.labels or labels_of(base.config)
 
     def head(self, task: str | None) -> Head:
         """The head named `task`; None where there is only one.

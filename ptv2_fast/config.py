@@ -36,8 +36,9 @@ class HeadConfig:
 
     Attributes:
         task_type: SEQ_CLS (one vector per row; IMAGE_CLS and AUDIO_CLS where rows are images or sounds), TOKEN_CLS
-            (one per token, patch or frame) or QUESTION_ANS (start and end logits).
-        num_labels: number of classes; 2 for QUESTION_ANS (start, end).
+            (one per token, patch or frame), QUESTION_ANS (start and end logits) or MULTIPLE_CHOICE (one score per row,
+            a row for each choice).
+        num_labels: number of classes; 2 for QUESTION_ANS (start, end), 1 for MULTIPLE_CHOICE (the score).
         pooling: what a head with one vector per row reads: the row's "first" or "last" real token, or the "mean" of
             its real tokens. An image's first is its class token; IMAGE_CLS and AUDIO_CLS have no "last".
         dropout: dropout before the linear layer, in [0, 1).
@@ -70,6 +71,8 @@ class HeadConfig:
             raise ValueError(f"pooling must be 'first' or 'mean' for {self.task_type}; got 'last'")
         if self.task_type == "QUESTION_ANS" and self.num_labels != 2:
             raise ValueError(f"num_labels must be 2 for QUESTION_ANS (start, end); got {self.num_labels}")
+        if TASKS[self.task_type].in_groups and self.num_labels != 1:
+            raise ValueError(f"num_labels must be 1 for {self.task_type} (a row's score); got {self.num_labels}")
 
 
 @dataclass
@@ -77,8 +80,8 @@ class PTuningV2Config:
     """How prompts are injected into a frozen model, and what is trained on top.
 
     Attributes:
-        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, IMAGE_CLS or
-            AUDIO_CLS.
+        task_type: a row of `ptv2_fast.task_types.TASKS`: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, MULTIPLE_CHOICE, CAUSAL_LM,
+            SEQ_2_SEQ_LM, FEATURE_EXTRACTION, IMAGE_CLS or AUDIO_CLS.
         num_virtual_tokens: P, the length of the prompt.
         injection: "deep" (a trained hidden state per layer and token), "shallow" (one at the
             embeddings, evolving through the layers) or "prefix" (trained keys and values per

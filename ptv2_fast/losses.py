@@ -41,7 +41,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     check_labels("labels", labels, logits.shape[-1], logits.shape[:-1])
     flat = labels.reshape(-1).long()
     total = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), flat, ignore_index=IGNORED_LABEL, reduction="sum"
+        _at_least_float32(logits).reshape(-1, logits.shape[-1]), flat, ignore_index=IGNORED_LABEL, reduction="sum"
     )
     return total / (flat != IGNORED_LABEL).sum().clamp(min=1)
 

@@ -30,6 +30,7 @@ class TaskType:
         reads: the base's main input.
         has_head: whether heads of this kind are trained, copied from the base or our own.
         names_labels: whether labels are classes with names.
+        in_groups: whether an example is several rows that are compared, so that inputs are (B, C, N).
         packs: whether the loss can be computed of a packed batch.
         max_length: tokens of a text in training where nobody says otherwise; None where `ptv2_fast.training` and the
             command line do not serve the task.
@@ -47,6 +48,7 @@ class TaskType:
     reads: str = "input_ids"
     has_head: bool = False
     names_labels: bool = False
+    in_groups: bool = False
     packs: bool = False
     max_length: int | None = None
     predicts: str | None = None
@@ -127,6 +129,19 @@ _TASKS = (
         max_length=384,
         predicts="answer",
         metric="answer_f1",
+    ),
+    TaskType(
+        "MULTIPLE_CHOICE",
+        gives="row",
+        auto_class="AutoModelForMultipleChoice",
+        output_class="MultipleChoiceModelOutput",
+        hub_tag="multiple-choice",
+        class_suffix="ForMultipleChoice",
+        has_head=True,
+        in_groups=True,
+        max_length=128,
+        predicts="choice",
+        metric="choice_accuracy",
     ),
     TaskType(
         "CAUSAL_LM",

@@ -95,6 +95,14 @@ class PTuningV2ModelForQuestionAnswering(PTuningV2ModelWithHeads):
         return self._run_task(inputs, adapter_names, task, targets)
 
 
+class PTuningV2ModelForMultipleChoice(PTuningV2ModelForSequenceClassification):
+    """Prompts for choosing one of C texts (task_type MULTIPLE_CHOICE): each is a row with a score.
+
+    Inputs are (B, C, N), as transformers' own multiple-choice models take them, adapter_names one name an example;
+    logits (B, C) and, with labels (B,), their mean cross-entropy.
+    """
+
+
 class PTuningV2ModelForCausalLM(CapturedModel):
     """Prompts for a causal language model (task_type CAUSAL_LM)."""
 
@@ -296,6 +304,7 @@ MODEL_CLASSES: dict[str, type[PTuningV2Model]] = {
     "SEQ_CLS": PTuningV2ModelForSequenceClassification,
     "TOKEN_CLS": PTuningV2ModelForTokenClassification,
     "QUESTION_ANS": PTuningV2ModelForQuestionAnswering,
+    "MULTIPLE_CHOICE": PTuningV2ModelForMultipleChoice,
     "CAUSAL_LM": PTuningV2ModelForCausalLM,
     "SEQ_2_SEQ_LM": PTuningV2ModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": PTuningV2ModelForFeatureExtraction,

@@ -18,6 +18,7 @@ from ptv2_fast.inputs.text import check_inputs
 from ptv2_fast.losses import LOSSES, base_targets, chosen_loss, classification_loss, span_loss
 from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
 from ptv2_fast.task_models.captured import CapturedModel
+from ptv2_fast.task_models.groups import flat_rows, names_of_rows, with_groups
 from ptv2_fast.task_models.labelled_config import labelled
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
@@ -69,11 +70,32 @@ class PTuningV2ModelWithHeads(CapturedModel):
             return self._as_asked(captured, return_dict)
         if task is not None and not any(len(a.heads) for a in adapters):
             raise ValueError(f"task must be None where no adapter has heads of its own; got {task!r}")
+        groups = None
+        if self._reads_groups(adapters, task):
+            inputs, groups = flat_rows(inputs)
+            adapter_names = names_of_rows(adapter_names, groups)
         if self._disabled or not adapters or not any(len(a.heads) for a in adapters):
-            output = self._run_base_head(inputs, adapter_names, adapters, given)
+            output = self._run_base_head(inputs, adapter_names, adapters, given, groups)
         else:
-            output = self._run_own_heads(inputs, adapter_names, names, task, given)
+            output = self._run_own_heads(inputs, adapter_names, names, task, given, groups)
         return self._as_asked(output, return_dict)
+
+    def _reads_groups(self, adapters: Sequence[Adapter], task: str | None) -> bool:
+        """Whether examples are several rows, by the heads that run.
+
+        Raises:
+            ValueError: by some of them only.
+        """
+        if self._disabled or not adapters:
+            return TASKS[self.adapters[self.active_adapter].config.task_type].in_groups
+        kinds = {(a.head(task).config if len(a.heads) else a.config).task_type for a in adapters}
+        grouped = {kind for kind in kinds if TASKS[kind].in_groups}
+        if grouped and len(kinds) > 1:
+            raise ValueError(
+                f"adapter_names must not mix {' and '.join(sorted(grouped))}, whose examples are several rows, with "
+                f"other tasks; got {', '.join(sorted(kinds - grouped))}"
+            )
+        return bool(grouped)
 
     def _captured_task(
         self,
@@ -98,8 +120,13 @@ class PTuningV2ModelWithHeads(CapturedModel):
         adapter_names: Sequence[str] | None,
         adapters: list[Adapter],
         targets: Mapping[str, Tensor],
+        groups: tuple[int, int] | None = None,
     ) -> Any:
-        """The base's own forward, with the adapter's copy of the base's head in its place."""
+        """The base's own forward, with the adapter's copy of the base's head in its place.
+
+        Args:
+            groups: (B, C) where the inputs are B C rows of B examples.
+        """
         task_type = self.adapters[self.active_adapter].config.task_type
         target = self.base_model
         if adapters and not self._disabled:
@@ -109,7 +136,13 @@ class PTuningV2ModelWithHeads(CapturedModel):
                     f"heads={{...}} on the backbone to mix them in one batch; got {len(adapters)} adapters"
                 )
             target = adapters[0].base_with_head(target)
-        targets = base_targets(target, task_type, input_size(self._family, inputs), targets)
+        chosen = chosen_loss(target)
+        if groups is not None:
+            # The base's own loss knows no label that is left out: it is computed of the logits, as our heads' is.
+            own_targets, targets = targets, {}
+            target = target if target is self.backbone else with_groups(target, groups)
+        else:
+            targets = base_targets(target, task_type, input_size(self._family, inputs), targets)
         read = back = None
         if adapters and adapters[0].config.task_type in ROW_TASKS and self._family.reads_first:
             if not self._disabled and reads_text(self._family):
@@ -119,6 +152,10 @@ class PTuningV2ModelWithHeads(CapturedModel):
         output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
         if back is not None:
             change_states(output, HIDDEN_STATES, lambda states: reorder_tokens(states, back))
+        if groups is not None and own_targets:
+            if not hasattr(output, "logits"):
+                raise ValueError(f"{', '.join(own_targets)} must be None where no head runs")
+            return _task_output(task_type, output.logits, own_targets, output, chosen=chosen)
         return output
 
     def _run_own_heads(
@@ -128,8 +165,9 @@ class PTuningV2ModelWithHeads(CapturedModel):
         names: Sequence[str],
         task: str | None,
         targets: Mapping[str, Tensor],
+        groups: tuple[int, int] | None = None,
     ) -> Any:
-        """The backbone with prompts, then our head of each row's adapter."""
+        """The backbone with prompts, then our head of each row's adapter; `groups` as for the base's head."""
         read = None
         if len(names) == 1:
             kind = self.adapters[names[0]].head(task).config
@@ -141,6 +179,7 @@ class PTuningV2ModelWithHeads(CapturedModel):
         if len(names) == 1:
             head = self.adapters[names[0]].head(task)
             logits = head(hidden, mask, read if reads_text(self._family) else None)
+            logits = logits if groups is None else logits.view(groups)
             chosen = chosen_loss(self.base_model)
             return _task_output(kind.task_type, logits, targets, output, kind.problem_type, chosen)
         if BASE_ROW in names:
@@ -157,6 +196,8 @@ class PTuningV2ModelWithHeads(CapturedModel):
         same = len(kinds) == 1 and len({row.shape for row in each}) == 1
         # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
         joined = torch.cat(each) if same else tuple(row[0] for row in each)
+        if groups is not None:
+            joined = torch.cat(each).view(groups)
         return _task_output(next(iter(kinds)) if same else "SEQ_CLS", joined, targets, output)
 
     def _read(self, inputs: dict[str, Any], pooling: str) -> Tensor | None:

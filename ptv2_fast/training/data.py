@@ -1,4 +1,4 @@
-"""Data: examples of the four tasks from files and datasets, checked one by one.
+"""Data: examples of the tasks from files and datasets, checked one by one.
 
 Examples are plain dicts of plain values:
 
@@ -6,6 +6,7 @@ Examples are plain dicts of plain values:
                   several labels a row there is "labels", a list: a JSON list, or `a|b` in a cell
     TOKEN_CLS     {"tokens", "tags"}                        tags are IOB2: O, B-x, I-x
     QUESTION_ANS  {"id", "question", "context", "answers": {"text": [...], "answer_start": [...]}}
+    MULTIPLE_CHOICE {"text", "choices": [...], "label"}     the label is an index; COPA's own fields are read too
     CAUSAL_LM     {"text"} or {"prompt", "completion"}
 
 Nothing is dropped on the way: a record that cannot be used is an error that names file and line,
@@ -56,7 +57,7 @@ def read_examples(
 
     Args:
         path_or_name: the file, folder or dataset.
-        task: SEQ_CLS, TOKEN_CLS, QUESTION_ANS or CAUSAL_LM; see the module for their examples.
+        task: one of `TASKS`; see the module for their examples.
         text_column: the column with the text (two names: a pair); found by its usual names if None.
         label_column: the column with the label or the tags; found by its usual names if None.
         prompt_column, completion_column: the two of CAUSAL_LM; "prompt" and "completion" if None.
@@ -83,7 +84,7 @@ def read_examples(
     handled = training_task(task, problem_type)
     wanted.check(task, handled.most_texts, handled.options)
     notes: list[str] = []
-    rows = list(islice(_rows(path_or_name, task, split, wanted, notes), max_examples))
+    rows = list(islice(_rows(path_or_name, task, split, wanted, notes, handled.headers), max_examples))
     if not rows:
         raise ValueError(f"{path_or_name}, line 1: expected at least one example; found none")
     roles = choose_columns(str(path_or_name), rows, handled.columns, wanted, notes)
@@ -95,7 +96,14 @@ def read_examples(
     return examples
 
 
-def _rows(path_or_name: str | Path, task: str, split: str | None, wanted: Wanted, notes: list[str]) -> Iterator[Row]:
+def _rows(
+    path_or_name: str | Path,
+    task: str,
+    split: str | None,
+    wanted: Wanted,
+    notes: list[str],
+    headers: Sequence[str],
+) -> Iterator[Row]:
     path = Path(path_or_name)
     suffix = path.suffix.lower()
     is_file = path.is_file() or (suffix in formats.FILE_SUFFIXES and not path.is_dir())
@@ -117,7 +125,7 @@ def _rows(path_or_name: str | Path, task: str, split: str | None, wanted: Wanted
     elif suffix in formats.DELIMITED_SUFFIXES and task == "TOKEN_CLS":
         raise ValueError(f"{path}: tokens and their tags are read from CoNLL files and JSON; got a table ({suffix})")
     elif suffix in formats.DELIMITED_SUFFIXES:
-        yield from delimited_rows(path, wanted.named, task=task, labelled=wanted.labelled, notes=notes)
+        yield from delimited_rows(path, wanted.named or headers, task=task, labelled=wanted.labelled, notes=notes)
     else:
         raise ValueError(f"{path}: expected a file with a suffix of {', '.join(formats.FILE_SUFFIXES)}; got {suffix!r}")
 

@@ -27,14 +27,15 @@ class Prediction:
 
     Attributes:
         value: the class (SEQ_CLS; of other problems the number, or the labels), the tag of each word (TOKEN_CLS) or
-            the answer (QUESTION_ANS).
-        score: probability of the class, of the least certain tag or label, the answer's logit sum, or the number.
-        scores: probabilities of all labels by name, where several may be true.
+            the answer (QUESTION_ANS) or the index of the choice (MULTIPLE_CHOICE).
+        score: probability of the class or choice, of the least certain tag or label, the answer's logit sum, or the
+            number.
+        scores: probabilities of all labels by name, where several may be true, or of all choices by index.
     """
 
     value: Any
     score: float
-    scores: Mapping[str, float] | None = None
+    scores: Mapping[Any, float] | None = None
 
 
 def loss_of(output: Any, batch: Mapping[str, Tensor]) -> tuple[float, int]:

@@ -32,7 +32,8 @@ def metric_for(task: str, problem_type: str | None = None) -> Metric:
     """The metric of a task.
 
     SEQ_CLS: accuracy (regression: Pearson's correlation; several labels a row: micro F1); TOKEN_CLS: entity F1;
-    QUESTION_ANS: F1; CAUSAL_LM: perplexity (smaller is better). Every `compute` takes (predictions, references).
+    QUESTION_ANS: F1; MULTIPLE_CHOICE: accuracy; CAUSAL_LM: perplexity (smaller is better). Every `compute` takes
+    (predictions, references).
 
     Raises:
         ValueError: the task has no metric.
@@ -65,6 +66,12 @@ def classification_scores(
         "accuracy": float(accuracy_score(truth, guess)),
         "f1": float(f1_score(truth, guess, labels=chosen, average="macro", zero_division=0.0)),
     }
+
+
+def choice_scores(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+    """`accuracy` of chosen indices, in [0, 1]."""
+    _check_lengths(predictions, references)
+    return {"accuracy": sum(map(int.__eq__, predictions, references)) / len(references)}
 
 
 def entity_scores(
@@ -215,6 +222,7 @@ def label_set_scores(predictions: Sequence[Collection[str]], references: Sequenc
 # By the names that the tasks' rows say.
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric("accuracy", classification_scores, True),
+    "choice_accuracy": Metric("accuracy", choice_scores, True),
     "pearson": Metric("pearson", number_scores, True),
     "micro_f1": Metric("micro_f1", label_set_scores, True),
     "entity_f1": Metric("f1", entity_scores, True),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_fast.task_types import TRAINED_TASKS
+from ptv2_fast.training.batches import length_of
 from ptv2_fast.training.decoding import Prediction as Prediction
 from ptv2_fast.training.decoding import Rows, loss_of
 from ptv2_fast.training.task_data import TaskCodec
@@ -99,7 +100,7 @@ def _batches(
     """(indices, inputs, output) of each batch, longest rows first so that little is padded."""
     device = next(model.parameters()).device
     options = {} if head is None else {"task": head}
-    order = sorted(range(len(features)), key=lambda index: -len(features[index]["input_ids"]))
+    order = sorted(range(len(features)), key=lambda index: -length_of(features[index]))
     was_training = model.training
     model.eval()
     try:

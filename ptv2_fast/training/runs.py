@@ -16,7 +16,7 @@ from ptv2_fast.config import HEAD_TASKS, HeadConfig
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.task_types import SINGLE_LABEL
 from ptv2_fast.training.bases import digest_of_weights, load_base
-from ptv2_fast.training.batches import PadCollator
+from ptv2_fast.training.batches import PadCollator, length_of
 from ptv2_fast.training.curves import plot_curves
 from ptv2_fast.training.data import LabelSet, read_examples
 from ptv2_fast.training.fit import Diverged, FitResult, FitSettings, fit
@@ -26,7 +26,7 @@ from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec, starting
 from ptv2_fast.training.tasks import task_row
 
 # What the outputs of heads are called that have no classes.
-_OUTPUTS = {"answer": ("start", "end"), "number": ("value",)}
+_OUTPUTS = {"answer": ("start", "end"), "number": ("value",), "choice": ("score",)}
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[M
 @torch.no_grad()
 def _try_longest(model: PTuningV2Model, codec: TaskCodec, examples: Sequence[Mapping[str, Any]]) -> None:
     """One forward of the longest row: what cannot run is found before anything is written."""
-    longest = max(codec.encode(examples, quiet=True), key=lambda feature: len(feature["input_ids"]))
+    longest = max(codec.encode(examples, quiet=True), key=length_of)
     batch = PadCollator(codec.tokenizer, padding_side="right")([longest])
     model.eval()
     model(**batch)

@@ -105,4 +105,4 @@ def _text_of(example: Mapping[str, Any]) -> str:
     if "tokens" in example:
         return " ".join(example["tokens"])
     names = ("text", "text_pair", "question", "context", "prompt", "completion")
-    return " ".join(example[name] for name in names if name in example)
+    return " ".join([*(example[name] for name in names if name in example), *example.get("choices", ())])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS, TRAINED_TASKS, TaskType
-from ptv2_fast.training import columns, decoding, examples, problems, texts, tokens
+from ptv2_fast.training import columns, decoding, examples, multiple_choice, problems, texts, tokens
 from ptv2_fast.training.decoding import Outputs, Prediction, Rows
 from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
@@ -32,6 +32,7 @@ class TrainingTask:
         most_texts: how many columns of texts the caller may name.
         options: the other columns that the caller may name.
         check: (file, examples, notes, known labels): refuses or notes what no example shows alone.
+        headers: columns by which the header of a table is known, where the caller names none.
         truth: what of an example is compared with its prediction.
         read: an output -> what decoding needs of each of its rows, on the CPU.
         decode: (rows, features, examples, codec) -> a prediction for each example.
@@ -49,6 +50,7 @@ class TrainingTask:
     most_texts: int = 1
     options: tuple[str, ...] = ()
     check: Callable[[str | Path, list[dict[str, Any]], list[str], LabelSet | None], None] | None = None
+    headers: tuple[str, ...] = ()
     truth: str = ""
     read: Callable[[Any], list[Any]] | None = None
     decode: Callable[[Sequence[Any], Rows, Rows, TaskCodec], list[Prediction]] | None = None
@@ -167,6 +169,21 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         read=decoding.both_ends,
         decode=decoding.answers,
         record=texts.answer_record,
+    ),
+    "choice": TrainingTask(
+        columns=multiple_choice.choice_columns,
+        example=multiple_choice.choice_example,
+        encode=multiple_choice.encode_choices,
+        shows="choice",
+        typed=multiple_choice.typed_choice,
+        line=multiple_choice.choice_line,
+        options=("label_column",),
+        check=multiple_choice.check_choices,
+        truth="label",
+        read=decoding.probabilities,
+        decode=multiple_choice.choices,
+        record=multiple_choice.choice_record,
+        headers=("choice1", "choice2"),
     ),
     "text": TrainingTask(
         columns=columns.continued,
