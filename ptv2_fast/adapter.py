@@ -188,6 +188,11 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
             f"heads must be None on {name}, whose output is its decoder's; take the encoder alone (T5EncoderModel), or "
             "a model with a head of its own"
         )
+    elif decodes and TASKS[config.task_type].pools_itself:
+        raise ValueError(
+            f"base must be an encoder or a decoder for task_type={config.task_type!r}; got {name}: take the encoder "
+            "alone (T5EncoderModel)"
+        )
     elif decodes and backbone is base and base.can_generate():
         raise ValueError(f"task_type must be 'SEQ_2_SEQ_LM' for {name}; got {config.task_type!r}")
     elif config.task_type == "CAUSAL_LM":

@@ -119,7 +119,7 @@ def train(
     init: Annotated[Init | None, typer.Option(help="What prompts start as [text].")] = None,
     reparameterization: Annotated[int | None, typer.Option(help="Hidden size of the prompt's MLP.")] = None,
     prompt_dropout: Annotated[float, typer.Option(help="Dropout on the prompts.")] = 0.0,
-    pooling: Annotated[Pooling | None, typer.Option(help="What a SEQ_CLS head reads.")] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="What of a row is read: by a head, or as its vector.")] = None,
     problem_type: ProblemOption = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate [0.01].")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data [10].")] = None,
@@ -241,10 +241,12 @@ def predict(
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of generated text [64].")] = None,
+    candidates: Annotated[str | None, typer.Option(help="File of texts to rank (SENTENCE_RETRIEVAL).")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Of the candidates for each text [10].")] = None,
     batch_size: BatchOption = 32,
     head: HeadOption = None,
 ) -> None:
-    """Classes, tags, answers or continued text for texts, a file or standard input."""
+    """Classes, numbers, tags, answers, choices, rankings or continued text for texts, a file or standard input."""
     given = dict(locals())
     if texts and file:
         raise ValueError("give texts or --file, not both")
@@ -262,13 +264,21 @@ def predict(
         raise ValueError("--context is read for questions that are given as texts; got it with another task or --file")
     if max_new_tokens is not None and task_type != "CAUSAL_LM":
         raise ValueError(f"--max-new-tokens is read for CAUSAL_LM alone; {adapter} is for {task_type}")
+    if (candidates is not None or top is not None) and task_type != "SENTENCE_RETRIEVAL":
+        raise ValueError(f"--candidates and --top are read for SENTENCE_RETRIEVAL alone; {adapter} is for {task_type}")
+    if top is not None and candidates is None:
+        raise ValueError("--top is read with --candidates alone")
+    against = None
+    if candidates is not None:
+        against = [example["text"] for example in loaded.read(source_of(candidates, {}), labelled=False)]
     if file is not None:
         examples = loaded.read(source_of(file, given, loaded.columns), labelled=False)
     else:
         where = "text" if texts else "standard input"
         examples = examples_of(texts or sys.stdin, task_type, where=where, context=context)
     loaded.check_parts(file or "text", examples)
-    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens or 64}
+    options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens or 64}
+    options |= {"candidates": against, "top": top or 10}
     for record in records_of(loaded, examples, **options):
         typer.echo(plain_json(record) if as_json else line_of(record))
 

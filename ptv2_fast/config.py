@@ -81,7 +81,7 @@ class PTuningV2Config:
 
     Attributes:
         task_type: a row of `ptv2_fast.task_types.TASKS`: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, MULTIPLE_CHOICE, CAUSAL_LM,
-            SEQ_2_SEQ_LM, FEATURE_EXTRACTION, IMAGE_CLS or AUDIO_CLS.
+            SEQ_2_SEQ_LM, FEATURE_EXTRACTION, SENTENCE_RETRIEVAL, IMAGE_CLS or AUDIO_CLS.
         num_virtual_tokens: P, the length of the prompt.
         injection: "deep" (a trained hidden state per layer and token), "shallow" (one at the
             embeddings, evolving through the layers) or "prefix" (trained keys and values per
@@ -103,6 +103,8 @@ class PTuningV2Config:
         backend: which backend of `prompt_attention` serves the model.
         init_std: standard deviation of "normal" initialisation; None means the model's own
             initializer_range.
+        pooling: what SENTENCE_RETRIEVAL makes its vectors of: a row's "first" or "last" real token, or the "mean".
+            None means "last" on causal models, else "mean". Heads have their own.
         stacks: which attention of an encoder-decoder gets prompts, out of "encoder" and "decoder" (their
             self-attention) and "cross" (the decoder's look at the encoder's states); None means encoder and
             decoder. Not for "shallow", whose virtual tokens stand in front of the encoder's text.
@@ -124,6 +126,7 @@ class PTuningV2Config:
     backend: str = "auto"
     init_std: float | None = field(default=None)
     stacks: Sequence[str] | None = None
+    pooling: str | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As everywhere; of an adapter's own configuration `backend` alone can be set.
@@ -160,6 +163,10 @@ class PTuningV2Config:
             raise ValueError(
                 f"init_std must be a positive number of at most {MAX_INIT_STD:g}, or None; got {self.init_std!r}"
             )
+        if self.pooling is not None:
+            if not TASKS[self.task_type].pools_itself:
+                raise ValueError(f"pooling must be None for {self.task_type}: heads have it; got {self.pooling!r}")
+            _one_of("pooling", self.pooling, POOLINGS)
         self._check_injection()
         self._check_layers()
         self._check_stacks()
@@ -212,6 +219,8 @@ class PTuningV2Config:
             raise ValueError(f"heads must be a non-empty mapping of names or None; got {self.heads!r}")
         if TASKS[self.task_type].gives == "text":
             raise ValueError(f"heads must be None with task_type={self.task_type!r}: the model's own head is used")
+        if TASKS[self.task_type].pools_itself:
+            raise ValueError(f"heads must be None with task_type={self.task_type!r}: its pooled states are its output")
         heads = {}
         for name, head in self.heads.items():
             if not isinstance(name, str) or not name.isidentifier():
@@ -285,8 +294,10 @@ class PTuningV2Config:
         for name in ("layers", "stacks"):
             value = getattr(self, name)
             values[name] = list(value) if value is not None else None
+        # What needs no later version says nothing that an earlier one does not read.
+        if self.pooling is None:
+            del values["pooling"]
         for head in (values["heads"] or {}).values():
-            # Unsaid, as before there were others: what needs no later version is read by an earlier one.
             if head["problem_type"] == SINGLE_LABEL:
                 del head["problem_type"]
         return values

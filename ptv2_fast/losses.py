@@ -17,6 +17,8 @@ from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
 # The label that every loss of this package leaves out.
 IGNORED_LABEL = -100
+# What cosines are multiplied by before they are compared, as sentence-transformers has it.
+SCALE = 20.0
 
 
 def chosen_loss(base: PreTrainedModel) -> Callable[..., Any] | None:
@@ -90,6 +92,22 @@ LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "regression": regression_loss,
     "multi_label_classification": multi_label_loss,
 }
+
+
+def in_batch_negatives_loss(embeddings: Tensor, scale: float = SCALE) -> Tensor:
+    """Mean cross-entropy of each query's own text against the texts of all examples, by their cosines.
+
+    loss = mean_b -log(exp(s c[b, b]) / sum_t exp(s c[b, t])), c[b, t] = query[b] . text[t], s the scale
+
+    Args:
+        embeddings: (B, G, D) of length 1: the query, the text that belongs to it, and any that do not.
+
+    Source: multiple negatives ranking (Henderson et al., 2017), InfoNCE (van den Oord et al., 2018).
+    """
+    exact = _at_least_float32(embeddings)
+    # The right texts first: that of query b has index b.
+    queries, texts = exact[:, 0], exact[:, 1:].transpose(0, 1).flatten(0, 1)
+    return F.cross_entropy(scale * queries @ texts.T, torch.arange(len(queries), device=exact.device))
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ class TaskType:
     metric: str | None = None
 
     @property
+    def pools_itself(self) -> bool:
+        """Whether pooled states are what the model gives, with no head that pools them."""
+        return self.gives == "row" and not self.has_head
+
+    @property
     def solves_others(self) -> bool:
         """Whether heads of this kind may solve another problem than choosing one class."""
         return self.gives == "row" and self.names_labels
@@ -170,6 +175,17 @@ _TASKS = (
         output_class="BaseModelOutput",
         hub_tag="feature-extraction",
         pipelines=("feature-extraction",),
+    ),
+    TaskType(
+        "SENTENCE_RETRIEVAL",
+        gives="row",
+        auto_class="AutoModel",
+        output_class="SentenceEmbeddingOutput",
+        hub_tag="sentence-similarity",
+        in_groups=True,
+        max_length=128,
+        predicts="embedding",
+        metric="mrr",
     ),
     TaskType(
         "IMAGE_CLS",

@@ -37,6 +37,7 @@ from ptv2_fast.step.packed import PackedBatch
 from ptv2_fast.task_models.captured import CapturedModel
 from ptv2_fast.task_models.other_forward import with_prompted_backbone
 from ptv2_fast.task_models.pipelines import name_in_pipelines
+from ptv2_fast.task_models.retrieval import PTuningV2ModelForSentenceRetrieval
 from ptv2_fast.task_models.seq2seq import PTuningV2ModelForSeq2SeqLM
 from ptv2_fast.task_models.with_heads import PTuningV2ModelWithHeads
 from ptv2_fast.task_types import TASKS
@@ -308,6 +309,7 @@ MODEL_CLASSES: dict[str, type[PTuningV2Model]] = {
     "CAUSAL_LM": PTuningV2ModelForCausalLM,
     "SEQ_2_SEQ_LM": PTuningV2ModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": PTuningV2ModelForFeatureExtraction,
+    "SENTENCE_RETRIEVAL": PTuningV2ModelForSentenceRetrieval,
     "IMAGE_CLS": PTuningV2ModelForImageClassification,
     "AUDIO_CLS": PTuningV2ModelForAudioClassification,
 }

@@ -7,6 +7,7 @@ Examples are plain dicts of plain values:
     TOKEN_CLS     {"tokens", "tags"}                        tags are IOB2: O, B-x, I-x
     QUESTION_ANS  {"id", "question", "context", "answers": {"text": [...], "answer_start": [...]}}
     MULTIPLE_CHOICE {"text", "choices": [...], "label"}     the label is an index; COPA's own fields are read too
+    SENTENCE_RETRIEVAL {"query", "positive", "negative" (if the file has them)}; {"text"} without labels
     CAUSAL_LM     {"text"} or {"prompt", "completion"}
 
 Nothing is dropped on the way: a record that cannot be used is an error that names file and line,

@@ -22,6 +22,23 @@ Outputs: TypeAlias = Iterable[tuple[Sequence[int], Mapping[str, Tensor], Any]]
 
 
 @dataclass(frozen=True)
+class Asked:
+    """How records are to be made: what some tasks read.
+
+    Attributes:
+        batch_size: rows of a batch.
+        max_new_tokens: of generated text.
+        candidates: texts to rank for each query.
+        top: how many of them at most.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int = 64
+    candidates: Sequence[str] | None = None
+    top: int = 10
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a model says about one example.
 

@@ -49,6 +49,7 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
         "trained_parameters": sum(sizes.values()),
         "prompt_parameters": sum(size for key, size in sizes.items() if key.startswith("encoder.")),
         "heads": heads,
+        **({"pooling": config["pooling"]} if config.get("pooling") else {}),
         "base": base,
     }
 

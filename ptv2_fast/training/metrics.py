@@ -16,6 +16,8 @@ from ptv2_fast.task_types import SINGLE_LABEL, TASKS, TRAINED_TASKS
 from ptv2_fast.training.tags import stray_insides
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Texts that a query's ranking is judged by.
+RANKED = 10
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -32,8 +34,8 @@ def metric_for(task: str, problem_type: str | None = None) -> Metric:
     """The metric of a task.
 
     SEQ_CLS: accuracy (regression: Pearson's correlation; several labels a row: micro F1); TOKEN_CLS: entity F1;
-    QUESTION_ANS: F1; MULTIPLE_CHOICE: accuracy; CAUSAL_LM: perplexity (smaller is better). Every `compute` takes
-    (predictions, references).
+    QUESTION_ANS: F1; MULTIPLE_CHOICE: accuracy; SENTENCE_RETRIEVAL: MRR@10; CAUSAL_LM: perplexity (smaller is better).
+    Every `compute` takes (predictions, references).
 
     Raises:
         ValueError: the task has no metric.
@@ -219,12 +221,29 @@ def label_set_scores(predictions: Sequence[Collection[str]], references: Sequenc
     }
 
 
+def retrieval_scores(predictions: Sequence[Sequence[str]], references: Sequence[Collection[str]]) -> dict[str, float]:
+    """`mrr@10`, the mean of 1 / rank of a query's first right text (0 beyond ten), and `accuracy@1`.
+
+    Args:
+        predictions: for each query the texts that are ranked, the best first.
+        references: for each query the right ones.
+    """
+    _check_lengths(predictions, references)
+    reciprocal = first = 0.0
+    for ranked, right in zip(predictions, references, strict=True):
+        rank = next((rank for rank, text in enumerate(ranked[:RANKED], start=1) if text in right), None)
+        reciprocal += 0.0 if rank is None else 1.0 / rank
+        first += rank == 1
+    return {f"mrr@{RANKED}": reciprocal / len(references), "accuracy@1": first / len(references)}
+
+
 # By the names that the tasks' rows say.
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric("accuracy", classification_scores, True),
     "choice_accuracy": Metric("accuracy", choice_scores, True),
     "pearson": Metric("pearson", number_scores, True),
     "micro_f1": Metric("micro_f1", label_set_scores, True),
+    "mrr": Metric(f"mrr@{RANKED}", retrieval_scores, True),
     "entity_f1": Metric("f1", entity_scores, True),
     "answer_f1": Metric("f1", answer_scores, True),
     "perplexity": Metric("perplexity", perplexity, False),

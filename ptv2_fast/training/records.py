@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ptv2_fast.training.decoding import Asked
 from ptv2_fast.training.examples import check_text
 from ptv2_fast.training.loading import LoadedAdapter
 from ptv2_fast.training.predict import predict
@@ -19,7 +20,8 @@ def examples_of(
     """Unlabelled examples from lines of text, blank ones left out.
 
     A line is a text (SEQ_CLS), a sentence (TOKEN_CLS), a prompt (CAUSAL_LM), or a question about
-    `context` (QUESTION_ANS); without a context it is a JSON object with "question" and "context".
+    `context` (QUESTION_ANS); without a context it is a JSON object with "question" and "context", and with "text" and
+    "choices" in any case (MULTIPLE_CHOICE).
 
     Raises:
         ValueError: there is no line with text, or a line is not such an object.
@@ -41,16 +43,20 @@ def records_of(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    candidates: Sequence[str] | None = None,
+    top: int = 10,
 ) -> Iterator[dict[str, Any]]:
     """One record for each example, in order.
 
-    SEQ_CLS {"text", "label", "score"}; TOKEN_CLS {"tokens", "tags", "entities"}; QUESTION_ANS
-    {"question", "answer", "score"}; CAUSAL_LM {"prompt", "text"}, continued greedily.
+    SEQ_CLS {"text", "label", "score"}, of other problems {"text", "value"} or {"text", "labels", "scores"};
+    TOKEN_CLS {"tokens", "tags", "entities"}; QUESTION_ANS {"question", "answer", "score"};
+    MULTIPLE_CHOICE {"text", "choices", "choice", "index", "score", "scores"}; CAUSAL_LM {"prompt", "text"}, continued
+    greedily; SENTENCE_RETRIEVAL {"text", "embedding"}, or {"query", "hits"} with the `top` of the candidates.
     """
     task = loaded.codec.task
     if task.record is None:
         assert task.records is not None
-        yield from task.records(loaded, examples, max_new_tokens)
+        yield from task.records(loaded, examples, Asked(batch_size, max_new_tokens, candidates, top))
         return
     found = predict(loaded.model, loaded.codec, examples, batch_size=batch_size, head=loaded.head)
     for example, prediction in zip(examples, found, strict=True):
@@ -59,5 +65,5 @@ def records_of(
 
 def line_of(record: Mapping[str, Any]) -> str:
     """A record as text for a terminal: columns, or one `token<TAB>tag` a line and a blank line."""
-    task = next(task for task in BY_PREDICTION.values() if task.shows in record)
+    task = next(task for task in BY_PREDICTION.values() if any(key in record for key in task.shows))
     return task.line(record)

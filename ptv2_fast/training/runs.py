@@ -74,7 +74,8 @@ class TrainRequest:
         fit: how long and how fast.
         num_virtual_tokens, injection, layers, init, reparameterization, prompt_dropout: of
             PTuningV2Config; init None means "text", or "normal" with a reparameterization.
-        pooling: what a SEQ_CLS head reads; None means "first" on encoders, "last" on decoders.
+        pooling: what a head with one vector for each row reads, and what SENTENCE_RETRIEVAL's vectors are; None means
+            "last" on decoders, on encoders "first" (SENTENCE_RETRIEVAL: "mean").
         max_length: tokens of a row; None means the task's usual length.
         doc_stride: tokens that windows of a context share.
         dropout: of the base's hidden states; None keeps the base's own.
@@ -203,6 +204,8 @@ def prepare(request: TrainRequest, output: str | Path, *, resume: bool = False, 
     if request.dev is not None:
         dev = request.dev.read(request.task_type, labels, problem_type=request.problem_type)
     _check_alike(request, train, dev)
+    if row.predicts == "embedding" and request.fit.batch_size == 1 and "negative" not in train[0]:
+        raise ValueError("batch_size must be at least 2 where no text but a query's own is compared with it; got 1")
     if request.fit.early_stopping is not None and dev is None:
         raise ValueError("early stopping needs dev data to watch; got none")
     if resume:
@@ -232,7 +235,7 @@ def _check_alike(
     """Refuse dev examples that have other parts than those of training: pairs and single texts, say."""
     if request.dev is None or not dev:
         return
-    there, here = (set(examples[0]) - {"id"} for examples in (train, dev))
+    there, here = (set(examples[0]) - {"id", "negative"} for examples in (train, dev))
     if there != here:
         raise ValueError(
             f"{request.dev.path}: expected {' and '.join(sorted(there))} as in {request.data.path};"
@@ -282,7 +285,7 @@ def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[M
         names = codec.labels.names if codec.labels is not None else _OUTPUTS[str(codec.row.predicts)]
         problem = request.problem_type or SINGLE_LABEL
         heads = {"task": HeadConfig(request.task_type, len(names), pooling=pooling, labels=names, problem_type=problem)}
-    elif request.pooling is not None:
+    elif request.pooling is not None and not codec.row.pools_itself:
         raise ValueError(f"pooling must be None for {request.task_type}; got {request.pooling!r}")
     init = request.init or ("text" if request.reparameterization is None else "normal")
     config = PTuningV2Config(
@@ -294,6 +297,7 @@ def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[M
         prompt_dropout=request.prompt_dropout,
         reparameterization=request.reparameterization,
         heads=heads,
+        pooling=request.pooling if codec.row.pools_itself else None,
     )
     texts = starting_texts(train, request.num_virtual_tokens) if init == "text" else None
     return get_ptv2_model(base, config, tokenizer=codec.tokenizer if texts else None, init_text=texts)

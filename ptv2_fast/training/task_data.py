@@ -104,5 +104,5 @@ def starting_texts(examples: Iterable[Mapping[str, Any]], count: int) -> list[st
 def _text_of(example: Mapping[str, Any]) -> str:
     if "tokens" in example:
         return " ".join(example["tokens"])
-    names = ("text", "text_pair", "question", "context", "prompt", "completion")
+    names = ("text", "text_pair", "question", "context", "prompt", "completion", "query", "positive")
     return " ".join([*(example[name] for name in names if name in example), *example.get("choices", ())])

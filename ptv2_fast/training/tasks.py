@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS, TRAINED_TASKS, TaskType
-from ptv2_fast.training import columns, decoding, examples, multiple_choice, problems, texts, tokens
-from ptv2_fast.training.decoding import Outputs, Prediction, Rows
+from ptv2_fast.training import columns, decoding, examples, multiple_choice, problems, retrieval, texts, tokens
+from ptv2_fast.training.decoding import Asked, Outputs, Prediction, Rows
 from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
 
@@ -26,7 +26,7 @@ class TrainingTask:
         columns: which columns are read, as role -> column.
         example: (row, roles, known labels) -> an example.
         encode: (examples, codec, quiet) -> features.
-        shows: what a record has and no other task's has: the prediction.
+        shows: what a record has and no other task's has: the prediction, under any of these names.
         typed: (line, where it stands, its number, context) -> an example without labels.
         line: a record -> text for a terminal.
         most_texts: how many columns of texts the caller may name.
@@ -38,13 +38,13 @@ class TrainingTask:
         decode: (rows, features, examples, codec) -> a prediction for each example.
         record: (example, prediction) -> plain values.
         score: (outputs, examples, codec) -> scores and loss, where predictions are not compared with `truth`.
-        records: (loaded adapter, examples, tokens to generate) -> records, where they are not made of predictions.
+        records: (loaded adapter, examples, what is asked) -> records, where they are not made of predictions.
     """
 
     columns: columns.Chooser
     example: Callable[[Row, Mapping[str, str], LabelSet | None], dict[str, Any]]
     encode: Callable[[Rows, TaskCodec, bool], list[dict[str, Any]]]
-    shows: str
+    shows: tuple[str, ...]
     typed: Callable[[str, str, int, str | None], dict[str, Any]]
     line: Callable[[Mapping[str, Any]], str]
     most_texts: int = 1
@@ -56,7 +56,7 @@ class TrainingTask:
     decode: Callable[[Sequence[Any], Rows, Rows, TaskCodec], list[Prediction]] | None = None
     record: Callable[[Mapping[str, Any], Prediction], dict[str, Any]] | None = None
     score: Callable[[Outputs, Rows, TaskCodec], dict[str, float]] | None = None
-    records: Callable[[LoadedAdapter, Rows, int], Iterator[dict[str, Any]]] | None = None
+    records: Callable[[LoadedAdapter, Rows, Asked], Iterator[dict[str, Any]]] | None = None
 
 
 def task_row(task_type: str, problem_type: str | None = None) -> TaskType:
@@ -102,7 +102,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         columns=columns.classified,
         example=examples.class_example,
         encode=_encode_classes,
-        shows="label",
+        shows=("label",),
         typed=texts.typed_text,
         line=texts.class_line,
         most_texts=2,
@@ -117,7 +117,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         columns=problems.number_columns,
         example=problems.number_example,
         encode=problems.encode_numbers,
-        shows="value",
+        shows=("value",),
         typed=texts.typed_text,
         line=problems.number_line,
         most_texts=2,
@@ -131,7 +131,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         columns=columns.classified,
         example=problems.labels_example,
         encode=problems.encode_label_sets,
-        shows="labels",
+        shows=("labels",),
         typed=texts.typed_text,
         line=problems.labels_line,
         most_texts=2,
@@ -146,7 +146,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         columns=columns.tagged,
         example=examples.tokens_example,
         encode=_encode_tags,
-        shows="tags",
+        shows=("tags",),
         typed=texts.typed_sentence,
         line=texts.tags_line,
         options=("label_column",),
@@ -160,7 +160,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         columns=columns.asked,
         example=examples.question_example,
         encode=_encode_questions,
-        shows="answer",
+        shows=("answer",),
         typed=texts.typed_question,
         line=texts.answer_line,
         most_texts=0,
@@ -174,7 +174,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         columns=multiple_choice.choice_columns,
         example=multiple_choice.choice_example,
         encode=multiple_choice.encode_choices,
-        shows="choice",
+        shows=("choice",),
         typed=multiple_choice.typed_choice,
         line=multiple_choice.choice_line,
         options=("label_column",),
@@ -189,11 +189,23 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         columns=columns.continued,
         example=examples.language_example,
         encode=_encode_texts,
-        shows="prompt",
+        shows=("prompt",),
         typed=texts.typed_prompt,
         line=texts.text_line,
         options=("prompt_column", "completion_column"),
         score=decoding.language_scores,
         records=texts.text_records,
+    ),
+    "embedding": TrainingTask(
+        columns=retrieval.pair_columns,
+        example=retrieval.pair_example,
+        encode=retrieval.encode_pairs,
+        shows=("hits", "embedding"),
+        typed=texts.typed_text,
+        line=retrieval.pair_line,
+        most_texts=3,
+        headers=("query", "positive"),
+        score=retrieval.pair_scores,
+        records=retrieval.pair_records,
     ),
 }

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptv2_fast.training.decoding import Prediction
+from ptv2_fast.training.decoding import Asked, Prediction
 from ptv2_fast.training.examples import check_text
 
 if TYPE_CHECKING:
@@ -78,11 +78,13 @@ def answer_record(example: Mapping[str, Any], prediction: Prediction) -> dict[st
     return {"id": example["id"], "question": example["question"], **answer}
 
 
-def text_records(loaded: LoadedAdapter, examples: Sequence[Mapping[str, Any]], most: int) -> Iterator[dict[str, Any]]:
-    """{"prompt", "text"} of each prompt, continued greedily by at most so many tokens."""
+def text_records(
+    loaded: LoadedAdapter, examples: Sequence[Mapping[str, Any]], asked: Asked
+) -> Iterator[dict[str, Any]]:
+    """{"prompt", "text"} of each prompt, continued greedily."""
     for example in examples:
         prompt = example.get("prompt", example.get("text"))
-        yield {"prompt": prompt, "text": _continued(loaded, prompt, most)}
+        yield {"prompt": prompt, "text": _continued(loaded, prompt, asked.max_new_tokens)}
 
 
 def _continued(loaded: LoadedAdapter, prompt: Any, most: int) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.reference.float64 import to_exact_float64
 from ptv2_fast.reference.literal import literal_deep, literal_prefix, literal_shallow
+from ptv2_fast.task_types import TASKS
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -91,13 +92,7 @@ _SPECIAL = {
     "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "dropout": 0.0},
 }
-_AUTO = {
-    "FEATURE_EXTRACTION": transformers.AutoModel,
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-}
+_AUTO = {name: getattr(transformers, task.auto_class) for name, task in TASKS.items()}
 
 
 def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:
