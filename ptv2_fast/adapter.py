@@ -21,16 +21,10 @@ from ptv2_fast.inputs.features import reads_text
 from ptv2_fast.inputs.max_length import text_limit
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.storage.tensors import check_float
+from ptv2_fast.task_types import TASKS
 from ptv2_fast.typed_modules import ModuleDictOf
 
 BASE_ROW = "__base__"  # an adapter name that means: this row runs without a prompt
-_BASE_SUFFIX = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-    "IMAGE_CLS": "ForImageClassification",
-    "AUDIO_CLS": "ForAudioClassification",
-}
 
 
 class Adapter(nn.Module):
@@ -123,8 +117,10 @@ class Adapter(nn.Module):
         return view_of(base, children=heads, attributes=attributes)
 
     def saved_labels(self, base: PreTrainedModel) -> tuple[str, ...] | None:
-        """The names of the copied head's classes; None where there is no such head."""
-        return (self.labels or labels_of(base.config)) if self.base_heads else None
+        """The names of the copied head's classes; None where there is no such head, or it gives a score alone."""
+        if not self.base_heads or TASKS[self.config.task_type].in_groups:
+            return None
+        return self.labels or labels_of(base.config)
 
     def head(self, task: str | None) -> Head:
         """The head named `task`; None where there is only one.
@@ -194,13 +190,18 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
             f"heads must be None on {name}, whose output is its decoder's; take the encoder alone (T5EncoderModel), or "
             "a model with a head of its own"
         )
+    elif decodes and TASKS[config.task_type].pools_itself:
+        raise ValueError(
+            f"base must be an encoder or a decoder for task_type={config.task_type!r}; got {name}: take the encoder "
+            "alone (T5EncoderModel)"
+        )
     elif decodes and backbone is base and base.can_generate():
         raise ValueError(f"task_type must be 'SEQ_2_SEQ_LM' for {name}; got {config.task_type!r}")
     elif config.task_type == "CAUSAL_LM":
         if not family.causal or base.get_output_embeddings() is None or not base.can_generate():
             raise ValueError(f"base must be a causal language model for task_type='CAUSAL_LM'; got {name}")
     elif config.task_type in HEAD_TASKS and config.heads is None:
-        suffix = _BASE_SUFFIX[config.task_type]
+        suffix = str(TASKS[config.task_type].class_suffix)
         if backbone is base:
             raise ValueError(
                 f"heads must be given for task_type={config.task_type!r} on the backbone {name}, which has no head "

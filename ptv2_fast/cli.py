@@ -19,6 +19,8 @@ try:
 except ModuleNotFoundError as error:  # pragma: no cover
     raise SystemExit("ptv2-fast: the command line needs `pip install ptv2-fast[train]`") from error
 
+from ptv2_fast import choices
+from ptv2_fast.task_types import PROBLEM_TYPES, TRAINED_TASKS
 from ptv2_fast.training.flags import COLUMNS, numbers
 from ptv2_fast.training.flags import request_of as _request
 from ptv2_fast.training.shell import OneLineGroup, quiet
@@ -35,50 +37,60 @@ app = typer.Typer(
 class Task(str, Enum):
     """What is trained for."""
 
-    SEQ_CLS = "SEQ_CLS"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    CAUSAL_LM = "CAUSAL_LM"
+    _ignore_ = "word"
+    for word in TRAINED_TASKS:
+        vars()[word] = word
 
 
 class Injection(str, Enum):
     """How prompts enter the model."""
 
-    deep = "deep"
-    shallow = "shallow"
-    prefix = "prefix"
+    _ignore_ = "word"
+    for word in choices.INJECTIONS:
+        vars()[word] = word
 
 
 class Init(str, Enum):
     """What prompts start as."""
 
-    text = "text"
-    normal = "normal"
-    gated = "gated"
+    _ignore_ = "word"
+    for word in choices.INITS:
+        vars()[word] = word
 
 
 class Pooling(str, Enum):
     """What a classification head reads of a row."""
 
-    first = "first"
-    last = "last"
-    mean = "mean"
+    _ignore_ = "word"
+    for word in choices.POOLINGS:
+        vars()[word] = word
+
+
+class Problem(str, Enum):
+    """What a classification head solves."""
+
+    _ignore_ = "word"
+    for word in PROBLEM_TYPES:
+        vars()[word] = word
 
 
 class Content(str, Enum):
     """What an export holds."""
 
-    kv = "kv"
-    embeddings = "embeddings"
+    _ignore_ = "word"
+    for word in choices.EXPORTS:
+        vars()[word] = word
 
 
 class Schedule(str, Enum):
     """How the learning rate falls."""
 
-    linear = "linear"
-    exponential = "exponential"
+    _ignore_ = "word"
+    for word in choices.SCHEDULES:
+        vars()[word] = word
 
 
+_DEEP, _KEYS_AND_VALUES = Injection("deep"), Content("kv")
 ModelOption = Annotated[str | None, typer.Option(help="Hub name, folder, or .gguf file.", metavar="NAME_OR_PATH")]
 DataOption = Annotated[str, typer.Option(help="CSV, TSV, JSON(L), CoNLL or text file; or a `datasets` name.")]
 SplitOption = Annotated[str | None, typer.Option(help="Split of a `datasets` name.")]
@@ -86,6 +98,7 @@ TextColumns = Annotated[list[str] | None, typer.Option("--text-column", help="Tw
 LabelColumn = Annotated[str | None, typer.Option(help="Column with the label or the tags.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column to go on from (CAUSAL_LM).")]
 CompletionColumn = Annotated[str | None, typer.Option(help="Column to go on with (CAUSAL_LM).")]
+ProblemOption = Annotated[Problem | None, typer.Option(help="What a SEQ_CLS head solves; one class if not given.")]
 LengthOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of a row.")]
 AdapterArgument = Annotated[str, typer.Argument(help="Folder of a trained adapter.")]
 HeadOption = Annotated[str | None, typer.Option(help="Which head, where there are several.")]
@@ -100,13 +113,14 @@ def train(
     task: Annotated[Task | None, typer.Option(help="What to train for.")] = None,
     dev: Annotated[str | None, typer.Option(help="Development data; chooses the best epoch.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Settings of a published run; flags override it.")] = None,
-    injection: Annotated[Injection, typer.Option(help="How prompts enter the model.")] = Injection.deep,
+    injection: Annotated[Injection, typer.Option(help="How prompts enter the model.")] = _DEEP,
     num_virtual_tokens: Annotated[int | None, typer.Option(help="P, the prompt's length [20].")] = None,
     layers: Annotated[str | None, typer.Option(help="Prompted layers, as in 0,1,-1 [all].")] = None,
     init: Annotated[Init | None, typer.Option(help="What prompts start as [text].")] = None,
     reparameterization: Annotated[int | None, typer.Option(help="Hidden size of the prompt's MLP.")] = None,
     prompt_dropout: Annotated[float, typer.Option(help="Dropout on the prompts.")] = 0.0,
-    pooling: Annotated[Pooling | None, typer.Option(help="What a SEQ_CLS head reads.")] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="What of a row is read: by a head, or as its vector.")] = None,
+    problem_type: ProblemOption = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate [0.01].")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data [10].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a batch [32].")] = None,
@@ -154,6 +168,7 @@ def search(
     num_virtual_tokens: Annotated[str, typer.Option(help="Values of P, between commas.")] = "8,20,64",
     lr: Annotated[str, typer.Option(help="Lowest and highest learning rate.")] = "1e-3,5e-2",
     recipe: Annotated[str | None, typer.Option(help="Settings of a published run; flags override it.")] = None,
+    problem_type: ProblemOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data [10].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a batch [32].")] = None,
     max_length: LengthOption = None,
@@ -204,7 +219,7 @@ def evaluate_adapter(
 
     given = dict(locals())
     loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
-    examples = source_of(data, given, loaded.columns).read(loaded.codec.task_type, loaded.codec.labels)
+    examples = loaded.read(source_of(data, given, loaded.columns))
     loaded.check_parts(data, examples)
     features = loaded.codec.encode(examples)
     options: dict[str, Any] = {"features": features, "batch_size": batch_size, "head": head}
@@ -226,10 +241,12 @@ def predict(
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of generated text [64].")] = None,
+    candidates: Annotated[str | None, typer.Option(help="File of texts to rank (SENTENCE_RETRIEVAL).")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Of the candidates for each text [10].")] = None,
     batch_size: BatchOption = 32,
     head: HeadOption = None,
 ) -> None:
-    """Classes, tags, answers or continued text for texts, a file or standard input."""
+    """Classes, numbers, tags, answers, choices, rankings or continued text for texts, a file or standard input."""
     given = dict(locals())
     if texts and file:
         raise ValueError("give texts or --file, not both")
@@ -247,13 +264,21 @@ def predict(
         raise ValueError("--context is read for questions that are given as texts; got it with another task or --file")
     if max_new_tokens is not None and task_type != "CAUSAL_LM":
         raise ValueError(f"--max-new-tokens is read for CAUSAL_LM alone; {adapter} is for {task_type}")
+    if (candidates is not None or top is not None) and task_type != "SENTENCE_RETRIEVAL":
+        raise ValueError(f"--candidates and --top are read for SENTENCE_RETRIEVAL alone; {adapter} is for {task_type}")
+    if top is not None and candidates is None:
+        raise ValueError("--top is read with --candidates alone")
+    against = None
+    if candidates is not None:
+        against = [example["text"] for example in loaded.read(source_of(candidates, {}), labelled=False)]
     if file is not None:
-        examples = source_of(file, given, loaded.columns).read(task_type, labelled=False)
+        examples = loaded.read(source_of(file, given, loaded.columns), labelled=False)
     else:
         where = "text" if texts else "standard input"
         examples = examples_of(texts or sys.stdin, task_type, where=where, context=context)
     loaded.check_parts(file or "text", examples)
-    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens or 64}
+    options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens or 64}
+    options |= {"candidates": against, "top": top or 10}
     for record in records_of(loaded, examples, **options):
         typer.echo(plain_json(record) if as_json else line_of(record))
 
@@ -262,7 +287,9 @@ def predict(
 def export(
     adapter: AdapterArgument,
     output: Annotated[Path, typer.Option(help="Safetensors file to write.")],
-    content: Annotated[Content, typer.Option(help="Keys and values per layer, or input embeddings.")] = Content.kv,
+    content: Annotated[
+        Content, typer.Option(help="Keys and values per layer, or input embeddings.")
+    ] = _KEYS_AND_VALUES,
     model: ModelOption = None,
 ) -> None:
     """Trained prompts as plain tensors, for servers that know nothing of this package."""
@@ -296,12 +323,12 @@ def info(
 
 # Flags of `search` that mean what they mean in `train`, and what `train` has where `search` has no flag.
 _SHARED_WITH_TRAIN = (
-    "data", "dev", "model", "task", "recipe", "epochs", "batch_size", "max_length", "seed", "bf16", "text_column",
-    "label_column", "prompt_column", "completion_column",
+    "data", "dev", "model", "task", "recipe", "problem_type", "epochs", "batch_size", "max_length", "seed", "bf16",
+    "text_column", "label_column", "prompt_column", "completion_column",
 )  # fmt: skip
 _TRAIN_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(inspect.signature(train).parameters),
-    "injection": Injection.deep,
+    "injection": _DEEP,
     "prompt_dropout": 0.0,
     "gradient_accumulation": 1,
 }

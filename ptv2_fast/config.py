@@ -10,18 +10,14 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from ptv2_fast.attention.checks import BACKENDS
+from ptv2_fast.choices import INITS, INJECTIONS, POOLINGS, STACKS
+from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
-TASK_TYPES = (
-    "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "IMAGE_CLS", "AUDIO_CLS",
-)  # fmt: skip
-STACKS = ("encoder", "decoder", "cross")
-INJECTIONS = ("deep", "shallow", "prefix")
-INITS = ("text", "normal", "gated")
-POOLINGS = ("first", "last", "mean")
-# Tasks with one vector per row, and those among them whose rows are images or sounds.
-ROW_TASKS = ("SEQ_CLS", "IMAGE_CLS", "AUDIO_CLS")
-FEATURE_TASKS = {"IMAGE_CLS": "pixel_values", "AUDIO_CLS": "input_features"}
-HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", *FEATURE_TASKS)
+TASK_TYPES = tuple(TASKS)
+# Tasks with trained heads, those among them that read one vector per row, and those whose rows are images or sounds.
+HEAD_TASKS = tuple(name for name, task in TASKS.items() if task.has_head)
+ROW_TASKS = tuple(name for name in HEAD_TASKS if TASKS[name].gives == "row")
+FEATURE_TASKS = {name: task.reads for name, task in TASKS.items() if task.reads != "input_ids"}
 
 # A prompt longer than this is a mistake far more often than a wish: cartridges use a few thousand
 # tokens.
@@ -40,12 +36,16 @@ class HeadConfig:
 
     Attributes:
         task_type: SEQ_CLS (one vector per row; IMAGE_CLS and AUDIO_CLS where rows are images or sounds), TOKEN_CLS
-            (one per token, patch or frame) or QUESTION_ANS (start and end logits).
-        num_labels: number of classes; 2 for QUESTION_ANS (start, end).
+            (one per token, patch or frame), QUESTION_ANS (start and end logits) or MULTIPLE_CHOICE (one score per row,
+            a row for each choice).
+        num_labels: number of classes; 2 for QUESTION_ANS (start, end), 1 for MULTIPLE_CHOICE (the score).
         pooling: what a head with one vector per row reads: the row's "first" or "last" real token, or the "mean" of
             its real tokens. An image's first is its class token; IMAGE_CLS and AUDIO_CLS have no "last".
         dropout: dropout before the linear layer, in [0, 1).
         labels: names of the classes in the order of their ids, or None.
+        problem_type: what a head with one vector per row solves, in transformers' words: "single_label_classification",
+            "regression" (labels (B,) for one number a row, else (B, num_labels), floating; mean squared error) or
+            "multi_label_classification" (labels (B, num_labels), floating in [0, 1]; binary cross-entropy).
     """
 
     task_type: str
@@ -53,12 +53,14 @@ class HeadConfig:
     pooling: str = "first"
     dropout: float = 0.0
     labels: Sequence[str] | None = None
+    problem_type: str = SINGLE_LABEL
 
     def __post_init__(self) -> None:
         _one_of("task_type", self.task_type, HEAD_TASKS)
         _integer("num_labels", self.num_labels, 1, _MAX_INTEGER)
         _one_of("pooling", self.pooling, POOLINGS)
         _probability("dropout", self.dropout)
+        TASKS[self.task_type].solving(self.problem_type)
         if self.labels is not None:
             ordered = isinstance(self.labels, Iterable) and not isinstance(self.labels, _NO_NAMES)
             object.__setattr__(self, "labels", tuple(self.labels) if ordered else self.labels)
@@ -69,6 +71,8 @@ class HeadConfig:
             raise ValueError(f"pooling must be 'first' or 'mean' for {self.task_type}; got 'last'")
         if self.task_type == "QUESTION_ANS" and self.num_labels != 2:
             raise ValueError(f"num_labels must be 2 for QUESTION_ANS (start, end); got {self.num_labels}")
+        if TASKS[self.task_type].in_groups and self.num_labels != 1:
+            raise ValueError(f"num_labels must be 1 for {self.task_type} (a row's score); got {self.num_labels}")
 
 
 @dataclass
@@ -76,8 +80,8 @@ class PTuningV2Config:
     """How prompts are injected into a frozen model, and what is trained on top.
 
     Attributes:
-        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, IMAGE_CLS or
-            AUDIO_CLS.
+        task_type: a row of `ptv2_fast.task_types.TASKS`: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, MULTIPLE_CHOICE, CAUSAL_LM,
+            SEQ_2_SEQ_LM, FEATURE_EXTRACTION, SENTENCE_RETRIEVAL, IMAGE_CLS or AUDIO_CLS.
         num_virtual_tokens: P, the length of the prompt.
         injection: "deep" (a trained hidden state per layer and token), "shallow" (one at the
             embeddings, evolving through the layers) or "prefix" (trained keys and values per
@@ -99,6 +103,8 @@ class PTuningV2Config:
         backend: which backend of `prompt_attention` serves the model.
         init_std: standard deviation of "normal" initialisation; None means the model's own
             initializer_range.
+        pooling: what SENTENCE_RETRIEVAL makes its vectors of: a row's "first" or "last" real token, or the "mean".
+            None means "last" on causal models, else "mean". Heads have their own.
         stacks: which attention of an encoder-decoder gets prompts, out of "encoder" and "decoder" (their
             self-attention) and "cross" (the decoder's look at the encoder's states); None means encoder and
             decoder. Not for "shallow", whose virtual tokens stand in front of the encoder's text.
@@ -120,6 +126,7 @@ class PTuningV2Config:
     backend: str = "auto"
     init_std: float | None = field(default=None)
     stacks: Sequence[str] | None = None
+    pooling: str | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As everywhere; of an adapter's own configuration `backend` alone can be set.
@@ -156,6 +163,10 @@ class PTuningV2Config:
             raise ValueError(
                 f"init_std must be a positive number of at most {MAX_INIT_STD:g}, or None; got {self.init_std!r}"
             )
+        if self.pooling is not None:
+            if not TASKS[self.task_type].pools_itself:
+                raise ValueError(f"pooling must be None for {self.task_type}: heads have it; got {self.pooling!r}")
+            _one_of("pooling", self.pooling, POOLINGS)
         self._check_injection()
         self._check_layers()
         self._check_stacks()
@@ -206,8 +217,10 @@ class PTuningV2Config:
             return
         if not isinstance(self.heads, Mapping) or not self.heads:
             raise ValueError(f"heads must be a non-empty mapping of names or None; got {self.heads!r}")
-        if self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        if TASKS[self.task_type].gives == "text":
             raise ValueError(f"heads must be None with task_type={self.task_type!r}: the model's own head is used")
+        if TASKS[self.task_type].pools_itself:
+            raise ValueError(f"heads must be None with task_type={self.task_type!r}: its pooled states are its output")
         heads = {}
         for name, head in self.heads.items():
             if not isinstance(name, str) or not name.isidentifier():
@@ -281,6 +294,12 @@ class PTuningV2Config:
         for name in ("layers", "stacks"):
             value = getattr(self, name)
             values[name] = list(value) if value is not None else None
+        # What needs no later version says nothing that an earlier one does not read.
+        if self.pooling is None:
+            del values["pooling"]
+        for head in (values["heads"] or {}).values():
+            if head["problem_type"] == SINGLE_LABEL:
+                del head["problem_type"]
         return values
 
     @classmethod

@@ -11,12 +11,11 @@ from torch import Tensor
 from ptv2_fast.adapter_set import AdapterSet
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.backbone.at_rest import at_rest
+from ptv2_fast.choices import EXPORTS as FORMATS
 from ptv2_fast.prompts.placement import is_inline
 from ptv2_fast.saving.checkpoint import describe
 from ptv2_fast.storage.files import write_whole
 from ptv2_fast.storage.tensors import read_metadata, write_tensors
-
-FORMATS = ("kv", "embeddings")
 
 
 def prompt_tensors(model: AdapterSet, what: str, adapter_name: str | None = None) -> dict[str, Tensor]:

@@ -16,13 +16,8 @@ from ptv2_fast.families.dimensions import Dimensions
 from ptv2_fast.families.registry import sizes_of
 from ptv2_fast.heads import own_heads
 from ptv2_fast.storage.tensors import check_float, read_safetensors
+from ptv2_fast.task_types import TASKS
 
-# The suffixes of transformers' class names, and the task that each of them is for.
-_TASK_OF_CLASS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 # The files of an adapter in PEFT's folders.
 PEFT_CONFIG_NAME = "adapter_config.json"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -64,9 +59,9 @@ def task_of(base: PreTrainedModel, stated: str | None) -> str:
     if stated is not None:
         return stated
     name = type(base).__name__
-    for suffix, task in _TASK_OF_CLASS.items():
-        if name.endswith(suffix):
-            return task
+    for task in TASKS.values():
+        if task.class_suffix is not None and name.endswith(task.class_suffix):
+            return task.name
     if sizes_of(backbone_of(base)).decoder_layers and base.can_generate():
         return "SEQ_2_SEQ_LM"
     if backbone_of(base) is base:

@@ -12,19 +12,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ptv2_fast.saving.checkpoint import CONFIG_NAME, TRAINER_WEIGHTS_NAME, WEIGHTS_NAME
 from ptv2_fast.saving.described import Described
+from ptv2_fast.task_types import TASKS
 
 CARD_NAME = "README.md"
 _FILES = [WEIGHTS_NAME, CONFIG_NAME, f"*/{WEIGHTS_NAME}", f"*/{CONFIG_NAME}"]
-_TASK_NAMES = {
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "CAUSAL_LM": "text-generation",
-    "SEQ_2_SEQ_LM": "text2text-generation",
-    "FEATURE_EXTRACTION": "feature-extraction",
-    "IMAGE_CLS": "image-classification",
-    "AUDIO_CLS": "audio-classification",
-}
 
 
 def adapter_folder(name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -65,7 +56,7 @@ def model_card(
     names = list(model.adapters) if adapter_names is None else list(adapter_names)
     configs = {name: model.adapters[name].config for name in names}
     base, kind = model.base_model.config.name_or_path, type(model.base_model).__name__
-    tasks = list(dict.fromkeys(_TASK_NAMES[config.task_type] for config in configs.values()))
+    tasks = list(dict.fromkeys(TASKS[config.task_type].hub_tag for config in configs.values()))
     data = ModelCardData(
         base_model=base or None,
         library_name="ptv2-fast",

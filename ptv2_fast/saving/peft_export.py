@@ -21,6 +21,7 @@ from ptv2_fast.prompts.projection import LayerProjections
 from ptv2_fast.saving.checkpoint import LABELS_KEY, Part, save_adapters
 from ptv2_fast.saving.flat_layout import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, flat_of
 from ptv2_fast.saving.rotation import turned
+from ptv2_fast.task_types import TASKS
 
 # Families whose text, behind a prefix in PEFT, is known to stand at learned positions from P.
 _LEARNED = ("bert", "electra", "gpt2", "opt", "roberta", "xlm-roberta")
@@ -116,6 +117,8 @@ def _check(model: AdapterSet, name: str, adapter: Adapter) -> None:
         reason = f"the heads {', '.join(adapter.heads)} are ours, and PEFT trains heads of the base's own class only"
     elif not reads_text(family) or family.own_pooler:
         reason = f"PEFT puts prompts before embeddings or in a cache, and a {kind} takes no embeddings and has no cache"
+    elif TASKS[config.task_type].in_groups:
+        reason = f"PEFT has no task type for {config.task_type}"
     elif adapter.encoder.gate is not None:
         reason = "prompt_init='gated' trains a bias on the prompt's scores, which PEFT does not have"
     elif sizes.decoder_layers and not is_shallow:

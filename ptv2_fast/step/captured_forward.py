@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.backbone.sharded_weights import device_of
 from ptv2_fast.families.registry import is_listed
-from ptv2_fast.heads import chosen_loss
+from ptv2_fast.losses import chosen_loss
 from ptv2_fast.step.capture import CAPTURES, Capture
 from ptv2_fast.step.forward_batch import ForwardBatch, read_batch, why_not_read
 from ptv2_fast.step.forward_passes import ForwardPasses, LossModel, Outcome

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptv2_fast.heads import IGNORED_LABEL
+from ptv2_fast.losses import IGNORED_LABEL
 from ptv2_fast.step.packed import INPUTS, Buckets, HostBatch, PackedBatch, Sizes, pack
+from ptv2_fast.task_types import TASKS
 
 # What a call may say beside the batch, if it says this.
 _HARMLESS = {
@@ -86,7 +87,7 @@ def why_not_read(inputs: Mapping[str, Any], labels: Any, task_type: str) -> str 
     ids = batch["input_ids"]
     if ids.dim() != 2 or not ids.numel():
         return f"input_ids are not (B, N) but {tuple(ids.shape)}"
-    shapes = {"labels": {ids.shape[:1] if task_type == "SEQ_CLS" else ids.shape}}
+    shapes = {"labels": {ids.shape[:1] if TASKS[task_type].gives == "row" else ids.shape}}
     shapes["token_type_ids"] = {ids.shape, (1, ids.shape[1])}
     for name, value in batch.items():
         if value.shape not in shapes.get(name, {ids.shape}):
@@ -113,18 +114,19 @@ def read_batch(
     host = on_host({**{name: inputs[name] for name in names}, "labels": labels})
     ids, labels, mask = host["input_ids"], host["labels"], host.get("attention_mask")
     task_type, pooling = task
+    gives = TASKS[task_type].gives
     index = None
     if mask is None and padding is not None and bool((ids == padding).any()):
         return "there is padding and no attention_mask"
     if mask is not None and not bool(mask.all()):
-        if task_type == "TOKEN_CLS" and bool(((mask == 0) & (labels != IGNORED_LABEL)).any()):
+        if gives == "token" and bool(((mask == 0) & (labels != IGNORED_LABEL)).any()):
             return "there are labels at padding"
         index = mask.flatten().nonzero().flatten()
     packed = pack(host, task_type, pooling, whole=True)
     without = (packed.tokens == packed.index.size) & (packed.targets != IGNORED_LABEL)
-    if task_type == "SEQ_CLS" and bool(without.any()):
+    if gives == "row" and bool(without.any()):
         return "a row with a label has no token"
-    layout = Layout(ids.shape[0], ids.shape[1], index, task_type == "SEQ_CLS")
+    layout = Layout(ids.shape[0], ids.shape[1], index, gives == "row")
     counted = 0 if labels.dim() == 1 else int((labels[:, 1:] != IGNORED_LABEL).sum())
     return ForwardBatch(packed, buckets.sizes(packed, limit), layout, counted)
 

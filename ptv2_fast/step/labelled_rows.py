@@ -12,7 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.families.registry import is_listed
-from ptv2_fast.heads import IGNORED_LABEL, causal_loss
+from ptv2_fast.losses import IGNORED_LABEL, causal_loss
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 
 # Settings by which a model changes its logits after the head.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptv2_fast.heads import IGNORED_LABEL
+from ptv2_fast.losses import IGNORED_LABEL
 
 # Rows of logits alive at once: 1024 x a vocabulary of 150,000 in float32 are 0.6 GB.
 CHUNK_ROWS = 1024

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptv2_fast.heads import IGNORED_LABEL
+from ptv2_fast.losses import IGNORED_LABEL
+from ptv2_fast.task_types import TASKS
 
 # What a packed batch is made of; anything else in a batch cannot be packed.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
@@ -154,7 +155,8 @@ def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first", *,
         ValueError: labels are no integers, or of another shape; or attention_mask is.
     """
     ids, labels = batch["input_ids"], batch["labels"]
-    shape = ids.shape[:1] if task_type == "SEQ_CLS" else ids.shape
+    gives = TASKS[task_type].gives
+    shape = ids.shape[:1] if gives == "row" else ids.shape
     if labels.is_floating_point() or labels.shape != shape:
         raise ValueError(f"labels must be integers of shape {tuple(shape)}; got {labels.dtype} {tuple(labels.shape)}")
     mask = batch.get("attention_mask")
@@ -167,13 +169,13 @@ def pack(batch: Mapping[str, Tensor], task_type: str, pooling: str = "first", *,
     bounds = index.searchsorted(np.arange(0, rows * tokens + 1, tokens))
     lengths = bounds[1:] - bounds[:-1]
     targets = labels.numpy().astype(np.int64, copy=False)
-    if task_type == "SEQ_CLS":
+    if gives == "row":
         # What `pooled_tokens` gives, among the real tokens.
         places = np.where(lengths > 0, bounds[:-1] if pooling == "first" else bounds[1:] - 1, index.size)
-    elif task_type == "TOKEN_CLS" and whole:
+    elif gives == "token" and whole:
         places, targets = np.arange(index.size), targets.ravel()[index]
     else:
-        read, targets = _labelled(targets) if task_type == "TOKEN_CLS" else _predicted(targets, real)
+        read, targets = _labelled(targets) if gives == "token" else _predicted(targets, real)
         places = _places(read, index, real.size)
     types = batch.get("token_type_ids")
     if types is not None and types.shape[0] != rows:

@@ -19,10 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ptv2_fast.backbone.view import view_of
 from ptv2_fast.base_methods import refuse_unserved
 from ptv2_fast.config import PTuningV2Config
-from ptv2_fast.heads import IGNORED_LABEL, causal_loss, check_labels, chosen_loss
 from ptv2_fast.inputs.arguments import named_arguments
 from ptv2_fast.inputs.cache import with_cache_name
 from ptv2_fast.inputs.text import text_size
+from ptv2_fast.losses import IGNORED_LABEL, causal_loss, check_labels, chosen_loss
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.step.labelled_rows import (
     kept_items,
@@ -37,8 +37,10 @@ from ptv2_fast.step.packed import PackedBatch
 from ptv2_fast.task_models.captured import CapturedModel
 from ptv2_fast.task_models.other_forward import with_prompted_backbone
 from ptv2_fast.task_models.pipelines import name_in_pipelines
+from ptv2_fast.task_models.retrieval import PTuningV2ModelForSentenceRetrieval
 from ptv2_fast.task_models.seq2seq import PTuningV2ModelForSeq2SeqLM
 from ptv2_fast.task_models.with_heads import PTuningV2ModelWithHeads
+from ptv2_fast.task_types import TASKS
 
 
 class PTuningV2ModelForSequenceClassification(PTuningV2ModelWithHeads):
@@ -92,6 +94,14 @@ class PTuningV2ModelForQuestionAnswering(PTuningV2ModelWithHeads):
             "end_positions": end_positions,
         }
         return self._run_task(inputs, adapter_names, task, targets)
+
+
+class PTuningV2ModelForMultipleChoice(PTuningV2ModelForSequenceClassification):
+    """Prompts for choosing one of C texts (task_type MULTIPLE_CHOICE): each is a row with a score.
+
+    Inputs are (B, C, N), as transformers' own multiple-choice models take them, adapter_names one name an example;
+    logits (B, C) and, with labels (B,), their mean cross-entropy.
+    """
 
 
 class PTuningV2ModelForCausalLM(CapturedModel):
@@ -295,28 +305,17 @@ MODEL_CLASSES: dict[str, type[PTuningV2Model]] = {
     "SEQ_CLS": PTuningV2ModelForSequenceClassification,
     "TOKEN_CLS": PTuningV2ModelForTokenClassification,
     "QUESTION_ANS": PTuningV2ModelForQuestionAnswering,
+    "MULTIPLE_CHOICE": PTuningV2ModelForMultipleChoice,
     "CAUSAL_LM": PTuningV2ModelForCausalLM,
     "SEQ_2_SEQ_LM": PTuningV2ModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": PTuningV2ModelForFeatureExtraction,
+    "SENTENCE_RETRIEVAL": PTuningV2ModelForSentenceRetrieval,
     "IMAGE_CLS": PTuningV2ModelForImageClassification,
     "AUDIO_CLS": PTuningV2ModelForAudioClassification,
 }
 
 # transformers' pipelines know models by their class's name.
-name_in_pipelines(
-    {
-        PTuningV2ModelForSequenceClassification: (
-            "text-classification", "sentiment-analysis", "zero-shot-classification",
-        ),
-        PTuningV2ModelForTokenClassification: ("token-classification", "ner"),
-        PTuningV2ModelForQuestionAnswering: ("question-answering",),
-        PTuningV2ModelForCausalLM: ("text-generation",),
-        PTuningV2ModelForSeq2SeqLM: ("summarization", "translation", "text2text-generation"),
-        PTuningV2ModelForFeatureExtraction: ("feature-extraction",),
-        PTuningV2ModelForImageClassification: ("image-classification",),
-        PTuningV2ModelForAudioClassification: ("audio-classification",),
-    }
-)  # fmt: skip
+name_in_pipelines({kind: TASKS[name].pipelines for name, kind in MODEL_CLASSES.items()})
 
 
 def get_ptv2_model(

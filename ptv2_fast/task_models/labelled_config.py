@@ -11,7 +11,12 @@ from transformers import PretrainedConfig
 Labels = Mapping[int, str]
 
 
-def labelled(config: PretrainedConfig, read: Callable[[], Labels], write: Callable[[Any], None]) -> PretrainedConfig:
+def labelled(
+    config: PretrainedConfig,
+    read: Callable[[], Labels],
+    write: Callable[[Any], None],
+    problem_type: str | None = None,
+) -> PretrainedConfig:
     """`config` under an object whose `id2label`, `label2id` and `num_labels` are somebody else's.
 
     Both objects share their attributes: what is set on either is read from both. Copies, files and dictionaries of the
@@ -20,9 +25,10 @@ def labelled(config: PretrainedConfig, read: Callable[[], Labels], write: Callab
     Args:
         read: gives the names by id.
         write: is called with the names that are assigned, as the caller gave them, and checks them.
+        problem_type: what the labels are for, which then cannot be set; None leaves it as the configuration has it.
     """
     own: Any = type(config)
-    view: Any = object.__new__(_with_labels_of(own))
+    view: Any = object.__new__(_with_labels_of(own, problem_type))
     view.__dict__ = config.__dict__
     object.__setattr__(view, "_owner", (config, read, write))
     return view
@@ -53,7 +59,8 @@ def _parts(view: Any) -> tuple[type[PretrainedConfig], dict[str, Any]]:
     """The class and the attributes of a plain configuration with the view's label names."""
     config, read, _ = view._owner
     names = dict(read())
-    return type(config), {**config.__dict__, "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    return type(config), {**config.__dict__, **labels, "problem_type": getattr(view, "problem_type", None)}
 
 
 def _names(view: Any) -> dict[int, str]:
@@ -71,13 +78,13 @@ def _inverted(ids: Any) -> Any:
 
 
 @functools.cache
-def _with_labels_of(kind: type) -> type:
-    """The subclass of a configuration's class whose label names are its owner's."""
+def _with_labels_of(kind: type, problem_type: str | None) -> type:
+    """The subclass of a configuration's class whose label names are its owner's, for one kind of problem."""
 
     def forwarded(name: str) -> Callable[..., Any]:
         return lambda self, *args, **kwargs: getattr(_restored(*_parts(self)), name)(*args, **kwargs)
 
-    members = {
+    members: dict[str, Any] = {
         "__slots__": ("_owner",),
         "__module__": kind.__module__,
         "id2label": property(_names, lambda self, names: self._owner[2](names)),
@@ -85,4 +92,6 @@ def _with_labels_of(kind: type) -> type:
         "__reduce_ex__": lambda self, protocol: (_restored, _parts(self)),
         **{name: forwarded(name) for name in ("to_dict", "to_diff_dict")},
     }
+    if problem_type is not None:
+        members["problem_type"] = property(lambda self: problem_type)
     return type(kind.__name__, (kind,), members)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ptv2_fast.base_methods import refuse_unserved
-from ptv2_fast.heads import check_labels
 from ptv2_fast.inputs.cache import with_cache_name
 from ptv2_fast.inputs.right_padding import ENCODER_STATES, change_states
+from ptv2_fast.losses import check_labels
 from ptv2_fast.model import PTuningV2Model
 
 

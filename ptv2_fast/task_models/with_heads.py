@@ -7,23 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import (
-    ImageClassifierOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
+from transformers import modeling_outputs
 
 from ptv2_fast.adapter import BASE_ROW, Adapter
 from ptv2_fast.config import ROW_TASKS
-from ptv2_fast.heads import base_targets, chosen_loss, classification_loss, span_loss
 from ptv2_fast.inputs.features import features_read, input_size, reads_text
 from ptv2_fast.inputs.pooling import tokens_read
 from ptv2_fast.inputs.right_padding import HIDDEN_STATES, change_states, reorder_tokens, to_right_padding
 from ptv2_fast.inputs.text import check_inputs
+from ptv2_fast.losses import LOSSES, base_targets, chosen_loss, classification_loss, span_loss
 from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
 from ptv2_fast.task_models.captured import CapturedModel
+from ptv2_fast.task_models.groups import flat_rows, names_of_rows, with_groups
 from ptv2_fast.task_models.labelled_config import labelled
+from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
 
 class PTuningV2ModelWithHeads(CapturedModel):
@@ -33,12 +30,16 @@ class PTuningV2ModelWithHeads(CapturedModel):
     def config(self) -> Any:
         """The base's configuration; with the active adapter's label names where they are its own.
 
-        What is set on it is set on the base's, and label names in the adapter. A pipeline reads label names from here.
+        What is set on it is set on the base's, and label names in the adapter. A pipeline reads label names from here,
+        and what a head solves.
         """
         config, adapter = self.base_model.config, self.adapters[self.active_adapter]
         if len(adapter.heads) != 1 and adapter.labels is None:
             return config
-        return labelled(config, adapter.label_names, adapter.rename_labels)
+        problem = _problem_of(adapter)
+        return labelled(
+            config, adapter.label_names, adapter.rename_labels, None if problem == SINGLE_LABEL else problem
+        )
 
     @config.setter
     def config(self, config: Any) -> None:
@@ -69,11 +70,32 @@ class PTuningV2ModelWithHeads(CapturedModel):
             return self._as_asked(captured, return_dict)
         if task is not None and not any(len(a.heads) for a in adapters):
             raise ValueError(f"task must be None where no adapter has heads of its own; got {task!r}")
+        groups = None
+        if self._reads_groups(adapters, task):
+            inputs, groups = flat_rows(inputs)
+            adapter_names = names_of_rows(adapter_names, groups)
         if self._disabled or not adapters or not any(len(a.heads) for a in adapters):
-            output = self._run_base_head(inputs, adapter_names, adapters, given)
+            output = self._run_base_head(inputs, adapter_names, adapters, given, groups)
         else:
-            output = self._run_own_heads(inputs, adapter_names, names, task, given)
+            output = self._run_own_heads(inputs, adapter_names, names, task, given, groups)
         return self._as_asked(output, return_dict)
+
+    def _reads_groups(self, adapters: Sequence[Adapter], task: str | None) -> bool:
+        """Whether examples are several rows, by the heads that run.
+
+        Raises:
+            ValueError: by some of them only.
+        """
+        if self._disabled or not adapters:
+            return TASKS[self.adapters[self.active_adapter].config.task_type].in_groups
+        kinds = {(a.head(task).config if len(a.heads) else a.config).task_type for a in adapters}
+        grouped = {kind for kind in kinds if TASKS[kind].in_groups}
+        if grouped and len(kinds) > 1:
+            raise ValueError(
+                f"adapter_names must not mix {' and '.join(sorted(grouped))}, whose examples are several rows, with "
+                f"other tasks; got {', '.join(sorted(kinds - grouped))}"
+            )
+        return bool(grouped)
 
     def _captured_task(
         self,
@@ -98,8 +120,13 @@ class PTuningV2ModelWithHeads(CapturedModel):
         adapter_names: Sequence[str] | None,
         adapters: list[Adapter],
         targets: Mapping[str, Tensor],
+        groups: tuple[int, int] | None = None,
     ) -> Any:
-        """The base's own forward, with the adapter's copy of the base's head in its place."""
+        """The base's own forward, with the adapter's copy of the base's head in its place.
+
+        Args:
+            groups: (B, C) where the inputs are B C rows of B examples.
+        """
         task_type = self.adapters[self.active_adapter].config.task_type
         target = self.base_model
         if adapters and not self._disabled:
@@ -109,7 +136,13 @@ class PTuningV2ModelWithHeads(CapturedModel):
                     f"heads={{...}} on the backbone to mix them in one batch; got {len(adapters)} adapters"
                 )
             target = adapters[0].base_with_head(target)
-        targets = base_targets(target, task_type, input_size(self._family, inputs), targets)
+        chosen = chosen_loss(target)
+        if groups is not None:
+            # The base's own loss knows no label that is left out: it is computed of the logits, as our heads' is.
+            own_targets, targets = targets, {}
+            target = target if target is self.backbone else with_groups(target, groups)
+        else:
+            targets = base_targets(target, task_type, input_size(self._family, inputs), targets)
         read = back = None
         if adapters and adapters[0].config.task_type in ROW_TASKS and self._family.reads_first:
             if not self._disabled and reads_text(self._family):
@@ -119,6 +152,10 @@ class PTuningV2ModelWithHeads(CapturedModel):
         output = self.run(target, {**inputs, **targets}, adapter_names, read=read)
         if back is not None:
             change_states(output, HIDDEN_STATES, lambda states: reorder_tokens(states, back))
+        if groups is not None and own_targets:
+            if not hasattr(output, "logits"):
+                raise ValueError(f"{', '.join(own_targets)} must be None where no head runs")
+            return _task_output(task_type, output.logits, own_targets, output, chosen=chosen)
         return output
 
     def _run_own_heads(
@@ -128,8 +165,9 @@ class PTuningV2ModelWithHeads(CapturedModel):
         names: Sequence[str],
         task: str | None,
         targets: Mapping[str, Tensor],
+        groups: tuple[int, int] | None = None,
     ) -> Any:
-        """The backbone with prompts, then our head of each row's adapter."""
+        """The backbone with prompts, then our head of each row's adapter; `groups` as for the base's head."""
         read = None
         if len(names) == 1:
             kind = self.adapters[names[0]].head(task).config
@@ -141,8 +179,9 @@ class PTuningV2ModelWithHeads(CapturedModel):
         if len(names) == 1:
             head = self.adapters[names[0]].head(task)
             logits = head(hidden, mask, read if reads_text(self._family) else None)
+            logits = logits if groups is None else logits.view(groups)
             chosen = chosen_loss(self.base_model)
-            return _task_output(head.config.task_type, logits, targets, output, chosen)
+            return _task_output(kind.task_type, logits, targets, output, kind.problem_type, chosen)
         if BASE_ROW in names:
             raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
         if targets:
@@ -157,6 +196,8 @@ class PTuningV2ModelWithHeads(CapturedModel):
         same = len(kinds) == 1 and len({row.shape for row in each}) == 1
         # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
         joined = torch.cat(each) if same else tuple(row[0] for row in each)
+        if groups is not None:
+            joined = torch.cat(each).view(groups)
         return _task_output(next(iter(kinds)) if same else "SEQ_CLS", joined, targets, output)
 
     def _read(self, inputs: dict[str, Any], pooling: str) -> Tensor | None:
@@ -181,11 +222,14 @@ class PTuningV2ModelWithHeads(CapturedModel):
         if adapter.heads and chosen_loss(self.base_model) is not None:
             return "the loss is another one than its task's"
         task_type, pooling = self.packed_task()
-        if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        if (problem := _problem_of(adapter)) != SINGLE_LABEL:
+            return f"a {problem} loss is of no classes"
+        if not TASKS[task_type].packs:
             return f"a {task_type} loss is over whole rows"
-        if task_type == "SEQ_CLS" and not adapter.heads:
+        of_rows = TASKS[task_type].gives == "row"
+        if of_rows and not adapter.heads:
             return "the base's own classifier reads padded rows"
-        if task_type == "SEQ_CLS" and pooling == "mean":
+        if of_rows and pooling == "mean":
             return "a mean is over whole rows"
         return super().why_not_packed()
 
@@ -201,33 +245,45 @@ class PTuningV2ModelWithHeads(CapturedModel):
         head = adapter.head(None)
         states = self.packed_states(packed)
         # A pooled row is a text of one token.
-        states = states[:, None] if head.config.task_type == "SEQ_CLS" else states[None]
+        states = states[:, None] if TASKS[head.config.task_type].gives == "row" else states[None]
         logits = head(states, None).reshape(-1, head.config.num_labels)
         return classification_loss(logits, packed.targets), logits
 
 
+def _problem_of(adapter: Adapter) -> str:
+    """What an adapter's single head solves."""
+    problems = {head.config.problem_type for head in adapter.heads.values()}
+    return problems.pop() if len(problems) == 1 else SINGLE_LABEL
+
+
 def _task_output(
-    task_type: str, logits: Any, targets: Mapping[str, Tensor], output: Any, chosen: Callable[..., Any] | None = None
+    task_type: str,
+    logits: Any,
+    targets: Mapping[str, Tensor],
+    output: Any,
+    problem_type: str = SINGLE_LABEL,
+    chosen: Callable[..., Any] | None = None,
 ) -> Any:
     """The output class of a task, with its loss where there are targets: its own, or the one that somebody chose."""
-    expected = {"start_positions", "end_positions"} if task_type == "QUESTION_ANS" else {"labels"}
+    is_span = TASKS[task_type].gives == "span"
+    expected = {"start_positions", "end_positions"} if is_span else {"labels"}
     if targets and set(targets) != expected:
         raise ValueError(
             f"{' and '.join(sorted(expected))} must be given for a {task_type} head; got {', '.join(targets)}"
         )
     states = {"hidden_states": output.hidden_states}
     loss = None
-    if task_type == "QUESTION_ANS":
+    if is_span:
         start, end = logits.unbind(-1)
         if targets:
             loss = chosen(start, end, **targets) if chosen else span_loss(logits, **targets)
-        return QuestionAnsweringModelOutput(loss, start_logits=start, end_logits=end, **states)
+        return _output_class(task_type)(loss, start_logits=start, end_logits=end, **states)
     if targets:
-        loss = chosen(logits=logits, **targets) if chosen else classification_loss(logits, targets["labels"])
+        loss = chosen(logits=logits, **targets) if chosen else LOSSES[problem_type](logits, targets["labels"])
     return _output_class(task_type)(loss, logits=logits, **states)
 
 
 def _output_class(task_type: str) -> type[Any]:
-    """The class of outputs with one loss and one tensor of logits."""
-    classes = {"TOKEN_CLS": TokenClassifierOutput, "IMAGE_CLS": ImageClassifierOutput}
-    return classes.get(task_type, SequenceClassifierOutput)
+    """The class of a task's outputs, transformers' own."""
+    found: type[Any] = getattr(modeling_outputs, TASKS[task_type].output_class)
+    return found

@@ -14,14 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ptv2_fast.families.registry import families
 from ptv2_fast.inputs.features import reads_text
+from ptv2_fast.task_types import TASKS
 
-_AUTO = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 # What the families call the dropout of hidden states.
 _DROPOUTS = ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop")
 
@@ -49,7 +43,8 @@ def load_base(
         ValueError: transformers cannot load it, and the message is its own, in one line; or there is no tokenizer.
     """
     source, options = locate(name)
-    kind = _AUTO[task_type] if own_head or task_type == "CAUSAL_LM" else "AutoModel"
+    row = TASKS[task_type]
+    kind = row.auto_class if own_head or row.gives == "text" else "AutoModel"
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if num_labels is not None and config.num_labels != num_labels:
@@ -107,7 +102,7 @@ def head_size(name: str | Path, task_type: str, shapes: Mapping[str, Sequence[in
         # A number that no other size of the model is: the tensors that have it are the outputs'.
         config.num_labels = mark = 7919
         with torch.device("meta"):
-            model = getattr(transformers, _AUTO[task_type]).from_config(config)
+            model = getattr(transformers, TASKS[task_type].auto_class).from_config(config)
     except (OSError, ValueError, KeyError, ImportError):
         return None
     outputs = (f"base_heads.{key}" for key, tensor in model.named_parameters() if tensor.shape[0] == mark)

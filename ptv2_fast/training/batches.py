@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
+from ptv2_fast.losses import IGNORED_LABEL
 from ptv2_fast.step.labelled_rows import predictable_labels
-
-# The label that every loss of this package leaves out.
-IGNORED_LABEL = -100
 
 # Kept in a feature for decoding, never given to the model.
 DECODING_KEYS = ("word_ids", "num_words", "offset_mapping", "example_index")
@@ -31,7 +29,8 @@ class PadCollator:
     tokenizer's side, or on `padding_side`; numbers become (B,) tensors; lists of floats (several
     labels a row) are stacked as they are. Start and end positions move along with left padding.
     What only decoding needs (`DECODING_KEYS`) is left out. A tokenizer without a padding token
-    pads with its end-of-text token, which the mask hides.
+    pads with its end-of-text token, which the mask hides. Features of several rows each (lists of C
+    lists, as choices have them) become (B, C, N), padded to the longest row of all.
 
     Args:
         tokenizer: gives the padding ids and the side.
@@ -60,6 +59,8 @@ class PadCollator:
         """(B, N) tensors of per-token lists and (B,) tensors of numbers, int64 (floats float32)."""
         if not features:
             raise ValueError("features: expected at least one row; got none")
+        if _is_nested(features[0]["input_ids"]):
+            return self._groups(features)
         lengths = [len(feature["input_ids"]) for feature in features]
         width = max(lengths)
         multiple = self.pad_to_multiple_of or 1
@@ -79,6 +80,18 @@ class PadCollator:
             kind = torch.float32 if _holds_floats(values) else torch.int64
             batch[key] = torch.tensor(values, dtype=kind)
         return batch
+
+    def _groups(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """(B, C, N) of features that are C rows each; what is no list of lists is of the whole feature."""
+        counts = [len(feature["input_ids"]) for feature in features]
+        other = next((index for index, count in enumerate(counts) if count != counts[0]), None)
+        if other is not None:
+            raise ValueError(f"features[{other}]: expected {counts[0]} rows as in features[0]; got {counts[other]}")
+        of_rows = [key for key, value in features[0].items() if _is_nested(value)]
+        rows = [{key: feature[key][row] for key in of_rows} for feature in features for row in range(counts[0])]
+        batch = {key: tensor.unflatten(0, (-1, counts[0])) for key, tensor in self(rows).items()}
+        kept = [key for key in features[0] if key not in of_rows and key not in DECODING_KEYS]
+        return {**batch, **{key: torch.tensor([feature[key] for feature in features]) for key in kept}}
 
     def _pad(self, key: str, rows: list[Any], lengths: list[int], width: int, left: bool) -> list[list[int]]:
         filler = self._filler(key)
@@ -134,8 +147,18 @@ def _is_sequence(value: object) -> bool:
     return isinstance(value, list | tuple) or (isinstance(value, torch.Tensor) and value.dim() > 0)
 
 
+def _is_nested(value: Any) -> bool:
+    return _is_sequence(value) and len(value) > 0 and _is_sequence(value[0])
+
+
 def _holds_floats(values: Sequence[Any]) -> bool:
     return any(isinstance(item, float) for value in values for item in (value if _is_sequence(value) else (value,)))
+
+
+def length_of(feature: Mapping[str, Any]) -> int:
+    """How long a feature's longest row is."""
+    ids = feature["input_ids"]
+    return max(map(len, ids)) if _is_nested(ids) else len(ids)
 
 
 def token_budget_batches(lengths: Sequence[int], max_tokens: int, *, shuffle: bool, seed: int = 0) -> list[list[int]]:

@@ -6,8 +6,9 @@ or another column holds text as well, the table is refused with the option that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ptv2_fast.training.delimited import TEXT_WORDS
 from ptv2_fast.training.formats import Row
@@ -47,19 +48,22 @@ class Wanted:
         more = (self.label, self.completion) if self.labelled else ()
         return tuple(name for name in (*self.texts, self.prompt, *more) if name is not None)
 
-    def check(self, task: str) -> None:
+    def check(self, task: str, most_texts: int, options: Sequence[str]) -> None:
         """Refuse names of columns that the task does not have.
+
+        Args:
+            most_texts: how many columns of texts the task takes.
+            options: which other columns it has: "label_column", "prompt_column", "completion_column".
 
         Raises:
             ValueError: see above.
         """
-        most = {"SEQ_CLS": 2, "TOKEN_CLS": 1, "QUESTION_ANS": 0, "CAUSAL_LM": 1}[task]
-        if len(self.texts) > most:
-            raise ValueError(f"text_column: {task} takes at most {most} column names; got {self.texts}")
-        if self.label is not None and task not in ("SEQ_CLS", "TOKEN_CLS"):
+        if len(self.texts) > most_texts:
+            raise ValueError(f"text_column: {task} takes at most {most_texts} column names; got {self.texts}")
+        if self.label is not None and "label_column" not in options:
             raise ValueError(f"label_column: {task} has no label column; got {self.label!r}")
         for argument, name in (("prompt_column", self.prompt), ("completion_column", self.completion)):
-            if name is not None and task != "CAUSAL_LM":
+            if name is not None and argument not in options:
                 raise ValueError(f"{argument}: only CAUSAL_LM has one, not {task}; got {name!r}")
             if name is not None and self.texts:
                 raise ValueError(f"{argument}: must be None beside text_column {self.texts[0]!r}; got {name!r}")
@@ -68,19 +72,22 @@ class Wanted:
             raise ValueError(f"text_column, label_column, prompt_column, completion_column must differ; got {every}")
 
 
-def choose_columns(source: str, rows: Sequence[Row], task: str, wanted: Wanted, notes: list[str]) -> dict[str, str]:
+def choose_columns(
+    source: str, rows: Sequence[Row], choose: Chooser, wanted: Wanted, notes: list[str]
+) -> dict[str, str]:
     """What an example has (text, text_pair, label; tokens, tags; prompt, completion; ...) -> the column that it is in.
 
     Args:
         source: the file's or dataset's name, for the notes.
         rows: all rows; a column is there if one of them has it.
+        choose: finds a task's columns among those of the table.
         notes: is given a line that names the columns left out.
 
     Raises:
         ValueError: a column is missing, or it cannot be told which one is meant.
     """
-    table = _Table(rows)
-    roles = _CHOOSERS[task](table, wanted)
+    table = Table(rows)
+    roles = choose(table, wanted)
     unread = () if wanted.labelled else (*LABEL_COLUMNS, *TAG_COLUMNS, "answers", wanted.label, wanted.completion)
     left = [name for name in table.names if name not in roles.values() and name not in unread]
     if left:
@@ -88,7 +95,7 @@ def choose_columns(source: str, rows: Sequence[Row], task: str, wanted: Wanted, 
     return roles
 
 
-class _Table:
+class Table:
     """The columns of all rows, in the order in which they come."""
 
     def __init__(self, rows: Sequence[Row]):
@@ -96,11 +103,13 @@ class _Table:
         self.names = list(dict.fromkeys(name for row in rows for name in row.values))
 
     def need(self, name: str, argument: str) -> str:
+        """A column that must be there."""
         if name not in self.names:
             raise self.missing(f"the column {name!r}", argument)
         return name
 
     def missing(self, what: str, argument: str) -> ValueError:
+        """What to raise where something is not."""
         return ValueError(f"{self.where}: expected {what} ({argument}); the columns are {self.names}")
 
     def one_of(self, usual: Sequence[str], argument: str) -> str | None:
@@ -110,6 +119,7 @@ class _Table:
         return found[0] if found else None
 
     def refuse_several(self, found: Sequence[tuple[str, ...]], argument: str) -> None:
+        """Refuse a table in which several columns could be meant."""
         if len(found) > 1:
             each = ", ".join(" and ".join(map(repr, names)) for names in found)
             raise ValueError(
@@ -137,9 +147,10 @@ def _option(argument: str) -> str:
     return " or ".join(f"{name} (--{name.replace('_', '-')})" for name in argument.split(", "))
 
 
-def _classified(table: _Table, wanted: Wanted) -> dict[str, str]:
+def classified(table: Table, wanted: Wanted, usual_labels: Sequence[str] = LABEL_COLUMNS) -> dict[str, str]:
+    """A text, or a pair of texts, and a label."""
     texts = tuple(table.need(name, "text_column") for name in wanted.texts)
-    label = _label(table, wanted, LABEL_COLUMNS)
+    label = label_column(table, wanted, usual_labels)
     if not texts:
         usual: list[tuple[str, ...]] = [pair for pair in PAIR_COLUMNS if all(name in table.names for name in pair)]
         usual = usual or [(name,) for name in TEXT_COLUMNS if name in table.names and name != label]
@@ -152,7 +163,8 @@ def _classified(table: _Table, wanted: Wanted) -> dict[str, str]:
     return roles if label is None else {**roles, "label": label}
 
 
-def _label(table: _Table, wanted: Wanted, usual: Sequence[str]) -> str | None:
+def label_column(table: Table, wanted: Wanted, usual: Sequence[str]) -> str | None:
+    """The column of the labels; None where they are not read."""
     if not wanted.labelled:
         return None
     if wanted.label is not None:
@@ -163,25 +175,28 @@ def _label(table: _Table, wanted: Wanted, usual: Sequence[str]) -> str | None:
     return found
 
 
-def _tagged(table: _Table, wanted: Wanted) -> dict[str, str]:
+def tagged(table: Table, wanted: Wanted) -> dict[str, str]:
+    """Words and tags."""
     if wanted.texts:
         tokens: str | None = table.need(wanted.texts[0], "text_column")
     else:
         tokens = table.one_of(TOKEN_COLUMNS, "text_column")
     if tokens is None:
         raise table.missing(f"a column of {list(TOKEN_COLUMNS)}", "text_column")
-    tags = _label(table, wanted, TAG_COLUMNS)
+    tags = label_column(table, wanted, TAG_COLUMNS)
     return {"tokens": tokens} if tags is None else {"tokens": tokens, "tags": tags}
 
 
-def _asked(table: _Table, wanted: Wanted) -> dict[str, str]:
+def asked(table: Table, wanted: Wanted) -> dict[str, str]:
+    """Questions, contexts and answers."""
     needed = ("question", "context", "answers") if wanted.labelled else ("question", "context")
     for name in needed:
         table.need(name, name)
     return {name: name for name in QUESTION_COLUMNS if name in table.names}
 
 
-def _continued(table: _Table, wanted: Wanted) -> dict[str, str]:
+def continued(table: Table, wanted: Wanted) -> dict[str, str]:
+    """Text, or prompts and what follows them."""
     if wanted.texts:
         return {"text": table.need(wanted.texts[0], "text_column")}
     parts = ("prompt", "completion") if wanted.labelled else ("prompt",)
@@ -200,4 +215,5 @@ def _continued(table: _Table, wanted: Wanted) -> dict[str, str]:
     return {"text": found[0][0]} if found[0] != parts else dict(zip(parts, parts, strict=True))
 
 
-_CHOOSERS = {"SEQ_CLS": _classified, "TOKEN_CLS": _tagged, "QUESTION_ANS": _asked, "CAUSAL_LM": _continued}
+# (the table, what the caller names) -> role of an example: the column that it is in.
+Chooser: TypeAlias = Callable[[Table, Wanted], dict[str, str]]

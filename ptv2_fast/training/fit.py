@@ -25,16 +25,16 @@ from transformers import (
 )
 
 from ptv2_fast import PTuningV2Model
+from ptv2_fast.choices import SCHEDULES
 from ptv2_fast.saving.checkpoint import TRAINER_WEIGHTS_NAME
 from ptv2_fast.storage.files import write_whole
 from ptv2_fast.storage.tensors import read_safetensors, write_tensors
 from ptv2_fast.training.checkpoints import last_whole
-from ptv2_fast.training.metrics import Metric, metric_for
+from ptv2_fast.training.metrics import Metric
 from ptv2_fast.training.predict import evaluate
 from ptv2_fast.training.progress import TrainingProgress
 from ptv2_fast.training.task_data import TaskCodec
 
-SCHEDULES = ("linear", "exponential")
 # The loss is logged this often an epoch: enough points for a curve, few enough to cost nothing.
 _LOGS_PER_EPOCH = 10
 
@@ -166,7 +166,7 @@ def fit(
     """
     if settings.early_stopping is not None and not dev:
         raise ValueError(f"early_stopping needs dev rows to watch; got {settings.early_stopping!r} and none")
-    metric = metric_for(codec.task_type)
+    metric = codec.metric
     features = codec.encode(train)
     clock = _Clock()
     guard = _Guard(settings)

@@ -88,6 +88,7 @@ def request_of(flags: dict[str, Any]) -> Any:
         max_length=value("max_length", "max_length", None),
         doc_stride=128 if (stride := value("doc_stride", "doc_stride", None)) is None else stride,
         dropout=recipe.dropout if recipe is not None else None,
+        problem_type=flags["problem_type"].value if flags.get("problem_type") is not None else None,
     )
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ptv2_fast.task_types import SINGLE_LABEL
 from ptv2_fast.training.loading import read_description
 
 
@@ -48,6 +49,7 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
         "trained_parameters": sum(sizes.values()),
         "prompt_parameters": sum(size for key, size in sizes.items() if key.startswith("encoder.")),
         "heads": heads,
+        **({"pooling": config["pooling"]} if config.get("pooling") else {}),
         "base": base,
     }
 
@@ -55,7 +57,8 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
 def _head_facts(head: Any) -> dict[str, Any]:
     """What a configuration says of a head, which may be its number of labels alone."""
     said = head if isinstance(head, dict) else {"num_labels": head}
-    return {key: said.get(key) for key in ("task_type", "num_labels", "labels", "pooling")}
+    facts = {key: said.get(key) for key in ("task_type", "num_labels", "labels", "pooling")}
+    return {**facts, "problem_type": said.get("problem_type", SINGLE_LABEL)}
 
 
 def _tensor_sizes(path: Path) -> dict[str, int]:

@@ -36,7 +36,7 @@ class LabelSet:
 
     @classmethod
     def from_examples(cls, examples: Iterable[Mapping[str, Any]]) -> LabelSet:
-        """The labels (or tags) that occur in the examples.
+        """The labels (one or several an example) or tags that occur in the examples.
 
         Labels that are all integers keep numeric order, others are sorted as text. Tags are O, then
         B-x and I-x of each type x in alphabetic order, whether or not both occur: held-out text may
@@ -54,6 +54,7 @@ class LabelSet:
                 types.update(tag[2:] for tag in example["tags"] if tag != "O")
             elif "label" in example:
                 labels.add(example["label"])
+            labels.update(example.get("labels", ()))
         if tagged:
             return cls(("O", *(f"{side}-{kind}" for kind in sorted(types) for side in "BI")))
         if not labels:

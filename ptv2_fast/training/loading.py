@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from ptv2_fast import PTuningV2Config, PTuningV2Model
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig
 from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ptv2_fast.task_types import TASKS
 from ptv2_fast.training.bases import head_size, load_base
-from ptv2_fast.training.data import LabelSet
+from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.run_folder import SETTINGS_NAME, RunFolder, read_object
 from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec
 
@@ -37,6 +38,15 @@ class LoadedAdapter:
         source = self.settings.get("data") or {}
         return {name: _hashable(source[name]) for name in _COLUMNS if source.get(name)}
 
+    def read(self, source: Any, *, labelled: bool = True) -> list[dict[str, Any]]:
+        """The examples of a `DataSource`, as the adapter's task has them."""
+        known = self.codec.labels if labelled else None
+        problem = self.codec.problem_type
+        examples: list[dict[str, Any]] = source.read(
+            self.codec.task_type, known, labelled=labelled, problem_type=problem
+        )
+        return examples
+
     def check_parts(self, where: str, examples: Sequence[Mapping[str, Any]]) -> None:
         """Refuse single texts where training read pairs, and pairs where it read single texts.
 
@@ -44,7 +54,7 @@ class LoadedAdapter:
             ValueError: see above.
         """
         reads = self.settings.get("reads")
-        if self.codec.task_type != "SEQ_CLS" or reads is None or not examples:
+        if reads is None or not examples:
             return
         there, here = ("pairs of texts" if "text_pair" in parts else "single texts" for parts in (reads, examples[0]))
         if there != here:
@@ -82,11 +92,12 @@ def load_trained(
         )
     if task_type not in DEFAULT_MAX_LENGTH:
         raise ValueError(f"{folder} is an adapter for {task_type}, which predicts nothing by itself")
+    problem = chosen.problem_type if chosen is not None else None
     settings = _checked_settings(Path(folder) / SETTINGS_NAME, RunFolder(Path(folder)).settings())
     own_head = config.heads is None and task_type in HEAD_TASKS
     saved = description.get("labels")
     count = None
-    if own_head and task_type != "QUESTION_ANS":
+    if own_head and TASKS[task_type].names_labels:
         shapes = _shapes(Path(folder) / WEIGHTS_NAME)
         count = len(saved) if isinstance(saved, list) else head_size(name, task_type, shapes)
     base, tokenizer = load_base(name, task_type, own_head=own_head, num_labels=count)
@@ -98,6 +109,7 @@ def load_trained(
         max_length=max_length or settings.get("row_length") or DEFAULT_MAX_LENGTH[task_type],
         doc_stride=settings.get("doc_stride", 128),
         no_answer=settings.get("no_answer", False),
+        problem_type=problem,
     )
     return LoadedAdapter(adapter, codec, head, settings)
 
@@ -190,7 +202,8 @@ def _chosen_head(config: PTuningV2Config, head: str | None) -> HeadConfig | None
 
 
 def _labels(head: HeadConfig | None, base: Any, task_type: str, saved: Any) -> LabelSet | None:
-    if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+    row = TASKS[task_type] if head is None else TASKS[task_type].solving(head.problem_type)
+    if not row.names_labels:
         return None
     if head is not None:
         return LabelSet(tuple(head.labels or (str(index) for index in range(head.num_labels))))

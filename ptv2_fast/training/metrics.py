@@ -6,13 +6,18 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from ptv2_fast.task_types import SINGLE_LABEL, TASKS, TRAINED_TASKS
 from ptv2_fast.training.tags import stray_insides
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Texts that a query's ranking is judged by.
+RANKED = 10
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -25,18 +30,19 @@ class Metric:
     greater_is_better: bool
 
 
-def metric_for(task: str) -> Metric:
+def metric_for(task: str, problem_type: str | None = None) -> Metric:
     """The metric of a task.
 
-    SEQ_CLS: accuracy; TOKEN_CLS: entity F1; QUESTION_ANS: F1; CAUSAL_LM: perplexity (smaller is
-    better). Every `compute` takes (predictions, references).
+    SEQ_CLS: accuracy (regression: Pearson's correlation; several labels a row: micro F1); TOKEN_CLS: entity F1;
+    QUESTION_ANS: F1; MULTIPLE_CHOICE: accuracy; SENTENCE_RETRIEVAL: MRR@10; CAUSAL_LM: perplexity (smaller is better).
+    Every `compute` takes (predictions, references).
 
     Raises:
         ValueError: the task has no metric.
     """
-    if task not in _METRICS:
-        raise ValueError(f"task: must be one of {sorted(_METRICS)}; got {task!r}")
-    return _METRICS[task]
+    if task not in TRAINED_TASKS:
+        raise ValueError(f"task: must be one of {sorted(TRAINED_TASKS)}; got {task!r}")
+    return METRICS[str(TASKS[task].solving(problem_type or SINGLE_LABEL).metric)]
 
 
 def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> None:
@@ -62,6 +68,12 @@ def classification_scores(
         "accuracy": float(accuracy_score(truth, guess)),
         "f1": float(f1_score(truth, guess, labels=chosen, average="macro", zero_division=0.0)),
     }
+
+
+def choice_scores(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+    """`accuracy` of chosen indices, in [0, 1]."""
+    _check_lengths(predictions, references)
+    return {"accuracy": sum(map(int.__eq__, predictions, references)) / len(references)}
 
 
 def entity_scores(
@@ -163,9 +175,76 @@ def perplexity(loss_sums: Sequence[float], token_counts: Sequence[int]) -> dict[
     return {"perplexity": value, "loss": loss}
 
 
-_METRICS = {
-    "SEQ_CLS": Metric("accuracy", classification_scores, True),
-    "TOKEN_CLS": Metric("f1", entity_scores, True),
-    "QUESTION_ANS": Metric("f1", answer_scores, True),
-    "CAUSAL_LM": Metric("perplexity", perplexity, False),
+def number_scores(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+    """`pearson` and `spearman`, the correlations of numbers and of their ranks, and `mse`, the mean squared error.
+
+    Where all numbers of a side are the same there is no correlation: it counts as 0.
+    """
+    _check_lengths(predictions, references)
+    guess, truth = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
+    return {
+        "pearson": _correlation(guess, truth),
+        "spearman": _correlation(_ranks(guess), _ranks(truth)),
+        "mse": float(np.mean((guess - truth) ** 2)),
+    }
+
+
+def _correlation(left: np.ndarray, right: np.ndarray) -> float:
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
+        return 0.0
+    left, right = left - left.mean(), right - right.mean()
+    # Scaled first, so that no square leaves the range of numbers.
+    left, right = left / np.abs(left).max(), right / np.abs(right).max()
+    return float(left @ right / np.sqrt((left @ left) * (right @ right)))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: np.ndarray = (last - (counts - 1) / 2)[inverse.reshape(-1)]
+    return ranks
+
+
+def label_set_scores(predictions: Sequence[Collection[str]], references: Sequence[Collection[str]]) -> dict[str, float]:
+    """`micro_f1` over all decisions and `macro_f1`, the mean over the labels that occur, in [0, 1]."""
+    _check_lengths(predictions, references)
+    pairs = [(set(guess), set(truth)) for guess, truth in zip(predictions, references, strict=True)]
+    right = Counter(label for guess, truth in pairs for label in guess & truth)
+    # 2 TP + FP + FN
+    all_of = Counter(label for guess, truth in pairs for label in (*guess, *truth))
+    if not all_of:
+        return {"micro_f1": 0.0, "macro_f1": 0.0}
+    return {
+        "micro_f1": 2.0 * right.total() / all_of.total(),
+        "macro_f1": sum(2.0 * right[label] / count for label, count in all_of.items()) / len(all_of),
+    }
+
+
+def retrieval_scores(predictions: Sequence[Sequence[str]], references: Sequence[Collection[str]]) -> dict[str, float]:
+    """`mrr@10`, the mean of 1 / rank of a query's first right text (0 beyond ten), and `accuracy@1`.
+
+    Args:
+        predictions: for each query the texts that are ranked, the best first.
+        references: for each query the right ones.
+    """
+    _check_lengths(predictions, references)
+    reciprocal = first = 0.0
+    for ranked, right in zip(predictions, references, strict=True):
+        rank = next((rank for rank, text in enumerate(ranked[:RANKED], start=1) if text in right), None)
+        reciprocal += 0.0 if rank is None else 1.0 / rank
+        first += rank == 1
+    return {f"mrr@{RANKED}": reciprocal / len(references), "accuracy@1": first / len(references)}
+
+
+# By the names that the tasks' rows say.
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric("accuracy", classification_scores, True),
+    "choice_accuracy": Metric("accuracy", choice_scores, True),
+    "pearson": Metric("pearson", number_scores, True),
+    "micro_f1": Metric("micro_f1", label_set_scores, True),
+    "mrr": Metric(f"mrr@{RANKED}", retrieval_scores, True),
+    "entity_f1": Metric("f1", entity_scores, True),
+    "answer_f1": Metric("f1", answer_scores, True),
+    "perplexity": Metric("perplexity", perplexity, False),
 }

@@ -21,7 +21,7 @@ class Recipe:
     Attributes:
         name: task and base, such as "rte-bert-large".
         base: the model on the hub (cased or not, as the released script has it).
-        task_type: SEQ_CLS, TOKEN_CLS or QUESTION_ANS.
+        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS or MULTIPLE_CHOICE.
         num_virtual_tokens: P, prompt rows in every layer.
         learning_rate: of AdamW, at the start.
         epochs: passes over the training set.
@@ -64,10 +64,7 @@ _ROBERTA = "FacebookAI/roberta-large"
 _DECAYED = {"lr_schedule": "exponential"}
 _TAGS = {"task_type": "TOKEN_CLS", "metric": "f1", **_DECAYED}
 _ANSWERS = {"task_type": "QUESTION_ANS", "metric": "f1", "max_length": 384, "doc_stride": 128}
-_COPA = (
-    "the released run scores the two choices of an example against each other (multiple choice);"
-    " here each premise with a choice is a row of its own, right or wrong"
-)
+_CHOICE = {"task_type": "MULTIPLE_CHOICE"}
 _WSC = "the text is preceded by the pronoun in question and a colon"
 _WIC_BERT = "each sentence is preceded by the word in question and a colon"
 _WIC_ROBERTA = "one text: both sentences and a question whether the word means the same in both"
@@ -101,8 +98,8 @@ def _recipe(
 _ALL = (
     _recipe("boolq-bert-large", _CASED, 40, 5e-3, 100, 32, "74.3 accuracy"),
     _recipe("boolq-roberta-large", _ROBERTA, 8, 7e-3, 100, 32, "84.0 accuracy"),
-    _recipe("copa-bert-large", _CASED, 16, 1e-2, 80, 16, "77.0 accuracy", note=_COPA),
-    _recipe("copa-roberta-large", _ROBERTA, 8, 9e-3, 120, 16, "92.0 accuracy", note=_COPA),
+    _recipe("copa-bert-large", _CASED, 16, 1e-2, 80, 16, "77.0 accuracy", **_CHOICE),
+    _recipe("copa-roberta-large", _ROBERTA, 8, 9e-3, 120, 16, "92.0 accuracy", **_CHOICE),
     _recipe("rte-bert-large", _CASED, 20, 1e-2, 60, 32, "80.1 accuracy"),
     _recipe("rte-roberta-large", _ROBERTA, 128, 5e-3, 100, 32, "86.6 accuracy"),
     _recipe(

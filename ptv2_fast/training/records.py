@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ptv2_fast.training.data import check_text
+from ptv2_fast.training.decoding import Asked
+from ptv2_fast.training.examples import check_text
 from ptv2_fast.training.loading import LoadedAdapter
 from ptv2_fast.training.predict import predict
-
-# Words with inner apostrophes and hyphens, numbers with inner points and commas, other signs alone.
-_WORD = re.compile(r"\w+(?:['’\-.,]\w+)*|[^\w\s]")
-
-
-def words_of(text: str) -> list[str]:
-    """The words and signs of a sentence, split as tagged corpora split them."""
-    return _WORD.findall(text)
+from ptv2_fast.training.tasks import BY_PREDICTION, training_task
+from ptv2_fast.training.texts import entities_of as entities_of
+from ptv2_fast.training.texts import words_of as words_of
 
 
 def examples_of(
@@ -26,45 +20,21 @@ def examples_of(
     """Unlabelled examples from lines of text, blank ones left out.
 
     A line is a text (SEQ_CLS), a sentence (TOKEN_CLS), a prompt (CAUSAL_LM), or a question about
-    `context` (QUESTION_ANS); without a context it is a JSON object with "question" and "context".
+    `context` (QUESTION_ANS); without a context it is a JSON object with "question" and "context", and with "text" and
+    "choices" in any case (MULTIPLE_CHOICE).
 
     Raises:
         ValueError: there is no line with text, or a line is not such an object.
     """
+    typed = training_task(task_type).typed
     examples: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        check_text(f"{where}, line {number}", line)
-        if task_type == "SEQ_CLS":
-            examples.append({"text": line.strip()})
-        elif task_type == "TOKEN_CLS":
-            examples.append({"tokens": words_of(line)})
-        elif task_type == "CAUSAL_LM":
-            examples.append({"prompt": line.rstrip("\r\n")})
-        else:
-            question = _question(line, f"{where}, line {number}", context)
-            examples.append({"id": str(number), **question})
+        if line.strip():
+            place = f"{where}, line {number}"
+            examples.append(typed(check_text(place, line), place, number, context))
     if not examples:
         raise ValueError(f"{where}: expected at least one line with text; got none")
     return examples
-
-
-def _question(line: str, where: str, context: str | None) -> dict[str, str]:
-    if context is not None:
-        if not check_text("--context", context).strip():
-            raise ValueError(f"--context (context) must be the text that the questions are about; got {context!r}")
-        return {"question": line.strip(), "context": context}
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict) or not all(isinstance(values.get(k), str) for k in ("question", "context")):
-        raise ValueError(f"{where}: expected a context, or a JSON object with 'question' and 'context'")
-    for key in ("question", "context"):
-        if not check_text(where, values[key]).strip():
-            raise ValueError(f"{where}: expected text in {key!r}; got {values[key]!r}")
-    return {"question": values["question"], "context": values["context"]}
 
 
 def records_of(
@@ -73,62 +43,27 @@ def records_of(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    candidates: Sequence[str] | None = None,
+    top: int = 10,
 ) -> Iterator[dict[str, Any]]:
     """One record for each example, in order.
 
-    SEQ_CLS {"text", "label", "score"}; TOKEN_CLS {"tokens", "tags", "entities"}; QUESTION_ANS
-    {"question", "answer", "score"}; CAUSAL_LM {"prompt", "text"}, continued greedily.
+    SEQ_CLS {"text", "label", "score"}, of other problems {"text", "value"} or {"text", "labels", "scores"};
+    TOKEN_CLS {"tokens", "tags", "entities"}; QUESTION_ANS {"question", "answer", "score"};
+    MULTIPLE_CHOICE {"text", "choices", "choice", "index", "score", "scores"}; CAUSAL_LM {"prompt", "text"}, continued
+    greedily; SENTENCE_RETRIEVAL {"text", "embedding"}, or {"query", "hits"} with the `top` of the candidates.
     """
-    if loaded.codec.task_type == "CAUSAL_LM":
-        for example in examples:
-            prompt = example.get("prompt", example.get("text"))
-            yield {"prompt": prompt, "text": _continued(loaded, prompt, max_new_tokens)}
+    task = loaded.codec.task
+    if task.record is None:
+        assert task.records is not None
+        yield from task.records(loaded, examples, Asked(batch_size, max_new_tokens, candidates, top))
         return
     found = predict(loaded.model, loaded.codec, examples, batch_size=batch_size, head=loaded.head)
     for example, prediction in zip(examples, found, strict=True):
-        if loaded.codec.task_type == "SEQ_CLS":
-            texts = {key: example[key] for key in ("text", "text_pair") if key in example}
-            yield {**texts, "label": prediction.value, "score": round(prediction.score, 6)}
-        elif loaded.codec.task_type == "TOKEN_CLS":
-            tokens, tags = list(example["tokens"]), list(prediction.value)
-            yield {"tokens": tokens, "tags": tags, "entities": entities_of(tokens, tags)}
-        else:
-            answer = {"answer": prediction.value, "score": round(prediction.score, 6)}
-            yield {"id": example["id"], "question": example["question"], **answer}
-
-
-def _continued(loaded: LoadedAdapter, prompt: str, max_new_tokens: int) -> str:
-    """The prompt's greedy continuation alone."""
-    tokenizer, model = loaded.codec.tokenizer, loaded.model
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    options = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-    output = model.generate(**options, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=filler)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def entities_of(tokens: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
-    """Entities {"type", "text", "start", "end"} (words [start, end)); a stray I-x begins one."""
-    entities: list[dict[str, Any]] = []
-    for index, tag in enumerate(tags):
-        side, _, kind = tag.partition("-")
-        last = entities[-1] if entities else None
-        if side == "I" and last is not None and last["end"] == index and last["type"] == kind:
-            last["end"] = index + 1
-        elif side in ("B", "I"):
-            entities.append({"type": kind, "start": index, "end": index + 1})
-    for entity in entities:
-        entity["text"] = " ".join(tokens[entity["start"] : entity["end"]])
-    return entities
+        yield task.record(example, prediction)
 
 
 def line_of(record: Mapping[str, Any]) -> str:
     """A record as text for a terminal: columns, or one `token<TAB>tag` a line and a blank line."""
-    if "tags" in record:
-        return "\n".join(f"{token}\t{tag}" for token, tag in zip(record["tokens"], record["tags"])) + "\n"
-    if "answer" in record:
-        return f"{record['answer']}\t{record['score']:.4f}\t{record['question']}"
-    if "label" in record:
-        texts = [record[key] for key in ("text", "text_pair") if key in record]
-        return "\t".join((record["label"], f"{record['score']:.4f}", *texts))
-    return record["prompt"] + record["text"]
+    task = next(task for task in BY_PREDICTION.values() if any(key in record for key in task.shows))
+    return task.line(record)

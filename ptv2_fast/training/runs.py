@@ -14,14 +14,19 @@ from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.config import HEAD_TASKS, HeadConfig
 from ptv2_fast.families.registry import family_of
+from ptv2_fast.task_types import SINGLE_LABEL
 from ptv2_fast.training.bases import digest_of_weights, load_base
-from ptv2_fast.training.batches import PadCollator
+from ptv2_fast.training.batches import PadCollator, length_of
 from ptv2_fast.training.curves import plot_curves
 from ptv2_fast.training.data import LabelSet, read_examples
 from ptv2_fast.training.fit import Diverged, FitResult, FitSettings, fit
 from ptv2_fast.training.loading import load_trained as load_trained
 from ptv2_fast.training.run_folder import CURVES_NAME, RunFolder, digest_of
 from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec, starting_texts
+from ptv2_fast.training.tasks import task_row
+
+# What the outputs of heads are called that have no classes.
+_OUTPUTS = {"answer": ("start", "end"), "number": ("value",), "choice": ("score",)}
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,14 @@ class DataSource:
     prompt_column: str | None = None
     completion_column: str | None = None
 
-    def read(self, task_type: str, labels: LabelSet | None = None, *, labelled: bool = True) -> list[dict[str, Any]]:
+    def read(
+        self,
+        task_type: str,
+        labels: LabelSet | None = None,
+        *,
+        labelled: bool = True,
+        problem_type: str | None = None,
+    ) -> list[dict[str, Any]]:
         """The examples, checked; see `read_examples`."""
         return read_examples(
             self.path,
@@ -47,6 +59,7 @@ class DataSource:
             split=self.split,
             labels=labels,
             labelled=labelled,
+            problem_type=problem_type,
         )
 
 
@@ -56,15 +69,17 @@ class TrainRequest:
 
     Attributes:
         model: a hub name, a folder or a .gguf file.
-        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS or CAUSAL_LM.
+        task_type: one of `TRAINED_TASKS`.
         data, dev: training and development examples; without dev the last epoch is kept.
         fit: how long and how fast.
         num_virtual_tokens, injection, layers, init, reparameterization, prompt_dropout: of
             PTuningV2Config; init None means "text", or "normal" with a reparameterization.
-        pooling: what a SEQ_CLS head reads; None means "first" on encoders, "last" on decoders.
+        pooling: what a head with one vector for each row reads, and what SENTENCE_RETRIEVAL's vectors are; None means
+            "last" on decoders, on encoders "first" (SENTENCE_RETRIEVAL: "mean").
         max_length: tokens of a row; None means the task's usual length.
         doc_stride: tokens that windows of a context share.
         dropout: of the base's hidden states; None keeps the base's own.
+        problem_type: what a SEQ_CLS head solves, as `HeadConfig` says it; None is one class for each row.
 
     Raises:
         ValueError: max_length or doc_stride is out of range.
@@ -85,6 +100,7 @@ class TrainRequest:
     max_length: int | None = None
     doc_stride: int = 128
     dropout: float | None = None
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("max_length", 1), ("doc_stride", 0)):
@@ -177,14 +193,19 @@ def prepare(request: TrainRequest, output: str | Path, *, resume: bool = False, 
     """
     folder = RunFolder(Path(output))
     folder.check(_asked(request), resume=resume, overwrite=overwrite)
-    train = request.data.read(request.task_type)
+    row = task_row(request.task_type, request.problem_type)
+    train = request.data.read(request.task_type, problem_type=request.problem_type)
     labels = None
-    if request.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+    if row.names_labels:
         labels = LabelSet.from_examples(train)
-        if len(labels) < 2:
+        if len(labels) < 2 and row.predicts != "labels":
             raise ValueError(f"{request.data.path}: expected at least two classes; got {list(labels.names)}")
-    dev = request.dev.read(request.task_type, labels) if request.dev is not None else None
+    dev = None
+    if request.dev is not None:
+        dev = request.dev.read(request.task_type, labels, problem_type=request.problem_type)
     _check_alike(request, train, dev)
+    if row.predicts == "embedding" and request.fit.batch_size == 1 and "negative" not in train[0]:
+        raise ValueError("batch_size must be at least 2 where no text but a query's own is compared with it; got 1")
     if request.fit.early_stopping is not None and dev is None:
         raise ValueError("early stopping needs dev data to watch; got none")
     if resume:
@@ -200,6 +221,7 @@ def prepare(request: TrainRequest, output: str | Path, *, resume: bool = False, 
         max_length=request.max_length or _usual_length(request, base),
         doc_stride=request.doc_stride,
         no_answer=any(not example["answers"]["text"] for example in train if "answers" in example),
+        problem_type=request.problem_type,
     )
     torch.manual_seed(request.fit.seed)
     model = _build(request, base, codec, train)
@@ -213,7 +235,7 @@ def _check_alike(
     """Refuse dev examples that have other parts than those of training: pairs and single texts, say."""
     if request.dev is None or not dev:
         return
-    there, here = (set(examples[0]) - {"id"} for examples in (train, dev))
+    there, here = (set(examples[0]) - {"id", "negative"} for examples in (train, dev))
     if there != here:
         raise ValueError(
             f"{request.dev.path}: expected {' and '.join(sorted(there))} as in {request.data.path};"
@@ -260,9 +282,10 @@ def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[M
     heads = None
     if request.task_type in HEAD_TASKS:
         pooling = request.pooling or ("last" if family_of(backbone_of(base)).causal else "first")
-        names = codec.labels.names if codec.labels is not None else ("start", "end")
-        heads = {"task": HeadConfig(request.task_type, len(names), pooling=pooling, labels=names)}
-    elif request.pooling is not None:
+        names = codec.labels.names if codec.labels is not None else _OUTPUTS[str(codec.row.predicts)]
+        problem = request.problem_type or SINGLE_LABEL
+        heads = {"task": HeadConfig(request.task_type, len(names), pooling=pooling, labels=names, problem_type=problem)}
+    elif request.pooling is not None and not codec.row.pools_itself:
         raise ValueError(f"pooling must be None for {request.task_type}; got {request.pooling!r}")
     init = request.init or ("text" if request.reparameterization is None else "normal")
     config = PTuningV2Config(
@@ -274,6 +297,7 @@ def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[M
         prompt_dropout=request.prompt_dropout,
         reparameterization=request.reparameterization,
         heads=heads,
+        pooling=request.pooling if codec.row.pools_itself else None,
     )
     texts = starting_texts(train, request.num_virtual_tokens) if init == "text" else None
     return get_ptv2_model(base, config, tokenizer=codec.tokenizer if texts else None, init_text=texts)
@@ -282,7 +306,7 @@ def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[M
 @torch.no_grad()
 def _try_longest(model: PTuningV2Model, codec: TaskCodec, examples: Sequence[Mapping[str, Any]]) -> None:
     """One forward of the longest row: what cannot run is found before anything is written."""
-    longest = max(codec.encode(examples, quiet=True), key=lambda feature: len(feature["input_ids"]))
+    longest = max(codec.encode(examples, quiet=True), key=length_of)
     batch = PadCollator(codec.tokenizer, padding_side="right")([longest])
     model.eval()
     model(**batch)

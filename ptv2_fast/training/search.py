@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ptv2_fast.choices import INJECTIONS
 from ptv2_fast.saving.checkpoint import write_whole
 from ptv2_fast.training.fit import Diverged
 from ptv2_fast.training.metrics import Metric, metric_for
@@ -26,7 +27,6 @@ from ptv2_fast.training.run_folder import differences
 from ptv2_fast.training.runs import TrainRequest, prepare
 
 LOG_NAME, TABLE_NAME, PLOT_NAME, BEST_NAME = "trials.log", "trials.md", "trials.png", "best"
-INJECTIONS = ("deep", "shallow", "prefix")
 _ASKED = "asked"
 _MARKERS = dict(zip(INJECTIONS, "os^"))
 
@@ -88,7 +88,7 @@ def search(
     output = Path(output)
     _check(request, output, trials)
     study = _study(output, request, _first_look(request, output, space))
-    metric = metric_for(request.task_type)
+    metric = metric_for(request.task_type, request.problem_type)
     _keep_best(study, output, metric)
     while len(_ended(study)) < trials:
         _run_trial(study, request, output, space, say)
@@ -123,7 +123,7 @@ def _study(output: Path, request: TrainRequest, asked: dict[str, Any]) -> Any:
     study = optuna.create_study(
         study_name="search",
         storage=JournalStorage(JournalFileBackend(str(output / LOG_NAME))),
-        direction="maximize" if metric_for(request.task_type).greater_is_better else "minimize",
+        direction="maximize" if metric_for(request.task_type, request.problem_type).greater_is_better else "minimize",
         load_if_exists=True,
     )
     kept = study.user_attrs.get(_ASKED)

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from typing import Any
 
+from ptv2_fast.task_types import TASKS, TaskType
 from ptv2_fast.training.batches import PadCollator
-from ptv2_fast.training.data import TASKS, LabelSet
-from ptv2_fast.training.tokens import (
-    encode_classification,
-    encode_language_model,
-    encode_question_answering,
-    encode_tokens,
-)
+from ptv2_fast.training.labels import LabelSet
+from ptv2_fast.training.metrics import Metric, metric_for
+from ptv2_fast.training.tasks import TrainingTask, task_row, training_task
 
 # Tokens of a row where nobody says otherwise.
-DEFAULT_MAX_LENGTH = {"SEQ_CLS": 128, "TOKEN_CLS": 128, "QUESTION_ANS": 384, "CAUSAL_LM": 512}
+DEFAULT_MAX_LENGTH = {name: task.max_length for name, task in TASKS.items() if task.max_length is not None}
 
 
 @dataclass(frozen=True)
@@ -25,12 +22,13 @@ class TaskCodec:
     """How the examples of one task meet one tokenizer.
 
     Attributes:
-        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS or CAUSAL_LM.
+        task_type: one of `TRAINED_TASKS`.
         tokenizer: a fast tokenizer.
         labels: the classes or tags in the order of the model's outputs; None for the other tasks.
         max_length: the most tokens of a row.
         doc_stride: tokens that neighbouring windows of a context share (QUESTION_ANS).
         no_answer: whether a question may have no answer (QUESTION_ANS).
+        problem_type: what a SEQ_CLS head solves, as `HeadConfig` says it; None is one class for each row.
     """
 
     task_type: str
@@ -39,14 +37,29 @@ class TaskCodec:
     max_length: int = 128
     doc_stride: int = 128
     no_answer: bool = False
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        if self.task_type not in TASKS:
-            raise ValueError(f"task_type must be one of {', '.join(TASKS)}; got {self.task_type!r}")
+        training_task(self.task_type, self.problem_type)
         if not isinstance(self.max_length, int) or self.max_length < 2:
             raise ValueError(f"max_length must be an integer of at least 2; got {self.max_length!r}")
         if not isinstance(self.doc_stride, int) or self.doc_stride < 0:
             raise ValueError(f"doc_stride must be an integer of at least 0; got {self.doc_stride!r}")
+
+    @property
+    def row(self) -> TaskType:
+        """The task's row, for what its head solves."""
+        return task_row(self.task_type, self.problem_type)
+
+    @property
+    def task(self) -> TrainingTask:
+        """What is done for the task."""
+        return training_task(self.task_type, self.problem_type)
+
+    @property
+    def metric(self) -> Metric:
+        """How predictions are scored."""
+        return metric_for(self.task_type, self.problem_type)
 
     @property
     def known_labels(self) -> LabelSet:
@@ -72,15 +85,7 @@ class TaskCodec:
         Raises:
             ValueError: an example does not fit the task, the labels or max_length.
         """
-        options: dict[str, Any] = {"max_length": self.max_length, "quiet": quiet}
-        if self.task_type == "SEQ_CLS":
-            return encode_classification(examples, self.tokenizer, self.labels, **options)
-        if self.task_type == "TOKEN_CLS":
-            return encode_tokens(examples, self.tokenizer, self.labels, **options)
-        if self.task_type == "QUESTION_ANS":
-            options = {"max_length": self.max_length, "doc_stride": self.doc_stride}
-            return encode_question_answering(examples, self.tokenizer, **options)
-        return encode_language_model(examples, self.tokenizer, **options)
+        return self.task.encode(examples, self, quiet)
 
 
 def starting_texts(examples: Iterable[Mapping[str, Any]], count: int) -> list[str]:
@@ -99,5 +104,5 @@ def starting_texts(examples: Iterable[Mapping[str, Any]], count: int) -> list[st
 def _text_of(example: Mapping[str, Any]) -> str:
     if "tokens" in example:
         return " ".join(example["tokens"])
-    names = ("text", "text_pair", "question", "context", "prompt", "completion")
-    return " ".join(example[name] for name in names if name in example)
+    names = ("text", "text_pair", "question", "context", "prompt", "completion", "query", "positive")
+    return " ".join([*(example[name] for name in names if name in example), *example.get("choices", ())])

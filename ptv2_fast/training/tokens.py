@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from ptv2_fast.training.batches import IGNORED_LABEL
-from ptv2_fast.training.data import LabelSet
+from ptv2_fast.losses import IGNORED_LABEL
+from ptv2_fast.training.labels import LabelSet
 
 logger = logging.getLogger(__name__)
 
 
-def _check_fast(tokenizer: Any) -> None:
+def check_fast(tokenizer: Any) -> None:
+    """Refuse a tokenizer without word ids and offsets."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"tokenizer: must be a fast tokenizer (with word ids and offsets); got {type(tokenizer).__name__}"
@@ -40,7 +41,7 @@ def encode_classification(
     Raises:
         ValueError: the tokenizer is not fast, `labels` is missing or does not know a label.
     """
-    _check_fast(tokenizer)
+    check_fast(tokenizer)
     features, cut = [], 0
     for example in examples:
         texts = [example[key] for key in ("text", "text_pair") if key in example]
@@ -51,11 +52,12 @@ def encode_classification(
             feature["labels"] = _known(labels).to_id(example["label"])
         features.append(feature)
     if not quiet:
-        _say_cut(cut, f"{len(examples)} texts", max_length)
+        say_cut(cut, f"{len(examples)} texts", max_length)
     return features
 
 
-def _say_cut(cut: int, of: str, max_length: int, more: str = "") -> None:
+def say_cut(cut: int, of: str, max_length: int, more: str = "") -> None:
+    """Warn of what was cut."""
     if cut:
         logger.warning("%d of %s were cut at %d tokens (max_length, --max-length)%s", cut, of, max_length, more)
 
@@ -87,8 +89,8 @@ def encode_tokens(
     Raises:
         ValueError: the tokenizer is not fast, `labels` is missing or does not know a tag.
     """
-    _check_fast(tokenizer)
-    spaced = _splits_differ(tokenizer)
+    check_fast(tokenizer)
+    spaced = splits_differ(tokenizer)
     features, cut = [], 0
     for example in examples:
         words = list(example["tokens"])
@@ -114,7 +116,7 @@ def encode_tokens(
             ]
         features.append(feature)
     if not quiet:
-        _say_cut(cut, f"{len(examples)} sentences", max_length, "; the words beyond count as O")
+        say_cut(cut, f"{len(examples)} sentences", max_length, "; the words beyond count as O")
     return features
 
 
@@ -123,7 +125,7 @@ def _model_inputs(encoding: Any, tokenizer: Any, window: int) -> dict[str, Any]:
     return {name: encoding[name][window] for name in names}
 
 
-def _splits_differ(tokenizer: Any) -> bool:
+def splits_differ(tokenizer: Any) -> bool:
     """Whether a list of words loses the spaces that text has (byte-level tokenizers).
 
     Their vocabulary has a space inside the word ("Ġthe"); without it every word of a list would
@@ -192,7 +194,7 @@ def encode_question_answering(
     Raises:
         ValueError: the tokenizer is not fast, or a question leaves no room for the context.
     """
-    _check_fast(tokenizer)
+    check_fast(tokenizer)
     features = []
     for example_index, example in enumerate(examples):
         question = example["question"].strip()
@@ -339,7 +341,7 @@ def encode_language_model(
     Raises:
         ValueError: the tokenizer is not fast, max_length < 2, or an example has nothing to predict.
     """
-    _check_fast(tokenizer)
+    check_fast(tokenizer)
     if max_length < 2:
         raise ValueError(f"max_length: must be at least 2; got {max_length!r}")
     ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -366,5 +368,5 @@ def encode_language_model(
                 targets[0] = IGNORED_LABEL
             features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": targets})
     if not quiet:
-        _say_cut(cut, f"{len(examples)} examples", max_length, "; of a prompt its end is kept")
+        say_cut(cut, f"{len(examples)} examples", max_length, "; of a prompt its end is kept")
     return features

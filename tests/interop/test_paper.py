@@ -7,10 +7,10 @@ import torch
 from batches import padded, text_rows
 from peft_models import said
 from safetensors.torch import save_file
-from tiny_models import HIDDEN, LABELS, tiny_base
+from tiny_models import HIDDEN, LABELS, tiny_base, tiny_config
 from tolerances import assert_differs, assert_equal
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoModelForMultipleChoice, DynamicCache
 
 from ptv2_fast import from_paper
 from ptv2_fast.inputs.cache import CACHE
@@ -155,3 +155,17 @@ def test_files(tmp_path):
     save_file(_state(head="classifier"), whole)
     whole.write_bytes(whole.read_bytes()[:-1])
     _refused("model.safetensors is not a whole safetensors file", tmp_path)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_choices(family):
+    """BertPrefixForMultipleChoice and its like: the pooler's output, one score, the rows of an example side by side."""
+    torch.manual_seed(0)
+    base = AutoModelForMultipleChoice.from_config(tiny_config(family)).eval()
+    batch = padded(text_rows(5, 2, 7, 4), "right")
+    state = _state(head="classifier", labels=1)
+    expected = _linear(_literal(base, state, batch)[1], state, "classifier").view(2, 2)
+    model = from_paper(base, state)
+    assert model.ptv2_config["default"].task_type == "MULTIPLE_CHOICE"
+    groups = {name: value.unflatten(0, (2, 2)) for name, value in batch.inputs.items()}
+    assert_equal(model(**groups).logits, expected)

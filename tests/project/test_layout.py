@@ -19,9 +19,9 @@ MAX_LINES = 400
 
 # From the bottom up: a room imports from itself and from the rooms below it. Rooms of one row do not know each other.
 LAYERS = (
-    ("kernels", "reference"),
+    ("kernels", "reference", "choices", "task_types"),
     ("attention",),
-    ("backbone", "storage", "typed_modules", "config"),
+    ("backbone", "storage", "typed_modules", "config", "losses"),
     ("families",),
     ("inputs",),
     ("prompts", "heads"),
@@ -41,7 +41,9 @@ MAY_IMPORT_REFERENCE = {"ptv2_fast.attention.api"}
 # The one arrow upwards: the classes of the tasks are looked up by name where a saved model is rebuilt.
 LAZY_UPWARDS = {("ptv2_fast.model", "ptv2_fast.task_models.classes")}
 # Rooms that stay below transformers.
-WITHOUT_TRANSFORMERS = {"kernels", "config", "storage", "typed_modules", "public", "checkpoint", "export", "hub"}
+WITHOUT_TRANSFORMERS = {
+    "kernels", "choices", "task_types", "config", "storage", "typed_modules", "public", "checkpoint", "export", "hub",
+}  # fmt: skip
 ATTENTION_WITHOUT_TRANSFORMERS = {
     "api", "checks", "layer", "prompt_batch", "torch_backend", "triton_backend", "triton_layers", "__init__",
 }  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.reference.float64 import to_exact_float64
 from ptv2_fast.reference.literal import literal_deep, literal_prefix, literal_shallow
+from ptv2_fast.task_types import TASKS
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -177,13 +178,7 @@ MIXTURES = _names(lambda tiny: "experts_implementation" in tiny.config)
 # Words are narrower than hidden states, and so are shallow prompts.
 NARROW_WORDS = {name: TINY[name].config["embedding_size"] for name in _names(lambda t: "embedding_size" in t.config)}
 
-_AUTO = {
-    "FEATURE_EXTRACTION": transformers.AutoModel,
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-}
+_AUTO = {name: getattr(transformers, task.auto_class) for name, task in TASKS.items()}
 
 
 def tiny_config(family: str, **changes) -> transformers.PretrainedConfig:

@@ -54,7 +54,7 @@ def test_consistent(name):
     assert recipe.task_type in TASKS
     assert metric_for(recipe.task_type).name == recipe.metric
     assert (recipe.doc_stride is not None) == (recipe.task_type == "QUESTION_ANS")
-    assert (recipe.lr_schedule == "linear") == (recipe.task_type == "SEQ_CLS")
+    assert (recipe.lr_schedule == "linear") == (recipe.task_type in ("SEQ_CLS", "MULTIPLE_CHOICE"))
     assert (recipe.weight_decay, recipe.max_grad_norm, recipe.lr_decay) == (0.0, 1.0, 0.95)
     with pytest.raises(FrozenInstanceError):
         recipe.epochs = 1

@@ -1,0 +1,127 @@
+"""The model class of the task SENTENCE_RETRIEVAL: texts as vectors, trained on texts that belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from ptv2_fast.adapter import BASE_ROW
+from ptv2_fast.inputs.pooling import pool, tokens_read
+from ptv2_fast.losses import in_batch_negatives_loss
+from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.task_models.groups import flat_rows, names_of_rows
+
+
+@dataclass
+class SentenceEmbeddingOutput(ModelOutput):
+    """What `PTuningV2ModelForSentenceRetrieval` gives.
+
+    Attributes:
+        loss: (), where the rows are groups of texts that belong together.
+        embeddings: (B, D) of length 1, or (B, G, D); float32, or float64 of a base in float64.
+        hidden_states: the backbone's, of the B (or B G) rows, where they are asked for.
+    """
+
+    loss: Tensor | None = None
+    embeddings: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class PTuningV2ModelForSentenceRetrieval(PTuningV2Model):
+    """Prompts for finding texts by their meaning (task_type SENTENCE_RETRIEVAL): pooled states, no head.
+
+    In training the inputs are (B, G, N): a query, the text that belongs to it, and G - 2 that do not. All rows run in
+    one forward, and the other examples' texts count as ones that do not belong to a query either.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_loss: bool = True,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Embeddings (B, D) of texts (B, N); (B, G, D) of groups (B, G, N), with the loss of in-batch negatives.
+
+        Args:
+            return_loss: whether groups are compared.
+            adapter_names: one name for each text, or for each group.
+        """
+        self._check_read(kwargs)
+        if kwargs.pop("labels", None) is not None:
+            raise ValueError("labels must be None: a text's place in its group says what it is")
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
+        groups = None
+        if _is_grouped(input_ids, inputs_embeds):
+            inputs, groups = flat_rows(inputs)
+            if return_loss and groups[1] < 2:
+                raise ValueError(f"input_ids must hold a query and a text for each example; got rows {groups[1]}")
+            if return_loss and adapter_names is not None and len(set(adapter_names)) > 1:
+                raise ValueError("return_loss must be False with several adapters in one batch: train one at a time")
+            adapter_names = names_of_rows(adapter_names, groups)
+        embeddings, states = self._embedded(inputs, adapter_names)
+        loss = None
+        if groups is not None:
+            embeddings = embeddings.unflatten(0, groups)
+            loss = in_batch_negatives_loss(embeddings) if return_loss else None
+        output = SentenceEmbeddingOutput(loss=loss, embeddings=embeddings, hidden_states=states)
+        return self._as_asked(output, kwargs.get("return_dict"))
+
+    @torch.no_grad()
+    def encode(self, *args: Any, **inputs: Any) -> Tensor:
+        """Embeddings (B, D) of length 1, of texts (B, N) that are given as to `forward`; without gradients."""
+        embeddings: Tensor = self(*args, **{**inputs, "return_loss": False, "return_dict": True}).embeddings
+        return embeddings
+
+    def why_not_packed(self) -> str | None:
+        """Why the loss cannot be computed of a `PackedBatch`."""
+        return "a SENTENCE_RETRIEVAL loss compares whole rows"
+
+    def _embedded(
+        self, inputs: dict[str, Any], adapter_names: Sequence[str] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Pooled states (R, D) of length 1, and the hidden states where they are asked for."""
+        names = self._row_names(adapter_names, inputs)
+        poolings = {name: self._pooling(name) for name in names}
+        first = poolings[names[0]]
+        alike = len(set(poolings.values())) == 1
+        read = tokens_read(inputs, first) if alike else None
+        output = self.run(self.backbone, inputs, adapter_names, read=read)
+        hidden, mask = output.last_hidden_state, inputs.get("attention_mask")
+        mask = mask if mask is not None and mask.dim() == 2 else None
+        if alike:
+            pooled = pool(hidden, mask, first, read)
+        else:
+            rows = [slice(row, row + 1) for row in range(hidden.shape[0])]
+            masks = [None if mask is None else mask[row] for row in rows]
+            each = zip(rows, masks, names, strict=True)
+            pooled = torch.cat([pool(hidden[row], own, poolings[name]) for row, own, name in each])
+        # Lengths of half precision would be too coarse to compare.
+        exact = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+        return F.normalize(exact, dim=-1), output.hidden_states
+
+    def _pooling(self, name: str) -> str:
+        config = self.adapters[self.active_adapter if name == BASE_ROW else name].config
+        return config.pooling or ("last" if self._family.causal else "mean")
+
+
+def _is_grouped(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> bool:
+    axes = {"input_ids": (input_ids, 3), "inputs_embeds": (inputs_embeds, 4)}
+    return any(isinstance(value, Tensor) and value.dim() == count for value, count in axes.values())

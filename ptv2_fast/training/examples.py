@@ -1,0 +1,198 @@
+"""Rows as examples: what a file says of one, checked value by value."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptv2_fast.training.formats import Row
+from ptv2_fast.training.labels import LabelSet, differing_by_case, same_spelled_twice
+from ptv2_fast.training.tags import TAG, stray_insides, to_iob2
+
+# Up to so many classes may have an example each without a word.
+_FEW_CLASSES = 20
+
+
+def value_of(row: Row, column: str) -> Any:
+    """A row's value; ValueError where it has no such column."""
+    if column not in row.values:
+        raise ValueError(f"{row.where}: expected the column {column!r}; the columns are {list(row.values)}")
+    return row.values[column]
+
+
+def text_of(row: Row, column: str) -> str:
+    """A row's value, which must be a text that is not blank."""
+    value = value_of(row, column)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{row.where}: expected text in {column!r}; got {value!r}")
+    return check_text(row.where, value)
+
+
+def check_text(where: str, text: str) -> str:
+    """The text itself, if it is one that can be written.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, which is no character.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: expected text; character {error.start} is half of a surrogate pair: {text[error.start]!a}"
+        ) from error
+    return text
+
+
+def check_known(where: str, what: str, name: str, labels: LabelSet | None) -> None:
+    """Refuse a label that was not seen in training."""
+    if labels is not None and name not in labels:
+        raise ValueError(f"{where}: {what} {name!r} was not seen in training; known: {list(labels.names)}")
+
+
+def class_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:
+    """A text, or a pair of them, and its class."""
+    example = {role: text_of(row, column).strip() for role, column in roles.items() if role != "label"}
+    if "label" not in roles:
+        return example
+    label = value_of(row, roles["label"])
+    if isinstance(label, str):
+        label = check_text(row.where, label).strip()
+    if not isinstance(label, str | int) or label == "":
+        raise ValueError(f"{row.where}: expected a label (text or an integer) in {roles['label']!r}; got {label!r}")
+    example["label"] = str(label)
+    check_known(row.where, "label", example["label"], labels)
+    return example
+
+
+def tokens_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:
+    """Words and their tags, in IOB2."""
+    tokens = value_of(row, roles["tokens"])
+    if not _is_texts(tokens) or not tokens:
+        raise ValueError(f"{row.where}: expected a list of words in {roles['tokens']!r}; got {tokens!r}")
+    for index, token in enumerate(tokens):
+        if not token.strip(" \t\r\n"):
+            raise ValueError(f"{row.where}, token {index + 1}: expected a word; got {token!r}")
+    example: dict[str, Any] = {"tokens": [check_text(row.where, token) for token in tokens]}
+    if "tags" not in roles:
+        return example
+    tags = value_of(row, roles["tags"])
+    if not isinstance(tags, list | tuple):
+        raise ValueError(f"{row.where}: expected a list of IOB tags; got {tags!r}")
+    if len(tokens) != len(tags):
+        raise ValueError(f"{row.where}: expected as many tags as tokens; got {len(tokens)} tokens and {len(tags)} tags")
+    for index, tag in enumerate(tags):
+        where = f"{row.where}, token {index + 1}"
+        if row.lines is not None:
+            where = f"{row.where.rpartition(', line ')[0]}, line {row.lines[index]}"
+        if not isinstance(tag, str) or not TAG.fullmatch(tag):
+            raise ValueError(f"{where}: expected the tag O, B-x or I-x; got {tag!r}")
+        check_known(where, "tag", check_text(where, tag), labels)
+    strays = len(stray_insides(tags))
+    # Labels without a B-x are the caller's own scheme.
+    if strays and (labels is None or all(tag in labels for tag in to_iob2(tags))):
+        example |= {"tags": to_iob2(tags), "strays": strays}
+    else:
+        example["tags"] = list(tags)
+    return example
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+
+
+def question_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:
+    """A question about a text, and its answers."""
+    context = text_of(row, "context")
+    example: dict[str, Any] = {
+        # Without the file's name: an id is the same wherever the file lies.
+        "id": str(row.values.get("id", row.where.rpartition(", ")[2])),
+        "question": text_of(row, "question"),
+        "context": context,
+    }
+    if "answers" not in roles:
+        return example
+    texts, starts = _answers(row)
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text or type(start) is not int:
+            raise ValueError(
+                f"{row.where}: expected an answer's text and an integer answer_start; got {text!r} and {start!r}"
+            )
+        found = context[start : start + len(text)] if start >= 0 else ""
+        if found != text:
+            raise ValueError(
+                f"{row.where}: answer_start {start} must point at the answer {text!r}; the context has {found!r} there"
+            )
+    impossible = row.values.get("is_impossible")
+    if impossible not in (None, True, False):
+        raise ValueError(f"{row.where}: is_impossible must be true or false; got {impossible!r}")
+    if impossible and texts:
+        raise ValueError(f"{row.where}: is_impossible is true; expected no answers, got {texts}")
+    if impossible is False and not texts:
+        raise ValueError(f"{row.where}: is_impossible is false; expected answers, got none")
+    example["answers"] = {"text": texts, "answer_start": starts}
+    return example
+
+
+def _answers(row: Row) -> tuple[list[Any], list[Any]]:
+    """Texts and starts from {"text": [...], "answer_start": [...]} or a list of such pairs."""
+    answers = value_of(row, "answers")
+    texts: Any
+    starts: Any
+    if isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
+        texts = [answer.get("text") for answer in answers]
+        starts = [answer.get("answer_start") for answer in answers]
+    elif isinstance(answers, dict):
+        texts, starts = answers.get("text"), answers.get("answer_start")
+    else:
+        texts = starts = None
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise ValueError(f"{row.where}: expected answers with as many 'text' as 'answer_start'; got {answers!r}")
+    return texts, starts
+
+
+def check_ids(
+    name: str | Path, examples: Sequence[Mapping[str, Any]], notes: list[str], labels: LabelSet | None
+) -> None:
+    """Refuse two questions of one id."""
+    seen: dict[str, int] = {}
+    for number, example in enumerate(examples, start=1):
+        earlier = seen.setdefault(example["id"], number)
+        if earlier != number:
+            raise ValueError(f"{name}: ids must differ; questions {earlier} and {number} have {example['id']!r}")
+
+
+def check_classes(
+    name: str | Path, examples: Sequence[Mapping[str, Any]], notes: list[str], labels: LabelSet | None
+) -> None:
+    """Refuse a class that is spelled in two ways; note what looks odd about the classes."""
+    found = {example["label"] for example in examples if "label" in example}
+    refuse_two_spellings(name, found, notes)
+    if labels is None and len(found) > max(_FEW_CLASSES, len(examples) / 2):
+        some = ", ".join(sorted(found)[:3])
+        notes.append(
+            f"{name}: {len(found)} classes in {len(examples)} examples ({some}, ...); is label_column"
+            " (--label-column) the one that is meant?"
+        )
+
+
+def refuse_two_spellings(name: str | Path, found: Collection[str], notes: list[str]) -> None:
+    """Refuse a label that is spelled in two ways; note those that differ by case alone."""
+    twice = same_spelled_twice(found)
+    if twice:
+        raise ValueError(f"{name}: labels must be spelled in one way; {twice[0]!r} and {twice[1]!r} are the same")
+    cased = differing_by_case(found)
+    if cased:
+        notes.append(f"{name}: classes that differ by upper and lower case alone: {', '.join(map(repr, cased))}")
+
+
+def check_tags(name: str | Path, examples: Sequence[dict[str, Any]], notes: list[str], labels: LabelSet | None) -> None:
+    """Note tags that came in another scheme."""
+    strays = sum(example.pop("strays", 0) for example in examples)
+    if strays:
+        notes.append(f"{name}: IOB1 tags are read as IOB2: {strays} I-x that begin an entity become B-x")
+
+
+def language_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:
+    """Text, or a prompt with what follows it."""
+    return {role: text_of(row, column) for role, column in roles.items()}

@@ -1,0 +1,150 @@
+"""Sentence retrieval: from files of texts that belong together to embeddings and rankings.
+
+An example is {"query", "positive", "negative" (if the file has them)}, and a text alone {"text"} for prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ptv2_fast.training.columns import TEXT_COLUMNS, Table, Wanted
+from ptv2_fast.training.decoding import Asked, Outputs, Rows
+from ptv2_fast.training.examples import text_of
+from ptv2_fast.training.formats import Row
+from ptv2_fast.training.labels import LabelSet
+from ptv2_fast.training.metrics import RANKED, retrieval_scores
+from ptv2_fast.training.tokens import check_fast, say_cut
+
+if TYPE_CHECKING:
+    from ptv2_fast.training.loading import LoadedAdapter
+    from ptv2_fast.training.task_data import TaskCodec
+
+PARTS = ("query", "positive", "negative")
+# Rows of scores that are computed at a time.
+_QUERIES = 256
+
+
+def pair_columns(table: Table, wanted: Wanted) -> dict[str, str]:
+    """Query, positive and, where there is one, negative; of texts alone the text (or the query)."""
+    if not wanted.labelled:
+        usual = [name for name in (*TEXT_COLUMNS, "query") if name in table.names]
+        named = [table.need(name, "text_column") for name in wanted.texts[:1]] or usual
+        table.refuse_several([(name,) for name in named], "text_column")
+        if not named:
+            raise table.missing(f"a column of {[*TEXT_COLUMNS, 'query']}", "text_column")
+        return {"text": named[0]}
+    if len(wanted.texts) == 1:
+        raise ValueError(f"text_column: expected two or three names (query, positive, negative); got {wanted.texts}")
+    if wanted.texts:
+        return dict(zip(PARTS, (table.need(name, "text_column") for name in wanted.texts)))
+    return {part: table.need(part, "text_column") for part in PARTS if part != "negative" or part in table.names}
+
+
+def pair_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:
+    """Texts that belong together, or one text."""
+    return {role: text_of(row, column).strip() for role, column in roles.items()}
+
+
+def encode_pairs(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
+    """Features of single texts, or of groups: lists of two or three lists, the query first."""
+    check_fast(codec.tokenizer)
+    features, cut = [], 0
+    for row in rows:
+        texts = [row[part] for part in PARTS if part in row]
+        encoding = codec.tokenizer(texts or [row["text"]], truncation=True, max_length=codec.max_length)
+        cut += any(bool(one.overflowing) for one in encoding.encodings)
+        names = [name for name in codec.tokenizer.model_input_names if name in encoding]
+        features.append({name: encoding[name] if texts else encoding[name][0] for name in names})
+    if not quiet:
+        say_cut(cut, f"{len(rows)} examples", codec.max_length)
+    return features
+
+
+def pair_scores(outputs: Outputs, examples: Rows, codec: TaskCodec) -> dict[str, float]:
+    """How high each query ranks a positive of its own among all positives, and the mean loss of the batches."""
+    right: dict[str, set[str]] = {}
+    for example in examples:
+        right.setdefault(_part(example, "query"), set()).add(_part(example, "positive"))
+    total = 0.0
+    embeddings: dict[str, dict[str, Tensor]] = {"query": {}, "positive": {}}
+    for indices, _, output in outputs:
+        total += float(output.loss) * len(indices)
+        for index, group in zip(indices, output.embeddings.float().cpu(), strict=True):
+            for part, vector in zip(embeddings, group):
+                embeddings[part].setdefault(examples[index][part], vector)
+    positives = list(embeddings["positive"])
+    queries = torch.stack([embeddings["query"][query] for query in right])
+    best = ranking(queries, torch.stack(list(embeddings["positive"].values())), RANKED)
+    ranked = [[positives[index] for index, _ in hits] for hits in best]
+    return {**retrieval_scores(ranked, list(right.values())), "loss": total / len(examples)}
+
+
+def _part(example: Mapping[str, Any], part: str) -> str:
+    if part not in example:
+        raise ValueError(f"examples: expected {part!r} in each example; got {sorted(example)}")
+    text: str = example[part]
+    return text
+
+
+def ranking(queries: Tensor, texts: Tensor, most: int) -> list[list[tuple[int, float]]]:
+    """For each of queries (Q, D) at most so many of texts (T, D), (index, cosine), the closest first.
+
+    Both are of length 1.
+    """
+    found: list[list[tuple[int, float]]] = []
+    for part in queries.split(_QUERIES):
+        best = (part @ texts.T).topk(min(most, len(texts)), dim=-1)
+        found += [
+            list(zip(i, s, strict=True)) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+    return found
+
+
+@torch.no_grad()
+def embed(model: Any, codec: TaskCodec, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
+    """Embeddings (T, D) of texts, of length 1, on the CPU.
+
+    Args:
+        model: a PTuningV2ModelForSentenceRetrieval.
+    """
+    features = codec.encode([{"text": text} for text in texts])
+    order = sorted(range(len(features)), key=lambda index: -len(features[index]["input_ids"]))
+    found: list[Tensor] = [torch.empty(0)] * len(features)
+    was_training = model.training
+    model.eval()
+    try:
+        for begin in range(0, len(order), batch_size):
+            indices = order[begin : begin + batch_size]
+            batch = codec.collator([features[index] for index in indices])
+            vectors = model.encode(**{name: tensor.to(model.device) for name, tensor in batch.items()}).float().cpu()
+            for index, vector in zip(indices, vectors, strict=True):
+                found[index] = vector
+    finally:
+        model.train(was_training)
+    return torch.stack(found)
+
+
+def pair_records(loaded: LoadedAdapter, examples: Rows, asked: Asked) -> Iterator[dict[str, Any]]:
+    """{"query", "hits": [{"text", "score"}, ...]} where there are candidates, else {"text", "embedding"}."""
+    texts = [example.get("text", example.get("query")) for example in examples]
+    vectors = embed(loaded.model, loaded.codec, texts, batch_size=asked.batch_size)
+    if asked.candidates is None:
+        for text, vector in zip(texts, vectors.tolist(), strict=True):
+            yield {"text": text, "embedding": [round(value, 6) for value in vector]}
+        return
+    candidates = list(dict.fromkeys(asked.candidates))
+    against = embed(loaded.model, loaded.codec, candidates, batch_size=asked.batch_size)
+    for text, hits in zip(texts, ranking(vectors, against, asked.top), strict=True):
+        found = [{"text": candidates[index], "score": round(score, 6)} for index, score in hits]
+        yield {"query": text, "hits": found}
+
+
+def pair_line(record: Mapping[str, Any]) -> str:
+    """A line for each hit: query, cosine and text between tabs; or a text and its numbers between blanks."""
+    if "hits" in record:
+        return "\n".join(f"{record['query']}\t{hit['score']:.4f}\t{hit['text']}" for hit in record["hits"])
+    return f"{record['text']}\t{' '.join(f'{value:.6f}' for value in record['embedding'])}"
