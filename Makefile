@@ -25,6 +25,7 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 types: $(READY)
 	$(BIN)/python -m mypy

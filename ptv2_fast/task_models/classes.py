@@ -306,7 +306,9 @@ MODEL_CLASSES: dict[str, type[PTuningV2Model]] = {
 name_in_pipelines(
     {
         PTuningV2ModelForSequenceClassification: (
-            "text-classification", "sentiment-analysis", "zero-shot-classification",
+            "text-classification",
+            "sentiment-analysis",
+            "zero-shot-classification",
         ),
         PTuningV2ModelForTokenClassification: ("token-classification", "ner"),
         PTuningV2ModelForQuestionAnswering: ("question-answering",),
@@ -316,7 +318,7 @@ name_in_pipelines(
         PTuningV2ModelForImageClassification: ("image-classification",),
         PTuningV2ModelForAudioClassification: ("audio-classification",),
     }
-)  # fmt: skip
+)
 
 
 def get_ptv2_model(

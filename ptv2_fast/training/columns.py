@@ -148,7 +148,7 @@ def _classified(table: _Table, wanted: Wanted) -> dict[str, str]:
             raise table.missing(f"a column of {list(TEXT_COLUMNS)}", "text_column")
         texts = usual[0]
         table.refuse_other_texts([*texts, *filter(None, (label, wanted.label))], "text_column", TEXT_WORDS)
-    roles = dict(zip(("text", "text_pair"), texts))
+    roles = dict(zip(("text", "text_pair"), texts, strict=False))
     return roles if label is None else {**roles, "label": label}
 
 

@@ -125,7 +125,7 @@ def entities_of(tokens: Sequence[str], tags: Sequence[str]) -> list[dict[str, An
 def line_of(record: Mapping[str, Any]) -> str:
     """A record as text for a terminal: columns, or one `token<TAB>tag` a line and a blank line."""
     if "tags" in record:
-        return "\n".join(f"{token}\t{tag}" for token, tag in zip(record["tokens"], record["tags"])) + "\n"
+        return "\n".join(f"{token}\t{tag}" for token, tag in zip(record["tokens"], record["tags"], strict=True)) + "\n"
     if "answer" in record:
         return f"{record['answer']}\t{record['score']:.4f}\t{record['question']}"
     if "label" in record:

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_folders import llama_folder, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
+
+from tiny_folders import llama_folder, tiny_llama, tiny_tokenizer
 
 peft = pytest.importorskip("peft")
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

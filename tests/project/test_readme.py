@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_folders import WORDS, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
 from benchmarks import quality
 from ptv2_fast.cli import app
+from tiny_folders import WORDS, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

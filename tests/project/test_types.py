@@ -69,7 +69,7 @@ def test_public_names_have_their_own_types(tmp_path):
     done = _mypy(str(sample))
     revealed = [line.partition("Revealed type is ")[2] for line in done.stdout.splitlines() if "Revealed" in line]
     assert len(revealed) == len(names), done.stdout + done.stderr
-    for name, kind in zip(names, revealed):
+    for name, kind in zip(names, revealed, strict=True):
         assert kind.startswith('"def (') and kind != '"def (*args: Any, **kwargs: Any) -> Any"', (name, kind)
         if isinstance(getattr(ptv2_fast, name), type):
             assert kind.endswith(f'-> {getattr(ptv2_fast, name).__module__}.{name}"'), (name, kind)

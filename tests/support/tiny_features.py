@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_models import INJECTIONS, built_once, tiny_prompts
 from torch import Tensor
 
 from ptv2_fast import PTuningV2Model, get_ptv2_model
 from ptv2_fast.reference.features import literal_deep_features, literal_prefix_features, literal_shallow_features
+from tiny_models import INJECTIONS, built_once, tiny_prompts
 
 IMAGES, SOUNDS = ("vit", "clip_vision_model"), ("whisper",)
 FEATURES = (*IMAGES, *SOUNDS)
@@ -149,4 +149,4 @@ def literal_states(model: PTuningV2Model, backbone, inputs: Tensor, attention_ma
 def gradients(loss: Tensor, model: PTuningV2Model) -> dict[str, Tensor]:
     """The gradient of a loss at everything that a model trains, by name."""
     parameters = dict(model.adapters.named_parameters())
-    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
