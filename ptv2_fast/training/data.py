@@ -14,7 +14,7 @@ columns that are not read are named in one warning, and so are IOB1 tags, which 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -294,11 +294,3 @@ _CONVERTERS: dict[str, Callable[[Row, Mapping[str, str], LabelSet | None], dict[
     "QUESTION_ANS": _question_example,
     "CAUSAL_LM": _language_example,
 }
-
-
-def conll_lines(examples: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """The lines of a CoNLL file (`token<TAB>tag`, a blank line after each sentence)."""
-    for example in examples:
-        for token, tag in zip(example["tokens"], example["tags"], strict=True):
-            yield f"{token}\t{tag}"
-        yield ""

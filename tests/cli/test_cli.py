@@ -388,6 +388,13 @@ def test_a_recipe_sets_the_run_and_flags_override_it(name):
     assert changed.fit.epochs == recipe.epochs
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_settings_cannot_say_of_a_published_run_is_said(name, caplog):
+    _request(flags(recipe=name))
+    note = RECIPES[name].note
+    assert caplog.messages == ([f"recipe {name}: {note}"] if note else [])
+
+
 def test_a_pair_of_columns_and_a_dataset_folder(encoder, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = toy_examples("SEQ_CLS", 16)

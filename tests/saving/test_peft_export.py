@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from batches import padded, text_rows
 from peft_models import LENGTH, counted, said, trained
 from ptv2_fast import PTuningV2Config, from_peft, get_ptv2_model
-from ptv2_fast.interop import peft_export
+from ptv2_fast.saving import peft_export
 from tiny_models import tiny_base, tiny_model, wide_window
 from tolerances import assert_differs, assert_equal
 
