@@ -62,7 +62,8 @@ class StepPlan:
     """What a step does, and for each switch why.
 
     Attributes:
-        weights_owner: who brings the weights only while their modules run (`models.gathered`); None where they stay.
+        weights_owner: who brings the weights only while their modules run (`backbone.sharded_weights`); None where they
+            stay.
     """
 
     unpad: bool
@@ -90,7 +91,7 @@ def plan_step(
     """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA).
 
     Args:
-        weights_owner: who brings the weights only while their modules run, as `models.gathered` says.
+        weights_owner: who brings the weights only while their modules run, as `backbone.sharded_weights` says.
         without: switch -> why it has nothing to save on this model.
     """
     on_cuda = device.type == "cuda"
