@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 from tiny_folders import llama_folder, tiny_llama, tiny_tokenizer
 
@@ -20,7 +19,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
     name = str(llama_folder(tmp_path / "tiny-lm"))
     settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     peft.get_peft_model(tiny_llama(), settings).save_pretrained("peft-adapter")
-    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "name": name, "texts": ["the film", "anna likes paris"]}
+    names = {"name": name, "texts": ["the film", "anna likes paris"]}
     names["tokenizer"] = tiny_tokenizer(causal=True)
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "from_peft" in block]
     exec(block, names)
