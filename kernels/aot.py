@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 import triton
+
+from ptv2_fast.kernels import launch
 from ptv2_fast.kernels.aot_compile import card_name, compile_launch, fingerprint, kernel_name, tile_of
 from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
 from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
 from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 from ptv2_fast.kernels.prompt_projection import prompt_projection
-
-from ptv2_fast.kernels import launch
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ptv2_fast.kernels.machine_code import local_memory_in_loops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.machine_code import local_memory_in_loops
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {

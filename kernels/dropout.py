@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ptv2_fast.kernels.tiles import dropout_keep, widen
 
 from ptv2_fast.kernels import launch, launcher
+from ptv2_fast.kernels.tiles import dropout_keep, widen
 
 
 @triton.jit

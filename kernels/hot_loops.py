@@ -16,11 +16,11 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import triton
+
+from ptv2_fast.kernels import launch
 from ptv2_fast.kernels.aot import MOST_SPILLS_IN_LOOPS, Case, Row, record_case, rows_of
 from ptv2_fast.kernels.aot_compile import compiled_launch, cuobjdump, resource_usage
 from ptv2_fast.kernels.machine_code import Loop, innermost_loops
-
-from ptv2_fast.kernels import launch
 
 ARCH = 90
 FEATURES = ("plain", "causal", "padded", "packed")

@@ -7,6 +7,7 @@ meets each pair of a query and a key once, so a bias that trains gets its gradie
 
 import triton
 import triton.language as tl
+
 from ptv2_fast.kernels.problem import UNSPECIALIZED
 from ptv2_fast.kernels.tiles import (
     block_start,

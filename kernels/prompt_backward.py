@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.bank_rows import rows_by_entry
 from ptv2_fast.kernels.key_gradients import (
     _prompt_attention_backward_prompt_kernel,
@@ -25,8 +27,6 @@ from ptv2_fast.kernels.key_gradients import (
 )
 from ptv2_fast.kernels.problem import Form, Problem, heads_strides, strides_of
 from ptv2_fast.kernels.query_gradients import _prompt_attention_backward_query_kernel, _prompt_attention_delta_kernel
-
-from ptv2_fast.kernels import launch, launcher
 
 # Rows of queries in the largest tile that a table of launches names.
 _MOST_QUERIES = 128

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem
 from ptv2_fast.kernels.prompt_forward import attend_range
 from ptv2_fast.kernels.tiles import finish_softmax, offset_of, prompt_entry, visible_keys, widen
-
-from ptv2_fast.kernels import launch, launcher
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem, heads_strides
 from ptv2_fast.kernels.tiles import (
     block_start,
@@ -32,8 +34,6 @@ from ptv2_fast.kernels.tiles import (
     tile_scores,
     widen,
 )
-
-from ptv2_fast.kernels import launch, launcher
 
 
 @triton.jit

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ptv2_fast.kernels.tiles import widen
 
 from ptv2_fast.kernels import launch, launcher
+from ptv2_fast.kernels.tiles import widen
 
 _POINTER_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 

@@ -6,6 +6,7 @@ Derivation and grids: README.md.
 
 import triton
 import triton.language as tl
+
 from ptv2_fast.kernels.problem import UNSPECIALIZED
 from ptv2_fast.kernels.tiles import (
     LOG2E,

@@ -260,7 +260,7 @@ class PTuningV2Config:
             if self.stacks is not None:
                 raise ValueError(f"stacks must be None on a base that is no encoder-decoder; got {self.stacks}")
             return self._counted(num_layers)
-        sizes = dict(zip(STACKS, (num_layers - 2 * decoder_layers, decoder_layers, decoder_layers)))
+        sizes = dict(zip(STACKS, (num_layers - 2 * decoder_layers, decoder_layers, decoder_layers), strict=True))
         chosen = ("encoder",) if self.injection == "shallow" else self.stacks or ("encoder", "decoder")
         found, start = [], 0
         for stack, size in sizes.items():

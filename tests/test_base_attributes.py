@@ -8,13 +8,13 @@ import pickle
 import pytest
 import torch
 import transformers
+from torch import nn
+
+from ptv2_fast import HeadConfig, PTuningV2Model, get_ptv2_model
 from tiny_models import LABELS, tiny_base, tiny_model, tiny_prompts
 from tiny_seq2seq import T5_SERVED
 from tiny_seq2seq import tiny_model as tiny_seq2seq
 from tolerances import assert_equal
-from torch import nn
-
-from ptv2_fast import HeadConfig, PTuningV2Model, get_ptv2_model
 
 NAMES = ("low", "middle", "high")
 

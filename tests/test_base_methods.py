@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from ptv2_fast.heads import classification_loss
+from ptv2_fast.inputs.right_padding import to_right_padding
 from tiny_models import tiny_base, tiny_model
 from tiny_seq2seq import T5_SERVED
 from tiny_seq2seq import tiny_model as tiny_seq2seq
 from tolerances import assert_equal
-
-from ptv2_fast.heads import classification_loss
-from ptv2_fast.inputs.right_padding import to_right_padding
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -113,7 +113,7 @@ def test_gradients_of_single_rows_by_vmap():
         return torch.func.functional_call(model, parameters, (), call).loss
 
     found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(trained, IDS, labels)
-    for row, label, index in zip(IDS, labels, range(2)):
+    for row, label, index in zip(IDS, labels, range(2), strict=True):
         for name, gradient in torch.func.grad(loss)(trained, row, label).items():
             torch.testing.assert_close(found[name][index], gradient, rtol=1e-4, atol=1e-6)
 
@@ -126,7 +126,7 @@ def test_sizes_can_be_asked_without_weights():
 @pytest.mark.parametrize("masked", [MASK, torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]]), MASK.bool()])
 def test_tokens_first_keeps_their_order(masked):
     turned, back = to_right_padding({"input_ids": IDS, "attention_mask": masked})
-    for row, mask, found in zip(IDS, masked, turned["input_ids"]):
+    for row, mask, found in zip(IDS, masked, turned["input_ids"], strict=True):
         assert found.tolist() == [*row[mask.bool()].tolist(), *row[~mask.bool()].tolist()]
     assert torch.equal(turned["input_ids"].gather(1, back), IDS)
 

@@ -6,10 +6,10 @@ import copy
 import json
 
 import pytest
-from tiny_models import tiny_base
 
 from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.config import MAX_VIRTUAL_TOKENS
+from tiny_models import tiny_base
 
 
 def _config(**changes):
@@ -139,7 +139,7 @@ def test_refused(changes, message):
         "set",
         "nested",
         "huge",
-    ],  # fmt: skip
+    ],
 )
 def test_refused_heads(arguments, message):
     with pytest.raises(ValueError, match=message):

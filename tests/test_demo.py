@@ -10,13 +10,13 @@ import re
 import pytest
 import torch
 from rich.console import Console
-from tiny_folders import bert_folder, tiny_bert
 from transformers import AutoModel
 
 from ptv2_fast import PTuningV2Model
 from ptv2_fast.demo import __main__ as demo
 from ptv2_fast.demo.corpus import DATA, SENTENCES, TASKS
 from ptv2_fast.demo.show import print_sentence, scores_table
+from tiny_folders import bert_folder, tiny_bert
 
 SENTENCE = 'Ada Stone loved the "bakery" in Bergen.'
 
@@ -47,7 +47,7 @@ def test_the_results_say_what_was_trained(tiny_run):
     base = sum(p.numel() for p in tiny_bert().parameters())
     rows = json.loads((place / "out" / "results.json").read_text())
     assert [row["task"] for row in rows] == [task.name for task in TASKS]
-    for row, labels in zip(rows, (2, 7)):
+    for row, labels in zip(rows, (2, 7), strict=True):
         # A prompt of four tokens in two layers of width 32, and a linear head.
         assert row["trained_parameters"] == 2 * 4 * 32 + 33 * labels
         assert row["total_parameters"] >= base + row["trained_parameters"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+
 from batches import padded, text_rows
 from tiny_models import tiny_base, tiny_model
 from tolerances import assert_same_bits

@@ -159,6 +159,7 @@ def _launches(case: HostCase) -> dict[str, Call]:
     """Attention of one layer, and a kernel of three arguments to compare with."""
     import triton
     import triton.language as tl
+
     from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
     from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 

@@ -81,23 +81,48 @@ def prompt_attention(
         Prefix-Tuning (Li and Liang, 2021).
     """
     check_arguments(
-        q, k, v, prompt_k, prompt_v,
-        key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, prompt_index=prompt_index,
-        prompt_lens=prompt_lens, prompt_bias=prompt_bias, bias=bias, scale=scale,
-        dropout_p=dropout_p, window=window, softcap=softcap,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        prompt_k,
+        prompt_v,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        prompt_index=prompt_index,
+        prompt_lens=prompt_lens,
+        prompt_bias=prompt_bias,
+        bias=bias,
+        scale=scale,
+        dropout_p=dropout_p,
+        window=window,
+        softcap=softcap,
+    )
     trained = (q, k, v, prompt_k, prompt_v, prompt_bias, bias)
     if prompt_k.dim() == 3:
         prompt_k, prompt_v = prompt_k[None], prompt_v[None]
         prompt_bias = prompt_bias[None] if prompt_bias is not None else None
     run = _backend(backend, q)
     result = run(
-        q, k, v, prompt_k, prompt_v,
-        key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, prompt_index=prompt_index,
-        prompt_lens=prompt_lens, prompt_bias=prompt_bias, bias=bias, causal=causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale, dropout_p=dropout_p, window=window,
-        softcap=softcap, return_lse=return_lse,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        prompt_k,
+        prompt_v,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        prompt_index=prompt_index,
+        prompt_lens=prompt_lens,
+        prompt_bias=prompt_bias,
+        bias=bias,
+        causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p=dropout_p,
+        window=window,
+        softcap=softcap,
+        return_lse=return_lse,
+    )
     if q.numel() and k.numel() and prompt_k.numel():
         return result
     # Nothing is computed from an empty tensor, and nothing at all where there is no query or no key.

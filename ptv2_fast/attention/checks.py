@@ -79,9 +79,13 @@ def _check_prompt(q: Tensor, k: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> N
 
 
 def _check_rows(
-    q: Tensor, prompt_k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, prompt_index: Tensor | None,
+    q: Tensor,
+    prompt_k: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    prompt_index: Tensor | None,
     prompt_lens: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     """Row boundaries, and which prompt each row uses."""
     rows = q.shape[0]
     if cu_seqlens is not None:

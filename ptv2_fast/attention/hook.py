@@ -94,9 +94,20 @@ def attention_forward(
     index = batch.index if prompt is not None else None
     prompt = _cast(prompt, dtype) if prompt is not None else _empty_prompt(key)
     out = layer_attention(
-        query, key, value, prompt, batch, index=index, key_mask=key_mask, bias=bias, causal=causal, scale=scaling,
-        dropout_p=dropout, window=window, softcap=softcap,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        prompt,
+        batch,
+        index=index,
+        key_mask=key_mask,
+        bias=bias,
+        causal=causal,
+        scale=scaling,
+        dropout_p=dropout,
+        window=window,
+        softcap=softcap,
+    )
     return out, None
 
 
@@ -129,10 +140,16 @@ def padding_mask(
     if use_vmap or not _is_plain(mask_function) or not (at_end or single or anywhere):
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-            use_vmap=use_vmap, **kwargs,
-        )  # fmt: skip
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            use_vmap=use_vmap,
+            **kwargs,
+        )
     mask = None
     if attention_mask is not None:
         missing = kv_offset + kv_length - attention_mask.shape[-1]

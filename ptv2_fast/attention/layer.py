@@ -63,9 +63,17 @@ def layer_attention(
         rows, tokens = q.shape[0], q.shape[2]
         q, k, v = _packed(q), _packed(k), _packed(v)
     out: Any = prompt_attention(
-        q, k, v, prompt.keys, prompt.values, prompt_bias=prompt.bias, bias=bias, backend=batch.backend, **tensors,
+        q,
+        k,
+        v,
+        prompt.keys,
+        prompt.values,
+        prompt_bias=prompt.bias,
+        bias=bias,
+        backend=batch.backend,
+        **tensors,
         **numbers,
-    )  # fmt: skip
+    )
     return out.unflatten(0, (rows, tokens)) if packed else out.transpose(1, 2)
 
 
@@ -74,9 +82,15 @@ def _packed(states: Tensor) -> Tensor:
 
 
 def _check_once(
-    q: Tensor, k: Tensor, v: Tensor, prompt: LayerPrompt, batch: PromptBatch, bias: Tensor | None,
-    tensors: dict[str, Any], numbers: dict[str, Any],
-) -> None:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt: LayerPrompt,
+    batch: PromptBatch,
+    bias: Tensor | None,
+    tensors: dict[str, Any],
+    numbers: dict[str, Any],
+) -> None:
     """Check the arguments, unless an earlier layer of this forward pass had the like."""
     kept = None if batch.asked is None else batch.asked.checked
     shapes = (

@@ -74,7 +74,7 @@ def _packed(
     """Rows one by one, without any padding: SDPA knows no packed form on every device."""
     parts = []
     bounds = cu_seqlens.tolist()
-    for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+    for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         one_q, one_k, one_v = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))  # (1, H, n, D)
         index = prompt_index[row : row + 1] if prompt_index is not None else None
         parts.append(_dense(one_q, one_k, one_v, prompt_k, prompt_v, index, None, None, **options))
@@ -86,10 +86,24 @@ def _packed(
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, index: Tensor | None, key_mask: Tensor | None,
-    bias: Tensor | None, *, prompt_lens: Tensor | None, prompt_bias: Tensor | None, causal: bool, scale: float,
-    dropout_p: float, window: int | None, softcap: float | None, return_lse: bool,
-) -> tuple[Tensor, Any]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    index: Tensor | None,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    *,
+    prompt_lens: Tensor | None,
+    prompt_bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    window: int | None,
+    softcap: float | None,
+    return_lse: bool,
+) -> tuple[Tensor, Any]:
     """One padded batch: (B, H, N, D) and (B, H, N), which may be None unless it is asked for."""
     batch, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
     prompt_length = prompt_k.shape[2]
@@ -108,9 +122,14 @@ def _dense(
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     elif softcap is None and not return_lse:
         out = F.scaled_dot_product_attention(
-            q, row_k, row_v, attn_mask=mask, dropout_p=dropout_p, scale=scale,
+            q,
+            row_k,
+            row_v,
+            attn_mask=mask,
+            dropout_p=dropout_p,
+            scale=scale,
             enable_gqa=bool(q.shape[1] != k.shape[1]),  # sizes are tensors under torch.jit.trace
-        )  # fmt: skip
+        )
         lse = None
     else:
         out, lse = _explicit(q, row_k, row_v, mask, scale, dropout_p, softcap)
@@ -196,9 +215,14 @@ def _prompt_part(real: Tensor | None, prompt_bias: Tensor | None, index: Tensor 
 
 
 def _text_part(
-    attended: Tensor | None, bias: Tensor | None, causal: bool, window: int | None, num_queries: int, num_keys: int,
+    attended: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    window: int | None,
+    num_queries: int,
+    num_keys: int,
     q: Tensor,
-) -> Tensor | None:  # fmt: skip
+) -> Tensor | None:
     """(B or 1, H or 1, N or 1, M), bool or additive; None where every query sees every text key."""
     part = attended[:, None, None, :] if attended is not None else None
     # One query at the end of its row sees everything that is there.

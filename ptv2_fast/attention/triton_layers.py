@@ -80,9 +80,19 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     packed = ctx.arguments["cu_seqlens"] is not None
     needs = prompt_backward.Needs(of_q, of_k or of_v, of_prompt_k or of_prompt_v, of_prompt_bias, of_bias)
     dq, dk, dv, *dprompt, dbias = prompt_backward.prompt_attention_backward(
-        grad.flatten(0, 1) if packed else grad.transpose(1, 2), q, k, v, prompt_k, prompt_v, output, lse, needs=needs,
-        prompt_bias=prompt_bias, bias=bias, **{**ctx.arguments, **dict(zip(_REST, rest))},
-    )  # fmt: skip
+        grad.flatten(0, 1) if packed else grad.transpose(1, 2),
+        q,
+        k,
+        v,
+        prompt_k,
+        prompt_v,
+        output,
+        lse,
+        needs=needs,
+        prompt_bias=prompt_bias,
+        bias=bias,
+        **{**ctx.arguments, **dict(zip(_REST, rest, strict=True))},
+    )
     rows, tokens, unbanked = ctx.form
     if packed:
         dq, dk, dv = _in_rows(dq, rows, tokens), _in_rows(dk, rows, tokens), _in_rows(dv, rows, tokens)
@@ -90,9 +100,15 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         dprompt = [None if x is None else x[0] for x in dprompt]
     dprompt_k, dprompt_v, dprompt_bias = dprompt
     return (
-        None, dq, dk if of_k else None, dv if of_v else None, dprompt_k if of_prompt_k else None,
-        dprompt_v if of_prompt_v else None, dprompt_bias, dbias,
-    )  # fmt: skip
+        None,
+        dq,
+        dk if of_k else None,
+        dv if of_v else None,
+        dprompt_k if of_prompt_k else None,
+        dprompt_v if of_prompt_v else None,
+        dprompt_bias,
+        dbias,
+    )
 
 
 _refused_twice: Callable[..., Any] = torch.autograd.function.once_differentiable(_gradients)

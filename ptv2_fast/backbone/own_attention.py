@@ -86,8 +86,16 @@ def attended(
         bias: (1 or B, H, N, N) added to the text's scores, or None.
     """
     output, _ = attention_forward(
-        module, query, key, value, call.mask,
-        scaling=scale, dropout=module.dropout.p if module.training else 0.0, is_causal=False, score_bias=bias,
-        ptv2_prompts=call.prompts, ptv2_record=call.record,
-    )  # fmt: skip
+        module,
+        query,
+        key,
+        value,
+        call.mask,
+        scaling=scale,
+        dropout=module.dropout.p if module.training else 0.0,
+        is_causal=False,
+        score_bias=bias,
+        ptv2_prompts=call.prompts,
+        ptv2_record=call.record,
+    )
     return output.flatten(2)

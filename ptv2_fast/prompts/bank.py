@@ -54,7 +54,10 @@ def made_together(
         length = first.shape[-2]
         lens = bank_lens([0 if encoder is None else length for encoder in encoders], prompts.device)
     gates = _gates(encoders)
-    banks = {layer: LayerPrompt(*pair, bias=gate, lens=lens) for layer, pair, gate in zip(first.layers, pairs, gates)}
+    banks = {
+        layer: LayerPrompt(*pair, bias=gate, lens=lens)
+        for layer, pair, gate in zip(first.layers, pairs, gates, strict=True)
+    }
     return tuple(banks.get(layer) for layer in range(projections.num_layers))
 
 
@@ -95,7 +98,7 @@ def stack_bank(
             known[tuple(lens)] = bank_lens(lens, device)
         return known[tuple(lens)]
 
-    return tuple(_stack_layer(layer, lens_of) for layer in zip(*members))
+    return tuple(_stack_layer(layer, lens_of) for layer in zip(*members, strict=True))
 
 
 def bank_lens(lens: Sequence[int], device: torch.device) -> Tensor:
@@ -136,6 +139,6 @@ def _padded(rows: Sequence[Tensor | None], longest: int) -> Tensor:
     if any(row is None for row in rows):
         nothing = like.new_zeros(like.shape[0], longest, like.shape[2])
     full = (_or(row, nothing) for row in rows)
-    return torch.stack([
-        row if row.shape[1] == longest else F.pad(row, (0, 0, 0, longest - row.shape[1])) for row in full
-    ])  # fmt: skip
+    return torch.stack(
+        [row if row.shape[1] == longest else F.pad(row, (0, 0, 0, longest - row.shape[1])) for row in full]
+    )

@@ -46,7 +46,7 @@ def layer_prompts(
     """
     prompts = encoder().to(dtype_of(backbone))
     count = projections.num_layers
-    gates = dict(zip(encoder.layers, encoder.gate.unbind(0))) if encoder.gate is not None else {}
+    gates = dict(zip(encoder.layers, encoder.gate.unbind(0), strict=True)) if encoder.gate is not None else {}
     waits = projections.must_wait()
 
     def finished(layer: int, keys: Tensor, values: Tensor) -> LayerPrompt:
@@ -66,14 +66,14 @@ def layer_prompts(
 
         made = {
             layer: LazyPrompt(functools.partial(late, layer, own))
-            for layer, own in zip(encoder.layers, prompts.unbind(0))
+            for layer, own in zip(encoder.layers, prompts.unbind(0), strict=True)
         }
         return tuple(made.get(layer) for layer in range(count))
     match encoder.injection:
         case "prefix":
-            pairs = dict(zip(encoder.layers, pairs_of(prompts)))
+            pairs = dict(zip(encoder.layers, pairs_of(prompts), strict=True))
         case "deep":
-            pairs = dict(zip(encoder.layers, projections(prompts, backend)))
+            pairs = dict(zip(encoder.layers, projections(prompts, backend), strict=True))
         case "shallow":
             if waits:
                 check_runs_alone(backbone)
@@ -85,7 +85,7 @@ def layer_prompts(
 def pairs_of(prompts: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The keys and the values of every layer of (L', 2, ...)."""
     flat = prompts.flatten(0, 1).unbind(0)
-    return list(zip(flat[::2], flat[1::2]))
+    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _as_they_are(layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,9 +125,14 @@ def record_keys_values(
     record: deque[tuple[Tensor, Tensor]] = deque()
     decoder = {"decoder_inputs_embeds": embeddings} if sizes.decoder_layers else {}
     output = hooked(backbone)(
-        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False, **decoder,
-        ptv2_record=record, ptv2_prompts=PromptBatch(layers=(), windowed=not virtual),
-    )  # fmt: skip
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=False,
+        **decoder,
+        ptv2_record=record,
+        ptv2_prompts=PromptBatch(layers=(), windowed=not virtual),
+    )
     # A recomputation in backward (gradient checkpointing) appends again: only the first pass
     # counts.
     pairs = [(keys[0], values[0]) for keys, values in islice(record, sizes.num_layers)]

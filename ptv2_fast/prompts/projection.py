@@ -51,12 +51,14 @@ class LayerProjections:
             return self._all_finished(self._by_kernel(together, per_layer), entries)
         normed = [
             self._family.attention_input(self._backbone, layer, state)
-            for layer, state in zip(self._layers, states.unbind(0))
+            for layer, state in zip(self._layers, states.unbind(0), strict=True)
         ]
         if _kernel_serves(normed[0], per_layer, backend):
             return self._all_finished(self._by_kernel(torch.stack(normed), per_layer), entries)
-        keys, values = [[project(x) for x, project in zip(normed, side)] for side in zip(*per_layer)]
-        return [self._finished(*flat, entries=entries) for flat in zip(self._layers, keys, values)]
+        keys, values = [
+            [project(x) for x, project in zip(normed, side, strict=True)] for side in zip(*per_layer, strict=True)
+        ]
+        return [self._finished(*flat, entries=entries) for flat in zip(self._layers, keys, values, strict=True)]
 
     def _normed_together(self, states: Tensor, backend: str) -> Tensor | None:
         """(L', P, D) what all layers' projections read, for the kernel; None where each layer has to be asked."""
@@ -71,13 +73,13 @@ class LayerProjections:
         shape = (len(self._layers), tokens, -1, self._head_dim)
         finished = self._family.finish_all_keys(self._backbone, self._layers, keys.reshape(shape))
         if finished is None:
-            return [self._finished(*flat, entries=entries) for flat in zip(self._layers, keys, values)]
+            return [self._finished(*flat, entries=entries) for flat in zip(self._layers, keys, values, strict=True)]
         sides = (finished, values.reshape(shape))
         if entries is None:
             keys, values = (side.transpose(1, 2) for side in sides)
         else:
             keys, values = (side.unflatten(2, (entries, -1)).permute(0, 2, 3, 1, 4) for side in sides)
-        return list(zip(keys.unbind(0), values.unbind(0)))
+        return list(zip(keys.unbind(0), values.unbind(0), strict=True))
 
     def must_wait(self) -> bool:
         """Whether each layer's weights are there only while that layer runs: prompts are then made `of_layer`."""
@@ -113,7 +115,7 @@ class LayerProjections:
         addresses = tuple((weight.data_ptr(), weight.dtype) for weight in weights)
         if self._tables is None or self._tables[0] != addresses:
             tables = []
-            for side in zip(*per_layer):
+            for side in zip(*per_layer, strict=True):
                 biases = [p.bias for p in side] if side[0].bias is not None else None
                 tables.append(WeightTable([p.weight for p in side], biases))
             self._tables = (addresses, tables)

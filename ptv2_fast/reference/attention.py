@@ -72,14 +72,23 @@ def prompt_attention(
     else:
         bounds = cu_seqlens.tolist()
         outs, lses = [], []
-        for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             part = slice(start, end)
             index = prompt_index[row : row + 1] if prompt_index is not None else cu_seqlens[:1] * 0
             one_q, one_k, one_v = (x[part].transpose(0, 1)[None] for x in (q, k, v))
             out, lse = _dense(
-                one_q, one_k, one_v, prompt_k, prompt_v, index.long(), None, prompt_bias, None,
-                dropout_keep, **options,
-            )  # fmt: skip
+                one_q,
+                one_k,
+                one_v,
+                prompt_k,
+                prompt_v,
+                index.long(),
+                None,
+                prompt_bias,
+                None,
+                dropout_keep,
+                **options,
+            )
             outs.append(out[0].transpose(0, 1))
             lses.append(lse[0])
         out = torch.cat(outs) if outs else q * 0
@@ -88,10 +97,24 @@ def prompt_attention(
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, index: Tensor, key_mask: Tensor | None,
-    prompt_bias: Tensor | None, bias: Tensor | None, dropout_keep: Tensor | None, *, prompt_lens: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, window: int | None, softcap: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    index: Tensor,
+    key_mask: Tensor | None,
+    prompt_bias: Tensor | None,
+    bias: Tensor | None,
+    dropout_keep: Tensor | None,
+    *,
+    prompt_lens: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
     """One padded batch; index (B,) names each row's bank entry."""
     num_queries, num_keys = q.shape[2], k.shape[2]
     prompt_length = prompt_k.shape[2]

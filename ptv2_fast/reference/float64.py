@@ -53,9 +53,16 @@ def _modernbert_attention(
     cos, sin = (table[:, None] for table in position_embeddings)
     query, key = (x * cos + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin for x in (query, key))
     output, weights = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-        self, query, key, value, attention_mask, dropout=self.attention_dropout if self.training else 0.0,
-        scaling=self.head_dim**-0.5, sliding_window=self.sliding_window, **kwargs,
-    )  # fmt: skip
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.head_dim**-0.5,
+        sliding_window=self.sliding_window,
+        **kwargs,
+    )
     return self.out_drop(self.Wo(output.flatten(2))), weights
 
 

@@ -78,9 +78,15 @@ def plain_attention_in(backbone: nn.Module, prefix: PrefixByCall | None) -> Iter
 
 
 def _biased(
-    module: nn.Module, encoder: nn.Module, prefix: PrefixByCall | None, hidden: Tensor,
-    attention_mask: Tensor | None = None, position_bias: Any = None, output_attentions: bool = False, **_: Any,
-) -> tuple[Tensor]:  # fmt: skip
+    module: nn.Module,
+    encoder: nn.Module,
+    prefix: PrefixByCall | None,
+    hidden: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Any = None,
+    output_attentions: bool = False,
+    **_: Any,
+) -> tuple[Tensor]:
     """MPNet: softmax(q k^T / sqrt(d) + bias of the distance + mask) v."""
     query, key, value = (_split(module, project(hidden)) for project in (module.q, module.k, module.v))
     added = position_bias if attention_mask is None else position_bias + attention_mask
@@ -95,10 +101,15 @@ def _biased(
 
 
 def _disentangled(
-    module: nn.Module, prefix: PrefixByCall | None, hidden: Tensor, attention_mask: Tensor,
-    output_attentions: bool = False, query_states: Tensor | None = None, relative_pos: Any = None,
+    module: nn.Module,
+    prefix: PrefixByCall | None,
+    hidden: Tensor,
+    attention_mask: Tensor,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Any = None,
     rel_embeddings: Tensor | None = None,
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, None]:
     """DeBERTa: softmax((q k^T + q K[r]^T + k Q[r]^T) / sqrt(d * terms) + mask) v; r is the row of their distance."""
     query, key, value = (
         _split(module, project(hidden)) for project in (module.query_proj, module.key_proj, module.value_proj)

@@ -132,9 +132,15 @@ class CapturedForward:
         return Look.at(model, plan, _why_not_model(model, plan)), None
 
     def _run(
-        self, model: PassModel, look: Look, known: ForwardPasses | None, device: torch.device,
-        inputs: Mapping[str, Any], labels: Tensor, items: Tensor | int | None,
-    ) -> Outcome | str | None:  # fmt: skip
+        self,
+        model: PassModel,
+        look: Look,
+        known: ForwardPasses | None,
+        device: torch.device,
+        inputs: Mapping[str, Any],
+        labels: Tensor,
+        items: Tensor | int | None,
+    ) -> Outcome | str | None:
         """The pass of a call that can be captured; or why it cannot, which is seen only here.
 
         Args:

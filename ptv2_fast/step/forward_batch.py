@@ -99,9 +99,13 @@ def why_not_read(inputs: Mapping[str, Any], labels: Any, task_type: str) -> str 
 
 
 def read_batch(
-    inputs: Mapping[str, Any], labels: Tensor, task: tuple[str, str], buckets: Buckets, limit: int | None,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    task: tuple[str, str],
+    buckets: Buckets,
+    limit: int | None,
     padding: int | None = None,
-) -> ForwardBatch | str:  # fmt: skip
+) -> ForwardBatch | str:
     """A call's batch, packed on the host; or why it cannot be. Waits for the device where the batch is there.
 
     Args:
@@ -140,7 +144,7 @@ def on_host(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     away = {name: tensor for name, tensor in batch.items() if name not in own}
     if len({tensor.device for tensor in away.values()}) > 1:
         return own | {name: tensor.cpu() for name, tensor in away.items()}
-    return own | (dict(zip(away, in_one_copy(list(away.values())))) if away else {})
+    return own | (dict(zip(away, in_one_copy(list(away.values())), strict=True)) if away else {})
 
 
 def in_one_copy(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -148,4 +152,6 @@ def in_one_copy(tensors: Sequence[Tensor]) -> list[Tensor]:
     # A mask of fractions is one of what they are nonzero at.
     whole = [tensor.bool() if tensor.is_floating_point() else tensor for tensor in tensors]
     flat = torch.cat([tensor.reshape(-1).long() for tensor in whole]).cpu()
-    return [part.view(one.shape) for part, one in zip(flat.split([one.numel() for one in tensors]), tensors)]
+    return [
+        part.view(one.shape) for part, one in zip(flat.split([one.numel() for one in tensors]), tensors, strict=True)
+    ]

@@ -79,7 +79,9 @@ class _Left:
         # From the backbone down: which module each has under which name.
         places = [place for group in groups for place in group.places(backbone)]
         unique = {(id(parent), name): (parent, name, child) for parent, name, child in places}
-        self._parents, self._names, self._parts = map(list, zip(*unique.values())) if unique else ([], [], [])
+        self._parents, self._names, self._parts = (
+            map(list, zip(*unique.values(), strict=True)) if unique else ([], [], [])
+        )
         self._own = [linear.__dict__ for linear in self._linears]
         self._tensors = self._all_tensors()
         self._present = [tensor for tensor in self._tensors if tensor is not None]
@@ -144,11 +146,13 @@ class FusedGroup:
             child = module.get_submodule(name)
             way.append((module, name, child))
             module = child
-        return [*way, *((self.parent, name, linear) for name, linear in zip(self.names, self.linears))]
+        return [*way, *((self.parent, name, linear) for name, linear in zip(self.names, self.linears, strict=True))]
 
     def is_whole(self) -> bool:
         """Whether the linear maps are still the parent's, and can be fused."""
-        own = all(self.parent._modules.get(name) is linear for name, linear in zip(self.names, self.linears))
+        own = all(
+            self.parent._modules.get(name) is linear for name, linear in zip(self.names, self.linears, strict=True)
+        )
         return own and _can_fuse(self.linears)
 
     def gather(self) -> None:
@@ -248,6 +252,6 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
             if _lie_in(whole, parts):
                 return whole
     buffer = torch.cat([part.detach() for part in parts])
-    for part, view in zip(parts, buffer.split([part.shape[0] for part in parts])):
+    for part, view in zip(parts, buffer.split([part.shape[0] for part in parts]), strict=True):
         part.data = view
     return buffer

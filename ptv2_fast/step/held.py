@@ -86,7 +86,7 @@ class HeldOptimizer:
         if len(self._rates) != len(groups):
             self._rates = [torch.zeros((), dtype=torch.float32, device=self._device) for _ in groups]
             reason = "the optimizer has other groups"
-        for group, rate in zip(groups, self._rates):
+        for group, rate in zip(groups, self._rates, strict=True):
             if self._capturable:
                 group["capturable"] = True
             if group["lr"] is not rate:
@@ -187,7 +187,7 @@ class _Places:
 
     def flags(self) -> list[bool]:
         """Which of them train."""
-        return [place[name].requires_grad for place, name in zip(self._dictionaries, self._names)]
+        return [place[name].requires_grad for place, name in zip(self._dictionaries, self._names, strict=True)]
 
 
 def _is_number(name: str, value: Any) -> bool:

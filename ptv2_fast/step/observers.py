@@ -35,8 +35,11 @@ class Observers:
         self._hooks: list[Any] = []
         for module in every:
             self._hooks += [
-                module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-            ]  # fmt: skip
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._backward_hooks,
+                module._backward_pre_hooks,
+            ]
 
     def found(self) -> str | None:
         """Who there is; None where there is nobody."""

@@ -1,8 +1,7 @@
-"""Batches: padding of features to tensors, and rows grouped so that steps cost about the same."""
+"""Batches: padding of features to tensors."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,6 @@ from ptv2_fast.step.labelled_rows import predictable_labels
 # Kept in a feature for decoding, never given to the model.
 DECODING_KEYS = ("word_ids", "num_words", "offset_mapping", "example_index")
 _POSITIONS = ("start_positions", "end_positions")
-
-# Rows are sorted by length within so many steps: enough for little padding, few enough that the
-# order of an epoch stays random.
-_STEPS_SORTED_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -159,66 +154,3 @@ def length_of(feature: Mapping[str, Any]) -> int:
     """How long a feature's longest row is."""
     ids = feature["input_ids"]
     return max(map(len, ids)) if _is_nested(ids) else len(ids)
-
-
-def token_budget_batches(lengths: Sequence[int], max_tokens: int, *, shuffle: bool, seed: int = 0) -> list[list[int]]:
-    """Groups of rows whose real tokens add up to at most max_tokens, as evenly as order allows.
-
-    Each index is in exactly one group. With `shuffle`, rows come in an order drawn from the seed
-    (give another seed each epoch), and rows of similar length share a group, so that little is
-    padded; without, they keep their order.
-
-    Args:
-        lengths: real tokens of each row.
-        max_tokens: the most real tokens of one group.
-        shuffle: draw the order from `seed`.
-        seed: any integer.
-
-    Raises:
-        ValueError: max_tokens is not a positive integer, or a length is not in [1, max_tokens].
-    """
-    if not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ValueError(f"max_tokens: must be a positive integer; got {max_tokens!r}")
-    for index, length in enumerate(lengths):
-        if not 1 <= length <= max_tokens:
-            raise ValueError(f"lengths[{index}]: must be in [1, max_tokens = {max_tokens}]; got {length!r}")
-    order = list(range(len(lengths)))
-    if not order:
-        return []
-    generator = random.Random(seed)
-    if shuffle:
-        generator.shuffle(order)
-        order = _sorted_in_windows(order, lengths, max_tokens * _STEPS_SORTED_TOGETHER)
-    # The smallest budget that needs no more groups than max_tokens does makes the groups even.
-    fewest = len(_fill(order, lengths, max_tokens))
-    low, high = max(lengths), max_tokens
-    while low < high:
-        middle = (low + high) // 2
-        if len(_fill(order, lengths, middle)) <= fewest:
-            high = middle
-        else:
-            low = middle + 1
-    groups = _fill(order, lengths, low)
-    if shuffle:
-        generator.shuffle(groups)
-    return groups
-
-
-def _sorted_in_windows(order: list[int], lengths: Sequence[int], window_tokens: int) -> list[int]:
-    # Up, then down: the group across the border of two windows has rows of similar length too.
-    arranged: list[int] = []
-    for number, window in enumerate(_fill(order, lengths, window_tokens)):
-        arranged += sorted(window, key=lambda index: lengths[index], reverse=number % 2 == 1)
-    return arranged
-
-
-def _fill(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    groups: list[list[int]] = []
-    tokens = budget + 1
-    for index in order:
-        if tokens + lengths[index] > budget:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(index)
-        tokens += lengths[index]
-    return groups

@@ -159,7 +159,7 @@ def classified(table: Table, wanted: Wanted, usual_labels: Sequence[str] = LABEL
             raise table.missing(f"a column of {list(TEXT_COLUMNS)}", "text_column")
         texts = usual[0]
         table.refuse_other_texts([*texts, *filter(None, (label, wanted.label))], "text_column", TEXT_WORDS)
-    roles = dict(zip(("text", "text_pair"), texts))
+    roles = dict(zip(("text", "text_pair"), texts, strict=False))
     return roles if label is None else {**roles, "label": label}
 
 

@@ -17,7 +17,7 @@ columns that are not read are named in one warning, and so are IOB1 tags, which 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -129,11 +129,3 @@ def _rows(
         yield from delimited_rows(path, wanted.named or headers, task=task, labelled=wanted.labelled, notes=notes)
     else:
         raise ValueError(f"{path}: expected a file with a suffix of {', '.join(formats.FILE_SUFFIXES)}; got {suffix!r}")
-
-
-def conll_lines(examples: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """The lines of a CoNLL file (`token<TAB>tag`, a blank line after each sentence)."""
-    for example in examples:
-        for token, tag in zip(example["tokens"], example["tags"], strict=True):
-            yield f"{token}\t{tag}"
-        yield ""

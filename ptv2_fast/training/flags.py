@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import Enum
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 _CONLL = (".conll", ".iob", ".iob2", ".bio")
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
@@ -35,12 +37,18 @@ def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any]
 
 
 def request_of(flags: dict[str, Any]) -> Any:
-    """The run that flags and recipe describe; a flag that was given wins over the recipe."""
+    """The run that flags and recipe describe; a flag that was given wins over the recipe.
+
+    What the recipe's published run did and settings cannot say, such as how its texts were written, is named in a
+    warning.
+    """
     from ptv2_fast.training.fit import FitSettings
     from ptv2_fast.training.recipes import get_recipe
     from ptv2_fast.training.runs import TrainRequest
 
     recipe = get_recipe(flags["recipe"]) if flags["recipe"] is not None else None
+    if recipe is not None and recipe.note:
+        logger.warning("recipe %s: %s", recipe.name, recipe.note)
 
     def value(flag: str, attribute: str, default: T) -> T:
         if flags[flag] is not None:

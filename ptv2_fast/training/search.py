@@ -28,7 +28,7 @@ from ptv2_fast.training.runs import TrainRequest, prepare
 
 LOG_NAME, TABLE_NAME, PLOT_NAME, BEST_NAME = "trials.log", "trials.md", "trials.png", "best"
 _ASKED = "asked"
-_MARKERS = dict(zip(INJECTIONS, "os^"))
+_MARKERS = dict(zip(INJECTIONS, "os^", strict=True))
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,9 @@ def plot(trials: Sequence[Trial], metric: str, path: Path) -> None:
     for kind in sorted({(t.injection, t.num_virtual_tokens) for t in trials}):
         points = [(t.learning_rate, t.score) for t in trials if (t.injection, t.num_virtual_tokens) == kind]
         colour = f"C{lengths.index(kind[1])}"
-        panel.scatter(*zip(*points), marker=_MARKERS[kind[0]], color=colour, label=f"{kind[0]}, P {kind[1]}")
+        panel.scatter(
+            *zip(*points, strict=True), marker=_MARKERS[kind[0]], color=colour, label=f"{kind[0]}, P {kind[1]}"
+        )
     panel.set(xscale="log", xlabel="learning rate", ylabel=f"dev {metric}")
     panel.grid(alpha=0.3)
     panel.legend()

@@ -67,10 +67,15 @@ class SimpleTransformerLayer(nn.Module):
         queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, M, d)
         nothing = keys.new_empty(own.num_heads, 0, own.head_dim)
         out = prompt_attention(
-            queries[:, :, first_row:], keys, values, nothing, nothing,
+            queries[:, :, first_row:],
+            keys,
+            values,
+            nothing,
+            nothing,
             bias=None if mask is None else _as_bias(mask, own.num_heads, queries.dtype)[:, :, first_row:],
-            dropout_p=own.dropout if own.training else 0.0, backend=self.backend,
-        )  # fmt: skip
+            dropout_p=own.dropout if own.training else 0.0,
+            backend=self.backend,
+        )
         assert isinstance(out, Tensor), "no log-sum-exp is asked for"
         return out.transpose(1, 2).flatten(2)
 

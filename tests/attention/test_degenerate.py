@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import assert_equal
 
 from ptv2_fast.attention import prompt_attention
+from tolerances import assert_equal
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = ["torch", "reference", "triton"]
@@ -53,7 +53,7 @@ def test_every_integer_dtype_is_the_same_integer(form, dtype, backend):
     tensors, integers = form()
     expected = _results(tensors, integers, "reference")
     integers = {name: values if name == "cu_seqlens" else values.to(dtype) for name, values in integers.items()}
-    for got, truth in zip(_results(tensors, integers, backend), expected):
+    for got, truth in zip(_results(tensors, integers, backend), expected, strict=True):
         assert_equal(got, truth)
 
 
@@ -63,9 +63,11 @@ def test_a_mask_is_true_where_it_is_not_zero(backend):
     expected = _results(tensors, integers, backend)
     for dtype, nonzero in [(torch.int64, 256), (torch.int64, 1 << 40), (torch.int8, -1), (torch.uint8, 128)]:
         mask = integers["key_mask"].to(dtype) * nonzero
-        for got, truth in zip(_results(tensors, integers | {"key_mask": mask}, backend), expected):
+        for got, truth in zip(_results(tensors, integers | {"key_mask": mask}, backend), expected, strict=True):
             assert torch.equal(got, truth)
-    for got, truth in zip(_results(tensors, integers | {"key_mask": integers["key_mask"].bool()}, backend), expected):
+    for got, truth in zip(
+        _results(tensors, integers | {"key_mask": integers["key_mask"].bool()}, backend), expected, strict=True
+    ):
         assert torch.equal(got, truth)
 
 
@@ -126,9 +128,14 @@ def test_empty_tensors_have_gradients(side, batch, wants_lse, backend):
     """Each tensor alone, and all together: of zeros where nothing depends on it."""
     (queries, keys, length), unused = SIDES[side]
     tensors = _random(
-        q=(batch, 2, queries, 16), k=(batch, 1, keys, 16), v=(batch, 1, keys, 16), prompt_k=(1, length, 16),
-        prompt_v=(1, length, 16), prompt_bias=(2, length), bias=(1, 2, queries, keys),
-    )  # fmt: skip
+        q=(batch, 2, queries, 16),
+        k=(batch, 1, keys, 16),
+        v=(batch, 1, keys, 16),
+        prompt_k=(1, length, 16),
+        prompt_v=(1, length, 16),
+        prompt_bias=(2, length),
+        bias=(1, 2, queries, keys),
+    )
     for asking in [[name] for name in tensors] + [list(tensors)]:
         leaves = {name: tensor.clone().requires_grad_(name in asking) for name, tensor in tensors.items()}
         out = prompt_attention(**leaves, backend=backend, return_lse=wants_lse)
@@ -136,7 +143,7 @@ def test_empty_tensors_have_gradients(side, batch, wants_lse, backend):
         assert out.shape == (batch, 2, queries, 16) and out.requires_grad
         assert lse is None or lse.shape == out.shape[:3] and not lse.requires_grad
         grads = torch.autograd.grad(out.sin().sum(), [leaves[name] for name in asking])
-        for name, grad in zip(asking, grads):
+        for name, grad in zip(asking, grads, strict=True):
             assert grad.shape == tensors[name].shape and torch.isfinite(grad).all()
             assert not grad.any() or (batch and name not in unused), name
     with torch.no_grad():

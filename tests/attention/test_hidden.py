@@ -99,7 +99,10 @@ def _run(tensors, options, backend, attend=prompt_attention):
         out, lse = out if wants_lse else (out, None)
         upstream = torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape)
         grads = torch.autograd.grad(out, list(leaves.values()), upstream, materialize_grads=True)
-        results |= {name: out.detach(), **{f"d {leaf} ({name})": grad for leaf, grad in zip(leaves, grads)}}
+        results |= {
+            name: out.detach(),
+            **{f"d {leaf} ({name})": grad for leaf, grad in zip(leaves, grads, strict=True)},
+        }
     return results
 
 

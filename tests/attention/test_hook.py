@@ -6,9 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import padded, text_rows
-from tiny_models import tiny_base, tiny_model
-from tolerances import assert_differs, assert_equal
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import (
     and_masks,
@@ -19,10 +16,13 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from batches import padded, text_rows
 from ptv2_fast.attention import hook
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
 from ptv2_fast.inputs.cache import CACHE
 from ptv2_fast.reference.attention import prompt_attention as judge
+from tiny_models import tiny_base, tiny_model
+from tolerances import assert_differs, assert_equal
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 

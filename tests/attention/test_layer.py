@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import assert_equal, assert_same_bits
 
 from ptv2_fast.attention import prompt_attention
 from ptv2_fast.attention.layer import layer_attention
 from ptv2_fast.attention.prompt_batch import Account, LayerPrompt, PromptBatch
+from tolerances import assert_equal, assert_same_bits
 
 B, H, KV, N, D, P = 2, 4, 2, 20, 16, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,9 +62,16 @@ def test_it_is_prompt_attention(name, backend):
         given = [x if rows is None else _packed(x) for x in states]
         others = {key: value for key, value in options.items() if key != "index"}
         out = prompt_attention(
-            *given, prompt.keys, prompt.values, prompt_bias=prompt.bias, prompt_index=options["index"],
-            cu_seqlens=rows, max_seqlen=batch.max_seqlen, backend=backend, **others,
-        )  # fmt: skip
+            *given,
+            prompt.keys,
+            prompt.values,
+            prompt_bias=prompt.bias,
+            prompt_index=options["index"],
+            cu_seqlens=rows,
+            max_seqlen=batch.max_seqlen,
+            backend=backend,
+            **others,
+        )
         return out.transpose(1, 2) if rows is None else out.unflatten(0, (B, N))
 
     found = []
@@ -72,7 +79,7 @@ def test_it_is_prompt_attention(name, backend):
         torch.manual_seed(1)
         out = call()
         found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-    for actual, expected in zip(*found):
+    for actual, expected in zip(*found, strict=True):
         assert_same_bits(actual, expected)
     with torch.no_grad():
         torch.manual_seed(1)

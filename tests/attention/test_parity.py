@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerances import assert_equal
 
 from ptv2_fast.attention import prompt_attention
+from tolerances import assert_equal
 
 
 def _tensors(batch, heads, kv_heads, queries, keys, length, dim, entries=0, dtype=torch.float64):
@@ -50,7 +50,7 @@ def _run(backend, tensors, upstream, options):
     plain = prompt_attention(**{**options, **trained}, backend=backend)
     assert_equal(plain, out, "without log-sum-exp")
     grads = torch.autograd.grad((plain * upstream).sum(), list(trained.values()))
-    return {"out": out, "lse": lse, **dict(zip(trained, grads))}
+    return {"out": out, "lse": lse, **dict(zip(trained, grads, strict=True))}
 
 
 def _compare(tensors, dtype=torch.float64, **options):
@@ -182,7 +182,7 @@ def test_packed(length, index, options):
         options["prompt_bias"] = torch.randn(3, 4, length, dtype=torch.float64)
     result = _compare(tensors, **options)
     dense = {k: v for k, v in options.items() if k in ("causal", "window", "prompt_lens", "prompt_bias")}
-    for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+    for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         one = {n: tensors[n][start:end].transpose(0, 1)[None] for n in ("q", "k", "v")}
         one |= {n: tensors[n] for n in ("prompt_k", "prompt_v")}
         if index is not None:

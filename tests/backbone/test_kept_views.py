@@ -8,19 +8,19 @@ import threading
 from types import MethodType
 
 import pytest
-import tiny_features
-import tiny_seq2seq
 import torch
-from batches import padded, text_rows
-from tiny_models import tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_differs, assert_same_bits
 from torch import nn
 
+import tiny_features
+import tiny_seq2seq
+from batches import padded, text_rows
 from ptv2_fast import StepOptions, get_ptv2_model
 from ptv2_fast.backbone import hooked, view
 from ptv2_fast.backbone.kept_views import KeptViews
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.backbone.view import view_of
+from tiny_models import tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_differs, assert_same_bits
 
 BATCH = padded(text_rows(), "left")
 FAMILIES = ("bert", "llama", "albert", "distilbert", "mpnet", "deberta-v2")

@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
-from batches import padded, text_rows
-from tiny_models import tiny_base
-from tolerances import assert_same_bits
 from torch import nn
 
+from batches import padded, text_rows
 from ptv2_fast.backbone.view import view_of
 from ptv2_fast.families.registry import family_of
+from tiny_models import tiny_base
+from tolerances import assert_same_bits
 
 
 def test_a_view_has_other_children_and_the_same_weights():

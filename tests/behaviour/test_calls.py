@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ptv2_fast import PTuningV2Model, get_ptv2_model
+from ptv2_fast.inputs.arguments import check_read, named_arguments
 from tiny_features import features
 from tiny_features import tiny_model as tiny_images
 from tiny_models import tiny_base, tiny_model, tiny_prompts
 from tiny_seq2seq import T5_SERVED
 from tiny_seq2seq import tiny_model as tiny_seq2seq
 from tolerances import assert_equal
-from transformers import PretrainedConfig, PreTrainedModel
-
-from ptv2_fast import PTuningV2Model, get_ptv2_model
-from ptv2_fast.inputs.arguments import check_read, named_arguments
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -65,10 +65,19 @@ def test_what_an_image_model_does_not_read_is_refused():
 def test_arguments_that_transformers_and_trainer_pass_are_served():
     model = tiny_model("llama", "deep", "CAUSAL_LM")
     model(
-        input_ids=IDS, attention_mask=MASK, labels=IDS, num_items_in_batch=torch.tensor(6), use_cache=False,
-        output_hidden_states=True, output_attentions=False, return_dict=True, logits_to_keep=0, task=None,
-        output_router_logits=False, cache_position=torch.arange(4),
-    )  # fmt: skip
+        input_ids=IDS,
+        attention_mask=MASK,
+        labels=IDS,
+        num_items_in_batch=torch.tensor(6),
+        use_cache=False,
+        output_hidden_states=True,
+        output_attentions=False,
+        return_dict=True,
+        logits_to_keep=0,
+        task=None,
+        output_router_logits=False,
+        cache_position=torch.arange(4),
+    )
     model.loss_function = lambda logits, labels, weight=1.0, **kwargs: logits.sum() * 0 + weight * len(kwargs)
     assert model(input_ids=IDS, labels=IDS, weight=3.0, mine=1).loss > 0, "a loss may look into what it is given"
 

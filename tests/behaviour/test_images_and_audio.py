@@ -6,6 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+
+from ptv2_fast import HeadConfig, PTuningV2Model, StepOptions
+from ptv2_fast.backbone.locate import backbone_of
+from ptv2_fast.families.registry import family_of
 from shape_audit import ShapeAudit
 from tiny_features import (
     EVERY,
@@ -24,10 +28,6 @@ from tiny_features import (
 from tiny_models import INJECTIONS, tiny_prompts
 from tolerances import assert_differs, assert_equal, assert_same_bits
 
-from ptv2_fast import HeadConfig, PTuningV2Model, StepOptions
-from ptv2_fast.backbone.locate import backbone_of
-from ptv2_fast.families.registry import family_of
-
 INSIDE = [p for p in EVERY if p.values[1] != "shallow"]
 TARGETS = torch.tensor([2, 0, 1])
 
@@ -39,7 +39,7 @@ def _compare(model, backbone, family, **options):
     output = model(**inputs, output_hidden_states=True)
     last, states = literal_states(model, backbone, *inputs.values(), **options)
     assert_equal(output.last_hidden_state, last, "last states")
-    for index, (own, expected) in enumerate(zip(output.hidden_states[:-1], states)):
+    for index, (own, expected) in enumerate(zip(output.hidden_states[:-1], states, strict=False)):
         assert_equal(own, expected, f"states before layer {index}")
     fast = gradients((output.last_hidden_state * weights).sum(), model)
     slow = gradients((last * weights).sum(), model)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from batches import packed, padded, text_rows
+from ptv2_fast import HeadConfig
+from ptv2_fast.families.registry import family_of
+from ptv2_fast.inputs.cache import CACHE
 from tiny_models import (
     DECODERS,
     DISTINCT,
@@ -20,10 +24,6 @@ from tiny_models import (
     tiny_prompts,
 )
 from tolerances import assert_differs, assert_equal, assert_same_bits
-
-from ptv2_fast import HeadConfig
-from ptv2_fast.families.registry import family_of
-from ptv2_fast.inputs.cache import CACHE
 
 EVERY = [pytest.param(family, injection, id=f"{family}-{injection}") for family in FAMILIES for injection in INJECTIONS]
 # A shallow prompt on an encoder is real rows of the batch, so it is shared by all of them.
@@ -103,12 +103,12 @@ def test_packed_rows_are_separate_rows(family, injection):
     loss = sum((piece**2).mean() for piece in pieces)
     alone = [model(input_ids=row[None]).logits[0] for row in rows]
     expected_loss = sum((one**2).mean() for one in alone)
-    for piece, expected in zip(pieces, alone):
+    for piece, expected in zip(pieces, alone, strict=True):
         assert_equal(piece, expected)
     parameters = list(model.adapters.parameters())
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     expected_grads = torch.autograd.grad(expected_loss, parameters, allow_unused=True)
-    for grad, expected in zip(grads, expected_grads):
+    for grad, expected in zip(grads, expected_grads, strict=True):
         assert_equal(grad, expected, "gradient")
 
 

@@ -6,7 +6,10 @@ import threading
 
 import pytest
 import torch
+
 from batches import padded, text_rows
+from ptv2_fast import get_ptv2_model
+from ptv2_fast.backbone import view
 from tiny_models import (
     DECODERS,
     FAMILIES,
@@ -18,9 +21,6 @@ from tiny_models import (
     tiny_prompts,
 )
 from tolerances import assert_differs, assert_equal, assert_same_bits
-
-from ptv2_fast import get_ptv2_model
-from ptv2_fast.backbone import view
 
 BATCH = padded(text_rows(), "left")
 REAL = BATCH.attention_mask.bool()
@@ -46,7 +46,7 @@ def test_two_models_in_two_threads_give_what_they_give_alone():
         loss.backward()
         return [loss.detach()] + [p.grad.clone() for p in model.adapters.parameters()]
 
-    alone = [step(model, kind[2]) for model, kind in zip(models, kinds)]
+    alone = [step(model, kind[2]) for model, kind in zip(models, kinds, strict=True)]
     together: list[list] = [[], []]
     barrier = threading.Barrier(2)
 
@@ -64,7 +64,7 @@ def test_two_models_in_two_threads_give_what_they_give_alone():
     for index in range(2):
         assert len(together[index]) == 6
         for results in together[index]:
-            for actual, expected in zip(results, alone[index]):
+            for actual, expected in zip(results, alone[index], strict=True):
                 assert_equal(actual, expected)
 
 
@@ -212,7 +212,7 @@ def test_autocast(family, injection):
     assert_equal(output.logits[REAL].float(), plain.logits[REAL], dtype=torch.bfloat16)
     assert not torch.equal(output.logits[REAL].float(), plain.logits[REAL]), "autocast did nothing"
     grads = torch.autograd.grad(output.loss, list(model.adapters["default"].encoder.parameters()))
-    for grad, expected in zip(grads, plain_grads):
+    for grad, expected in zip(grads, plain_grads, strict=True):
         assert grad.dtype == torch.float32
         similarity = torch.cosine_similarity(grad.flatten(), expected.flatten(), dim=0)
         assert similarity > 0.98
@@ -258,5 +258,5 @@ def _check_compiled(family, injection, fullgraph):
     loss, grads = step(torch.compile(model, fullgraph=fullgraph, backend=backend))
     expected_loss, expected = step(model)
     assert_equal(loss, expected_loss)
-    for grad, reference in zip(grads, expected):
+    for grad, reference in zip(grads, expected, strict=True):
         assert_equal(grad, reference)

@@ -7,7 +7,10 @@ import re
 import pytest
 import torch
 import transformers
+from transformers.utils.generic import find_labels
+
 from batches import padded, text_rows
+from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from tiny_models import (
     DECODERS,
     ENCODERS,
@@ -19,9 +22,6 @@ from tiny_models import (
     tiny_prompts,
 )
 from tolerances import assert_differs, assert_same_bits
-from transformers.utils.generic import find_labels
-
-from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 
 BATCH = padded(text_rows(), "left")
 IDS, MASK = BATCH.input_ids, BATCH.attention_mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from batches import padded, text_rows
 from tiny_models import (
     DECODERS,
@@ -34,7 +35,7 @@ def _compare(model, backbone, batch, **inputs):
     slow, slow_grads = run(literal_states(model, backbone, **batch.inputs, **inputs))
     dtype = backbone.dtype
     assert_equal(fast, slow, "output", dtype)
-    for name, grad, expected in zip(parameters, fast_grads, slow_grads):
+    for name, grad, expected in zip(parameters, fast_grads, slow_grads, strict=True):
         assert grad.abs().max() > 1e-6, f"{name} gets no gradient"
         assert_equal(grad, expected, f"gradient of {name}", dtype)
     return fast

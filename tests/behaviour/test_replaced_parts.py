@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny_seq2seq
 import torch
-from batches import padded, text_rows
-from tiny_models import DECODERS, tiny_base, tiny_prompts
-from tolerances import assert_differs, assert_equal, assert_same_bits
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+import tiny_seq2seq
+from batches import padded, text_rows
 from ptv2_fast import PTuningV2Model, StepOptions, get_ptv2_model
 from ptv2_fast.backbone.locate import backbone_name, backbone_of
 from ptv2_fast.backbone.view import TRACES_VIEWS
 from ptv2_fast.saving.export import prompt_tensors
+from tiny_models import DECODERS, tiny_base, tiny_prompts
+from tolerances import assert_differs, assert_equal, assert_same_bits
 
 BATCH = padded(text_rows(), "left")
 FAMILIES = ("bert", "albert", "modernbert", "deberta-v2", "gpt2", "llama", "gemma2", "t5", "bart")

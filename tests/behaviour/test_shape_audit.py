@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
+
 from batches import padded, text_rows
+from ptv2_fast.families.registry import family_of
 from shape_audit import ShapeAudit
 from tiny_models import (
     DECODERS,
@@ -19,8 +21,6 @@ from tiny_models import (
     tiny_base,
     tiny_model,
 )
-
-from ptv2_fast.families.registry import family_of
 
 # Prime, and no other size of the tiny models nor a product of them: a hit is P + N and nothing else.
 ROWS, TOKENS, LENGTH = 3, 13, 10

@@ -11,18 +11,18 @@ from types import MethodType
 
 import peft
 import pytest
+import torch
+
 import tiny_features
 import tiny_seq2seq
-import torch
 from batches import padded, text_rows
-from tiny_models import DECODERS, FAMILIES, tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_differs, assert_equal, assert_same_bits
-
 from ptv2_fast import PTuningV2Model, get_ptv2_model
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.backbone.view import TRACES_VIEWS
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.interop.peft_import import from_peft
+from tiny_models import DECODERS, FAMILIES, tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_differs, assert_equal, assert_same_bits
 
 BATCH = padded(text_rows(), "left")
 PAIR = tiny_seq2seq.pair()
@@ -82,7 +82,7 @@ def test_no_wrapper_changes_another_or_the_base(family):
     assert_differs(expected[0], expected[1])
 
     def check():
-        for model, answer in zip(models, expected):
+        for model, answer in zip(models, expected, strict=True):
             assert_same_bits(_answer(model, family), answer)
 
     assert _implementations(base) == implementations

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+
 from batches import padded, text_rows
+from ptv2_fast.step.options import StepOptions
 from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
 from tiny_models import DECODERS, ENCODERS, GROUPED, INJECTIONS, tiny_model, tiny_prompts
 from tolerances import assert_equal
-
-from ptv2_fast.step.options import StepOptions
 
 pytestmark = pytest.mark.usefixtures("kernels_without_overflow_checks")
 # The interpreter takes seconds for each: the other families bring the kernels nothing that these do not.

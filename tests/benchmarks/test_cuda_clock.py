@@ -6,11 +6,11 @@ import time
 
 import pytest
 import torch
-from fake_cuda import fake_cuda  # noqa: F401  a fixture
 
 from benchmarks import ceilings, measure
 from benchmarks.step import clock as step_clock
 from benchmarks.step import live_bytes
+from fake_cuda import fake_cuda  # noqa: F401  a fixture
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_folders import bert_folder, llama_folder, toy_examples, toy_file
 from typer.testing import CliRunner
 
 from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.cli import _request, app
 from ptv2_fast.training.recipes import RECIPES
+from tiny_folders import bert_folder, llama_folder, toy_examples, toy_file
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM")
 METRIC = {"SEQ_CLS": "accuracy", "TOKEN_CLS": "f1", "QUESTION_ANS": "f1", "CAUSAL_LM": "perplexity"}
@@ -100,7 +100,7 @@ def test_predict_classes_in_every_way_of_asking(trained, tmp_path):
     as_arguments = run("predict", folder, *texts, "--json")
     records = [json.loads(line) for line in as_arguments.stdout.splitlines()]
     assert [record["text"] for record in records] == texts
-    right = sum(record["label"] == example["label"] for record, example in zip(records, examples))
+    right = sum(record["label"] == example["label"] for record, example in zip(records, examples, strict=True))
     assert right / 16 == json.loads((folder / "metrics.json").read_text())["dev"]["accuracy"] > 0.5
     assert all(0.5 <= record["score"] <= 1 for record in records)
     assert run("predict", folder, "--json", stdin="\n".join(texts) + "\n\n").stdout == as_arguments.stdout
@@ -118,7 +118,7 @@ def test_predict_tags_words_and_signs(trained):
     assert [row[0] for row in rows] == ["Anna", "saw", "Paris", "."]
     record = json.loads(run("predict", folder, "Anna saw Paris.", "--json").stdout)
     assert record["tags"] == [row[1] for row in rows]
-    tagged = [token for token, tag in zip(record["tokens"], record["tags"]) if tag != "O"]
+    tagged = [token for token, tag in zip(record["tokens"], record["tags"], strict=True) if tag != "O"]
     assert [entity["text"] for entity in record["entities"]] == tagged != []
 
 
@@ -199,7 +199,7 @@ def test_the_flags_reach_the_adapter(encoder, tmp_path, more):
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "out" / "ptv2_config.json").read_text())["config"]
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    flags = dict(zip(map(str, more[::2]), more[1::2]))
+    flags = dict(zip(map(str, more[::2]), more[1::2], strict=True))
     assert config["injection"] == flags.get("--injection", "deep")
     assert config["reparameterization"] == flags.get("--reparameterization")
     assert config["layers"] == ([0] if "--layers" in flags else None)
@@ -386,6 +386,13 @@ def test_a_recipe_sets_the_run_and_flags_override_it(name):
     changed = _request(flags(recipe=name, lr=0.5, num_virtual_tokens=3, model="mine"))
     assert (changed.model, changed.fit.learning_rate, changed.num_virtual_tokens) == ("mine", 0.5, 3)
     assert changed.fit.epochs == recipe.epochs
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_settings_cannot_say_of_a_published_run_is_said(name, caplog):
+    _request(flags(recipe=name))
+    note = RECIPES[name].note
+    assert caplog.messages == ([f"recipe {name}: {note}"] if note else [])
 
 
 def test_a_pair_of_columns_and_a_dataset_folder(encoder, tmp_path):

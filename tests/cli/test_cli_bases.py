@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_folders import bert_folder, toy_file
 from typer.testing import CliRunner
 
 from ptv2_fast.cli import app
+from tiny_folders import bert_folder, toy_file
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,23 @@ DAMAGES = {
 def _run(place: Path, tmp_path: Path, *more: str, model: Path | None = None):
     result = CliRunner().invoke(
         app,
-        ["train", "--model", str(model or place / "bert"), "--task", "SEQ_CLS", "--data", str(place / "train.tsv"),
-         "--epochs", "1", "--num-virtual-tokens", "2", "--output", str(tmp_path / "run"), *more],
-    )  # fmt: skip
+        [
+            "train",
+            "--model",
+            str(model or place / "bert"),
+            "--task",
+            "SEQ_CLS",
+            "--data",
+            str(place / "train.tsv"),
+            "--epochs",
+            "1",
+            "--num-virtual-tokens",
+            "2",
+            "--output",
+            str(tmp_path / "run"),
+            *more,
+        ],
+    )
     assert not (tmp_path / "run").exists()
     assert result.exit_code == 2, result.stderr
     return [line for line in result.stderr.splitlines() if line.startswith("ptv2-fast: ")]

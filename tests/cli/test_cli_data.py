@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_folders import bert_folder, llama_folder, toy_examples, toy_file
 from typer.testing import CliRunner
 
 from ptv2_fast import PTuningV2Config, get_ptv2_model
 from ptv2_fast.cli import app
 from ptv2_fast.training import runs
+from tiny_folders import bert_folder, llama_folder, toy_examples, toy_file
 
 
 def run(*arguments: object, stdin: str | None = None):
@@ -83,8 +83,9 @@ class TestColumns:
         result = train(encoder, "SEQ_CLS", data, tmp_path / "out", *columns)
         assert result.exit_code == 0, result.output
         assert json.loads((tmp_path / "out" / "ptv2_config.json").read_text())["config"]["heads"]["task"]["labels"] == [
-            "negative", "positive",
-        ]  # fmt: skip
+            "negative",
+            "positive",
+        ]
         assert json.loads(run("eval", tmp_path / "out", "--data", data).stdout)["examples"] == 16
 
     def test_prompt_and_completion(self, writer, tmp_path):
@@ -123,7 +124,10 @@ class TestTags:
 
         def written(name: str, iob1: bool) -> Path:
             sentences = [
-                "\n".join(f"{t}\t{tag.replace('B-', 'I-') if iob1 else tag}" for t, tag in zip(r["tokens"], r["tags"]))
+                "\n".join(
+                    f"{t}\t{tag.replace('B-', 'I-') if iob1 else tag}"
+                    for t, tag in zip(r["tokens"], r["tags"], strict=True)
+                )
                 for r in rows
             ]
             (tmp_path / name).write_text("\n\n".join(sentences) + "\n")
@@ -139,7 +143,7 @@ class TestTags:
 
 class TestCounted:
     def test_numbers_of_columns_are_remembered(self, encoder, tmp_path):
-        sentences = [zip(e["tokens"], e["tags"]) for e in toy_examples("TOKEN_CLS", 8)]
+        sentences = [zip(e["tokens"], e["tags"], strict=True) for e in toy_examples("TOKEN_CLS", 8)]
         rows = ["".join(f"{n}\t{t}\t{tag}\tO\n" for n, (t, tag) in enumerate(s, 1)) for s in sentences]
         data = tmp_path / "a.conll"
         data.write_text("\n".join(rows))

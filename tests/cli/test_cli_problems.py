@@ -6,10 +6,10 @@ import json
 import random
 
 import pytest
-from tiny_folders import FILLERS, bert_folder
 from typer.testing import CliRunner
 
 from ptv2_fast.cli import app
+from tiny_folders import FILLERS, bert_folder
 
 REGRESSION, SEVERAL = "regression", "multi_label_classification"
 METRIC = {REGRESSION: "pearson", SEVERAL: "micro_f1"}

@@ -6,10 +6,10 @@ import json
 import random
 
 import pytest
-from tiny_folders import FILLERS, PEOPLE, PLACES, bert_folder
 from typer.testing import CliRunner
 
 from ptv2_fast.cli import app
+from tiny_folders import FILLERS, PEOPLE, PLACES, bert_folder
 
 
 def run(*arguments: object):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from batches import packed, padded
+from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, StepOptions, get_ptv2_model
 from shape_audit import ShapeAudit
 from tiny_features import (
     END_ID,
@@ -20,8 +22,6 @@ from tiny_features import (
 from tiny_folders import tiny_tokenizer
 from tiny_models import INJECTIONS, tiny_prompts
 from tolerances import assert_differs, assert_equal, assert_same_bits
-
-from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, StepOptions, get_ptv2_model
 
 FAMILY = "clip_text_model"
 # With 2 the end of text is the highest id of a row, as in configurations from before it was corrected.

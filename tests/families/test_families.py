@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tiny_features
 import torch
+
+import tiny_features
 from batches import padded, text_rows
+from ptv2_fast.families.dimensions import Dimensions
+from ptv2_fast.families.registry import families, family_of
 from tiny_models import (
     ENCODERS,
     FAMILIES,
@@ -20,9 +23,6 @@ from tiny_models import (
 )
 from tiny_seq2seq import TINY
 from tolerances import assert_differs, assert_equal
-
-from ptv2_fast.families.dimensions import Dimensions
-from ptv2_fast.families.registry import families, family_of
 
 
 def test_every_family_is_tested():

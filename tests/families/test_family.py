@@ -6,13 +6,13 @@ import copy
 import pickle
 
 import pytest
+import torch
+from torch import nn
+
 import tiny_features
 import tiny_models
 import tiny_seq2seq
-import torch
 from families import changed
-from torch import nn
-
 from ptv2_fast.backbone.locate import part_at
 from ptv2_fast.families.family import Family
 from ptv2_fast.families.gemma import Gemma3

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import padded, text_rows
-from tiny_models import RELATIVE, tiny_base, tiny_model
-from tolerances import assert_differs, assert_equal, assert_same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
+from batches import padded, text_rows
 from ptv2_fast.families import deberta, mpnet
 from ptv2_fast.families.registry import family_of
+from tiny_models import RELATIVE, tiny_base, tiny_model
+from tolerances import assert_differs, assert_equal, assert_same_bits
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 9, 33, 34, 64, 65, 129, 130, 300, 700)
 

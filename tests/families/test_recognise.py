@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+
 from batches import padded, text_rows
 from families import changed
-from tiny_models import INJECTIONS, LABELS, literal_states, tiny_base, tiny_prompts
-from tolerances import assert_equal
-
 from ptv2_fast import get_ptv2_model
 from ptv2_fast.families.recognise import recognise
 from ptv2_fast.families.registry import families, family_of
 from ptv2_fast.reference import backbones
 from ptv2_fast.reference.float64 import to_exact_float64
 from ptv2_fast.step.labelled_rows import why_not_labelled_rows
+from tiny_models import INJECTIONS, LABELS, literal_states, tiny_base, tiny_prompts
+from tolerances import assert_equal
 
 # model type -> the listed one that it behaves like.
 RECOGNISED = {

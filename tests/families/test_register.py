@@ -6,14 +6,12 @@ import threading
 
 import pytest
 import torch
-from batches import padded, text_rows
-from tiny_models import INJECTIONS, tiny_base, tiny_config, tiny_prompts
-from tolerances import assert_equal
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import ptv2_fast
+from batches import padded, text_rows
 from ptv2_fast import get_ptv2_model
 from ptv2_fast.families.bert import Bert
 from ptv2_fast.families.family import Family
@@ -21,6 +19,8 @@ from ptv2_fast.families.llama import Llama
 from ptv2_fast.families.registry import families, family_of, is_listed, register_family, unregister_family
 from ptv2_fast.families.table import table
 from ptv2_fast.step.labelled_rows import why_not_labelled_rows
+from tiny_models import INJECTIONS, tiny_base, tiny_config, tiny_prompts
+from tolerances import assert_equal
 
 NAME = "private"
 

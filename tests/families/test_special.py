@@ -7,16 +7,16 @@ from types import MethodType
 import pytest
 import torch
 import transformers
-from batches import padded, text_rows
-from tiny_models import FAMILIES, INJECTIONS, WINDOWED, literal_states, tiny_base, tiny_config, tiny_model, tiny_prompts
-from tolerances import assert_differs, assert_equal
 from transformers import DynamicCache
 
+from batches import padded, text_rows
 from ptv2_fast import get_ptv2_model
 from ptv2_fast.backbone.rotary import max_rotary_length
 from ptv2_fast.families.registry import families, family_of
 from ptv2_fast.inputs.cache import CACHE
 from ptv2_fast.inputs.sliding_window import counts_padding, smallest_window
+from tiny_models import FAMILIES, INJECTIONS, WINDOWED, literal_states, tiny_base, tiny_config, tiny_model, tiny_prompts
+from tolerances import assert_differs, assert_equal
 
 
 def _is_literal(family: str, injection: str, width: int = 32, **changes) -> None:

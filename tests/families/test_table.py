@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import tiny_features
+from ptv2_fast.families.table import table
 from tiny_models import DECODERS, FAMILIES
 from tiny_seq2seq import TINY
-
-from ptv2_fast.families.table import table
 
 ENCODER_DECODERS = {tiny.model_type for tiny in TINY.values()}
 FILE = Path(__file__).parents[2] / "docs" / "families.md"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from ptv2_fast import PTuningV2Config, get_ptv2_model
+from ptv2_fast.families.registry import family_of
 from tiny_folders import tiny_tokenizer
 from tiny_models import INJECTIONS
 from tiny_seq2seq import (
@@ -19,9 +22,6 @@ from tiny_seq2seq import (
     tiny_model,
 )
 from tolerances import assert_differs, assert_equal, assert_same_bits
-
-from ptv2_fast import PTuningV2Config, get_ptv2_model
-from ptv2_fast.families.registry import family_of
 
 EVERY = [pytest.param(kind, injection, id=f"{kind}-{injection}") for kind in KINDS for injection in INJECTIONS]
 SIDES = [("left", "right"), ("right", "left"), ("holes", "holes")]

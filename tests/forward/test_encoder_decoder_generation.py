@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
 from batches import padded
+from ptv2_fast.inputs.cache import CACHE
 from tiny_models import INJECTIONS, tiny_prompts
 from tiny_seq2seq import KINDS, STACKS, START, literal, literal_logits, pair, rows, tiny_base, tiny_model
 from tolerances import assert_equal
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-
-from ptv2_fast.inputs.cache import CACHE
 
 EVERY = [pytest.param(kind, injection, id=f"{kind}-{injection}") for kind in KINDS for injection in INJECTIONS]
 NEW = 5

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+
 from batches import padded, text_rows
+from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
 from tiny_models import INJECTIONS, LABELS, tiny_prompts
 from tiny_seq2seq import tiny_base, tiny_model
 from tolerances import assert_equal, assert_same_bits
-
-from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
 
 
 def _ended(side):

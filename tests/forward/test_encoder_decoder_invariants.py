@@ -5,10 +5,16 @@ from __future__ import annotations
 from types import MethodType
 
 import pytest
-import tiny_models as bert
 import torch
 import transformers
+
+import tiny_models as bert
 from batches import padded, text_rows
+from ptv2_fast import PTuningV2Model
+from ptv2_fast.backbone.locate import backbone_of
+from ptv2_fast.families.dimensions import Dimensions
+from ptv2_fast.families.registry import family_of
+from ptv2_fast.inputs.cache import CACHE
 from tiny_models import HIDDEN, INJECTIONS, VOCABULARY, tiny_prompts
 from tiny_seq2seq import (
     DECODER,
@@ -23,12 +29,6 @@ from tiny_seq2seq import (
     tiny_model,
 )
 from tolerances import assert_differs, assert_equal, assert_same_bits
-
-from ptv2_fast import PTuningV2Model
-from ptv2_fast.backbone.locate import backbone_of
-from ptv2_fast.families.dimensions import Dimensions
-from ptv2_fast.families.registry import family_of
-from ptv2_fast.inputs.cache import CACHE
 
 EVERY = [pytest.param(kind, injection, id=f"{kind}-{injection}") for kind in KINDS for injection in INJECTIONS]
 SOME = [p for p in EVERY if p.values[0] in ("t5", "bart")]

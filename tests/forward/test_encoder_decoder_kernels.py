@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
 from tiny_seq2seq import STACKS, pair, tiny_model
 from tolerances import assert_differs, assert_equal

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_seq2seq import KINDS, T5_SERVED, pair, tiny_base, tiny_model
-from tolerances import assert_equal
 from torch import Tensor
 
 from ptv2_fast import PTuningV2Config, get_ptv2_model
 from ptv2_fast.inputs.cache import CACHE
+from tiny_seq2seq import KINDS, T5_SERVED, pair, tiny_base, tiny_model
+from tolerances import assert_equal
 
 INJECTIONS = ("deep", "prefix", "shallow")
 SOME = [(kind, injection) for kind in ("t5", "bart") for injection in INJECTIONS]

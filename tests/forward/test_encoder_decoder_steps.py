@@ -6,12 +6,12 @@ import logging
 
 import pytest
 import torch
+
 from batches import padded, text_rows
+from ptv2_fast import GraphRunner, StepOptions
 from shape_audit import ShapeAudit
 from tiny_seq2seq import KINDS, STACKS, Pair, literal, pair, tiny_base, tiny_model
 from tolerances import assert_equal
-
-from ptv2_fast import GraphRunner, StepOptions
 
 ROWS, TOKENS, TARGETS, LENGTH = 3, 13, 7, 10
 FORBIDDEN = (TOKENS + LENGTH, TARGETS + LENGTH, ROWS * (TOKENS + LENGTH), ROWS * (TARGETS + LENGTH))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
+
 from batches import padded, text_rows
+from ptv2_fast.inputs.cache import CACHE
 from tiny_models import (
     DECODERS,
     DISTINCT,
@@ -16,9 +19,6 @@ from tiny_models import (
     tiny_prompts,
 )
 from tolerances import assert_differs, assert_equal
-from transformers import DynamicCache, StaticCache
-
-from ptv2_fast.inputs.cache import CACHE
 
 EVERY = [pytest.param(family, injection, id=f"{family}-{injection}") for family in DECODERS for injection in INJECTIONS]
 SOME = [p for p in EVERY if p.values[0] in DISTINCT]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from batches import padded, text_rows
+from ptv2_fast.forward import views
+from ptv2_fast.forward.route import Route, route_of
 from tiny_features import features
 from tiny_features import tiny_model as tiny_features
 from tiny_models import tiny_model, tiny_prompts
 from tiny_seq2seq import pair
 from tiny_seq2seq import tiny_model as tiny_seq2seq
-
-from ptv2_fast.forward import views
-from ptv2_fast.forward.route import Route, route_of
 
 BATCH = padded(text_rows(5, 2, 7), "left")
 WAYS = {

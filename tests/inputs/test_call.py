@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from batches import text_rows
-from tiny_features import features
-from tiny_features import tiny_base as feature_base
-from tiny_models import tiny_base, tiny_model
-from tiny_seq2seq import tiny_model as tiny_seq2seq
 
+from batches import text_rows
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.inputs.cache import CACHE
 from ptv2_fast.inputs.call import FeatureCall, StackedCall, TextCall, named_inputs, read_call
+from tiny_features import features
+from tiny_features import tiny_base as feature_base
+from tiny_models import tiny_base, tiny_model
+from tiny_seq2seq import tiny_model as tiny_seq2seq
 
 IDS = torch.stack(text_rows(6, 6, 6))
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])

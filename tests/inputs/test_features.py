@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+
+from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
 from tiny_features import FEATURES, HIDDEN, IMAGES, LABELS, MAIN_INPUT, TASK, TOKENS, features, tiny_base, tiny_model
 from tiny_models import INJECTIONS
 from tolerances import assert_same_bits
-
-from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)

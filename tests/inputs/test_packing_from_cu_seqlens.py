@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from batches import packed, text_rows
+from ptv2_fast.inputs.text import packed_positions
 from tiny_models import FAMILIES, tiny_model
 from tolerances import assert_equal
-
-from ptv2_fast.inputs.text import packed_positions
 
 LENGTHS = (5, 2, 7)
 BOUNDS = torch.tensor([0, 5, 7, 14], dtype=torch.int32)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import padded, text_rows
-from peft_models import said
 from safetensors.torch import save_file
-from tiny_models import HIDDEN, LABELS, tiny_base, tiny_config
-from tolerances import assert_differs, assert_equal
 from torch import nn
 from transformers import AutoModelForMultipleChoice, DynamicCache
 
+from batches import padded, text_rows
+from peft_models import said
 from ptv2_fast import from_paper
 from ptv2_fast.inputs.cache import CACHE
+from tiny_models import HIDDEN, LABELS, tiny_base, tiny_config
+from tolerances import assert_differs, assert_equal
 
 LENGTH, WIDTH, LAYERS, HEADS = 4, 6, 2, 4
 RIGHT = padded(text_rows(), "right")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft_models import trained
 from safetensors.torch import load_file, save_file
+
+from peft_models import trained
+from ptv2_fast import PTuningV2Config, from_peft, get_ptv2_model
 from tiny_seq2seq import STACKS, pair, tiny_base, tiny_model
 from tolerances import assert_differs, assert_equal
-
-from ptv2_fast import PTuningV2Config, from_peft, get_ptv2_model
 
 peft = pytest.importorskip("peft")
 # PEFT asks transformers for this; nothing of ours does.

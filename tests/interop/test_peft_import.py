@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from batches import padded, text_rows
 from peft_models import LENGTH, counted, peft_model, said, trained
-from safetensors.torch import load_file, save_file
+from ptv2_fast import from_peft
 from tiny_models import DECODERS, HIDDEN, NARROW_WORDS, tiny_base, wide_window
 from tolerances import assert_differs, assert_equal, assert_same_bits
-
-from ptv2_fast import from_peft
 
 peft = pytest.importorskip("peft")
 # PEFT asks transformers for this; nothing of ours does.

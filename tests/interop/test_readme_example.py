@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+
 from tiny_folders import llama_folder, tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM
 
 peft = pytest.importorskip("peft")
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -19,7 +19,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
     name = str(llama_folder(tmp_path / "tiny-lm"))
     settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     peft.get_peft_model(tiny_llama(), settings).save_pretrained("peft-adapter")
-    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "name": name, "texts": ["the film", "anna likes paris"]}
+    names = {"name": name, "texts": ["the film", "anna likes paris"]}
     names["tokenizer"] = tiny_tokenizer(causal=True)
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "from_peft" in block]
     exec(block, names)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from ptv2_fast.kernels.dropout import dropout_keep_mask
-from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
-from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 
 from ptv2_fast.attention import torch_backend
 from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.dropout import dropout_keep_mask
+from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
+from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 from ptv2_fast.reference.attention import prompt_attention as reference
 
 HAS_GPU = torch.cuda.is_available()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ptv2_fast.kernels.bank_rows import rows_by_entry
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptv2_fast.kernels.prompt_backward import Needs
 
 from ptv2_fast.attention import prompt_attention
 from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.prompt_backward import Needs
 
 CASES = {
     "plain": {},

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
-from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
-from tiny_models import tiny_base
 
 from benchmarks.attention.cases import DTYPES, kernel_cases
 from benchmarks.attention.inputs import BANK_TASKS
 from ptv2_fast import PTuningV2Config, PTuningV2Model
 from ptv2_fast.kernels import aot, aot_compile, launch
+from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
+from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
+from tiny_models import tiny_base
 
 HOPPER, PROGRAMS = 90, 4 * 132
 HEADLINE = 9

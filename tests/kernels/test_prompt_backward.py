@@ -8,9 +8,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from ptv2_fast.kernels.prompt_backward import Needs, _rows_by_entry
 
 from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.prompt_backward import Needs, _rows_by_entry
 
 # Shrinking a failure costs minutes under the interpreter; the draw that failed is small already.
 PHASES = [hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
 
 from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
 
 CASES = {
     "one-query": {"queries": 1, "keys": 70, "prompt": 65, "batch": 5},

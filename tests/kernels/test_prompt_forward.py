@@ -6,9 +6,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 
 from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 
 # Shrinking a failure costs minutes under the interpreter; the draw that failed is small already.
 PHASES = [hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate]

@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ptv2_fast.kernels.dropout import dropout_keep_mask
 
 from ptv2_fast.kernels import tiles
+from ptv2_fast.kernels.dropout import dropout_keep_mask
 from ptv2_fast.reference.attention import prompt_attention as reference
 
 BLOCK_M, BLOCK_N = 16, 8

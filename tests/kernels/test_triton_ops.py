@@ -6,13 +6,13 @@ import functools
 
 import pytest
 import torch
-from ptv2_fast.kernels.dropout import dropout_keep_mask
-from tolerances import assert_same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptv2_fast.attention import prompt_attention, triton_backend
 from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.dropout import dropout_keep_mask
 from ptv2_fast.reference.attention import prompt_attention as reference
+from tolerances import assert_same_bits
 
 # More queries than go to the decode kernel.
 QUERIES = triton_backend.DECODE_QUERIES + 3

@@ -14,9 +14,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_folders import bert_folder, llama_folder, tiny_bert, tiny_tokenizer, toy_examples, toy_file
 
 from ptv2_fast import PTuningV2Model
+from tiny_folders import bert_folder, llama_folder, tiny_bert, tiny_tokenizer, toy_examples, toy_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KEPT = {"ptv2_model.safetensors", "ptv2_config.json"}
@@ -99,7 +99,7 @@ def test_sentiment_classifies_the_dev_sentences(sentiment):
     with torch.no_grad():
         guesses = loaded(**batch).logits.argmax(-1)
     names = loaded.ptv2_config["default"].heads["task"].labels
-    right = [names[guess] == example["label"] for guess, example in zip(guesses, examples)]
+    right = [names[guess] == example["label"] for guess, example in zip(guesses, examples, strict=True)]
     assert sum(right) / len(right) == pytest.approx(found, abs=1e-4)
 
 
@@ -120,7 +120,7 @@ def test_question_answering_reads_squad_and_answers(tmp_path):
     for seed, (name, count) in enumerate({"train-v1.1": 64, "dev-v1.1": 16}.items()):
         paragraphs = []
         for example in toy_examples("QUESTION_ANS", count, seed):
-            answers = [{"text": t, "answer_start": s} for t, s in zip(*example["answers"].values())]
+            answers = [{"text": t, "answer_start": s} for t, s in zip(*example["answers"].values(), strict=True)]
             question = {"id": example["id"], "question": example["question"], "answers": answers}
             paragraphs.append({"context": example["context"], "qas": [question]})
         (data / f"{name}.json").write_text(json.dumps({"data": [{"title": "toy", "paragraphs": paragraphs}]}))
@@ -165,7 +165,7 @@ def test_sft_learns_replies_alone(chat):
     tokenizer.chat_template = TEMPLATE
     messages = [{"role": "user", "content": "who is bob"}, {"role": "assistant", "content": "bob likes rome"}]
     row = encode(messages, tokenizer)
-    learned = [token for token, label in zip(row["input_ids"], row["labels"]) if label != -100]
+    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     assert tokenizer.decode(learned) == "bob likes rome [END]"
     assert tokenizer.decode(row["input_ids"][: -len(learned)]) == "who is bob ?"
     assert encode(messages, tokenizer, max_length=5)["input_ids"] == row["input_ids"][-5:]
@@ -224,7 +224,9 @@ def test_the_deep_tutorial_learns_both_tasks_and_loads_what_it_saved(tmp_path):
 
 def test_the_evolving_tutorial_trains_its_prompts_alone(tmp_path):
     names = ("vocab-size", "d-model", "num-layers", "num-heads", "d-ff", "prefix-len", "seq-len", "epochs")
-    sizes = [word for name, size in zip(names, (12, 32, 2, 4, 48, 5, 9, 12)) for word in (f"--{name}", size)]
+    sizes = [
+        word for name, size in zip(names, (12, 32, 2, 4, 48, 5, 9, 12), strict=True) for word in (f"--{name}", size)
+    ]
     output = _run(tmp_path, "tutorial_evolving", *sizes, "--lr", 0.1)
     losses = [float(loss) for loss in re.findall(r"Epoch \d+, Loss: (\d+\.\d+)", output)]
     assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from planted_typos import plant
 
+from planted_typos import plant
 from ptv2_fast import forward
 
 pytest.importorskip("mypy")
@@ -92,7 +92,7 @@ def test_public_names_have_their_own_types(tmp_path):
     done = _mypy(str(sample))
     revealed = [line.partition("Revealed type is ")[2] for line in done.stdout.splitlines() if "Revealed" in line]
     assert len(revealed) == len(names), done.stdout + done.stderr
-    for name, kind in zip(names, revealed):
+    for name, kind in zip(names, revealed, strict=True):
         assert kind.startswith('"def (') and kind != '"def (*args: Any, **kwargs: Any) -> Any"', (name, kind)
         if isinstance(getattr(ptv2_fast, name), type):
             assert kind.endswith(f'-> {getattr(ptv2_fast, name).__module__}.{name}"'), (name, kind)
@@ -104,6 +104,45 @@ def test_public_names_have_their_own_types(tmp_path):
 _USE = """
 PTuningV2Config(3)
 """
+
+_USER = """
+import torch
+from transformers import PreTrainedModel
+from ptv2_fast import Buckets, PTuningV2Config, PTuningV2Model, StepOptions, get_ptv2_model, prompt_attention
+
+
+def use(base: PreTrainedModel, q: torch.Tensor) -> None:
+    model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", num_virtual_tokens=4))
+    reveal_type(model)
+    reveal_type(model.why_not_packed())
+    reveal_type(PTuningV2Model.from_pretrained(base, "folder"))
+    model.step_options = StepOptions(unpad="yes")
+    prompt_attention(q, q, q, q, q, window=1.5)
+    Buckets(rows="many")
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_users_mistakes_are_seen(tmp_path):
+    sample = tmp_path / "sample.py"
+    sample.write_text(_USER)
+    done = _mypy(str(sample))
+    revealed = [line.partition("Revealed type is ")[2].strip('"') for line in done.stdout.splitlines()]
+    model = "ptv2_fast.model.PTuningV2Model"
+    assert [kind for kind in revealed if kind] == [model, "str | None", model], done.stdout + done.stderr
+    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    parts = ('"unpad" to "StepOptions"', '"window" to "prompt_attention"', "Buckets")
+    assert len(errors) == len(parts), done.stdout
+    assert all(part in error for part, error in zip(parts, errors, strict=True)), errors
+
+
+def test_the_class_of_every_task_is_public():
+    import ptv2_fast
+    from ptv2_fast.task_models.classes import MODEL_CLASSES
+
+    assert {cls.__name__ for cls in MODEL_CLASSES.values()} <= set(ptv2_fast.__all__)
+    assert all(getattr(ptv2_fast, cls.__name__) is cls for cls in MODEL_CLASSES.values())
+
 
 _LAZY = """
 import sys

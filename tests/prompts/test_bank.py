@@ -6,8 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_models import tiny_base
-from tolerances import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptv2_fast import PTuningV2Config, PTuningV2Model
@@ -16,6 +14,8 @@ from ptv2_fast.attention.prompt_batch import LayerPrompt
 from ptv2_fast.prompts import bank
 from ptv2_fast.prompts.bank import stack_bank
 from ptv2_fast.prompts.source import PromptSource
+from tiny_models import tiny_base
+from tolerances import assert_equal
 
 LAYERS, TASKS = 12, 16
 FROM_A_LIST = "aten.lift_fresh.default"

@@ -8,11 +8,11 @@ import threading
 import peft
 import pytest
 import torch
+
 from batches import padded, text_rows
+from ptv2_fast import get_ptv2_model
 from tiny_models import VOCABULARY, tiny_base, tiny_model, tiny_prompts
 from tolerances import assert_differs, assert_same_bits
-
-from ptv2_fast import get_ptv2_model
 
 BATCH = padded(text_rows(), "left")
 INJECTIONS = ["deep", "prefix", "shallow"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import padded, text_rows
-from tiny_models import tiny_model
-from tolerances import assert_equal
 
+from batches import padded, text_rows
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.prompts.encoder import GATE_START, PromptEncoder
+from tiny_models import tiny_model
+from tolerances import assert_equal
 
 SIZES = {"hidden_size": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 5, "std": 0.3}
 SHAPES = {"deep": (3, 7, 12), "shallow": (7, 12), "prefix": (3, 2, 2, 7, 5)}

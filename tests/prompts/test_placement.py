@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import tiny_base
 
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.prompts.placement import is_inline, stack_offset, text_offset
+from tiny_models import tiny_base
 
 
 def _family(name: str):

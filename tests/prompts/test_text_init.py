@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import DECODERS, ENCODERS, FAMILIES, LEARNED, tiny_base, tiny_prompts, wide_window
-from tolerances import assert_differs, assert_equal
 
 from ptv2_fast import get_ptv2_model
 from ptv2_fast.prompts.text_init import token_ids
+from tiny_models import DECODERS, ENCODERS, FAMILIES, LEARNED, tiny_base, tiny_prompts, wide_window
+from tolerances import assert_differs, assert_equal
 
 TEXT, ROW = [5, 9, 2, 30, 11], torch.tensor([[7, 3, 21, 4, 18, 6]])
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from families import changed, one_by_one
+from ptv2_fast.backbone.norms import normed_together
 from tiny_models import tiny_model
 from tolerances import assert_differs, assert_same_bits
-
-from ptv2_fast.backbone.norms import normed_together
 
 FAMILIES = ("bert", "roberta", "llama", "mistral", "qwen3", "gemma2", "gemma3_text", "smollm3", "phi3", "gpt_neox")
 
@@ -31,7 +31,7 @@ def test_layers_together_are_layers_one_by_one(family, entries):
     projections = model._source("default")._projections
     projections._family = changed(projections._family, attention_inputs=one_by_one, finish_all_keys=one_by_one)
     torch.manual_seed(1)
-    for actual, expected in zip(together, _pairs(model, entries)):
+    for actual, expected in zip(together, _pairs(model, entries), strict=True):
         assert_same_bits(actual, expected)
 
 
@@ -54,7 +54,7 @@ def test_norms_that_differ_are_not_taken_for_one():
     norms = [layer.input_layernorm for layer in tiny_model("llama", "deep").backbone.layers]
     states = torch.randn(2, 5, norms[0].weight.shape[0])
     made = normed_together(norms, states)
-    assert_same_bits(made, torch.stack([norm(state) for norm, state in zip(norms, states)]))
+    assert_same_bits(made, torch.stack([norm(state) for norm, state in zip(norms, states, strict=True)]))
     norms[1].variance_epsilon = 0.5
     assert normed_together(norms, states) is None
     layer_norms = [torch.nn.LayerNorm(states.shape[-1]) for _ in range(2)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import padded, text_rows
-from tiny_models import FAMILIES, WINDOW, WINDOWED, tiny_base, wide_window
-from tolerances import assert_differs, assert_equal
 
+from batches import padded, text_rows
 from ptv2_fast.reference.backbones import layer_kind, layers_of
 from ptv2_fast.reference.literal import literal_deep, literal_prefix, literal_shallow
+from tiny_models import FAMILIES, WINDOW, WINDOWED, tiny_base, wide_window
+from tolerances import assert_differs, assert_equal
 
 LENGTHS = (9, 6)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_features import END_ID, FAMILIES, TEXTS, TOKENS, features, tiny_base, tiny_config
-from tolerances import assert_differs, assert_equal
 from transformers import BertConfig, BertModel, WhisperModel
 
 from ptv2_fast.reference.features import literal_deep_features, literal_prefix_features, literal_shallow_features
+from tiny_features import END_ID, FAMILIES, TEXTS, TOKENS, features, tiny_base, tiny_config
+from tolerances import assert_differs, assert_equal
 
 
 def _inputs(family):

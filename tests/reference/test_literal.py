@@ -108,9 +108,9 @@ def test_prompts_change_the_output_and_get_true_gradients(make_backbone, rows, p
         assert all(layer.abs().max() > 1e-4 for layer in layers)
     step = 1e-6
     with torch.no_grad():
-        ahead = loss([p + step * (q - p) for p, q in zip(prompts, other)])
-        behind = loss([p - step * (q - p) for p, q in zip(prompts, other)])
-    slope = sum((g * (q - p)).sum() for g, p, q in zip(gradients, prompts, other))
+        ahead = loss([p + step * (q - p) for p, q in zip(prompts, other, strict=True)])
+        behind = loss([p - step * (q - p) for p, q in zip(prompts, other, strict=True)])
+    slope = sum((g * (q - p)).sum() for g, p, q in zip(gradients, prompts, other, strict=True))
     torch.testing.assert_close((ahead - behind) / (2 * step), slope, rtol=1e-6, atol=1e-6)
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
@@ -254,7 +254,7 @@ def test_prompt_bias_gates_the_prompts(make_backbone, rows, pad, family):
 
     for output in both(shut):
         torch.testing.assert_close(output, batch.real(bare, 2), rtol=0, atol=1e-10)
-    for output, expected in zip(both(torch.zeros_like(half)), both(None)):
+    for output, expected in zip(both(torch.zeros_like(half)), both(None), strict=True):
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
     deep, prefix = both(half)
     torch.testing.assert_close(deep, prefix, rtol=0, atol=1e-10)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import HIDDEN, tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_same_bits
 
 from ptv2_fast import HeadConfig, PTuningV2Model, get_ptv2_model
 from ptv2_fast.saving.checkpoint import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME
+from tiny_models import HIDDEN, tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_same_bits
 
 HEADS = {"topic": HeadConfig("SEQ_CLS", 3, labels=["a", "b", "c"])}
 

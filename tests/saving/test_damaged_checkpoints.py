@@ -8,12 +8,12 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_base, tiny_model
-from tolerances import assert_same_bits
 
 from ptv2_fast import HeadConfig, PTuningV2Model, from_paper, from_peft
 from ptv2_fast.saving.checkpoint import TRAINER_WEIGHTS_NAME, WEIGHTS_NAME, read_description
 from ptv2_fast.storage.tensors import read_metadata
+from tiny_models import tiny_base, tiny_model
+from tolerances import assert_same_bits
 
 HEADS = {"topic": HeadConfig("SEQ_CLS", 3, labels=["a", "b", "c"])}
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -264,10 +264,18 @@ def test_a_trainer_s_checkpoint_that_does_not_fit_its_description(tmp_path):
     _refused(tmp_path, "two adapters named 'default'")
 
 
-@pytest.mark.parametrize("text", [DEEP, '{"peft_type": "\\ud800"}', "[]", '{"peft_type": ["PREFIX_TUNING"]}',
-                                  '{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": true}',
-                                  '{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 1e9}',
-                                  '{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 1000000000}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        '{"peft_type": "\\ud800"}',
+        "[]",
+        '{"peft_type": ["PREFIX_TUNING"]}',
+        '{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": true}',
+        '{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 1e9}',
+        '{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 1000000000}',
+    ],
+)
 def test_descriptions_of_peft(tmp_path, text):
     tiny_model("llama", "prefix", "CAUSAL_LM").save_pretrained(tmp_path, format="peft")
     (tmp_path / "adapter_config.json").write_text(text)

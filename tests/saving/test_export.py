@@ -7,17 +7,17 @@ import os
 
 import pytest
 import torch
-from batches import padded, text_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_folders import bert_folder, toy_file
-from tiny_models import tiny_model
-from tolerances import assert_equal, assert_same_bits
 from typer.testing import CliRunner
 
+from batches import padded, text_rows
 from ptv2_fast.cli import app
 from ptv2_fast.prompts.placement import text_offset
 from ptv2_fast.saving.export import export_prompts, prompt_tensors
+from tiny_folders import bert_folder, toy_file
+from tiny_models import tiny_model
+from tolerances import assert_equal, assert_same_bits
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,21 @@ def test_the_command_exports_a_trained_folder(tmp_path):
     model = bert_folder(tmp_path / "bert")
     data = toy_file(tmp_path, "SEQ_CLS", 8)
     small = ("--epochs", 1, "--num-virtual-tokens", 3)
-    assert run("train", "--model", model, "--task", "SEQ_CLS", "--data", data, "--output", tmp_path / "a", *small,
-               ).exit_code == 0  # fmt: skip
+    assert (
+        run(
+            "train",
+            "--model",
+            model,
+            "--task",
+            "SEQ_CLS",
+            "--data",
+            data,
+            "--output",
+            tmp_path / "a",
+            *small,
+        ).exit_code
+        == 0
+    )
     result = run("export", tmp_path / "a", "--output", tmp_path / "kv.safetensors")
     assert result.exit_code == 0, result.output
     with safe_open(tmp_path / "kv.safetensors", "pt") as file:

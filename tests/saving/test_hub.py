@@ -10,11 +10,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
-from tiny_models import tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_equal
 
 from ptv2_fast import PTuningV2Model, get_ptv2_model
 from ptv2_fast.saving import hub
+from tiny_models import tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_equal
 
 IDS = torch.randint(3, 30, (2, 5), generator=torch.Generator().manual_seed(0))
 
@@ -47,8 +47,9 @@ class LocalHub:
     def snapshot(self, repo_id, *, revision, token, allow_patterns):
         self.asked.append({"revision": revision, "patterns": allow_patterns})
         if not (self.folder / repo_id).is_dir():
-            raise RepositoryNotFoundError("404: no such repository\nmore", response=SimpleNamespace(
-                headers={}, request=None, status_code=404))  # fmt: skip
+            raise RepositoryNotFoundError(
+                "404: no such repository\nmore", response=SimpleNamespace(headers={}, request=None, status_code=404)
+            )
         return str(self.folder / repo_id)
 
 

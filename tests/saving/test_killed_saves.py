@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import tiny_base, tiny_model, tiny_prompts
 
 from ptv2_fast import HeadConfig, PTuningV2Model, from_peft
 from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_description
+from tiny_models import tiny_base, tiny_model, tiny_prompts
 
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 pytestmark = [
@@ -101,7 +101,7 @@ def test_one_adapter_and_the_description_beside_it(tmp_path):
 
 def test_several_adapters_one_of_which_is_deleted(tmp_path):
     models = []
-    for model, more in zip(_versions(2, 3, 4), (("a", "b"), ("b",), ())):
+    for model, more in zip(_versions(2, 3, 4), (("a", "b"), ("b",), ()), strict=True):
         for name in more:
             model.add_adapter(name, model.ptv2_config["default"])
         models.append(_filled(model, model.ptv2_config["default"].num_virtual_tokens))

@@ -7,15 +7,15 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from batches import padded, text_rows
 from families import changed
 from peft_models import LENGTH, counted, said, trained
-from safetensors.torch import load_file
-from tiny_models import tiny_base, tiny_model, wide_window
-from tolerances import assert_differs, assert_equal
-
 from ptv2_fast import PTuningV2Config, from_peft, get_ptv2_model
 from ptv2_fast.saving import peft_export
+from tiny_models import tiny_base, tiny_model, wide_window
+from tolerances import assert_differs, assert_equal
 
 peft = pytest.importorskip("peft")
 # PEFT asks transformers for this; nothing of ours does.

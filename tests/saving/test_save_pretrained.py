@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_same_bits
 
 from ptv2_fast import HeadConfig, PTuningV2Model, from_peft
 from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from tiny_models import tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_same_bits
 
 HEADS = {"topic": HeadConfig("SEQ_CLS", 3)}
 PROMPTS = "adapters.default.encoder.prompts"
@@ -274,9 +274,13 @@ def test_names_of_devices_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("a", "A"), ("Straße", "STRASSE"), (unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")),
-     (unicodedata.normalize("NFC", "É"), unicodedata.normalize("NFD", "é"))],
-)  # fmt: skip
+    [
+        ("a", "A"),
+        ("Straße", "STRASSE"),
+        (unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")),
+        (unicodedata.normalize("NFC", "É"), unicodedata.normalize("NFD", "é")),
+    ],
+)
 def test_names_that_are_one_folder_on_some_systems(tmp_path, one, other):
     model = _model(one)
     with pytest.raises(ValueError, match="name must differ from"):

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from batches import padded, text_rows
 from safetensors.torch import save_file
+
+from batches import padded, text_rows
+from ptv2_fast import HeadConfig, PTuningV2Model, get_ptv2_model
 from tiny_models import FAMILIES, INJECTIONS, LABELS, WITHOUT_TABLE, tiny_base, tiny_model, tiny_prompts
 from tolerances import assert_differs, assert_equal, assert_same_bits
-
-from ptv2_fast import HeadConfig, PTuningV2Model, get_ptv2_model
 
 BATCH = padded(text_rows(), "right")
 LABELLED = {**BATCH.inputs, "labels": BATCH.input_ids % LABELS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from captured_forwards import (
     OPTIONS,
     UNTIL_CAPTURED,
@@ -18,13 +19,12 @@ from captured_forwards import (
     warmed,
 )
 from graph_steps import CASES, OFF, batches_of, model_of
-from tiny_models import tiny_model
-from tolerances import assert_equal, assert_same_bits
-
 from ptv2_fast.step import captured_forward
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.pass_loss import PassGradients
 from ptv2_fast.step.random_state import RandomState
+from tiny_models import tiny_model
+from tolerances import assert_equal, assert_same_bits
 
 SERVED = ("bert rows, first token", "roberta tags, own head", "bert tags, base head", "llama text", "gpt2 text")
 

@@ -10,6 +10,8 @@ import weakref
 
 import pytest
 import torch
+
+from benchmarks.stand_in import StandIn, captured_on_cpu
 from captured_forwards import (
     OPTIONS,
     UNTIL_CAPTURED,
@@ -24,13 +26,11 @@ from captured_forwards import (
     warmed,
 )
 from graph_steps import batches_of
-from tiny_models import tiny_model, tiny_prompts
-from tolerances import assert_same_bits
-
-from benchmarks.stand_in import StandIn, captured_on_cpu
 from ptv2_fast import HeadConfig
 from ptv2_fast.step.forward_batch import in_one_copy
 from ptv2_fast.step.options import StepOptions
+from tiny_models import tiny_model, tiny_prompts
+from tolerances import assert_same_bits
 
 TEXT, ROWS = "llama text", "bert rows, first token"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from captured_forwards import UNTIL_CAPTURED, captured, forward_loss, gradients
 from graph_steps import CASES, OFF, batches_of, model_for_kernels, optimizer_of
 from tiny_models import tiny_model

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from captured_forwards import OPTIONS, UNTIL_CAPTURED, captured, forward_loss, fresh, gradients, warmed
-from graph_steps import CASES, batches_of
-from tolerances import assert_equal
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
 
+from captured_forwards import OPTIONS, UNTIL_CAPTURED, captured, forward_loss, fresh, gradients, warmed
+from graph_steps import CASES, batches_of
 from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.options import StepOptions
+from tolerances import assert_equal
 
 TAGS, TEXT = "roberta tags, own head", "llama text"
 UNCAPTURED = StepOptions(labelled_rows_loss=True, cuda_graphs=False)

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from graph_steps import WIDE, batches_of, compare_steps, model_of, optimizer_of, plain_losses
-from tiny_models import tiny_prompts
-from tolerances import assert_equal
 
 from benchmarks.stand_in import StandIn, captured_on_cpu
+from graph_steps import WIDE, batches_of, compare_steps, model_of, optimizer_of, plain_losses
 from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
 from ptv2_fast.step.options import StepOptions
+from tiny_models import tiny_prompts
+from tolerances import assert_equal
 
 # The first step makes the gradients, the others warm up; the next one captures.
 BEFORE_CAPTURE = 1 + WARM_UP_STEPS
@@ -40,7 +40,7 @@ def test_accumulated_batches_may_be_another_number_each_time(counts):
     batches = batches_of("CAUSAL_LM", count=12)
     model, plain = model_of("llama text"), model_of("llama text")
     optimizers = [optimizer_of(m) for m in (model, plain)]
-    runner, eager = (GraphRunner(m, o, buckets=WIDE) for m, o in zip((model, plain), optimizers))
+    runner, eager = (GraphRunner(m, o, buckets=WIDE) for m, o in zip((model, plain), optimizers, strict=True))
     eager._failure = "it is the eager one"
     for start, end in ((0, 1), (1, 2), (2, 4), (4, 5), (5, 8), (8, 10), (10, 11)):
         group = batches[start:end]
@@ -250,7 +250,9 @@ def test_a_stale_gradient_of_an_idle_adapter_moves_nothing(counts):
     torch.manual_seed(8)
     fresh = model_of("llama text")
     _two_adapters(fresh)
-    for ours, theirs in zip(runner._model.adapters["other"].parameters(), fresh.adapters["other"].parameters()):
+    for ours, theirs in zip(
+        runner._model.adapters["other"].parameters(), fresh.adapters["other"].parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -296,12 +298,12 @@ class Recorded(StandIn):
 
         def as_recorded():
             now = [p.requires_grad for p in parameters]
-            for parameter, flag in zip(parameters, recorded):
+            for parameter, flag in zip(parameters, recorded, strict=True):
                 parameter.requires_grad_(flag)
             try:
                 return replay()
             finally:
-                for parameter, flag in zip(parameters, now):
+                for parameter, flag in zip(parameters, now, strict=True):
                     parameter.requires_grad_(flag)
 
         return as_recorded

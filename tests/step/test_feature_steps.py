@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
-from tiny_features import EVERY, HIDDEN, IMAGES, TASK, TOKENS, features, gradients, tiny_model
-from tolerances import assert_equal
 
 from ptv2_fast import HeadConfig, StepOptions
 from ptv2_fast.backbone.view import TRACES_VIEWS
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.step import layers as step_layers
+from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
+from tiny_features import EVERY, HIDDEN, IMAGES, TASK, TOKENS, features, gradients, tiny_model
+from tolerances import assert_equal
 
 pytestmark = pytest.mark.usefixtures("kernels_without_overflow_checks")
 TARGETS = torch.tensor([2, 0, 1])

@@ -6,17 +6,17 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from batches import padded, text_rows
 from safetensors.torch import load_file
-from tiny_models import DECODERS, FAMILIES, tiny_base, tiny_model
-from tolerances import assert_equal
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batches import padded, text_rows
 from ptv2_fast import PTuningV2Config, get_ptv2_model
 from ptv2_fast.step import layers as step_layers
 from ptv2_fast.step.fused_projections import FusedProjections
 from ptv2_fast.step.options import StepOptions
+from tiny_models import DECODERS, FAMILIES, tiny_base, tiny_model
+from tolerances import assert_equal
 
 OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
 USERS_COMPILER = step_layers.COMPILER
@@ -173,7 +173,7 @@ def test_the_last_layer_multiplies_only_what_is_read(family, products):
     plain = _forward_products(model, OFF, inputs)
     saved = _forward_products(model, replace(OFF, last_rows=True), inputs)
     assert len(plain) == len(saved)
-    changed = [(a, b) for a, b in zip(plain, saved) if a != b]
+    changed = [(a, b) for a, b in zip(plain, saved, strict=True) if a != b]
     assert changed == [(batch * tokens, batch)] * products
 
 
@@ -183,7 +183,7 @@ def test_hidden_states_that_are_asked_for_are_whole():
     model.step_options = OFF
     expected = model(**inputs).hidden_states
     model.step_options = replace(OFF, last_rows=True)
-    for found, wanted in zip(model(**inputs).hidden_states, expected):
+    for found, wanted in zip(model(**inputs).hidden_states, expected, strict=True):
         assert_equal(found, wanted, "hidden states")
 
 
@@ -242,7 +242,7 @@ def test_two_wrappers_of_one_base_share_the_buffer():
     expected = [_same_as_plain(model, inputs) for model in models]
     assert _storage_bytes(base) == size
     addresses = [p.data_ptr() for p in base.parameters()]
-    for model, wanted in zip(models, expected):
+    for model, wanted in zip(models, expected, strict=True):
         assert_equal(model(**inputs).last_hidden_state, wanted, "states")
     assert [p.data_ptr() for p in base.parameters()] == addresses
 
@@ -321,5 +321,5 @@ def test_the_first_fused_step_through_the_kernels_has_the_plain_gradients(family
         output.square().mean().backward()
         grads[on] = [p.grad for p in model.parameters() if p.grad is not None]
         del junk
-    for found, expected in zip(grads[True], grads[False]):
+    for found, expected in zip(grads[True], grads[False], strict=True):
         assert_equal(found, expected, "gradient")

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graph_steps import CASES, batches_of, model_of, optimizer_of
 
 from benchmarks.stand_in import captured_on_cpu
+from graph_steps import CASES, batches_of, model_of, optimizer_of
 from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
 from ptv2_fast.step.look import Attributes
 from ptv2_fast.step.options import StepOptions

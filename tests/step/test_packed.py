@@ -48,10 +48,15 @@ def _assert_same(ours, expected):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    task=st.sampled_from(TASKS), rows=st.integers(1, 5), tokens=st.integers(1, 9), seed=st.integers(0, 999),
-    shown=st.sampled_from([0.0, 0.3, 0.8, 1.0]), masks=st.sampled_from([None, torch.long, torch.bool, torch.bfloat16]),
-    numbers=st.sampled_from([torch.long, torch.int32]), types=st.sampled_from([None, "one", "each"]),
-)  # fmt: skip
+    task=st.sampled_from(TASKS),
+    rows=st.integers(1, 5),
+    tokens=st.integers(1, 9),
+    seed=st.integers(0, 999),
+    shown=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    masks=st.sampled_from([None, torch.long, torch.bool, torch.bfloat16]),
+    numbers=st.sampled_from([torch.long, torch.int32]),
+    types=st.sampled_from([None, "one", "each"]),
+)
 def test_it_is_what_padded_steps_read(task, rows, tokens, seed, shown, masks, numbers, types):
     """Padding anywhere, rows of nothing, labels at padding, integers of any width, token types of one row for all."""
     generator = torch.Generator().manual_seed(seed)

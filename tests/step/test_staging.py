@@ -45,9 +45,10 @@ def _assert_holds(place, batch):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    sizes=st.tuples(st.integers(1, 300), st.integers(1, 40), st.integers(0, 90)), types=st.booleans(),
+    sizes=st.tuples(st.integers(1, 300), st.integers(1, 40), st.integers(0, 90)),
+    types=st.booleans(),
     seeds=st.lists(st.integers(0, 99), min_size=1, max_size=4),
-)  # fmt: skip
+)
 def test_it_holds_what_it_was_filled_with(sizes, types, seeds):
     place = Staging(_batch(*sizes, types), CPU)
     addresses = {name: tensor.data_ptr() for name, tensor in place.batch.tensors().items()}

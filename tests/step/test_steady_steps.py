@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-from graph_steps import CASES, optimizer_of
-from tiny_models import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.stand_in import StandIn, captured_on_cpu
+from graph_steps import CASES, optimizer_of
 from ptv2_fast import PTuningV2Model
 from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
 from ptv2_fast.step.options import StepOptions
+from tiny_models import tiny_model
 
 # A batch to the device, gradients to zero, a copy of the loss; and one to spare.
 MOST_OPERATIONS = 4

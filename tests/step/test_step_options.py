@@ -7,14 +7,14 @@ from dataclasses import fields
 
 import pytest
 import torch
-from batches import padded, text_rows
-from tiny_models import DECODERS, FAMILIES, INJECTIONS, LABELS, RELATIVE, tiny_model, tiny_prompts
-from tolerances import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batches import padded, text_rows
 from ptv2_fast.backbone.view import TRACES_VIEWS
 from ptv2_fast.step.options import StepOptions, plan_step
 from ptv2_fast.step.unpad import Packing
+from tiny_models import DECODERS, FAMILIES, INJECTIONS, LABELS, RELATIVE, tiny_model, tiny_prompts
+from tolerances import assert_equal
 
 OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def _compare(model, options: StepOptions, inputs: dict):
     saved, saved_loss, saved_grads = _step(model, options, inputs)
     assert_equal(saved_loss, loss, "loss")
     assert len(saved_grads) == len(grads) > 0
-    for saved_grad, grad in zip(saved_grads, grads):
+    for saved_grad, grad in zip(saved_grads, grads, strict=True):
         assert_equal(saved_grad, grad, "gradient")
     return plain, saved
 
@@ -60,7 +60,9 @@ def test_unpadded_states_are_the_padded_ones_and_zero_at_padding(family, injecti
     got = model(**batch.inputs, output_hidden_states=True)
     real = batch.inputs["attention_mask"].bool()
     for wanted, found in zip(
-        (expected.last_hidden_state, *expected.hidden_states), (got.last_hidden_state, *got.hidden_states)
+        (expected.last_hidden_state, *expected.hidden_states),
+        (got.last_hidden_state, *got.hidden_states),
+        strict=True,
     ):
         assert_equal(found[real], wanted[real], side)
         assert torch.all(found[~real] == 0)
@@ -119,7 +121,7 @@ def test_checkpointed_accumulated_autocast_steps_are_the_plain_ones():
     model.activation_checkpointing_enable()
     _, again, recomputed = _step(model, StepOptions(unpad=True), inputs)
     assert_equal(again, loss, "checkpointed loss")
-    for a, b in zip(recomputed, grads):
+    for a, b in zip(recomputed, grads, strict=True):
         assert_equal(a, b, "checkpointed gradient")
     with torch.autocast("cpu", torch.bfloat16):
         _, low, _ = _step(model, StepOptions(unpad=True), inputs)

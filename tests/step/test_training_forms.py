@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from processes import forkserver, free_port
-from tiny_models import tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_equal
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.stand_in import captured_on_cpu
+from processes import forkserver, free_port
 from ptv2_fast import get_ptv2_model
 from ptv2_fast.step.capture import WARM_UP_STEPS
 from ptv2_fast.step.graph_runner import GraphRunner
 from ptv2_fast.step.options import StepOptions
+from tiny_models import tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_equal
 
 OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
 # Compiled layers have their own tests: each variant compiles for seconds.
@@ -114,7 +114,7 @@ def test_a_batch_of_several_adapters():
     assert_equal(found, plain, "loss")
     for loss in (plain, found):
         loss.backward()
-    for expected, parameter in zip(models[0].adapters.parameters(), models[1].adapters.parameters()):
+    for expected, parameter in zip(models[0].adapters.parameters(), models[1].adapters.parameters(), strict=True):
         assert_equal(parameter.grad, expected.grad, "gradient")
 
 

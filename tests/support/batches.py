@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tiny_models import PADDING_ID, VOCABULARY
 from torch import Tensor
+
+from tiny_models import PADDING_ID, VOCABULARY
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
-from graph_steps import CASES, batches_of, model_of, optimizer_of
-from tolerances import assert_same_bits
 
+from graph_steps import CASES, batches_of, model_of, optimizer_of
 from ptv2_fast.step.capture import WARM_UP_STEPS
 from ptv2_fast.step.forward_batch import read_batch
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import Buckets
+from tolerances import assert_same_bits
 
 # What is on by default on CUDA and decides whether a causal model returns logits.
 OPTIONS = StepOptions(labelled_rows_loss=True)
@@ -96,7 +96,9 @@ def assert_same_steps(found, expected) -> None:
         for name in ("losses", "norm", "evaluated"):
             assert_same_bits(getattr(ours, name), getattr(theirs, name), f"{name} of step {step}")
         assert_same_gradients(ours.gradients, theirs.gradients, f"in step {step}")
-        for (name, left), (_, right) in zip(ours.model.named_parameters(), theirs.model.named_parameters()):
+        for (name, left), (_, right) in zip(
+            ours.model.named_parameters(), theirs.model.named_parameters(), strict=True
+        ):
             assert_same_bits(left, right, f"{name} after step {step}")
 
 

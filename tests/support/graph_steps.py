@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 
 import torch
-from tiny_models import tiny_model
-from tolerances import assert_equal
 
 from ptv2_fast import HeadConfig
 from ptv2_fast.step.graph_runner import GraphRunner
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import Buckets
+from tiny_models import tiny_model
+from tolerances import assert_equal
 
 OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
 SMALL = Buckets(tokens=8, rows=2, targets=4)
@@ -97,7 +97,7 @@ def compare_steps(case, steps, *, between=None, make=optimizer_of, accumulate=1,
     runner = GraphRunner(model, optimizers[0], buckets=WIDE, max_grad_norm=max_grad_norm)
     drawn = batches_of(CASES[case][2], count=steps * accumulate)
     for step in range(steps):
-        for m, optimizer in zip((model, plain), optimizers):
+        for m, optimizer in zip((model, plain), optimizers, strict=True):
             if between is not None:
                 between(step, m, optimizer)
             m.train()
@@ -106,7 +106,7 @@ def compare_steps(case, steps, *, between=None, make=optimizer_of, accumulate=1,
         loss = runner.step(*group)
         expected = plain_step(plain, optimizers[1], group, max_grad_norm)
         assert_equal(loss, expected, f"loss of step {step}")
-        for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters()):
+        for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
             assert (ours.grad is None) == (theirs.grad is None), (name, step)
             if theirs.grad is not None:
                 assert_equal(ours.grad, theirs.grad, f"gradient of {name} in step {step}")

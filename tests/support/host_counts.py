@@ -38,7 +38,7 @@ def counted(case: HostCase, made) -> dict[str, list[int]]:
     if case.kind != "token":
         return found
     names = dict.fromkeys(key.split("/")[0] for key in found)
-    pairs = {name: zip(found[f"{name}/1"], found[f"{name}/{1 + NEW_TOKENS}"]) for name in names}
+    pairs = {name: zip(found[f"{name}/1"], found[f"{name}/{1 + NEW_TOKENS}"], strict=True) for name in names}
     return {name: [(long - short) / NEW_TOKENS for short, long in pair] for name, pair in pairs.items()}
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
-from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
-from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from ptv2_fast.kernels import launch, launcher, problem
+from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
+from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
+from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 
 TARGET = GPUTarget("cuda", 90, 32)
 SCALE = tl.constexpr(2)

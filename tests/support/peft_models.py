@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from torch import Tensor
+
 from batches import Batch
 from tiny_models import tiny_base
-from torch import Tensor
 
 LENGTH = 3
 

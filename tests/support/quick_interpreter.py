@@ -63,8 +63,9 @@ def _describe_shapes_once(core) -> None:
     """A tensor's shape is told in tuples of constants, made anew for every tensor of a few shapes."""
     block = core.block_type(core.float32, [2])
     if (vars(block).keys(), vars(core.tensor(None, block)).keys()) != (
-        {"element_ty", "shape", "numel", "name"}, {"handle", "shape", "numel", "type", "dtype"},
-    ):  # fmt: skip
+        {"element_ty", "shape", "numel", "name"},
+        {"handle", "shape", "numel", "type", "dtype"},
+    ):
         return
     describe_block, describe_tensor = core.block_type.__init__, core.tensor.__init__
     blocks: dict[tuple, dict] = {}

@@ -19,18 +19,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import noted_launches
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
+
+import noted_launches
 from noted_launches import agree, counted, draw_call, here, noted, recorded, small, small_kernel
+from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
 from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
 from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 from ptv2_fast.kernels.prompt_projection import WeightTable, prompt_projection
-from triton.runtime import driver
-
-from ptv2_fast.kernels import launch, launcher
 
 
 def check_the_kernel_is_the_one_that_triton_chooses() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import INJECTIONS, built_once, tiny_prompts
 from torch import Tensor
 
 from ptv2_fast import PTuningV2Model, get_ptv2_model
 from ptv2_fast.reference.features import literal_deep_features, literal_prefix_features, literal_shallow_features
+from tiny_models import INJECTIONS, built_once, tiny_prompts
 
 HIDDEN, LABELS, HEADS = 32, 3, 4
 VOCABULARY, PADDING_ID, END_ID = 40, 1, 39
@@ -208,4 +208,4 @@ def literal_states(model: PTuningV2Model, backbone, inputs: Tensor, attention_ma
 def gradients(loss: Tensor, model: PTuningV2Model) -> dict[str, Tensor]:
     """The gradient of a loss at everything that a model trains, by name."""
     parameters = dict(model.adapters.named_parameters())
-    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))

@@ -131,7 +131,7 @@ def toy_file(folder: Path, task_type: str, count: int, name: str = "train", seed
         lines = ["sentence\tlabel"] + [f"{example['text']}\t{example['label']}" for example in examples]
         return _written(folder / f"{name}.tsv", lines)
     if task_type == "TOKEN_CLS":
-        rows = ["\n".join(map("\t".join, zip(e["tokens"], e["tags"]))) + "\n" for e in examples]
+        rows = ["\n".join(map("\t".join, zip(e["tokens"], e["tags"], strict=True))) + "\n" for e in examples]
         return _written(folder / f"{name}.conll", rows)
     if task_type == "QUESTION_ANS":
         return _written(folder / f"{name}.jsonl", [json.dumps(example) for example in examples])

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from batches import Batch, padded, text_rows
-from tiny_models import HIDDEN, LABELS, PADDING_ID, VOCABULARY, built_once, tiny_prompts
 from torch import Tensor, nn
 
+from batches import Batch, padded, text_rows
 from ptv2_fast import PTuningV2Model, get_ptv2_model
 from ptv2_fast.reference.encoder_decoder import literal_encoder_decoder
 from ptv2_fast.reference.float64 import to_exact_float64
+from tiny_models import HIDDEN, LABELS, PADDING_ID, VOCABULARY, built_once, tiny_prompts
 
 STACKS = ("encoder", "decoder", "cross")
 # Layers of either stack; transformers' caches have as many layers as the encoder, so the decoder has fewer.
@@ -138,7 +138,7 @@ class Pair:
 
 def rows() -> list[tuple[Tensor, Tensor]]:
     """Three rows of a text and a target."""
-    return list(zip(text_rows(5, 2, 7), text_rows(4, 6, 3, seed=5)))
+    return list(zip(text_rows(5, 2, 7), text_rows(4, 6, 3, seed=5), strict=True))
 
 
 def pair(side: str = "left", target_side: str = "right") -> Pair:
@@ -152,12 +152,16 @@ def literal(model: PTuningV2Model, backbone: nn.Module, *inputs, adapter: str = 
     prompts = encoder()
     if config.injection == "shallow":
         return literal_encoder_decoder(backbone, *inputs, virtual=prompts)
-    options = {"prompt_bias": dict(zip(encoder.layers, encoder.gate)) if encoder.gate is not None else None}
+    options = {
+        "prompt_bias": dict(zip(encoder.layers, encoder.gate, strict=True)) if encoder.gate is not None else None
+    }
     if config.injection == "deep":
-        return literal_encoder_decoder(backbone, *inputs, states=dict(zip(encoder.layers, prompts)), **options)
+        return literal_encoder_decoder(
+            backbone, *inputs, states=dict(zip(encoder.layers, prompts, strict=True)), **options
+        )
     stacks = config.stacks or ("encoder", "decoder")
     options["position_offset"] = {stack: config.position_offset or 0 for stack in stacks}
-    pairs = {layer: tuple(one.unbind(0)) for layer, one in zip(encoder.layers, prompts)}
+    pairs = {layer: tuple(one.unbind(0)) for layer, one in zip(encoder.layers, prompts, strict=True)}
     return literal_encoder_decoder(backbone, *inputs, keys_values=pairs, **options)
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny_features
-import tiny_seq2seq
 import torch
-from batches import padded, text_rows
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import DISTINCT, LABELS, has_head, tiny_base, tiny_prompts
-from tolerances import assert_same_bits
 
+import tiny_features
+import tiny_seq2seq
+from batches import padded, text_rows
 from ptv2_fast import PTuningV2Model, from_peft, get_ptv2_model
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.saving.checkpoint import read_description
+from tiny_models import DISTINCT, LABELS, has_head, tiny_base, tiny_prompts
+from tolerances import assert_same_bits
 
 BATCH = padded(text_rows(), "right")
 NAMES = tuple(f"tag {i}" for i in range(5))
@@ -80,7 +80,7 @@ def test_encoder_decoders_and_bases_that_read_no_text(tmp_path, family, task):
     assert loaded.config.num_labels == 5 and bases[1].config.num_labels == 2
     labels = torch.randint(LABELS, 5, shape)
     model.requires_grad_(False)
-    for got, expected in zip(loaded(**inputs, labels=labels)[:2], model(**inputs, labels=labels)[:2]):
+    for got, expected in zip(loaded(**inputs, labels=labels)[:2], model(**inputs, labels=labels)[:2], strict=True):
         assert_same_bits(got, expected)
 
 

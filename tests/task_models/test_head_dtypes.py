@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from ptv2_fast import PTuningV2Model, get_ptv2_model
 from tiny_models import LABELS, tiny_base, tiny_prompts
 from tiny_seq2seq import T5_SERVED
 from tiny_seq2seq import tiny_base as tiny_seq2seq
 from tolerances import assert_same_bits
-
-from ptv2_fast import PTuningV2Model, get_ptv2_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 10, 11, 12, 3]])
 # Heads that are a linear layer, a module of several, a pooler beside one, and one behind a decoder.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import padded, text_rows
-from tiny_models import FAMILIES, HIDDEN, LABELS, tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_differs, assert_equal, assert_same_bits
 
+from batches import padded, text_rows
 from ptv2_fast import HeadConfig, get_ptv2_model
 from ptv2_fast.heads import classification_loss, copied_heads, own_heads, span_loss
 from ptv2_fast.inputs.pooling import pool
+from tiny_models import FAMILIES, HIDDEN, LABELS, tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_differs, assert_equal, assert_same_bits
 
 BATCH = padded(text_rows(), "left")
 KINDS = {
@@ -184,7 +184,7 @@ def test_the_bases_head_is_copied_and_the_copy_trains(family, task):
     copies = copied_heads(base)
     assert set(copies) == set(original)
     for name, head in original.items():
-        for own, copied in zip(head.parameters(), copies[name].parameters()):
+        for own, copied in zip(head.parameters(), copies[name].parameters(), strict=True):
             assert torch.equal(own, copied) and own.data_ptr() != copied.data_ptr()
             assert copied.requires_grad
 

@@ -6,6 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+
+from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
+from ptv2_fast.backbone.locate import backbone_of
+from ptv2_fast.inputs.pooling import pool
+from ptv2_fast.reference.float64 import to_exact_float64
 from tiny_models import (
     DISTINCT,
     ENCODERS,
@@ -17,11 +22,6 @@ from tiny_models import (
     tiny_prompts,
 )
 from tolerances import assert_equal, assert_same_bits
-
-from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
-from ptv2_fast.backbone.locate import backbone_of
-from ptv2_fast.inputs.pooling import pool
-from ptv2_fast.reference.float64 import to_exact_float64
 
 EXAMPLES, CHOICES, TOKENS = 3, 4, 9
 LABELS = torch.tensor([3, 0, 2])

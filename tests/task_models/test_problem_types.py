@@ -6,17 +6,17 @@ import json
 
 import pytest
 import torch
-from batches import padded, text_rows
 from safetensors import safe_open
-from tiny_models import HIDDEN, literal_states, tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_equal, assert_same_bits
 from transformers import TextClassificationPipeline
 
+from batches import padded, text_rows
 from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.inputs.pooling import pool
 from ptv2_fast.losses import multi_label_loss, regression_loss
 from ptv2_fast.task_types import PROBLEM_TYPES, TASKS
+from tiny_models import HIDDEN, literal_states, tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_equal, assert_same_bits
 
 BATCH = padded(text_rows(), "left")
 REGRESSION, SEVERAL = "regression", "multi_label_classification"

@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from batches import padded, text_rows
-from tiny_models import DECODERS, DISTINCT, ENCODERS, TOKEN_TYPES, literal_states, tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_equal, assert_same_bits
 from transformers import T5Config, T5ForConditionalGeneration
 
+from batches import padded, text_rows
 from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.inputs.pooling import pool
 from ptv2_fast.losses import in_batch_negatives_loss
 from ptv2_fast.task_models.retrieval import PTuningV2ModelForSentenceRetrieval
+from tiny_models import DECODERS, DISTINCT, ENCODERS, TOKEN_TYPES, literal_states, tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_equal, assert_same_bits
 
 TASK = "SENTENCE_RETRIEVAL"
 BATCH = padded(text_rows(), "left")

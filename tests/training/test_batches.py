@@ -1,4 +1,4 @@
-"""Padding and the grouping of rows by real tokens."""
+"""Features padded to batches."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ptv2_fast.training.batches import IGNORED_LABEL, PadCollator, token_budget_batches
+from ptv2_fast.training.batches import IGNORED_LABEL, PadCollator
 
 
 def feature(ids, **others):
@@ -80,52 +78,3 @@ class TestPadCollator:
             replace(collate, padding_side="top")
         with pytest.raises(ValueError, match="pad_to_multiple_of.*0"):
             replace(collate, pad_to_multiple_of=0)
-
-
-lengths = st.lists(st.integers(1, 40), max_size=120)
-
-
-class TestTokenBudget:
-    @given(lengths, st.integers(40, 200), st.booleans(), st.integers(0, 5))
-    def test_each_row_once_and_no_group_above_the_budget(self, lengths, budget, shuffle, seed):
-        groups = token_budget_batches(lengths, budget, shuffle=shuffle, seed=seed)
-        assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-        assert all(groups)
-        assert all(sum(lengths[index] for index in group) <= budget for group in groups)
-        assert groups == token_budget_batches(lengths, budget, shuffle=shuffle, seed=seed)
-
-    @given(lengths, st.integers(40, 200))
-    def test_order_is_kept_without_shuffle(self, lengths, budget):
-        groups = token_budget_batches(lengths, budget, shuffle=False)
-        assert [index for group in groups for index in group] == list(range(len(lengths)))
-
-    def test_groups_are_even(self):
-        lengths = [1 + (7 * index) % 60 for index in range(900)]
-        groups = token_budget_batches(lengths, 1000, shuffle=True, seed=3)
-        sums = [sum(lengths[index] for index in group) for group in groups]
-        assert len(groups) == -(-sum(lengths) // 1000)
-        assert min(sums) > 0.85 * max(sums)
-        # A last group of what is left over would have one row instead of half of all.
-        assert [len(g) for g in token_budget_batches([1] * 10, 9, shuffle=False)] == [5, 5]
-
-    def test_similar_lengths_share_a_group(self):
-        lengths = [1 + (7 * index) % 60 for index in range(900)]
-
-        def padded(groups):
-            return sum(len(group) * max(lengths[index] for index in group) for group in groups)
-
-        ordered = padded(token_budget_batches(lengths, 1000, shuffle=False))
-        assert padded(token_budget_batches(lengths, 1000, shuffle=True)) < 1.2 * sum(lengths)
-        assert ordered > 1.8 * sum(lengths)
-
-    def test_seed_changes_the_epoch(self):
-        first = token_budget_batches([3] * 50, 12, shuffle=True, seed=0)
-        assert first != token_budget_batches([3] * 50, 12, shuffle=True, seed=1)
-
-    def test_refusals(self):
-        with pytest.raises(ValueError, match="max_tokens.*0"):
-            token_budget_batches([1], 0, shuffle=False)
-        with pytest.raises(ValueError, match=r"lengths\[1\]: must be in \[1, max_tokens = 8\]; got 9"):
-            token_budget_batches([8, 9], 8, shuffle=False)
-        with pytest.raises(ValueError, match=r"lengths\[0\]"):
-            token_budget_batches([0], 8, shuffle=False)

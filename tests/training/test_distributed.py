@@ -9,16 +9,16 @@ from dataclasses import fields
 import pytest
 import torch
 import torch.distributed as dist
-from processes import WORLD, in_two_processes
-from tiny_models import tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_equal, assert_same_bits, relative_error
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
+from processes import WORLD, in_two_processes
 from ptv2_fast import GraphRunner, PTuningV2Model, StepOptions, get_ptv2_model
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.saving.export import prompt_tensors
+from tiny_models import tiny_base, tiny_model, tiny_prompts
+from tolerances import assert_equal, assert_same_bits, relative_error
 
 ALL_ON = StepOptions(**{field.name: True for field in fields(StepOptions)})
 # family, injection, task, gradient checkpointing
@@ -101,7 +101,7 @@ def _same_as_whole(case: str, root: str, rank: int) -> None:
     real = mask if states.dim() == 3 else slice(None)
     assert_equal(sharded_states[real], states[real], "evaluation")
     assert len(grads) == len(sharded_grads) > 0
-    for grad, sharded in zip(grads, sharded_grads):
+    for grad, sharded in zip(grads, sharded_grads, strict=True):
         if root == "model":
             # FSDP2 averages what it shards itself.
             dist.all_reduce(grad)
@@ -128,7 +128,7 @@ def _bank(rank: int) -> None:
         loss = model(**_batch("CAUSAL_LM", rank), adapter_names=names).loss
         loss.backward()
         found.append([loss, *(p.grad for p in model.adapters.parameters())])
-    for whole, sharded in zip(*found):
+    for whole, sharded in zip(*found, strict=True):
         assert_equal(sharded, whole)
 
 
@@ -217,10 +217,21 @@ def _trainer(case: str, size: int) -> dict[str, torch.Tensor]:
     model = get_ptv2_model(base, tiny_prompts(injection, task))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, per_device_train_batch_size=size, num_train_epochs=2, learning_rate=0.5, optim="sgd", report_to=[],
-            max_grad_norm=1.0, disable_tqdm=True, save_strategy="no", use_cpu=True, logging_steps=1, seed=3,
-            dataloader_pin_memory=False, ddp_backend="gloo" if dist.is_initialized() else None,
-        )  # fmt: skip
+            folder,
+            per_device_train_batch_size=size,
+            num_train_epochs=2,
+            learning_rate=0.5,
+            optim="sgd",
+            report_to=[],
+            max_grad_norm=1.0,
+            disable_tqdm=True,
+            save_strategy="no",
+            use_cpu=True,
+            logging_steps=1,
+            seed=3,
+            dataloader_pin_memory=False,
+            ddp_backend="gloo" if dist.is_initialized() else None,
+        )
         trainer = Trainer(model=model, args=arguments, train_dataset=_Rows(task))
         trainer.train()
     losses = torch.tensor([record["loss"] for record in trainer.state.log_history if "loss" in record])

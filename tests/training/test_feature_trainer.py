@@ -6,8 +6,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_features import FEATURES, MAIN_INPUT, TASK, features, tiny_base, tiny_model
-from tolerances import assert_equal, assert_same_bits
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from typer.testing import CliRunner
@@ -17,6 +15,8 @@ from ptv2_fast.cli import app
 from ptv2_fast.saving.checkpoint import DESCRIPTION_KEY
 from ptv2_fast.training.bases import load_base
 from ptv2_fast.training.runs import load_trained
+from tiny_features import FEATURES, MAIN_INPUT, TASK, features, tiny_base, tiny_model
+from tolerances import assert_equal, assert_same_bits
 
 
 def _rows(family: str, count: int) -> list[dict]:
@@ -31,9 +31,15 @@ def _rows(family: str, count: int) -> list[dict]:
 def test_trainer_trains_and_its_checkpoint_loads(family, injection, tmp_path):
     model = tiny_model(family, injection, TASK[family], init_std=0.1)
     arguments = TrainingArguments(
-        str(tmp_path), num_train_epochs=4, per_device_train_batch_size=8, learning_rate=2e-2, save_strategy="epoch",
-        report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        str(tmp_path),
+        num_train_epochs=4,
+        per_device_train_batch_size=8,
+        learning_rate=2e-2,
+        save_strategy="epoch",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     rows = _rows(family, 24)
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
     assert trainer.label_names == ["labels"]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
 from transformers import TrainerCallback
 
 from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
@@ -18,6 +17,7 @@ from ptv2_fast.training.data import LabelSet
 from ptv2_fast.training.fit import FitSettings, fit
 from ptv2_fast.training.predict import evaluate, predict
 from ptv2_fast.training.task_data import TaskCodec, starting_texts
+from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
 
 LABELLED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_folders import bert_folder, toy_file
 
 from ptv2_fast.storage.tensors import write_tensors
 from ptv2_fast.training.fit import FitSettings
 from ptv2_fast.training.info import facts_of
 from ptv2_fast.training.loading import load_trained
 from ptv2_fast.training.runs import DataSource, TrainRequest, prepare
+from tiny_folders import bert_folder, toy_file
 
 VALUES = [True, -1, 0, 10**30, 1.5, float("nan"), "x", [], [1], {}, {"a": {}}, [[]], [None]]
 
@@ -26,9 +26,13 @@ def run(tmp_path_factory) -> Path:
     bert_folder(place / "bert")
     toy_file(place, "SEQ_CLS", 8)
     request = TrainRequest(
-        str(place / "bert"), "SEQ_CLS", DataSource(str(place / "train.tsv")), fit=FitSettings(epochs=1, batch_size=8),
-        num_virtual_tokens=2, max_length=16,
-    )  # fmt: skip
+        str(place / "bert"),
+        "SEQ_CLS",
+        DataSource(str(place / "train.tsv")),
+        fit=FitSettings(epochs=1, batch_size=8),
+        num_virtual_tokens=2,
+        max_length=16,
+    )
     prepare(request, place / "run").execute(title=None)
     shutil.rmtree(place / "run" / "checkpoints")
     return place / "run"
@@ -72,10 +76,17 @@ def test_settings_of_other_kinds_are_refused_by_name(run, tmp_path, place, good,
 
 @pytest.mark.parametrize(
     "place",
-    [("config", "heads"), ("config", "heads", "task"), ("config", "layers"), ("config", "stacks"),
-     ("config", "heads", "task", "labels"), ("config", "num_virtual_tokens"), ("base", "name_or_path")],
+    [
+        ("config", "heads"),
+        ("config", "heads", "task"),
+        ("config", "layers"),
+        ("config", "stacks"),
+        ("config", "heads", "task", "labels"),
+        ("config", "num_virtual_tokens"),
+        ("base", "name_or_path"),
+    ],
     ids=".".join,
-)  # fmt: skip
+)
 def test_descriptions_of_other_kinds_are_value_errors(run, tmp_path, place, monkeypatch):
     # A name that is no folder would be looked for on the hub, which takes its time to be away.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -7,11 +7,11 @@ from dataclasses import fields
 
 import pytest
 import torch
+
 from batches import padded, text_rows
+from ptv2_fast import StepOptions, get_ptv2_model
 from tiny_models import LABELS, tiny_base, tiny_model, tiny_prompts
 from tolerances import assert_equal
-
-from ptv2_fast import StepOptions, get_ptv2_model
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -69,7 +69,7 @@ def test_a_base_with_accelerates_hooks_gives_what_it_gives_without(family, injec
             model.step_options = ALL_ON
             place(model.base_model)
         found.append(_results(model, task))
-    for plain, hooked in zip(*found):
+    for plain, hooked in zip(*found, strict=True):
         assert_equal(hooked, plain)
 
 
@@ -142,5 +142,5 @@ def test_no_weight_is_read_but_by_its_own_module(family, injection, task):
             parameter.data = data  # DeepSpeed's backward hooks bring them again
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
-    for plain, hooked in zip(*found):
+    for plain, hooked in zip(*found, strict=True):
         assert_equal(hooked, plain)

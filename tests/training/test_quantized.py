@@ -7,15 +7,15 @@ import functools
 import pytest
 import torch
 import transformers
-from batches import padded, text_rows
-from tiny_models import INJECTIONS, LABELS, literal_states, tiny_base, tiny_prompts
-from tolerances import assert_differs, assert_equal
 from torch import nn
 
+from batches import padded, text_rows
 from ptv2_fast import PTuningV2Model, StepOptions, get_ptv2_model
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.prompts.projection import LayerProjections
 from ptv2_fast.step.fused_projections import FusedProjections
+from tiny_models import INJECTIONS, LABELS, literal_states, tiny_base, tiny_prompts
+from tolerances import assert_differs, assert_equal
 
 # Groups of weights share a scale, and a group needs as many inputs.
 SIZES = {"hidden_size": 64, "intermediate_size": 64}
@@ -164,7 +164,7 @@ def test_nothing_takes_the_weights_of_quantized_layers_for_plain_ones(quantized)
     assert len(FusedProjections(base)) == 0 < len(FusedProjections(tiny_base("llama").requires_grad_(False)))
     # The kernel of the triton backend reads weights by their addresses.
     project, states = LayerProjections(base, family_of(base), (0, 1)), torch.randn(2, 5, 64)
-    for found, expected in zip(project(states, "triton"), project(states, "torch")):
+    for found, expected in zip(project(states, "triton"), project(states, "torch"), strict=True):
         assert_equal(torch.stack(found), torch.stack(expected), "keys and values")
 
 

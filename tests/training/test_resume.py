@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import signal
 
-import other_rounding
 import pytest
 import torch
-from processes import forkserver
-from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+import other_rounding
+from processes import forkserver
 from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
 from ptv2_fast.training.data import LabelSet
 from ptv2_fast.training.task_data import TaskCodec
+from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
 
 STEPS, SAVED, KILLED_IN = 8, 4, 6
 
@@ -54,10 +54,20 @@ def _trainer(task_type: str, injection: str, folder, callbacks=()) -> Trainer:
     config = PTuningV2Config(task_type, num_virtual_tokens=4, injection=injection, prompt_dropout=0.1, heads=heads)
     # Shuffled rows, accumulated batches, warm-up and dropout: what has to be taken up again is more than the prompts.
     arguments = TrainingArguments(
-        str(folder), num_train_epochs=2, per_device_train_batch_size=8, gradient_accumulation_steps=2, warmup_steps=3,
-        learning_rate=3e-2, save_steps=SAVED, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
-        dataloader_pin_memory=False, remove_unused_columns=False,
-    )  # fmt: skip
+        str(folder),
+        num_train_epochs=2,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        warmup_steps=3,
+        learning_rate=3e-2,
+        save_steps=SAVED,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
     return Trainer(
         model=get_ptv2_model(base, config),
         args=arguments,

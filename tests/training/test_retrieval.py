@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from tiny_folders import tiny_bert, tiny_tokenizer
 
 from ptv2_fast import PTuningV2Config, get_ptv2_model
 from ptv2_fast.training.data import read_examples
@@ -14,6 +13,7 @@ from ptv2_fast.training.metrics import retrieval_scores
 from ptv2_fast.training.predict import evaluate, predict
 from ptv2_fast.training.retrieval import embed, ranking
 from ptv2_fast.training.task_data import TaskCodec, starting_texts
+from tiny_folders import tiny_bert, tiny_tokenizer
 
 TASK = "SENTENCE_RETRIEVAL"
 PAIRS = [

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_folders import bert_folder, toy_file
 from transformers import TrainerCallback
 
 from ptv2_fast.training import run_folder, runs
@@ -19,6 +18,7 @@ from ptv2_fast.training.fit import FitSettings, fit
 from ptv2_fast.training.loading import load_trained
 from ptv2_fast.training.run_folder import RunFolder, differences, plain_json
 from ptv2_fast.training.runs import DataSource, TrainRequest, prepare
+from tiny_folders import bert_folder, toy_file
 
 
 class Killed(BaseException):
@@ -109,8 +109,13 @@ def test_a_finished_run_says_which_weights_it_speaks_of(old):
     assert "before" not in settings and settings["row_length"] == 24
     assert facts(old) == OLD
     assert {path.name for path in old.iterdir()} == {
-        "ptv2_model.safetensors", "ptv2_config.json", "settings.json", "metrics.json", "curves.png", "checkpoints",
-    }  # fmt: skip
+        "ptv2_model.safetensors",
+        "ptv2_config.json",
+        "settings.json",
+        "metrics.json",
+        "curves.png",
+        "checkpoints",
+    }
 
 
 def test_overwrite_killed_before_its_first_save_leaves_no_old_checkpoint(place, old, straight, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_folders import bert_folder, toy_file
 from typer.testing import CliRunner
 
 from ptv2_fast.cli import app
@@ -14,6 +13,7 @@ from ptv2_fast.training import search as search_module
 from ptv2_fast.training.metrics import metric_for
 from ptv2_fast.training.runs import PreparedRun
 from ptv2_fast.training.search import SearchSpace, Trial, table
+from tiny_folders import bert_folder, toy_file
 
 pytest.importorskip("optuna")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from ptv2_fast import PTuningV2Model, get_ptv2_model
 from tiny_folders import WORDS, tiny_tokenizer
 from tiny_models import tiny_base, tiny_model, tiny_prompts
 from tolerances import assert_equal
-
-from ptv2_fast import PTuningV2Model, get_ptv2_model
 
 
 def _batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
@@ -63,10 +63,19 @@ def test_sft_trainer_trains_the_prompts_alone_and_saves_them(tmp_path):
     model = get_ptv2_model(base, tiny_prompts("prefix", "CAUSAL_LM"))
     rows = datasets.Dataset.from_dict({"text": ["the film was good", "anna likes the river in paris"] * 8})
     arguments = trl.SFTConfig(
-        output_dir=str(tmp_path / "run"), per_device_train_batch_size=4, max_steps=6, learning_rate=3e-2,
-        logging_steps=1, save_steps=6, report_to=[], use_cpu=True, max_length=16, eos_token="[END]",
-        pad_token="[PAD]", bf16=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=4,
+        max_steps=6,
+        learning_rate=3e-2,
+        logging_steps=1,
+        save_steps=6,
+        report_to=[],
+        use_cpu=True,
+        max_length=16,
+        eos_token="[END]",
+        pad_token="[PAD]",
+        bf16=False,
+    )
     from ptv2_fast.training.sft import SFTTrainer
 
     trainer = SFTTrainer(

@@ -7,8 +7,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
-from tolerances import assert_same_bits
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.trainer_utils import get_last_checkpoint
@@ -18,6 +16,8 @@ from ptv2_fast.saving.checkpoint import DESCRIPTION_KEY
 from ptv2_fast.training.data import LabelSet
 from ptv2_fast.training.predict import evaluate, predict
 from ptv2_fast.training.task_data import TaskCodec
+from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
+from tolerances import assert_same_bits
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM")
 INJECTIONS = ("deep", "prefix", "shallow")
@@ -229,7 +229,7 @@ def answering(tmp_path_factory) -> PTuningV2Model:
 def test_question_answering_finds_the_answers(answering):
     asked = toy_examples("QUESTION_ANS", 16, seed=1)
     found = [prediction.value for prediction in predict(answering, codec_of("QUESTION_ANS"), asked)]
-    right = sum(answer == e["answers"]["text"][0] for answer, e in zip(found, asked))
+    right = sum(answer == e["answers"]["text"][0] for answer, e in zip(found, asked, strict=True))
     assert right >= 10, found
 
 

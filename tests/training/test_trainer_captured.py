@@ -6,8 +6,6 @@ import contextlib
 
 import pytest
 import torch
-from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
-from tolerances import assert_same_bits
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -16,6 +14,8 @@ from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, StepOptions, 
 from ptv2_fast.step import forward_passes
 from ptv2_fast.training.data import LabelSet
 from ptv2_fast.training.task_data import TaskCodec
+from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
+from tolerances import assert_same_bits
 
 STEPS = 8
 

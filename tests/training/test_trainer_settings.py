@@ -7,16 +7,16 @@ import logging
 import pytest
 import torch
 import transformers
-from tiny_folders import WORDS, tiny_tokenizer
-from tiny_models import LABELS, tiny_base, tiny_model, tiny_prompts
-from tiny_seq2seq import T5_SERVED
-from tiny_seq2seq import tiny_model as tiny_seq2seq
 from torch.nn.functional import log_softmax
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments, pipeline
 
 from ptv2_fast import get_ptv2_model
 from ptv2_fast.training.batches import PredictableLabels
 from ptv2_fast.training.runs import load_trained
+from tiny_folders import WORDS, tiny_tokenizer
+from tiny_models import LABELS, tiny_base, tiny_model, tiny_prompts
+from tiny_seq2seq import T5_SERVED
+from tiny_seq2seq import tiny_model as tiny_seq2seq
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [0, 0, 11, 12, 13, 14]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
@@ -35,7 +35,7 @@ def trainer_of(model, rows: list[dict], folder, **arguments) -> Trainer:
 
 
 def rows_of(**columns: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def train_loss(trainer: Trainer) -> float:
@@ -125,9 +125,13 @@ def test_accumulated_batches_with_padding_in_front_weigh_a_mean(tmp_path):
     rows = rows_of(input_ids=IDS, attention_mask=MASK, labels=LABELS_OF)
     whole = train_loss(trainer_of(model, rows, tmp_path / "a"))
     halves = trainer_of(
-        model, rows * 2, tmp_path / "b",
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, train_sampling_strategy="sequential",
-    )  # fmt: skip
+        model,
+        rows * 2,
+        tmp_path / "b",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+    )
     assert train_loss(halves) == pytest.approx(whole, rel=1e-4)
 
 
@@ -147,9 +151,14 @@ def test_batches_of_rows_with_padding_in_front_weigh_by_the_labels_that_are_pred
     """Trainer counts labels before the model sees them: what nothing predicts is taken out by the collator."""
     model = tiny_model("llama", "deep", "CAUSAL_LM")
     trainer = trainer_of(
-        model, [{"input_ids": ids} for ids in UNEVEN], tmp_path, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, train_sampling_strategy="sequential", label_smoothing_factor=smoothing,
-    )  # fmt: skip
+        model,
+        [{"input_ids": ids} for ids in UNEVEN],
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+        label_smoothing_factor=smoothing,
+    )
     trainer.data_collator = PredictableLabels(left_padded)
     rows = [torch.tensor([ids]) for ids in UNEVEN]
     with torch.no_grad():
@@ -169,9 +178,14 @@ def test_the_generation_config_of_seq2seq_arguments_is_used(tmp_path):
         max_new_tokens=3, min_new_tokens=3, decoder_start_token_id=2, pad_token_id=1, eos_token_id=0
     )
     arguments = Seq2SeqTrainingArguments(
-        str(tmp_path), predict_with_generate=True, generation_config=chosen, report_to=[], use_cpu=True,
-        disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        str(tmp_path),
+        predict_with_generate=True,
+        generation_config=chosen,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     rows = rows_of(input_ids=IDS, attention_mask=MASK, labels=IDS)
     trainer = Seq2SeqTrainer(model=model, args=arguments)
     predicted = trainer.predict(rows).predictions  # type: ignore[arg-type]

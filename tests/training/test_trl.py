@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_folders import WORDS, tiny_tokenizer
-from tiny_models import tiny_base, tiny_prompts
 from torch.nn.functional import log_softmax
 
 from benchmarks.stand_in import captured_on_cpu
 from ptv2_fast import PTuningV2Model, StepOptions, get_ptv2_model
 from ptv2_fast.step.capture import WARM_UP_STEPS
+from tiny_folders import WORDS, tiny_tokenizer
+from tiny_models import tiny_base, tiny_prompts
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -95,9 +95,11 @@ def test_dpo_trainer_compares_the_prompted_model_with_the_bare_one(injection, tm
     tokenizer = tiny_tokenizer(causal=True)
     tokenizer.eos_token, tokenizer.pad_token = "[END]", "[PAD]"
     trainer = trl.DPOTrainer(
-        model=model, args=trl.DPOConfig(str(tmp_path / "run"), **COMMON),
-        train_dataset=datasets.Dataset.from_dict(PAIRS), processing_class=tokenizer,
-    )  # fmt: skip
+        model=model,
+        args=trl.DPOConfig(str(tmp_path / "run"), **COMMON),
+        train_dataset=datasets.Dataset.from_dict(PAIRS),
+        processing_class=tokenizer,
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     expected = {"prompted": model_of(injection), "bare": tiny_base("llama", "CAUSAL_LM", vocab_size=len(WORDS))}
     sums = {}

@@ -7,15 +7,15 @@ import pickle
 
 import pytest
 import torch
+
 from batches import padded, text_rows
+from ptv2_fast.reference import deep_tutorial as literal
+from ptv2_fast.reference.literal import literal_deep
+from ptv2_fast.tutorials import DeepPromptEncoder, P_Tuning_Model
 from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
 from shape_audit import ShapeAudit
 from tiny_models import HIDDEN, tiny_base
 from tolerances import assert_differs, assert_equal, assert_same_bits
-
-from ptv2_fast.reference import deep_tutorial as literal
-from ptv2_fast.reference.literal import literal_deep
-from ptv2_fast.tutorials import DeepPromptEncoder, P_Tuning_Model
 
 P, LABELS = 3, (2, 4)
 # The literal class knows the first ones; the others' layers take more than states and a mask.
@@ -79,7 +79,7 @@ def test_every_other_encoder_is_served(family, side):
     tokens = model.token_logits(batch.input_ids, batch.attention_mask, 1)
     assert_equal(tokens[real], model.classification_heads[1](states[real]), "token logits")
     grads, expected_grads = (torch.autograd.grad(logits.sin().sum(), embeddings) for logits in (got, expected))
-    for grad, expected_grad in zip(grads, expected_grads):
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert_equal(grad, expected_grad, "gradient")
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from tiny_folders import WORDS, bert_folder, tiny_tokenizer
-from tolerances import assert_equal
 
 from ptv2_fast import tutorials
+from tiny_folders import WORDS, bert_folder, tiny_tokenizer
+from tolerances import assert_equal
 
 PAGE = Path(__file__).parents[2] / "docs" / "from-the-tutorials.md"
 

@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
-from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
-from shape_audit import ShapeAudit
-from tolerances import assert_equal, assert_same_bits
 from torch import Tensor, nn
 
 from ptv2_fast.reference import evolving_tutorial as literal
 from ptv2_fast.tutorials import PTuningV2Model, SimpleTransformerLayer
+from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
+from shape_audit import ShapeAudit
+from tolerances import assert_equal, assert_same_bits
 
 SIZES = {"vocab_size": 40, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48, "prefix_len": 5}
 DTYPES = [torch.float64, torch.float32]
