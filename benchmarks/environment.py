@@ -79,7 +79,7 @@ def clocks(device: torch.device) -> dict[str, float] | None:
         return None
     names = ("sm_mhz", "memory_mhz", "temperature", "watts")
     values = {}
-    for name, text in zip(names, line.split(",")):
+    for name, text in zip(names, line.split(","), strict=False):
         try:
             values[name] = float(text)
         except ValueError:

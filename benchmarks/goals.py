@@ -101,7 +101,7 @@ def comparable(cell: Cell, ours: str, peer: str) -> tuple[float | None, float | 
     entries = [cell.get("peers", {}).get(name, {}) for name in (ours, peer)]
     times = [milliseconds(cell, name) for name in (ours, peer)]
     if len({entry.get("method") for entry in entries}) > 1:
-        times = [entry.get("eager_ms") or ms for entry, ms in zip(entries, times)]
+        times = [entry.get("eager_ms") or ms for entry, ms in zip(entries, times, strict=False)]
     return entries[1].get("beside", {}).get(ours, times[0]), times[1]
 
 

@@ -98,7 +98,7 @@ def ladder(axes, cells: list[Mapping]) -> None:
         base = milliseconds(cell, "ours_0_plain")
         points = [(place, milliseconds(cell, name)) for place, name in enumerate(names)]
         points = [(place, ms / base) for place, ms in points if ms]
-        axes.plot(*zip(*points), marker="o", label=_short(cell))
+        axes.plot(*zip(*points, strict=False), marker="o", label=_short(cell))
     labels = ["all off" if name == "ours_0_plain" else name.split("_", 2)[-1] for name in names]
     axes.set_xticks(range(len(names)), [*(f"+ {x}" if x != "all off" else x for x in labels[:-1]), "defaults"])
     axes.tick_params(axis="x", rotation=20)
@@ -143,7 +143,7 @@ def _speedups(axes, cells, along: Callable[[Mapping], float], label: str) -> Non
             if milliseconds(cell, name) and _ms(cell, "best")
         ]
         if points:
-            axes.scatter(*zip(*points), label=f"against {_LABELS[name]}", alpha=0.7)
+            axes.scatter(*zip(*points, strict=False), label=f"against {_LABELS[name]}", alpha=0.7)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel(label)
     axes.set_ylabel("times faster")

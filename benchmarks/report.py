@@ -301,7 +301,7 @@ def main(words: list[str] | None = None) -> int:
     after = [render(text, results) for text in before]
     if options.check:
         return int(before != after)
-    for page, text in zip(pages, after):
+    for page, text in zip(pages, after, strict=False):
         page.write_text(text)
     plots.draw(plots.drawable(results, latest_cells), options.results / "plots")
     return 0

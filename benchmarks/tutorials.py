@@ -94,7 +94,7 @@ def measure(models: Mapping[str, nn.Module], loss_of: Loss, rounds: int) -> dict
             loss_of(model).backward()
             if turn >= 2:  # warm
                 samples[name].append(1e3 * (time.process_time() - start))
-    medians = {name: dict(zip(("ms", "p20", "p80"), quantiles(own))) for name, own in samples.items()}
+    medians = {name: dict(zip(("ms", "p20", "p80"), quantiles(own), strict=False)) for name, own in samples.items()}
     return {**medians, "literal_over_ours": medians["literal"]["ms"] / medians["ours"]["ms"], "rounds": rounds}
 
 

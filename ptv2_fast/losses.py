@@ -57,7 +57,7 @@ def span_loss(logits: Tensor, start_positions: Tensor, end_positions: Tensor) ->
     """
     sides = {"start_positions": start_positions, "end_positions": end_positions}
     losses: list[Tensor] = []
-    for (name, positions), side in zip(sides.items(), logits.unbind(-1)):
+    for (name, positions), side in zip(sides.items(), logits.unbind(-1), strict=False):
         check_labels(name, positions, side.shape[1], side.shape[:1])
         losses.append(classification_loss(side, positions))
     return (losses[0] + losses[1]) / 2

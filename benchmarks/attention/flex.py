@@ -67,7 +67,7 @@ def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) 
     """
     lse = torch.logaddexp(first_lse, second_lse)
     weights = ((one - lse).exp()[..., None] for one in (first_lse, second_lse))
-    total = sum(weight * out.float() for weight, out in zip(weights, (first, second)))
+    total = sum(weight * out.float() for weight, out in zip(weights, (first, second), strict=False))
     return total.to(first.dtype)
 
 
@@ -114,5 +114,5 @@ def _call(attend, leaves: tuple[Tensor, ...], inputs: Inputs) -> Call:
         forward=lambda: attend(*leaves),
         leaves=leaves,
         grad_out=inputs.grad_out,
-        common=lambda out, grads: {"out": out, **dict(zip(_NAMES, grads))},
+        common=lambda out, grads: {"out": out, **dict(zip(_NAMES, grads, strict=False))},
     )

@@ -73,7 +73,7 @@ def poison(inputs: Inputs) -> None:
 def gradients(call: Call, out: torch.Tensor, *, retain: bool = False) -> tuple[torch.Tensor, ...]:
     """The gradients of a call's leaves; zeros where an empty prompt took no part."""
     grads = torch.autograd.grad(out, call.leaves, call.grad_out, retain_graph=retain, allow_unused=True)
-    return tuple(torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, call.leaves))
+    return tuple(torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, call.leaves, strict=False))
 
 
 def join_prompt(prompt: Tensor, x: Tensor, repeat: int) -> Tensor:

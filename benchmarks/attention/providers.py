@@ -84,7 +84,7 @@ def _build_ours(backend: str, *, bank: bool = False, prompt_only: bool = False):
             forward=lambda: prompt_attention(*text, *prompts, **options),
             leaves=tuple(prompts if prompt_only else text + prompts),
             grad_out=inputs.grad_out,
-            common=lambda out, grads: {"out": out, **dict(zip(names, grads))},
+            common=lambda out, grads: {"out": out, **dict(zip(names, grads, strict=False))},
         )
 
     return build
@@ -109,9 +109,9 @@ def _build_packed(case: Case, inputs: Inputs) -> Call:
 
     def common(out: Tensor, grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
         results = {"out": unpack(out)}
-        for name, grad in zip(("q", "k", "v"), grads):
+        for name, grad in zip(("q", "k", "v"), grads, strict=False):
             results[name] = unpack(grad)
-        return results | dict(zip(("prompt_k", "prompt_v"), grads[3:]))
+        return results | dict(zip(("prompt_k", "prompt_v"), grads[3:], strict=False))
 
     return Call(
         forward=lambda: prompt_attention(
@@ -179,10 +179,10 @@ class Sdpa:
         def common(out: Tensor, grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
             results = {"out": out}
             if self.concat:
-                return results | dict(zip(("q", "k", "v", "prompt_k", "prompt_v"), grads))
+                return results | dict(zip(("q", "k", "v", "prompt_k", "prompt_v"), grads, strict=False))
             if grads:
                 results["q"] = grads[0]
-            for name, grad in zip(("k", "v"), grads[1:]):
+            for name, grad in zip(("k", "v"), grads[1:], strict=False):
                 # Sums that a caller would still have to take; outside this variant's timing.
                 kv = grad.unflatten(1, (case.Hkv, repeat)).float().sum(2).to(grad.dtype)
                 results[name] = kv[:, :, case.P :]

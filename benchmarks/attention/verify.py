@@ -155,9 +155,9 @@ def _literal_results(case, inputs, rows, kv_heads, bank, dtype) -> dict[str, Ten
         pieces["out"].append(out.detach().masked_fill(~real, 0.0))
         if case.gradients:
             grads = torch.autograd.grad(out, leaves, grad_out)
-            for name, grad in zip(("q", "k", "v"), grads):
+            for name, grad in zip(("q", "k", "v"), grads, strict=False):
                 pieces[name].append(grad)
-            for total, grad in zip(sums, grads[3:]):
+            for total, grad in zip(sums, grads[3:], strict=False):
                 total += grad
     results = {name: torch.cat(parts) for name, parts in pieces.items() if parts}
     if case.gradients:

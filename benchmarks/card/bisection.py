@@ -53,7 +53,7 @@ def _cases(context: Context) -> list[Case]:
     if context.device.type == "cpu":
         return [replace(case, direction="training") for case in cases.tiny_cases()]
     by_dtype = [cases.gate_cases(dtype) for dtype in GATE_DTYPES]
-    return [case for same_shape in zip(*by_dtype) for case in same_shape]
+    return [case for same_shape in zip(*by_dtype, strict=False) for case in same_shape]
 
 
 def launches(case: Case, kernel_pass: str, context: Context) -> list[tuple[str, launch.LaunchConfig]]:

@@ -223,7 +223,7 @@ class Parent:
         with suppress(OSError, subprocess.SubprocessError):
             command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=5)
-            return dict(zip(fields.split(","), done.stdout.strip().split("\n")[0].split(", ")))
+            return dict(zip(fields.split(","), done.stdout.strip().split("\n")[0].split(", "), strict=False))
         return {"nvidia-smi": "did not answer"}
 
     def _hold(self) -> None:

@@ -79,7 +79,7 @@ def _of_one_token(peers: dict, samples: dict[str, list[float]]) -> dict[str, dic
     found = {}
     for name in dict.fromkeys(key.split("/")[0] for key in peers):
         short, long = f"{name}/1", f"{name}/{1 + NEW_TOKENS}"
-        entry = _timed([(b - a) / NEW_TOKENS for a, b in zip(samples[short], samples[long])])
+        entry = _timed([(b - a) / NEW_TOKENS for a, b in zip(samples[short], samples[long], strict=False)])
         for what in ("operations", "launches", "python_calls"):
             entry[what] = (peers[long][what] - peers[short][what]) / NEW_TOKENS
         found[name] = entry

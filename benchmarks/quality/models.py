@@ -74,12 +74,12 @@ class BaseWithHead(nn.Module):
     def _kept_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """(B, N, D) from memory; rows that are not there yet run through the backbone."""
         lengths = inputs["attention_mask"].sum(-1).tolist()
-        keys = [row[:n].numpy().tobytes() for row, n in zip(inputs["input_ids"], lengths)]
+        keys = [row[:n].numpy().tobytes() for row, n in zip(inputs["input_ids"], lengths, strict=False)]
         missing = [i for i, key in enumerate(keys) if key not in self._kept]
         if missing:
             rows = {name: tensor[missing] for name, tensor in inputs.items() if tensor is not None}
             states = self._outside[0](**rows).last_hidden_state.float()
-            for state, i in zip(states, missing):
+            for state, i in zip(states, missing, strict=False):
                 self._kept[keys[i]] = state[: lengths[i]].clone()
         return pad_sequence([self._kept[key] for key in keys], batch_first=True)
 

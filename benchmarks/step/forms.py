@@ -116,7 +116,7 @@ def deep_form(base: nn.Module, prompts: Prompts, *, attention: str = "sdpa") -> 
         if backbones.uses_rotary(backbone):
             joint = torch.arange(length + count, device=device)[None]
             options["position_embeddings"] = backbone.rotary_emb(hidden, joint)
-        for layer, own in zip(backbones.layers_of(backbone), prompt.to(hidden.dtype)):
+        for layer, own in zip(backbones.layers_of(backbone), prompt.to(hidden.dtype), strict=False):
             rows = torch.cat([own.expand(len(hidden), -1, -1), hidden], dim=1)
             rows = layer(rows, attention_mask=mask, **options)
             hidden = (rows[0] if isinstance(rows, tuple) else rows)[:, length:]
@@ -196,7 +196,7 @@ def _joined_attention(module, query, key, value, attention_mask, scaling=None, d
     rows = len(query)
     key, value = (
         torch.cat([own.expand(rows, -1, -1, -1), text], dim=2)
-        for own, text in zip(prefix[module.layer_idx], (key, value))
+        for own, text in zip(prefix[module.layer_idx], (key, value), strict=False)
     )
     if attend is sdpa:
         # Where there is a mask transformers repeats key/value heads; SDPA's kernels for masks want that.

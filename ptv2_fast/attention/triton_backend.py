@@ -224,7 +224,7 @@ class _PromptAttention(torch.autograd.Function):
         rest = saved[8:]
         needs = ctx.needs_input_grad[:_TRAINED]
         grads = _backward(grad_output, *inputs, output, lse, needs, *rest, *ctx.numbers)
-        asked = (grad if need else None for grad, need in zip(grads, needs))
+        asked = (grad if need else None for grad, need in zip(grads, needs, strict=False))
         return (*asked, *none)
 
 
@@ -343,7 +343,7 @@ def backward_op(
         scale,
         dropout_p,
     )
-    return [q.new_empty(0) if grad is None or not need else grad for grad, need in zip(grads, needs)]
+    return [q.new_empty(0) if grad is None or not need else grad for grad, need in zip(grads, needs, strict=False)]
 
 
 @backward_op.register_fake
@@ -374,7 +374,7 @@ def _backward_shapes(
         lambda: prompt_bias.new_empty(prompt_bias.shape),
         lambda: bias.new_empty(bias.shape),
     )
-    return [make() if need else q.new_empty(0) for make, need in zip(fresh, needs)]
+    return [make() if need else q.new_empty(0) for make, need in zip(fresh, needs, strict=False)]
 
 
 def _empty_like_heads(tensor: Tensor, packed: bool) -> Tensor:
@@ -403,7 +403,7 @@ def _compiled_backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple
     saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_TRAINED])
     grads = backward_op(grad_output, *saved[:8], needs, *saved[8:], *ctx.numbers)
-    return (*(grad if need else None for grad, need in zip(grads, needs)), *((None,) * 11))
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=False)), *((None,) * 11))
 
 
 forward_op.register_autograd(_compiled_backward, setup_context=_save_for_backward)

@@ -40,7 +40,7 @@ def pair_columns(table: Table, wanted: Wanted) -> dict[str, str]:
     if len(wanted.texts) == 1:
         raise ValueError(f"text_column: expected two or three names (query, positive, negative); got {wanted.texts}")
     if wanted.texts:
-        return dict(zip(PARTS, (table.need(name, "text_column") for name in wanted.texts)))
+        return dict(zip(PARTS, (table.need(name, "text_column") for name in wanted.texts), strict=False))
     return {part: table.need(part, "text_column") for part in PARTS if part != "negative" or part in table.names}
 
 
@@ -74,7 +74,7 @@ def pair_scores(outputs: Outputs, examples: Rows, codec: TaskCodec) -> dict[str,
     for indices, _, output in outputs:
         total += float(output.loss) * len(indices)
         for index, group in zip(indices, output.embeddings.float().cpu(), strict=True):
-            for part, vector in zip(embeddings, group):
+            for part, vector in zip(embeddings, group, strict=False):
                 embeddings[part].setdefault(examples[index][part], vector)
     positives = list(embeddings["positive"])
     queries = torch.stack([embeddings["query"][query] for query in right])

@@ -120,7 +120,7 @@ def class_line(record: Mapping[str, Any]) -> str:
 
 def tags_line(record: Mapping[str, Any]) -> str:
     """One `token<TAB>tag` a line and a blank line."""
-    return "\n".join(f"{token}\t{tag}" for token, tag in zip(record["tokens"], record["tags"])) + "\n"
+    return "\n".join(f"{token}\t{tag}" for token, tag in zip(record["tokens"], record["tags"], strict=True)) + "\n"
 
 
 def answer_line(record: Mapping[str, Any]) -> str:

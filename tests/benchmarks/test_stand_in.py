@@ -35,7 +35,7 @@ def _watched(step, counts, seen):
         before = (counts.captures, counts.warm_ups, counts.replays)
         result = step.run()
         after = (counts.captures, counts.warm_ups, counts.replays)
-        seen.append(tuple(b - a for a, b in zip(before, after)))
+        seen.append(tuple(b - a for a, b in zip(before, after, strict=True)))
         return result
 
     return replace(step, run=run)

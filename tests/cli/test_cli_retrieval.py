@@ -78,7 +78,7 @@ def test_predict_ranks_candidates_for_each_query(trained, tmp_path):
         record = json.loads(line)
         vectors[record["text"]] = record["embedding"]
     for record, query in zip(records, queries, strict=True):
-        cosines = {text: sum(x * y for x, y in zip(vectors[query], vectors[text])) for text in texts[:3]}
+        cosines = {text: sum(x * y for x, y in zip(vectors[query], vectors[text], strict=True)) for text in texts[:3]}
         best = sorted(cosines, key=lambda text: -cosines[text])[:2]
         assert record["query"] == query and [hit["text"] for hit in record["hits"]] == best
         assert [hit["score"] for hit in record["hits"]] == pytest.approx([cosines[text] for text in best], abs=1e-4)

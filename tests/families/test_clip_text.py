@@ -41,7 +41,7 @@ def test_the_literal_form(injection, side):
     output = model(**batch.inputs, output_hidden_states=True)
     last, states = literal_states(model, backbone, batch.input_ids, batch.attention_mask)
     assert_equal(output.last_hidden_state[real], last[real])
-    for own, expected in zip(output.hidden_states[:-1], states):
+    for own, expected in zip(output.hidden_states[:-1], states[:-1], strict=True):
         assert_equal(own[real], expected[real])
     weights = torch.randn(int(real.sum()), HIDDEN, dtype=torch.float64)
     fast = gradients((output.last_hidden_state[real] * weights).sum(), model)
@@ -85,7 +85,7 @@ def test_packed_rows_are_separate_rows(injection):
     model = tiny_model(FAMILY, injection)
     rows = clip_rows(5, 2, 7)
     states = model(**packed(rows)).last_hidden_state[0].split([len(row) for row in rows])
-    for own, row in zip(states, rows):
+    for own, row in zip(states, rows, strict=True):
         assert_equal(own, _alone(model, row).last_hidden_state[0])
 
 
@@ -109,7 +109,7 @@ def test_one_adapter_per_row():
     batch = padded(rows, "left")
     with torch.no_grad():
         mixed = model.eval()(**batch.inputs, adapter_names=names)
-        for index, (row, name) in enumerate(zip(rows, names)):
+        for index, (row, name) in enumerate(zip(rows, names, strict=True)):
             alone = _alone(model, row, adapter_names=[name])
             assert_equal(batch.real(mixed.last_hidden_state, index), alone.last_hidden_state[0], name)
             assert_equal(mixed.pooler_output[index], alone.pooler_output[0], name)

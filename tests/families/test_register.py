@@ -112,7 +112,7 @@ def test_outputs_losses_and_gradients_are_those_of_the_same_weights_elsewhere(in
         logits = model.eval()(**batch.inputs).logits[batch.attention_mask.bool()]
         loss = model.train()(**batch.inputs, labels=labels).loss
         found.append((logits, loss, torch.autograd.grad(loss, model.adapters["default"].encoder.prompts)[0]))
-    for private, llama in zip(*found):
+    for private, llama in zip(*found, strict=True):
         assert_equal(private, llama)
 
 
@@ -122,7 +122,7 @@ def test_it_is_everything_that_a_listed_family_is():
     assert family_of(base.model) == Private() and is_listed(base.model) and families()[NAME] == Private()
     assert why_not_labelled_rows(base, {}) is None
     model = get_ptv2_model(base, tiny_prompts("deep", "CAUSAL_LM"))
-    assert not model._step_layers.without
+    assert not model._frozen.layers.without
     ids = torch.randint(2, 40, (1, 5))
     assert model.eval().generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 8)
     with pytest.raises(ValueError, match=rf"base must be of a supported family \(.*opt, phi3, {NAME}, qwen2"):

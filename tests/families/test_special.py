@@ -30,7 +30,7 @@ def _is_literal(family: str, injection: str, width: int = 32, **changes) -> None
     found = []
     for states in (model(**batch.inputs).last_hidden_state, literal_states(model, base, **batch.inputs)):
         found.append((states[real], torch.autograd.grad((states[real] * weights).sum(), prompts)[0]))
-    for actual, expected in zip(*found):
+    for actual, expected in zip(*found, strict=True):
         assert_equal(actual, expected)
 
 

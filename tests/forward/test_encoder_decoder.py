@@ -42,7 +42,7 @@ def _compare(model, base, batch):
     logits = literal_logits(base, states)
     assert_equal(fast.logits[target], logits[target], "logits")
     assert_equal(fast.encoder_last_hidden_state[source], encoded[source], "encoder states")
-    for name, grad, expected in zip(parameters, gradients(fast.logits), gradients(logits)):
+    for name, grad, expected in zip(parameters, gradients(fast.logits), gradients(logits), strict=True):
         assert grad.abs().max() > 1e-6, f"{name} gets no gradient"
         assert_equal(grad, expected, f"gradient of {name}")
     return fast.logits[target]

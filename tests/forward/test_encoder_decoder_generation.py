@@ -67,7 +67,7 @@ def test_every_row_may_generate_with_its_own_adapter(kind):
     for options in (GREEDY, {**GREEDY, "num_beams": 2}):
         mixed = model.generate(**batch.inputs, **options, adapter_names=names)
         assert len({tuple(row.tolist()) for row in mixed}) == 3
-        for row, name, got in zip(TEXTS, names, mixed):
+        for row, name, got in zip(TEXTS, names, mixed, strict=True):
             assert torch.equal(got, model.generate(row[None], **options, adapter_names=[name])[0]), name
         assert torch.equal(mixed[2], tiny_base(kind).generate(TEXTS[2][None], **options)[0])
     with pytest.raises(ValueError, match="adapter_names must name 3 rows; got 2 names"):
@@ -148,7 +148,7 @@ def test_returned_encoder_states_are_those_of_the_text(kind, injection):
     assert {tuple(one.shape) for one in states} == {(3, 9, 32)}
     with torch.no_grad():
         output = model(**batch.inputs, decoder_input_ids=torch.full((3, 1), START), output_hidden_states=True)
-    for got, expected in zip(states, output.encoder_hidden_states):
+    for got, expected in zip(states, output.encoder_hidden_states, strict=True):
         real = batch.attention_mask.bool()
         assert_equal(got[real], expected[real])
 

@@ -64,7 +64,7 @@ def test_heads_of_the_base(kind, task, injection):
     output.loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.adapters.parameters())
     if task == "QUESTION_ANS":
-        sides = zip(_logits(output).unbind(-1), targets.values())
+        sides = zip(_logits(output).unbind(-1), targets.values(), strict=True)
         assert_equal(output.loss, sum(torch.nn.functional.cross_entropy(*side) for side in sides) / 2)
     if task != "TOKEN_CLS":
         with pytest.raises(ValueError, match="decoder_input_ids must be None"):
@@ -94,7 +94,7 @@ def test_one_adapter_per_row_on_the_encoder_of_t5():
     for side in ("left", "right"):
         batch = padded(texts, side)
         mixed = model(**batch.inputs, adapter_names=names).logits
-        for index, (row, name) in enumerate(zip(texts, names)):
+        for index, (row, name) in enumerate(zip(texts, names, strict=True)):
             assert_equal(batch.real(mixed, index), model(input_ids=row[None], adapter_names=[name]).logits[0], name)
 
 

@@ -131,7 +131,7 @@ def test_packed_rows_in_the_encoder_of_t5_alone():
     texts = text_rows(5, 1, 7)
     positions = torch.cat([torch.arange(len(row)) for row in texts])[None]
     states = model(input_ids=torch.cat(texts)[None], position_ids=positions).last_hidden_state[0]
-    for row, got in zip(texts, states.split([5, 1, 7])):
+    for row, got in zip(texts, states.split([5, 1, 7]), strict=True):
         assert_equal(got, model(input_ids=row[None]).last_hidden_state[0])
 
 

@@ -149,7 +149,7 @@ def test_every_row_may_generate_with_its_own_adapter(family):
     batch = padded(rows, "left")
     for options in (GREEDY, {**GREEDY, "num_beams": 2}):
         mixed = model.generate(**batch.inputs, **options, adapter_names=names)[:, 9:]
-        for index, (row, name) in enumerate(zip(rows, names)):
+        for index, (row, name) in enumerate(zip(rows, names, strict=True)):
             alone = model.generate(row[None], **options, adapter_names=[name])[0, len(row) :]
             assert torch.equal(mixed[index], alone), name
         bare = tiny_base(family, "CAUSAL_LM").generate(rows[2][None], **options)[0, 7:]

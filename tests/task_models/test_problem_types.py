@@ -35,7 +35,7 @@ def _model(problem, num_labels, pooling="mean"):
 def test_regression_is_the_mean_squared_error():
     logits = torch.randn(4, 1, dtype=torch.float64)
     labels = torch.randn(4, dtype=torch.float64)
-    expected = sum((float(x) - float(y)) ** 2 for x, y in zip(logits[:, 0], labels)) / 4
+    expected = sum((float(x) - float(y)) ** 2 for x, y in zip(logits[:, 0], labels, strict=True)) / 4
     for shaped in (labels, labels[:, None]):
         assert float(regression_loss(logits, shaped)) == pytest.approx(expected, rel=1e-12)
     several, targets = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)

@@ -117,7 +117,7 @@ def test_each_choice_is_a_pair_with_the_text(tiny_tokenizer):
         {"text": "who met anna in paris ?", "choices": ["bob", "the river"], "label": 0},
     ]
     features = codec.encode(examples)
-    for feature, example in zip(features, examples):
+    for feature, example in zip(features, examples, strict=True):
         for row, choice in enumerate(example["choices"]):
             pair = tiny_tokenizer(example["text"], choice)
             assert all(feature[name][row] == pair[name] for name in pair)

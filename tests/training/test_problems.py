@@ -103,7 +103,7 @@ def test_correlations_are_those_of_scipy():
     scores = number_scores(guess, truth)
     assert scores["pearson"] == pytest.approx(scipy.stats.pearsonr(guess, truth).statistic, rel=1e-12)
     assert scores["spearman"] == pytest.approx(scipy.stats.spearmanr(guess, truth).statistic, rel=1e-12)
-    assert scores["mse"] == pytest.approx(sum((x - y) ** 2 for x, y in zip(guess, truth)) / 6)
+    assert scores["mse"] == pytest.approx(sum((x - y) ** 2 for x, y in zip(guess, truth, strict=True)) / 6)
     huge = number_scores([1e150, 2e150, 4e150], [1.0, 2.0, 4.0])
     assert huge["pearson"] == pytest.approx(1.0)
     for constant in (number_scores([1.0, 1.0], [0.0, 3.0]), number_scores([0.5], [2.0])):

@@ -122,7 +122,7 @@ def test_embeddings_come_in_the_order_of_the_texts():
     texts = ["the tower", "anna met bob in the river of rome", "film"]
     vectors = embed(model, codec, texts, batch_size=2)
     assert model.training
-    for text, vector in zip(texts, vectors):
+    for text, vector in zip(texts, vectors, strict=True):
         alone = model.eval().encode(**codec.tokenizer(text, return_tensors="pt"))[0]
         torch.testing.assert_close(vector, alone, rtol=1e-5, atol=1e-6)
 

@@ -107,7 +107,7 @@ def test_a_cpu_says_nothing_about_the_goals():
 def test_both_audits_have_to_pass():
     def row(*statuses):
         names = ("audit-operations", "audit-allocator")
-        cells = [{"id": name, "status": status} for name, status in zip(names, statuses)]
+        cells = [{"id": name, "status": status} for name, status in zip(names, statuses, strict=True)]
         text = report.render(TEXT, [_run(cells, "memory")])
         return next(line for line in text.splitlines() if line.startswith("| M2 "))
 

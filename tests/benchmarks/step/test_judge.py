@@ -122,7 +122,7 @@ def test_flex_attention_computes_the_same_loss(bert):
 
 def test_twins_share_weights_and_nothing_else(bert):
     other = twin(bert, "eager")
-    assert all(a is b for a, b in zip(bert.parameters(), other.parameters()))
+    assert all(a is b for a, b in zip(bert.parameters(), other.parameters(), strict=True))
     assert other.config is not bert.config and bert.config._attn_implementation == "sdpa"
     assert other.encoder.layer[0] is not bert.encoder.layer[0]
 
