@@ -9,9 +9,10 @@ import pytest
 import transformers
 from transformers import modeling_outputs
 
+from ptv2_fast import choices, cli
 from ptv2_fast.task_models import retrieval
 from ptv2_fast.task_models.classes import MODEL_CLASSES
-from ptv2_fast.task_types import TASKS, TRAINED_TASKS
+from ptv2_fast.task_types import PROBLEM_TYPES, TASKS, TRAINED_TASKS
 from ptv2_fast.training.metrics import METRICS
 from ptv2_fast.training.tasks import BY_PREDICTION, training_task
 
@@ -76,3 +77,17 @@ def test_the_tasks_are_listed_once():
     assert listing <= MAY_LIST_TASKS
     assert _listed(ast.parse("x = ('SEQ_CLS', 'TOKEN_CLS', 'CAUSAL_LM')")) == [1]
     assert _listed(ast.parse("x = {'SEQ_CLS': 1, 'TOKEN_CLS': 2, 'IMAGE_CLS': 3}")) == [1]
+
+
+def test_the_command_line_s_choices_are_the_tables_own():
+    words = {
+        cli.Task: TRAINED_TASKS,
+        cli.Problem: PROBLEM_TYPES,
+        cli.Injection: choices.INJECTIONS,
+        cli.Init: choices.INITS,
+        cli.Pooling: choices.POOLINGS,
+        cli.Schedule: choices.SCHEDULES,
+        cli.Content: choices.EXPORTS,
+    }
+    for kind, expected in words.items():
+        assert tuple(member.value for member in kind) == expected
