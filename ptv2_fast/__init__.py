@@ -14,8 +14,10 @@ __all__ = [
     "PTuningV2ModelForCausalLM",
     "PTuningV2ModelForFeatureExtraction",
     "PTuningV2ModelForImageClassification",
+    "PTuningV2ModelForMultipleChoice",
     "PTuningV2ModelForQuestionAnswering",
     "PTuningV2ModelForSeq2SeqLM",
+    "PTuningV2ModelForSentenceRetrieval",
     "PTuningV2ModelForSequenceClassification",
     "PTuningV2ModelForTokenClassification",
     "StepOptions",
@@ -37,8 +39,10 @@ _HOME = {
     "PTuningV2ModelForCausalLM": "ptv2_fast.task_models.classes",
     "PTuningV2ModelForFeatureExtraction": "ptv2_fast.task_models.classes",
     "PTuningV2ModelForImageClassification": "ptv2_fast.task_models.classes",
+    "PTuningV2ModelForMultipleChoice": "ptv2_fast.task_models.classes",
     "PTuningV2ModelForQuestionAnswering": "ptv2_fast.task_models.classes",
     "PTuningV2ModelForSeq2SeqLM": "ptv2_fast.task_models.seq2seq",
+    "PTuningV2ModelForSentenceRetrieval": "ptv2_fast.task_models.retrieval",
     "PTuningV2ModelForSequenceClassification": "ptv2_fast.task_models.classes",
     "PTuningV2ModelForTokenClassification": "ptv2_fast.task_models.classes",
     "StepOptions": "ptv2_fast.step.options",
@@ -64,11 +68,13 @@ if TYPE_CHECKING:
         PTuningV2ModelForCausalLM,
         PTuningV2ModelForFeatureExtraction,
         PTuningV2ModelForImageClassification,
+        PTuningV2ModelForMultipleChoice,
         PTuningV2ModelForQuestionAnswering,
         PTuningV2ModelForSequenceClassification,
         PTuningV2ModelForTokenClassification,
         get_ptv2_model,
     )
+    from ptv2_fast.task_models.retrieval import PTuningV2ModelForSentenceRetrieval
     from ptv2_fast.task_models.seq2seq import PTuningV2ModelForSeq2SeqLM
 else:
     # Unknown to type checkers, to which every other name of the module would be Any.

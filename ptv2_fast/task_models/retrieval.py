@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from ptv2_fast.adapter import BASE_ROW
 from ptv2_fast.inputs.pooling import pool, tokens_read
+from ptv2_fast.inputs.text import text_size
 from ptv2_fast.losses import in_batch_negatives_loss
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.task_models.groups import flat_rows, names_of_rows
@@ -98,7 +99,7 @@ class PTuningV2ModelForSentenceRetrieval(PTuningV2Model):
         self, inputs: dict[str, Any], adapter_names: Sequence[str] | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Pooled states (R, D) of length 1, and the hidden states where they are asked for."""
-        names = self._row_names(adapter_names, inputs)
+        names = self._row_names(adapter_names, text_size(inputs)[0])
         poolings = {name: self._pooling(name) for name in names}
         first = poolings[names[0]]
         alike = len(set(poolings.values())) == 1

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ptv2_fast.losses import IGNORED_LABEL
+from ptv2_fast.training.codec import Codec
 from ptv2_fast.training.metrics import perplexity
 from ptv2_fast.training.tokens import decode_answers, decode_tags
-
-if TYPE_CHECKING:
-    from ptv2_fast.training.task_data import TaskCodec
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 # The indices of a batch's features, the batch, and the model's output.
@@ -86,13 +84,13 @@ def both_ends(output: Any) -> list[Any]:
     return list(zip(output.start_logits.float().cpu(), output.end_logits.float().cpu(), strict=True))
 
 
-def classes(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) -> list[Prediction]:
+def classes(rows: Sequence[Any], features: Rows, examples: Rows, codec: Codec) -> list[Prediction]:
     """The most probable class of each row."""
     best = [(float(row.max()), int(row.argmax())) for row in rows]
     return [Prediction(codec.known_labels.to_name(index), score) for score, index in best]
 
 
-def tags(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) -> list[Prediction]:
+def tags(rows: Sequence[Any], features: Rows, examples: Rows, codec: Codec) -> list[Prediction]:
     """The tags of each row's words."""
     predictions = []
     for (scores, tag_ids), feature in zip(rows, features, strict=True):
@@ -103,14 +101,14 @@ def tags(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) 
     return predictions
 
 
-def answers(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) -> list[Prediction]:
+def answers(rows: Sequence[Any], features: Rows, examples: Rows, codec: Codec) -> list[Prediction]:
     """The answer of each question, over all windows of its context."""
     starts, ends = [row[0].tolist() for row in rows], [row[1].tolist() for row in rows]
     found = decode_answers(starts, ends, features, examples, codec.tokenizer, no_answer=codec.no_answer)
     return [Prediction(answer["text"], answer["score"]) for answer in found]
 
 
-def language_scores(outputs: Outputs, examples: Rows, codec: TaskCodec) -> dict[str, float]:
+def language_scores(outputs: Outputs, examples: Rows, codec: Codec) -> dict[str, float]:
     """Perplexity and mean loss of a language model."""
     losses = [loss_of(output, batch) for _, batch, output in outputs]
     return perplexity([mean * count for mean, count in losses], [count for _, count in losses])

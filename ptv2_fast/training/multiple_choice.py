@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ptv2_fast.training.codec import Codec
 from ptv2_fast.training.columns import LABEL_COLUMNS, Table, Wanted, label_column
 from ptv2_fast.training.decoding import Prediction, Rows
 from ptv2_fast.training.examples import check_text, text_of, value_of
@@ -18,9 +19,6 @@ from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.texts import json_object
 from ptv2_fast.training.tokens import check_fast, say_cut, splits_differ
-
-if TYPE_CHECKING:
-    from ptv2_fast.training.task_data import TaskCodec
 
 _TEXTS = ("text", "premise", "question", "context", "sentence")
 _CHOICE = re.compile(r"choice(\d+)")
@@ -104,7 +102,7 @@ def check_choices(
         )
 
 
-def encode_choices(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
+def encode_choices(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     """Features whose inputs are lists of C lists, one for each choice, and `labels`, an int.
 
     Each choice stands behind the text as the second of a pair; what is too long is cut from the longer of the two.
@@ -124,7 +122,7 @@ def encode_choices(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, 
     return features
 
 
-def choices(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) -> list[Prediction]:
+def choices(rows: Sequence[Any], features: Rows, examples: Rows, codec: Codec) -> list[Prediction]:
     """The index of each example's most probable choice, and the probabilities of all."""
     return [Prediction(int(row.argmax()), float(row.max()), dict(enumerate(row.tolist()))) for row in rows]
 

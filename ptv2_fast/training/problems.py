@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ptv2_fast.training.codec import Codec
 from ptv2_fast.training.columns import LABEL_COLUMNS, Table, Wanted, classified
 from ptv2_fast.training.decoding import Prediction, Rows
 from ptv2_fast.training.examples import check_known, check_text, class_example, refuse_two_spellings, value_of
@@ -15,9 +16,6 @@ from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.texts import texts_in
 from ptv2_fast.training.tokens import encode_classification
-
-if TYPE_CHECKING:
-    from ptv2_fast.training.task_data import TaskCodec
 
 # Between the labels of a row, where they stand in one cell: `news|sport`. No label can hold it.
 LABEL_SEPARATOR = "|"
@@ -90,7 +88,7 @@ def check_label_sets(
     refuse_two_spellings(name, {label for example in examples for label in example.get("labels", ())}, notes)
 
 
-def encode_numbers(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
+def encode_numbers(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     """Features with `labels`, a float."""
     features = _encode_texts(rows, codec, quiet)
     return [
@@ -99,7 +97,7 @@ def encode_numbers(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, 
     ]
 
 
-def encode_label_sets(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
+def encode_label_sets(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     """Features with `labels`, (C,) floats: 1.0 where the row has the label."""
     features = _encode_texts(rows, codec, quiet)
     for feature, row in zip(features, rows, strict=True):
@@ -109,7 +107,7 @@ def encode_label_sets(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[st
     return features
 
 
-def _encode_texts(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
+def _encode_texts(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     return encode_classification(list(map(texts_in, rows)), codec.tokenizer, max_length=codec.max_length, quiet=quiet)
 
 
@@ -124,12 +122,12 @@ def label_probabilities(output: Any) -> list[Any]:
     return list(output.logits.float().sigmoid().cpu())
 
 
-def numbers(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) -> list[Prediction]:
+def numbers(rows: Sequence[Any], features: Rows, examples: Rows, codec: Codec) -> list[Prediction]:
     """The number of each row, which is its score too."""
     return [Prediction(number, number) for number in rows]
 
 
-def label_sets(rows: Sequence[Any], features: Rows, examples: Rows, codec: TaskCodec) -> list[Prediction]:
+def label_sets(rows: Sequence[Any], features: Rows, examples: Rows, codec: Codec) -> list[Prediction]:
     """The labels of each row that are more probable than not; the score is that of the least certain decision."""
     found = []
     for row in rows:

@@ -6,11 +6,12 @@ An example is {"query", "positive", "negative" (if the file has them)}, and a te
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ptv2_fast.training.codec import Codec, Loaded
 from ptv2_fast.training.columns import TEXT_COLUMNS, Table, Wanted
 from ptv2_fast.training.decoding import Asked, Outputs, Rows
 from ptv2_fast.training.examples import text_of
@@ -18,10 +19,6 @@ from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.metrics import RANKED, retrieval_scores
 from ptv2_fast.training.tokens import check_fast, say_cut
-
-if TYPE_CHECKING:
-    from ptv2_fast.training.loading import LoadedAdapter
-    from ptv2_fast.training.task_data import TaskCodec
 
 PARTS = ("query", "positive", "negative")
 # Rows of scores that are computed at a time.
@@ -49,7 +46,7 @@ def pair_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) ->
     return {role: text_of(row, column).strip() for role, column in roles.items()}
 
 
-def encode_pairs(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
+def encode_pairs(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     """Features of single texts, or of groups: lists of two or three lists, the query first."""
     check_fast(codec.tokenizer)
     features, cut = [], 0
@@ -64,7 +61,7 @@ def encode_pairs(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, An
     return features
 
 
-def pair_scores(outputs: Outputs, examples: Rows, codec: TaskCodec) -> dict[str, float]:
+def pair_scores(outputs: Outputs, examples: Rows, codec: Codec) -> dict[str, float]:
     """How high each query ranks a positive of its own among all positives, and the mean loss of the batches."""
     right: dict[str, set[str]] = {}
     for example in examples:
@@ -105,7 +102,7 @@ def ranking(queries: Tensor, texts: Tensor, most: int) -> list[list[tuple[int, f
 
 
 @torch.no_grad()
-def embed(model: Any, codec: TaskCodec, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
+def embed(model: Any, codec: Codec, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
     """Embeddings (T, D) of texts, of length 1, on the CPU.
 
     Args:
@@ -128,7 +125,7 @@ def embed(model: Any, codec: TaskCodec, texts: Sequence[str], *, batch_size: int
     return torch.stack(found)
 
 
-def pair_records(loaded: LoadedAdapter, examples: Rows, asked: Asked) -> Iterator[dict[str, Any]]:
+def pair_records(loaded: Loaded, examples: Rows, asked: Asked) -> Iterator[dict[str, Any]]:
     """{"query", "hits": [{"text", "score"}, ...]} where there are candidates, else {"text", "embedding"}."""
     texts = [example.get("text", example.get("query")) for example in examples]
     vectors = embed(loaded.model, loaded.codec, texts, batch_size=asked.batch_size)

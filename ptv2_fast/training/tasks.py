@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS, TRAINED_TASKS, TaskType
 from ptv2_fast.training import columns, decoding, examples, multiple_choice, problems, retrieval, texts, tokens
+from ptv2_fast.training.codec import Codec, Loaded
 from ptv2_fast.training.decoding import Asked, Outputs, Prediction, Rows
 from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
-
-if TYPE_CHECKING:
-    from ptv2_fast.training.loading import LoadedAdapter
-    from ptv2_fast.training.task_data import TaskCodec
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class TrainingTask:
 
     columns: columns.Chooser
     example: Callable[[Row, Mapping[str, str], LabelSet | None], dict[str, Any]]
-    encode: Callable[[Rows, TaskCodec, bool], list[dict[str, Any]]]
+    encode: Callable[[Rows, Codec, bool], list[dict[str, Any]]]
     shows: tuple[str, ...]
     typed: Callable[[str, str, int, str | None], dict[str, Any]]
     line: Callable[[Mapping[str, Any]], str]
@@ -53,10 +50,10 @@ class TrainingTask:
     headers: tuple[str, ...] = ()
     truth: str = ""
     read: Callable[[Any], list[Any]] | None = None
-    decode: Callable[[Sequence[Any], Rows, Rows, TaskCodec], list[Prediction]] | None = None
+    decode: Callable[[Sequence[Any], Rows, Rows, Codec], list[Prediction]] | None = None
     record: Callable[[Mapping[str, Any], Prediction], dict[str, Any]] | None = None
-    score: Callable[[Outputs, Rows, TaskCodec], dict[str, float]] | None = None
-    records: Callable[[LoadedAdapter, Rows, Asked], Iterator[dict[str, Any]]] | None = None
+    score: Callable[[Outputs, Rows, Codec], dict[str, float]] | None = None
+    records: Callable[[Loaded, Rows, Asked], Iterator[dict[str, Any]]] | None = None
 
 
 def task_row(task_type: str, problem_type: str | None = None) -> TaskType:
@@ -79,21 +76,21 @@ def training_task(task_type: str, problem_type: str | None = None) -> TrainingTa
     return BY_PREDICTION[str(task_row(task_type, problem_type).predicts)]
 
 
-def _encode_classes(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
+def _encode_classes(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     return tokens.encode_classification(rows, codec.tokenizer, codec.labels, max_length=codec.max_length, quiet=quiet)
 
 
-def _encode_tags(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
+def _encode_tags(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     return tokens.encode_tokens(rows, codec.tokenizer, codec.labels, max_length=codec.max_length, quiet=quiet)
 
 
-def _encode_questions(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
+def _encode_questions(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     return tokens.encode_question_answering(
         rows, codec.tokenizer, max_length=codec.max_length, doc_stride=codec.doc_stride
     )
 
 
-def _encode_texts(rows: Rows, codec: TaskCodec, quiet: bool) -> list[dict[str, Any]]:
+def _encode_texts(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     return tokens.encode_language_model(rows, codec.tokenizer, max_length=codec.max_length, quiet=quiet)
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ptv2_fast.training.codec import Loaded
 from ptv2_fast.training.decoding import Asked, Prediction
 from ptv2_fast.training.examples import check_text
-
-if TYPE_CHECKING:
-    from ptv2_fast.training.loading import LoadedAdapter
 
 # Words with inner apostrophes and hyphens, numbers with inner points and commas, other signs alone.
 _WORD = re.compile(r"\w+(?:['’\-.,]\w+)*|[^\w\s]")
@@ -78,16 +76,14 @@ def answer_record(example: Mapping[str, Any], prediction: Prediction) -> dict[st
     return {"id": example["id"], "question": example["question"], **answer}
 
 
-def text_records(
-    loaded: LoadedAdapter, examples: Sequence[Mapping[str, Any]], asked: Asked
-) -> Iterator[dict[str, Any]]:
+def text_records(loaded: Loaded, examples: Sequence[Mapping[str, Any]], asked: Asked) -> Iterator[dict[str, Any]]:
     """{"prompt", "text"} of each prompt, continued greedily."""
     for example in examples:
         prompt = example.get("prompt", example.get("text"))
         yield {"prompt": prompt, "text": _continued(loaded, prompt, asked.max_new_tokens)}
 
 
-def _continued(loaded: LoadedAdapter, prompt: Any, most: int) -> str:
+def _continued(loaded: Loaded, prompt: Any, most: int) -> str:
     """The prompt's greedy continuation alone."""
     tokenizer, model = loaded.codec.tokenizer, loaded.model
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)

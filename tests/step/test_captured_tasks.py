@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from captured_forwards import OPTIONS
+from ptv2_fast import GraphRunner, HeadConfig, get_ptv2_model
 from tiny_models import VOCABULARY, tiny_base, tiny_prompts
 from tolerances import assert_same_bits
-
-from ptv2_fast import GraphRunner, HeadConfig, get_ptv2_model
 
 ROWS, CHOICES, TOKENS = 4, 2, 6
 CASES = {
