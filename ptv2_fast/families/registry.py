@@ -21,6 +21,7 @@ from ptv2_fast.families.gemma import Gemma2, Gemma3
 from ptv2_fast.families.gpt2 import Gpt2
 from ptv2_fast.families.gpt_neox import GptNeox
 from ptv2_fast.families.llama import Llama
+from ptv2_fast.families.mbart import MBart
 from ptv2_fast.families.modernbert import ModernBert
 from ptv2_fast.families.mpnet import Mpnet
 from ptv2_fast.families.opt import Opt
@@ -63,6 +64,7 @@ OWN: Mapping[str, Family] = MappingProxyType(
         "t5": T5(),
         "mt5": T5(),
         "bart": Bart(),
+        "mbart": MBart(),
     }
 )
 

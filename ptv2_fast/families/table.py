@@ -38,6 +38,7 @@ _ENCODERS = {"input_ids": "encoder", "pixel_values": "encoder of images", "input
 # What else there is to say of a model type; most need nothing.
 _REMARKS = {
     "bart": "rows run with their tokens first, since positions are slots; no layerdrop; as many heads in either stack",
+    "mbart": "as bart; the decoder starts at each row's language",
     "mt5": "as t5",
     "t5": "also T5EncoderModel; deep prompts and prefixes at the farthest distance; not on transformers before its T5 "
     "ran through the attention interface; T5ForQuestionAnswering is refused",

@@ -27,7 +27,7 @@ from ptv2_fast.interop.peft_import import from_peft
 BATCH = padded(text_rows(), "left")
 PAIR = tiny_seq2seq.pair()
 IMAGES = tiny_features.FEATURES
-SEQ2SEQ = ("t5", "bart")
+SEQ2SEQ = ("t5", "bart", "mbart")
 EVERY = (*FAMILIES, *IMAGES, *SEQ2SEQ)
 
 
