@@ -15,6 +15,7 @@ from ptv2_fast.families.bert import Bert
 from ptv2_fast.families.clip import ClipText, ClipVision
 from ptv2_fast.families.deberta import Deberta
 from ptv2_fast.families.dimensions import Dimensions
+from ptv2_fast.families.dinov2 import Dinov2
 from ptv2_fast.families.distilbert import DistilBert
 from ptv2_fast.families.family import Family
 from ptv2_fast.families.gemma import Gemma2, Gemma3
@@ -58,6 +59,8 @@ OWN: Mapping[str, Family] = MappingProxyType(
         "gemma2": Gemma2(),
         "gemma3_text": Gemma3(),
         "vit": Vit(),
+        "dinov2": Dinov2(),
+        "dinov2_with_registers": Dinov2(),
         "clip_vision_model": ClipVision(),
         "clip_text_model": ClipText(),
         "whisper": Whisper(),
