@@ -184,9 +184,9 @@ def test_a_copied_wrapper_is_whole():
     assert_equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits, "logits")
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "bart", "t5"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "bart", "mbart", "t5"])
 def test_a_wrapper_can_be_pickled_after_a_forward(kind):
-    decodes = kind in ("bart", "t5")
+    decodes = kind in ("bart", "mbart", "t5")
     task = "CAUSAL_LM" if kind == "llama" else "SEQ_CLS"
     model = tiny_seq2seq(kind) if decodes else tiny_model(kind, "deep", task)
     inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS} if decodes else {})}

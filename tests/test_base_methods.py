@@ -15,7 +15,7 @@ from tolerances import assert_equal
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 needs_t5 = pytest.mark.skipif(not T5_SERVED, reason="this transformers' T5 has an attention of its own")
-KINDS = [pytest.param("t5", marks=needs_t5), "bart"]
+KINDS = [pytest.param("t5", marks=needs_t5), "bart", "mbart"]
 INJECTIONS = ["deep", "shallow", "prefix"]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 
@@ -133,7 +133,7 @@ def test_tokens_first_keeps_their_order(masked):
 
 # torch announces that its tracer goes; what was asked of it until then is answered.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", [pytest.param("t5", marks=needs_t5), "bart", "roberta"])
+@pytest.mark.parametrize("case", [pytest.param("t5", marks=needs_t5), "bart", "mbart", "roberta"])
 def test_a_model_whose_mask_may_blind_a_row_can_be_traced(case):
     seq2seq = case != "roberta"
     model = tiny_seq2seq(case) if seq2seq else tiny_model(case, "shallow", "SEQ_CLS")

@@ -15,12 +15,14 @@ from ptv2_fast.families.bert import Bert
 from ptv2_fast.families.clip import ClipText, ClipVision
 from ptv2_fast.families.deberta import Deberta
 from ptv2_fast.families.dimensions import Dimensions
+from ptv2_fast.families.dinov2 import Dinov2
 from ptv2_fast.families.distilbert import DistilBert
 from ptv2_fast.families.family import Family
 from ptv2_fast.families.gemma import Gemma2, Gemma3
 from ptv2_fast.families.gpt2 import Gpt2
 from ptv2_fast.families.gpt_neox import GptNeox
 from ptv2_fast.families.llama import Llama
+from ptv2_fast.families.mbart import MBart
 from ptv2_fast.families.modernbert import ModernBert
 from ptv2_fast.families.mpnet import Mpnet
 from ptv2_fast.families.opt import Opt
@@ -57,12 +59,15 @@ OWN: Mapping[str, Family] = MappingProxyType(
         "gemma2": Gemma2(),
         "gemma3_text": Gemma3(),
         "vit": Vit(),
+        "dinov2": Dinov2(),
+        "dinov2_with_registers": Dinov2(),
         "clip_vision_model": ClipVision(),
         "clip_text_model": ClipText(),
         "whisper": Whisper(),
         "t5": T5(),
         "mt5": T5(),
         "bart": Bart(),
+        "mbart": MBart(),
     }
 )
 

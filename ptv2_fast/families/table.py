@@ -38,6 +38,7 @@ _ENCODERS = {"input_ids": "encoder", "pixel_values": "encoder of images", "input
 # What else there is to say of a model type; most need nothing.
 _REMARKS = {
     "bart": "rows run with their tokens first, since positions are slots; no layerdrop; as many heads in either stack",
+    "mbart": "as bart; the decoder starts at each row's language",
     "mt5": "as t5",
     "t5": "also T5EncoderModel; deep prompts and prefixes at the farthest distance; not on transformers before its T5 "
     "ran through the attention interface; T5ForQuestionAnswering is refused",
@@ -45,6 +46,9 @@ _REMARKS = {
     "clip_text_model": "also with its projection; pools at each row's own end of text; `CLIPModel`: wrap one tower",
     "clip_vision_model": "also with its projection or classifier; VPT-deep, VPT-shallow (in front of the first norm)",
     "deberta-v2": "v2 and v3; a prompt stands beyond all distances; rows stay padded",
+    "dinov2": "also with its classifier; VPT-deep, VPT-shallow; not on transformers before its attention was handed "
+    "what the model is called with (5.18 does)",
+    "dinov2_with_registers": "as dinov2; registers are rows as patches are",
     "distilbert": "no token types",
     "electra": "shallow prompts have the size of word embeddings",
     "gemma2": "softcaps, windows; logits of all tokens, since they are capped",

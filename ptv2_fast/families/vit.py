@@ -28,4 +28,4 @@ class Vit(Family):
 
         They enter behind the embeddings, position embeddings and dropout included, of which they have none.
         """
-        return evolving_view(backbone, prompts, "layers.0", "layernorm")
+        return evolving_view(backbone, prompts, f"{self.layers_path}.0", "layernorm")

@@ -81,7 +81,13 @@ class BoundPrompts:
             if "encoder_outputs" in call:
                 raise ValueError("decoder_input_ids must be given with encoder_outputs")
             self._read_text({name: call[name] for name in _OF_ENCODER if name in call})
+            if "input_ids" not in call:
+                raise ValueError("decoder_input_ids must be given with inputs_embeds")
             call, back = to_right_padding(call)
+            padding = self.base.config.pad_token_id
+            if back is not None and padding is not None:
+                # mBART counts what is no padding to find each row's last token, with which its decoder starts.
+                call["input_ids"] = call["input_ids"].masked_fill(call["attention_mask"] == 0, padding)
         output = original(**call)
         if self.length:
             change_states(output, ENCODER_STATES, lambda states: states[:, self.length :])

@@ -1,4 +1,4 @@
-"""The literal forms on encoder-decoders (T5, BART): in every stack concat, mask, layer, slice.
+"""The literal forms on encoder-decoders (T5, BART, mBART): in every stack concat, mask, layer, slice.
 
 Layers are numbered as prompts are: the encoder's self-attention 0..Le-1, the decoder's Le..Le+Ld-1, the decoder's
 cross-attention Le+Ld..Le+2Ld-1. Padding may stand anywhere in either text: positions and distances count real tokens.
@@ -21,7 +21,7 @@ from ptv2_fast.reference.masks import additive_mask, as_key_mask, positions_from
 from ptv2_fast.reference.prefix import PrefixByCall
 
 # The model types whose stacks are called as the forms here call them.
-FAMILIES = ("t5", "mt5", "bart")
+FAMILIES = ("t5", "mt5", "bart", "mbart")
 _FAR = 10**6
 Pair = tuple[Tensor, Tensor]
 Biases = Mapping[int, Tensor]
@@ -49,7 +49,8 @@ def literal_encoder_decoder(
     the decoder looks at all of its P + N rows.
 
     Args:
-        backbone: T5Model, T5EncoderModel, T5ForConditionalGeneration or BartModel.
+        backbone: T5Model, T5EncoderModel, T5ForConditionalGeneration, BartModel or
+            MBartModel.
         input_ids, attention_mask: (B, N) of the encoder.
         decoder_input_ids, decoder_attention_mask: (B, M) of the decoder; None runs the encoder alone.
         states: layer -> (P, D).
@@ -134,7 +135,10 @@ def _run(
         literal_prefix = PrefixByCall(calls)
         output = block(rows, mask, **options, literal_prefix=literal_prefix)
         hidden = (output[0] if isinstance(output, tuple) else output)[:, length:]
-    return stack.final_layer_norm(hidden) if hasattr(stack, "final_layer_norm") else hidden
+    for norm in ("final_layer_norm", "layer_norm"):  # T5's, mBART's; BART has none
+        if hasattr(stack, norm):
+            hidden = getattr(stack, norm)(hidden)
+    return hidden
 
 
 def _looking(

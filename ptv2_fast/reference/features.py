@@ -1,4 +1,4 @@
-"""The three injections on ViT, CLIP's towers and Whisper's encoder, literally: concat, layer, slice.
+"""The three injections on ViT, DINOv2, CLIP's towers and Whisper's encoder, literally: concat, layer, slice.
 
 The conventions are those of `literal`: slow on purpose, in every floating dtype, with gradients to the prompts; the
 backbone's weights, mode and attention implementation are left as they were. Images and sounds have no padding, and
@@ -50,9 +50,12 @@ def _frames(backbone: nn.Module, features: Tensor) -> Tensor:
     return frames.transpose(1, 2) + backbone.embed_positions.weight
 
 
+_DINOV2 = Form(lambda backbone: backbone.encoder.layer, last_norm=lambda backbone, hidden: backbone.layernorm(hidden))
 # `config.model_type` -> what the literal forms know of it.
 FORMS = {
     "vit": Form(lambda backbone: backbone.layers, last_norm=lambda backbone, hidden: backbone.layernorm(hidden)),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
     # CLIP's vision tower norms what it pools, and nothing else.
     "clip_vision_model": Form(
         lambda backbone: backbone.encoder.layers,

@@ -1,4 +1,4 @@
-"""ViT, CLIP's vision tower and Whisper's encoder: the fast path against the literal forms, and what must hold."""
+"""ViT, DINOv2, CLIP's vision tower, Whisper's encoder: the fast path against the literal forms, and what must hold."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tiny_features import (
     HIDDEN,
     IMAGES,
     TASK,
+    TINY,
     TOKENS,
     features,
     gradients,
@@ -85,33 +86,45 @@ def test_some_layers_a_gate_and_an_mlp(family, injection):
     _compare(model, base, family)
 
 
-def test_a_wrong_prompt_is_noticed():
-    for family in FEATURES:
-        for injection in INJECTIONS:
-            model = tiny_model(family, injection, exact=True)
-            inputs = features(family, dtype=torch.float64)
-            expected, _ = literal_states(model, tiny_base(family, exact=True), *inputs.values())
-            with torch.no_grad():
-                model.adapters["default"].encoder.prompts.view(-1)[3] += 1e-3
-            with pytest.raises(AssertionError, match="relative error"):
-                assert_equal(model(**inputs).last_hidden_state, expected)
+@pytest.mark.parametrize(("family", "injection"), EVERY)
+def test_a_wrong_prompt_is_noticed(family, injection):
+    model = tiny_model(family, injection, exact=True)
+    inputs = features(family, dtype=torch.float64)
+    expected, _ = literal_states(model, tiny_base(family, exact=True), *inputs.values())
+    with torch.no_grad():
+        model.adapters["default"].encoder.prompts.view(-1)[3] += 1e-3
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_equal(model(**inputs).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("injection", ["deep", "shallow"])
-def test_images_of_another_size(injection):
+@pytest.mark.parametrize("family", IMAGES)
+def test_images_of_another_size(family, injection):
     inputs = {"pixel_values": torch.randn(2, 2, 12, 16)}
-    for family in IMAGES:
-        size = {"base_changes": {"image_size": 8}}
-        model = tiny_model(family, injection, "IMAGE_CLS", **size).train()
+    model = tiny_model(family, injection, "IMAGE_CLS", base_changes={"image_size": 8}).train()
+    if not TINY[family].any_size:
         with pytest.raises(ValueError, match=r"mage size .12\*16"):
             model(**inputs)
-        output = model(**inputs, interpolate_pos_encoding=True, output_hidden_states=True)
-        assert output.hidden_states[-1].shape == (2, 1 + 3 * 4, HIDDEN)
-        model.step_options = StepOptions(last_rows=False)
-        assert_equal(output.logits, model(**inputs, interpolate_pos_encoding=True).logits)
+        inputs["interpolate_pos_encoding"] = True
+    output = model(**inputs, output_hidden_states=True)
+    assert output.hidden_states[-1].shape == (2, TINY[family].leading + 3 * 4, HIDDEN)
+    model.step_options = StepOptions(last_rows=False)
+    assert_equal(output.logits, model(**inputs).logits)
 
 
 # Heads: the base's own, and ours.
+
+
+def _pooled(base, family, last):
+    """What a family's own classifier reads of the last states."""
+    patches = last[:, TINY[family].leading :].mean(1)
+    return {
+        "vit": lambda: last[:, 0],
+        "clip_vision_model": lambda: patches,
+        "dinov2": lambda: torch.cat([last[:, 0], patches], dim=-1),
+        "dinov2_with_registers": lambda: torch.cat([last[:, 0], patches], dim=-1),
+        "whisper": lambda: base.projector(last).mean(1),
+    }[family]()
 
 
 @pytest.mark.parametrize(("family", "injection"), EVERY)
@@ -120,8 +133,7 @@ def test_the_classifier_of_the_base(family, injection):
     base = tiny_base(family, "classifier", exact=True)
     inputs = features(family, dtype=torch.float64)
     last, _ = literal_states(model, backbone_of(base), *inputs.values())
-    pooled = {"vit": lambda: last[:, 0], "clip_vision_model": lambda: last[:, 1:].mean(1)}
-    expected = base.classifier(pooled[family]() if family in IMAGES else base.projector(last).mean(1))
+    expected = base.classifier(_pooled(base, family, last))
     for training in (False, True):
         output = model.train(training)(**inputs, labels=TARGETS)
         assert_equal(output.logits, expected)
@@ -185,10 +197,12 @@ def test_clip_poolers_and_projections_read_the_class_token(injection):
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-def test_vits_pooler_reads_the_class_token(injection):
-    model, base = tiny_model("vit", injection), tiny_base("vit")
-    last, _ = literal_states(model, base, *features("vit").values())
-    assert_equal(model(**features("vit")).pooler_output, base.pooler(last))
+@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov2_with_registers"])
+def test_poolers_read_the_class_token(family, injection):
+    model, base = tiny_model(family, injection), tiny_base(family)
+    last, _ = literal_states(model, base, *features(family).values())
+    expected = base.pooler(last) if family == "vit" else last[:, 0]
+    assert_equal(model(**features(family)).pooler_output, expected)
 
 
 # What must hold.

@@ -19,17 +19,18 @@ from tiny_models import DECODERS, tiny_base, tiny_prompts
 from tolerances import assert_differs, assert_equal, assert_same_bits
 
 BATCH = padded(text_rows(), "left")
-FAMILIES = ("bert", "albert", "modernbert", "deberta-v2", "gpt2", "llama", "gemma2", "t5", "bart")
+SEQ2SEQ = ("t5", "bart", "mbart")
+FAMILIES = ("bert", "albert", "modernbert", "deberta-v2", "gpt2", "llama", "gemma2", *SEQ2SEQ)
 
 
 def _base(family: str, **options):
-    if family in ("t5", "bart"):
+    if family in SEQ2SEQ:
         return tiny_seq2seq.tiny_base(family)
     return tiny_base(family, "CAUSAL_LM" if family in DECODERS else "TOKEN_CLS", **options)
 
 
 def _model(family: str, injection: str = "deep") -> PTuningV2Model:
-    task = "SEQ_2_SEQ_LM" if family in ("t5", "bart") else "CAUSAL_LM" if family in DECODERS else "TOKEN_CLS"
+    task = "SEQ_2_SEQ_LM" if family in SEQ2SEQ else "CAUSAL_LM" if family in DECODERS else "TOKEN_CLS"
     return get_ptv2_model(_base(family), tiny_prompts(injection, task)).eval()
 
 

@@ -27,7 +27,7 @@ from tolerances import assert_differs, assert_equal, assert_same_bits
 BATCH = padded(text_rows(), "left")
 PAIR = tiny_seq2seq.pair()
 IMAGES = tiny_features.FEATURES
-SEQ2SEQ = ("t5", "bart")
+SEQ2SEQ = ("t5", "bart", "mbart")
 EVERY = (*FAMILIES, *IMAGES, *SEQ2SEQ)
 
 

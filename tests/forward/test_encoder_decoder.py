@@ -86,7 +86,7 @@ def test_layers_count_inside_each_stack(kind, injection, layers):
 
 
 @pytest.mark.parametrize("injection", ["deep", "prefix"])
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_mlp_and_gate(kind, injection):
     model = tiny_model(kind, injection, exact=True, reparameterization=12, prompt_init="gated", stacks=STACKS)
     base, batch = tiny_base(kind, exact=True), pair("right")
@@ -102,7 +102,7 @@ def test_mlp_and_gate(kind, injection):
 
 @pytest.mark.parametrize("length", [1, 17])
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_prompt_lengths(kind, injection, length):
     model = tiny_model(kind, injection, exact=True, length=length)
     _compare(model, tiny_base(kind, exact=True), pair())
@@ -120,7 +120,7 @@ def test_position_offset_shifts_the_learned_positions_of_the_stacks(stacks):
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("kind", ["t5", "bart-scaled"])
+@pytest.mark.parametrize("kind", ["t5", "bart-scaled", "mbart"])
 def test_embeddings_in_place_of_ids(kind, injection):
     model, batch = tiny_model(kind, injection, exact=True), pair()
     words = model.backbone.get_input_embeddings()
@@ -166,7 +166,7 @@ def test_a_far_prompt_has_the_last_bucket_of_a_really_far_token():
 
 
 def test_a_wrong_prompt_is_noticed():
-    for kind in ("t5", "bart"):
+    for kind in ("t5", "bart", "mbart"):
         for injection in INJECTIONS:
             model = tiny_model(kind, injection, exact=True)
             base, batch = tiny_base(kind, exact=True), pair()
@@ -180,7 +180,7 @@ def test_a_wrong_prompt_is_noticed():
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_prompts_start_as_what_the_model_computes_for_a_text(kind, injection):
     """The text is the encoder's and the decoder's; a prompt holds what enters the layer, or its keys and values."""
     base, tokenizer = tiny_base(kind), tiny_tokenizer()
@@ -200,10 +200,9 @@ def test_prompts_start_as_what_the_model_computes_for_a_text(kind, injection):
             module.register_forward_hook(lambda module, args, made, name=name: seen.update({name: (args[0], made)}))
     backbone = bare if kind == "t5" else bare.model
     output = backbone(input_ids=ids, decoder_input_ids=ids, output_hidden_states=True)
-    path = {
-        "t5": ("{}.block.{}.layer.0.SelfAttention.{}", "decoder.block.{1}.layer.1.EncDecAttention.{2}"),
-        "bart": ("model.{}.layers.{}.self_attn.{}_proj", "model.decoder.layers.{1}.encoder_attn.{2}_proj"),
-    }[kind]
+    path = ("model.{}.layers.{}.self_attn.{}_proj", "model.decoder.layers.{1}.encoder_attn.{2}_proj")
+    if kind == "t5":
+        path = ("{}.block.{}.layer.0.SelfAttention.{}", "decoder.block.{1}.layer.1.EncDecAttention.{2}")
     for layer in range(LAYERS):
         stack, index = family_of(model.backbone).sizes(model.backbone).place(layer)
         key, value = (seen[path[stack == "cross"].format(stack, index, part)] for part in "kv")
@@ -217,7 +216,7 @@ def test_prompts_start_as_what_the_model_computes_for_a_text(kind, injection):
 
 
 @pytest.mark.parametrize("injection", ["deep", "prefix", "shallow"])
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_the_encoder_by_itself_has_its_prompts(kind, injection):
     model, batch = tiny_model(kind, injection), pair()
     source, target = batch.source.inputs, {k: v for k, v in batch.inputs.items() if k.startswith("decoder_")}

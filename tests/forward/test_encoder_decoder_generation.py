@@ -57,7 +57,7 @@ def test_beams_and_several_returned_sequences_are_rows_alone(kind, injection):
         assert torch.equal(model.generate(row[None], **options), beams[2 * index : 2 * index + 2])
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_every_row_may_generate_with_its_own_adapter(kind):
     model = _model(kind, "deep")
     model.add_adapter("prefix", tiny_prompts("prefix", "SEQ_2_SEQ_LM", length=9))
@@ -105,7 +105,7 @@ def test_a_target_in_pieces_is_the_whole_target(kind, injection, cache):
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_given_beginnings_of_the_target_are_continued(kind, injection):
     model, batch = _model(kind, injection), padded(TEXTS, "left")
     begin = torch.tensor([[START, 7, 9]] * 3)
@@ -128,7 +128,7 @@ def test_sampling_follows_the_seed():
 
 
 def test_generate_leaves_the_base_alone():
-    for kind in ("t5", "bart"):
+    for kind in ("t5", "bart", "mbart"):
         model, base = _model(kind, "shallow"), tiny_base(kind)
         row = TEXTS[0][None]
         prompted = model.generate(row, **GREEDY)
@@ -140,7 +140,7 @@ def test_generate_leaves_the_base_alone():
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_returned_encoder_states_are_those_of_the_text(kind, injection):
     model, batch = _model(kind, injection), padded(TEXTS, "left")
     options = {**GREEDY, "return_dict_in_generate": True, "output_hidden_states": True}
@@ -159,7 +159,7 @@ def test_generate_refuses_what_needs_attention_weights():
         model.generate(TEXTS[0][None], **GREEDY, output_attentions=True, return_dict_in_generate=True)
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_generation_while_training_keeps_the_mode(kind):
     model = _model(kind, "deep", prompt_dropout=0.5)
     expected = model.generate(TEXTS[0][None], **GREEDY)

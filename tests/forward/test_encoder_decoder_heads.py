@@ -21,7 +21,7 @@ def _ended(side):
 
 BASES = [
     *[(kind, task) for kind in ("t5", "mt5") for task in ("SEQ_CLS", "TOKEN_CLS")],
-    *[("bart", task) for task in ("SEQ_CLS", "QUESTION_ANS")],
+    *[(kind, task) for kind in ("bart", "mbart") for task in ("SEQ_CLS", "QUESTION_ANS")],
 ]
 HEADS = [pytest.param(kind, task, id=f"{kind}-{task}") for kind, task in BASES]
 
@@ -147,11 +147,12 @@ def test_bases_and_tasks_that_do_not_fit(kind, task, config, message):
     ],
 )
 def test_barts_that_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        get_ptv2_model(tiny_base("bart", **changes), PTuningV2Config("SEQ_2_SEQ_LM"))
+    for kind in ("bart", "mbart"):
+        with pytest.raises(ValueError, match=message):
+            get_ptv2_model(tiny_base(kind, **changes), PTuningV2Config("SEQ_2_SEQ_LM"))
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_a_stack_alone_is_refused(kind):
     for stack in (tiny_base(kind, "FEATURE_EXTRACTION").encoder, tiny_base(kind, "FEATURE_EXTRACTION").decoder):
         with pytest.raises(ValueError, match="base must"):

@@ -31,7 +31,7 @@ from tiny_seq2seq import (
 from tolerances import assert_differs, assert_equal, assert_same_bits
 
 EVERY = [pytest.param(kind, injection, id=f"{kind}-{injection}") for kind in KINDS for injection in INJECTIONS]
-SOME = [p for p in EVERY if p.values[0] in ("t5", "bart")]
+SOME = [p for p in EVERY if p.values[0] in ("t5", "bart", "mbart")]
 
 
 def _model(kind, injection, *arguments, **config):
@@ -40,7 +40,7 @@ def _model(kind, injection, *arguments, **config):
 
 
 def test_the_families_are_these():
-    for kind in ("t5", "bart"):
+    for kind in ("t5", "bart", "mbart"):
         backbone = backbone_of(tiny_base(kind))
         sizes = family_of(backbone).sizes(backbone)
         assert (sizes.num_layers, sizes.decoder_layers, sizes.encoder_layers) == (LAYERS, DECODER, ENCODER)
@@ -98,13 +98,16 @@ def test_a_row_of_padding_alone_is_finite_and_harmless(kind, injection):
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
-def test_decoder_inputs_that_bart_derives_from_the_text(injection):
-    model = _model("bart", injection, "FEATURE_EXTRACTION")
+@pytest.mark.parametrize("kind", ["bart", "mbart"])
+def test_decoder_inputs_that_the_base_derives_from_the_text(kind, injection):
+    """BART starts them with one token, mBART with the text's last one; ids in slots of padding change nothing."""
+    model = _model(kind, injection, "FEATURE_EXTRACTION")
     texts = text_rows()
     with torch.no_grad():
         alone = [model(input_ids=row[None], output_hidden_states=True) for row in texts]
         for side in ("left", "right", "holes"):
             batch = padded(texts, side)
+            batch.input_ids[batch.attention_mask == 0] = 7
             output = model(**batch.inputs, output_hidden_states=True)
             for index, expected in enumerate(alone):
                 for name in ("last_hidden_state", "encoder_last_hidden_state"):
@@ -201,7 +204,7 @@ def test_one_adapter_per_row(kind):
     model.add_adapter("gated", tiny_prompts("deep", task, length=4, prompt_init="gated"))
     torch.nn.init.normal_(model.adapters["gated"].encoder.gate)
     names = ["long", "default", "cross", "gated", "__base__"]
-    if kind.startswith("bart"):
+    if "bart" in kind:
         model.add_adapter("shifted", tiny_prompts("prefix", task, length=3, position_offset=3, stacks=("decoder",)))
         names.append("shifted")
     model.eval().adapters.requires_grad_(True)
@@ -267,8 +270,10 @@ def test_encoder_outputs_may_be_given_again(kind, injection):
             model(**given)
     else:
         assert_equal(model(**given).logits, output.logits)
-    with pytest.raises(ValueError, match="must be given"):
-        model(encoder_outputs=given["encoder_outputs"], attention_mask=batch.source.attention_mask)
+    words = model.get_input_embeddings()(batch.source.input_ids)
+    for text in ({"encoder_outputs": given["encoder_outputs"]}, {"inputs_embeds": words}):
+        with pytest.raises(ValueError, match=f"decoder_input_ids must be given with {next(iter(text))}"):
+            model(**text, attention_mask=batch.source.attention_mask)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
@@ -361,7 +366,7 @@ def test_trainer(kind, injection, tmp_path):
     assert_same_bits(loaded(**inputs).logits, model.requires_grad_(False)(**inputs).logits)
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_a_prompt_that_does_not_reach_its_layer_is_noticed(kind, stack):
     """A base that drops the keyword argument would run as if there were no prompt."""

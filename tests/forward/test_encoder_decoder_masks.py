@@ -13,7 +13,7 @@ from tiny_seq2seq import KINDS, T5_SERVED, pair, tiny_base, tiny_model
 from tolerances import assert_equal
 
 INJECTIONS = ("deep", "prefix", "shallow")
-SOME = [(kind, injection) for kind in ("t5", "bart") for injection in INJECTIONS]
+SOME = [(kind, injection) for kind in ("t5", "bart", "mbart") for injection in INJECTIONS]
 
 
 def whole(mask: Tensor, *, additive: bool) -> Tensor:
@@ -92,6 +92,6 @@ def test_a_stack_alone_that_is_a_decoder_is_still_refused():
 
 def test_an_encoder_decoder_that_is_not_listed_is_not_said_to_be_tried():
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    config = transformers.MBartConfig(vocab_size=9, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, **sizes)
+    config = transformers.PegasusConfig(vocab_size=9, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, **sizes)
     with pytest.raises(ValueError, match="it was not tried: an encoder-decoder must be of a listed family itself"):
-        get_ptv2_model(transformers.MBartForConditionalGeneration(config), PTuningV2Config("SEQ_2_SEQ_LM"))
+        get_ptv2_model(transformers.PegasusForConditionalGeneration(config), PTuningV2Config("SEQ_2_SEQ_LM"))

@@ -50,7 +50,7 @@ def test_no_tensor_of_p_plus_n_rows(kind, injection):
     assert literally.hits, "the audit could not fail"
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_shallow_rows_are_joined_once(kind):
     """They are real rows of the encoder, whatever the number of its layers."""
     joined = []
@@ -67,7 +67,7 @@ def test_shallow_rows_are_joined_once(kind):
 
 def test_savings_of_a_step_are_off_and_say_why(caplog):
     options = StepOptions(unpad=True, fused_projections=True, compile_layers=True, last_rows=True)
-    for kind in ("t5", "bart"):
+    for kind in ("t5", "bart", "mbart"):
         model, batch = _model(kind, "deep"), pair()
         model.step_options = options
         caplog.clear()
@@ -79,7 +79,7 @@ def test_savings_of_a_step_are_off_and_say_why(caplog):
         assert " on (" not in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_graph_runner_runs_padded_steps(kind, caplog):
     model, batch = _model(kind, "deep").train(), {**pair().source.inputs, "labels": pair().labels}
     with torch.no_grad():

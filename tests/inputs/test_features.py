@@ -7,7 +7,20 @@ import torch
 import transformers
 
 from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
-from tiny_features import FEATURES, HIDDEN, IMAGES, LABELS, MAIN_INPUT, TASK, TOKENS, features, tiny_base, tiny_model
+from tiny_features import (
+    DINOV2_SERVED,
+    FEATURES,
+    HIDDEN,
+    IMAGES,
+    LABELS,
+    MAIN_INPUT,
+    TASK,
+    TOKENS,
+    features,
+    tiny_base,
+    tiny_config,
+    tiny_model,
+)
 from tiny_models import INJECTIONS
 from tolerances import assert_same_bits
 
@@ -105,6 +118,20 @@ def test_two_towers_are_refused_and_each_alone_is_not():
         get_ptv2_model(whole, PTuningV2Config("FEATURE_EXTRACTION"))
     inside = get_ptv2_model(whole.vision_model, PTuningV2Config("FEATURE_EXTRACTION"))
     assert inside(**features("clip_vision_model")).last_hidden_state.shape == (3, TOKENS["clip_vision_model"], HIDDEN)
+
+
+def test_a_dinov2_of_feature_maps_is_refused():
+    base = transformers.Dinov2Backbone(tiny_config("dinov2"))
+    with pytest.raises(ValueError, match="base must return its last states, .*; got Dinov2Backbone"):
+        get_ptv2_model(base, PTuningV2Config("FEATURE_EXTRACTION"))
+
+
+@pytest.mark.skipif(DINOV2_SERVED, reason="it is served")
+@pytest.mark.parametrize("family", ["dinov2", "dinov2_with_registers"])
+def test_a_dinov2_whose_attention_is_handed_nothing_is_refused(family):
+    base = transformers.AutoModel.from_config(tiny_config(family))
+    with pytest.raises(ValueError, match="DINOv2 does in later versions; got Dinov2.* of transformers"):
+        get_ptv2_model(base, PTuningV2Config("FEATURE_EXTRACTION"))
 
 
 def test_whisper_is_its_encoder_and_drops_no_layers():

@@ -46,7 +46,7 @@ def _compare(there, base, folder):
 
 
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING"])
-@pytest.mark.parametrize("kind", ["t5", "t5-gated", "bart", "bart-scaled"])
+@pytest.mark.parametrize("kind", ["t5", "t5-gated", "bart", "bart-scaled", "mbart"])
 def test_prompt_tuning_gives_pefts_logits_and_tokens(kind, method, tmp_path):
     there = _there(kind, method)
     here = _compare(there, tiny_base(kind), tmp_path)
@@ -55,13 +55,14 @@ def test_prompt_tuning_gives_pefts_logits_and_tokens(kind, method, tmp_path):
     assert torch.equal(here.generate(row, **GREEDY), there.generate(input_ids=row, **GREEDY))
 
 
+@pytest.mark.parametrize("kind", ["bart", "mbart"])
 @pytest.mark.parametrize(("encoder", "decoder"), [(3, 2), (4, 4), (3, 3), (2, 1)])
 @pytest.mark.parametrize("settings", [{}, {"prefix_projection": True, "encoder_hidden_size": 12}], ids=["", "mlp"])
-def test_a_prefix_of_bart_gives_pefts_logits(encoder, decoder, settings, tmp_path):
+def test_a_prefix_of_bart_gives_pefts_logits(kind, encoder, decoder, settings, tmp_path):
     """The decoder's layers get every second pair of PEFT's keys and values, and its text stands from P on."""
     changes = {"encoder_layers": encoder, "decoder_layers": decoder}
-    there = _there("bart", "PREFIX_TUNING", changes, **settings)
-    here = _compare(there, tiny_base("bart", **changes), tmp_path)
+    there = _there(kind, "PREFIX_TUNING", changes, **settings)
+    here = _compare(there, tiny_base(kind, **changes), tmp_path)
     config = here.ptv2_config["default"]
     assert (config.stacks, config.position_offset) == (("decoder",), LENGTH)
 
@@ -93,7 +94,7 @@ def test_prompts_in_front_of_the_decoder_are_refused(tmp_path):
         from_peft(tiny_base("t5"), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart-scaled"])
+@pytest.mark.parametrize("kind", ["t5", "bart-scaled", "mbart"])
 def test_a_shallow_prompt_loads_in_peft(kind, tmp_path):
     model = tiny_model(kind, "shallow", length=LENGTH)
     model.save_pretrained(tmp_path, format="peft")

@@ -24,7 +24,8 @@ def test_the_last_layer_computes_the_class_tokens_alone(family, injection):
     model = tiny_model(family, injection, "IMAGE_CLS", heads=heads).train()
     layer = family_of(model.backbone).layers(model.backbone)[-1]
     seen = []
-    layer.mlp.fc1.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    first = next(module for module in layer.mlp.modules() if isinstance(module, torch.nn.Linear))
+    first.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
     found = {}
     for last_rows in (False, True):
         model.step_options = StepOptions(last_rows=last_rows)

@@ -59,6 +59,7 @@ TINY = {
     "mt5": Tiny("mt5", _GATED, noise=0.1),
     "bart": Tiny("bart", {**_BART, "scale_embedding": False}, noise=0.25),
     "bart-scaled": Tiny("bart", {**_BART, "scale_embedding": True}, noise=0.25),
+    "mbart": Tiny("mbart", {**_BART, "scale_embedding": True}, noise=0.25),
 }
 KINDS = tuple(TINY)
 _AUTO = {
@@ -167,6 +168,6 @@ def literal(model: PTuningV2Model, backbone: nn.Module, *inputs, adapter: str = 
 
 def literal_logits(base: transformers.PreTrainedModel, states: Tensor) -> Tensor:
     """What a base's language head says of decoder states."""
-    if base.config.model_type == "bart":
+    if base.config.model_type in ("bart", "mbart"):
         return base.lm_head(states) + base.final_logits_bias
     return base.lm_head(states * (HIDDEN**-0.5 if getattr(base.config, "scale_decoder_outputs", False) else 1.0))

@@ -63,8 +63,11 @@ def test_a_fresh_base_gets_them_for_this_adapter_alone(tmp_path, family, task):
 
 @pytest.mark.parametrize(
     ("family", "task"),
-    [("vit", "IMAGE_CLS"), ("whisper", "AUDIO_CLS"), ("t5", "SEQ_CLS"), ("t5", "TOKEN_CLS"), ("bart", "SEQ_CLS")],
-)
+    [
+        ("vit", "IMAGE_CLS"), ("whisper", "AUDIO_CLS"), ("t5", "SEQ_CLS"), ("t5", "TOKEN_CLS"), ("bart", "SEQ_CLS"),
+        ("mbart", "SEQ_CLS"), ("dinov2", "IMAGE_CLS"),
+    ],
+)  # fmt: skip
 def test_encoder_decoders_and_bases_that_read_no_text(tmp_path, family, task):
     if family in tiny_features.TASK:
         bases = [tiny_features.tiny_base(family, "classifier", num_labels=n) for n in (5, 2)]

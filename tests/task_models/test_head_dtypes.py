@@ -16,7 +16,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 10, 11, 12, 3]])
 HEADS = (
     ("bert", "SEQ_CLS"), ("roberta", "SEQ_CLS"), ("electra", "SEQ_CLS"), ("deberta-v2", "SEQ_CLS"),
     ("modernbert", "TOKEN_CLS"), ("distilbert", "QUESTION_ANS"), ("llama", "SEQ_CLS"), ("gpt2", "TOKEN_CLS"),
-    ("bart", "SEQ_CLS"), ("t5", "SEQ_CLS"),
+    ("bart", "SEQ_CLS"), ("mbart", "SEQ_CLS"), ("t5", "SEQ_CLS"),
 )  # fmt: skip
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -24,7 +24,7 @@ HALVES = (torch.float16, torch.bfloat16)
 def base_of(family: str, task_type: str, dtype: torch.dtype):
     if family == "t5" and not T5_SERVED:
         pytest.skip("this transformers' T5 has an attention of its own")
-    if family in ("t5", "bart"):
+    if family in ("t5", "bart", "mbart"):
         return tiny_seq2seq(family, task_type, eos_token_id=3).to(dtype)
     return tiny_base(family, task_type).to(dtype)
 

@@ -88,7 +88,7 @@ def test_label_smoothing_of_an_encoder_decoder_compares_the_token_itself(tmp_pat
     assert train_loss(trainer) == pytest.approx(smoothed(logits, targets), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
 def test_label_smoothing_of_an_encoder_decoder_needs_what_its_decoder_reads(kind, tmp_path):
     """BART would derive it from the text, and train on that; the collator that knows the model makes it of labels."""
     model = tiny_seq2seq(kind)
