@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.backbone import rotary
 from ptv2_fast.backbone.locate import part_at
 from ptv2_fast.backbone.norms import normed_together
 from ptv2_fast.backbone.projection import Projection, linear_projection
@@ -133,13 +134,25 @@ class Family:
         return key, value
 
     def finish_keys(self, backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
-        """Projected keys (P, Hkv, d) as attention reads them, for tokens that stand right before the text."""
+        """Projected keys (P, Hkv, d) as attention reads them, for tokens that stand right before the text.
+
+        Those of R prompts at once come as (P, R * Hkv, d), prompt by prompt.
+        """
         return keys
 
     def finish_all_keys(self, backbone: PreTrainedModel, layers: Sequence[int], keys: Tensor) -> Tensor | None:
         """`finish_keys` of several layers' keys (L, P, Hkv, d), by operations on all of them; None where they must be
         asked one by one."""
         return keys
+
+    def rotate(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Keys (..., P, Hkv, d) turned as attention does it; for families with `rotary`.
+
+        Args:
+            cos, sin: the tables (P, 1, size) of the P positions, in the order and size in which the backbone's
+                `rotary_emb` gives them.
+        """
+        return rotary.rotate(keys, cos, sin)
 
     def far_keys_and_bias(self, backbone: PreTrainedModel, layer: int, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """The keys (Hkv, P, d), and what is added to their scores (H, P) or None, of tokens that stand so far in front
