@@ -23,6 +23,7 @@ from ptv2_fast.families.gpt_neox import GptNeox
 from ptv2_fast.families.llama import Llama
 from ptv2_fast.families.modernbert import ModernBert
 from ptv2_fast.families.mpnet import Mpnet
+from ptv2_fast.families.olmo2 import Olmo2
 from ptv2_fast.families.opt import Opt
 from ptv2_fast.families.phi3 import Phi3
 from ptv2_fast.families.recognise import recognise, why_not_tried
@@ -53,6 +54,7 @@ OWN: Mapping[str, Family] = MappingProxyType(
         "qwen3": Llama(),
         "qwen3_moe": Llama(),
         "smollm3": Llama(),
+        "olmo2": Olmo2(),
         "phi3": Phi3(),
         "gemma2": Gemma2(),
         "gemma3_text": Gemma3(),

@@ -53,6 +53,7 @@ _REMARKS = {
     "mistral": "windows",
     "modernbert": "windows; virtual tokens of a shallow prompt see all text",
     "mpnet": "a prompt stands beyond all distances; rows stay padded; transformers cannot checkpoint its gradients",
+    "olmo2": "norms behind attention; key norms over all heads together",
     "opt": "also the post-norm 350m; no layerdrop",
     "phi3": "windows; with longrope, texts up to where its frequencies change",
     "smollm3": "some layers without positions",

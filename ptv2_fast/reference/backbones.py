@@ -129,6 +129,7 @@ FORMS = {
     "qwen3_moe": replace(_LLAMA, one_window=True),
     "phi3": replace(_LLAMA, one_window=True),
     "smollm3": _LLAMA,
+    "olmo2": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": replace(_LLAMA, tables_by_kind=True),
 }

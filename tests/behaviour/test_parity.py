@@ -97,8 +97,9 @@ def test_gated(family, injection):
     bare = torch.cat([base(row[None]).last_hidden_state[0] for row in text_rows()])
     with torch.no_grad():
         closed = model(**batch.inputs).last_hidden_state[real]
-        # Each virtual token has about e^-10 of the mass: close to the bare model, not the same.
-        assert (closed - bare).norm() / bare.norm() < 5e-3
+        # Each virtual token has about e^-10 of the mass: close to the bare model, not the same. Where attention reads
+        # states without a norm, a prompt's are larger than the text's.
+        assert (closed - bare).norm() / bare.norm() < 1e-2
         assert not torch.equal(closed, bare)
         model.adapters["default"].encoder.gate.copy_(torch.randn(2, 4, 5))
     opened = _compare(model, base, batch)

@@ -31,7 +31,7 @@ RECOGNISED = {
 }
 # Each differs from the listed families in something else: another norm before attention, norms over all heads at
 # once, pairs of neighbouring channels that rotate, several kinds of the two, an attention of its own.
-REFUSED = ("roberta-prelayernorm", "olmo2", "cohere", "glm", "gptj")
+REFUSED = ("roberta-prelayernorm", "cohere", "glm", "gptj")
 
 
 def _base(family: str, task=transformers.AutoModel, **changes):

@@ -127,6 +127,7 @@ TINY = {
         kin=True,
     ),
     "smollm3": _like(_LLAMA, {"no_rope_layer_interval": 2}, kin=True),
+    "olmo2": _LLAMA,
     "phi3": _like(_LLAMA, {"sliding_window": WINDOW, "original_max_position_embeddings": 64}),
     "gemma2": _like(
         _LLAMA,
