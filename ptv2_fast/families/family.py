@@ -41,6 +41,8 @@ class Family:
         own_attention: attention does not run through transformers' attention interface; that of the view
             `with_layer_index` does run through the hook.
         own_pooler: the model's pooler may read another row's token, or padding; `with_own_pooler` makes it right.
+        linear_head: logits of a causal language model are a linear map of its backbone's last states; a scale or a cap
+            that its configuration names is seen without this.
         skips_unread_tokens: `last_layer_tokens` was written for this family's layers.
         layer_index: the attribute by which attention modules of the view `with_layer_index` know their layer:
             "layer_idx", or "prompt_layer" where `layer_idx` means something else. None where the model's own modules
@@ -59,6 +61,7 @@ class Family:
     relative_positions: bool = False
     own_attention: bool = False
     own_pooler: bool = False
+    linear_head: bool = True
     skips_unread_tokens: bool = False
     layer_index: str | None = None
 

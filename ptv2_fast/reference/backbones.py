@@ -101,6 +101,13 @@ FORMS = {
         lambda backbone, hidden: backbone.final_norm(hidden),
         tables_by_kind=True,
     ),
+    "modernbert-decoder": Form(
+        lambda backbone, ids, *_: backbone.embeddings(ids),
+        lambda backbone: backbone.layers,
+        lambda backbone, hidden: backbone.final_norm(hidden),
+        causal=True,
+        tables_by_kind=True,
+    ),
     "mpnet": Form(
         lambda backbone, ids, positions, _: backbone.embeddings(input_ids=ids, position_ids=positions),
         lambda backbone: backbone.encoder.layer,
@@ -130,6 +137,10 @@ FORMS = {
     "phi3": replace(_LLAMA, one_window=True),
     "smollm3": _LLAMA,
     "olmo2": _LLAMA,
+    "glm": _LLAMA,
+    "glm4": _LLAMA,
+    "cohere": _LLAMA,
+    "cohere2": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": replace(_LLAMA, tables_by_kind=True),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import MethodType
 
 import pytest
@@ -9,14 +10,15 @@ import torch
 import transformers
 from batches import padded, text_rows
 from tiny_models import FAMILIES, INJECTIONS, WINDOWED, literal_states, tiny_base, tiny_config, tiny_model, tiny_prompts
-from tolerances import assert_differs, assert_equal
+from tolerances import assert_differs, assert_equal, assert_same_bits
 from transformers import DynamicCache
 
 from ptv2_fast import get_ptv2_model
-from ptv2_fast.backbone.rotary import max_rotary_length
+from ptv2_fast.backbone.rotary import max_rotary_length, tables_before_text
 from ptv2_fast.families.registry import families, family_of
 from ptv2_fast.inputs.cache import CACHE
 from ptv2_fast.inputs.sliding_window import counts_padding, smallest_window
+from ptv2_fast.step.labelled_rows import why_not_labelled_rows
 
 
 def _is_literal(family: str, injection: str, width: int = 32, **changes) -> None:
@@ -121,9 +123,45 @@ def test_deberta_in_its_other_settings(injection, changes):
     _is_literal("deberta-v2", injection, **changes)
 
 
-def test_smollm3_has_layers_that_know_no_positions():
-    base = tiny_base("smollm3")
-    assert [layer.self_attn.use_rope for layer in base.layers] == [1, 0]
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_cohere_may_have_biases_and_no_key_norm(injection):
+    _is_literal("cohere", injection, use_qk_norm=False, attention_bias=True)
+
+
+@pytest.mark.parametrize("family", ["cohere", "olmo2"])
+def test_key_norms_over_several_heads_take_each_prompt_of_a_bank_by_itself(family):
+    base = tiny_base(family)
+    known = family_of(base)
+    one, two = torch.randn(2, 3, 2, 8)
+    together = known.finish_keys(base, 0, torch.cat([one, two], dim=1))
+    assert_equal(together, torch.cat([known.finish_keys(base, 0, keys) for keys in (one, two)], dim=1))
+    norm = base.layers[0].self_attn.k_norm
+    assert norm.weight.numel() == 2 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "glm4", "cohere2", "modernbert-decoder", "olmo2"])
+def test_keys_turn_as_the_models_own_code_turns_them(family, dtype):
+    """Some models rotate in float32, some have tables of float32; keys keep their dtype. No sum is taken."""
+    base = tiny_base(family).to(dtype)
+    keys = torch.randn(5, 2, 8, dtype=dtype)
+    kind = (base.config.layer_types[0],) if family == "modernbert-decoder" else ()
+    own = sys.modules[type(base).__module__].apply_rotary_pos_emb
+    by_head = keys.transpose(0, 1)[None]
+    _, expected = own(by_head, by_head, *base.rotary_emb(keys, torch.arange(-5, 0)[None], *kind))
+    turned = family_of(base).rotate(keys, *tables_before_text(base, keys, *kind))
+    assert_same_bits(turned.transpose(0, 1)[None], expected)
+
+
+def test_a_head_that_is_no_linear_map_says_all_logits():
+    base = tiny_base("modernbert-decoder", "CAUSAL_LM")
+    assert isinstance(base.get_output_embeddings(), torch.nn.Linear)
+    assert why_not_labelled_rows(base, {}) == "the family's head does more than a linear map"
+
+
+@pytest.mark.parametrize("family", ["smollm3", "cohere2"])
+def test_some_layers_know_no_positions(family):
+    base = tiny_base(family)
     keys = torch.randn(3, 2, 8)
     turned, as_it_is = (family_of(base).finish_keys(base, layer, keys) for layer in range(2))
     assert torch.equal(as_it_is, keys) and not torch.allclose(turned, keys)

@@ -10,6 +10,7 @@ from tiny_models import (
     DISTINCT,
     INJECTIONS,
     VOCABULARY,
+    literal_logits,
     literal_states,
     tiny_base,
     tiny_model,
@@ -31,7 +32,7 @@ def _literal_greedy(model, base, row):
     ids = row[None]
     for _ in range(NEW):
         states = literal_states(model, base.base_model, ids)
-        ids = torch.cat([ids, base.get_output_embeddings()(states[:, -1]).argmax(-1)[:, None]], -1)
+        ids = torch.cat([ids, literal_logits(base, states[:, -1]).argmax(-1)[:, None]], -1)
     return ids[0, len(row) :]
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from batches import padded, text_rows
-from tiny_models import DECODERS, FAMILIES, INJECTIONS, LABELS, RELATIVE, tiny_model, tiny_prompts
+from tiny_models import CHANGES_LOGITS, DECODERS, FAMILIES, INJECTIONS, LABELS, RELATIVE, tiny_model, tiny_prompts
 from tolerances import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,9 +89,8 @@ def test_labelled_rows_give_the_loss_and_gradients_of_all_logits(family, unpad):
     plain, saved = _compare(
         model, StepOptions(unpad=unpad, labelled_rows_loss=True), {**batch.inputs, "labels": labels}
     )
-    # A softcap stands between Gemma's head and its logits: those are computed as ever.
-    capped = getattr(model.config, "final_logit_softcapping", None) is not None
-    assert plain.logits is not None and (saved.logits is not None) == capped
+    # A softcap stands between Gemma's head and its logits, a scale between Cohere's: those are computed as ever.
+    assert plain.logits is not None and (saved.logits is not None) == (family in CHANGES_LOGITS)
     count = {**batch.inputs, "labels": labels, "num_items_in_batch": torch.tensor(50)}
     _compare(model, StepOptions(unpad=unpad, labelled_rows_loss=True), count)
 
