@@ -21,7 +21,7 @@ class Llama(Family):
     causal = True
     rotary = True
     skips_unread_tokens = True
-    norm_path = "input_layernorm"
+    norm_path: str | None = "input_layernorm"
 
     def for_key_norm(self, backbone: PreTrainedModel, keys: Tensor) -> Tensor:
         """Keys (..., R * Hkv, d) as the layers' key norm takes them: the numbers in their order, in its shape."""

@@ -22,6 +22,7 @@ from ptv2_fast.families.gemma import Gemma2, Gemma3
 from ptv2_fast.families.glm import Glm
 from ptv2_fast.families.gpt2 import Gpt2
 from ptv2_fast.families.gpt_neox import GptNeox
+from ptv2_fast.families.gptj import GptJ
 from ptv2_fast.families.llama import Llama
 from ptv2_fast.families.modernbert import ModernBert
 from ptv2_fast.families.modernbert_decoder import ModernBertDecoder
@@ -30,6 +31,7 @@ from ptv2_fast.families.olmo2 import Olmo2
 from ptv2_fast.families.opt import Opt
 from ptv2_fast.families.phi3 import Phi3
 from ptv2_fast.families.recognise import recognise, why_not_tried
+from ptv2_fast.families.refused import REFUSED
 from ptv2_fast.families.roberta import Roberta
 from ptv2_fast.families.t5 import T5
 from ptv2_fast.families.vit import Vit
@@ -50,6 +52,7 @@ OWN: Mapping[str, Family] = MappingProxyType(
         "gpt2": Gpt2(),
         "opt": Opt(),
         "gpt_neox": GptNeox(),
+        "gptj": GptJ(),
         "llama": Llama(),
         "mistral": Llama(),
         "mixtral": Llama(),
@@ -147,6 +150,8 @@ def family_of(backbone: PreTrainedModel) -> Family:
         raise ValueError(f"base must be one tower: wrap the vision_model or the text_model of {name}")
     if family is None:
         family = recognise(backbone, families())
+    if family is None and model_type in REFUSED:
+        raise ValueError(f"base must be of a family that can be served: {REFUSED[model_type]}; got {name}")
     if family is None:
         untried = why_not_tried(backbone)
         tried = f"; it was not tried: {untried}" if untried else ", or make its keys and values as one of them does"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ptv2_fast.families.encoder_decoder import EncoderDecoder
 from ptv2_fast.families.family import Family
+from ptv2_fast.families.refused import REFUSED
 from ptv2_fast.families.registry import OWN
 
 _HEADING = """# Model families
@@ -52,6 +53,7 @@ _REMARKS = {
     "gemma2": "softcaps, windows; logits of all tokens, since they are capped",
     "gemma3_text": "windows, rotary tables by kind of layer",
     "gpt_neox": "prompt projections by PyTorch, not by the kernel",
+    "gptj": "from transformers 5.24 on; before, its attention is code of its own and refused",
     "mistral": "windows",
     "modernbert": "windows; virtual tokens of a shallow prompt see all text",
     "modernbert-decoder": "windows, rotary tables by kind of layer; logits of all tokens, behind a head with a norm",
@@ -92,7 +94,8 @@ def _footer() -> str:
     return (
         "\n\nA sliding window counts the text's own tokens: a prompt is in every window, and padding between a row's\n"
         "tokens has no width (such rows are run unpadded; with a cache they are refused).\n"
-    )
+        "\nRefused, and why:\n\n"
+    ) + "".join(f"- `{name}`: {reason}.\n" for name, reason in sorted(REFUSED.items()))
 
 
 if __name__ == "__main__":

@@ -128,6 +128,12 @@ FORMS = {
         lambda backbone, hidden: backbone.final_layer_norm(hidden),
         causal=True,
     ),
+    "gptj": Form(
+        lambda backbone, ids, *_: backbone.drop(backbone.wte(ids)),
+        lambda backbone: backbone.h,
+        lambda backbone, hidden: backbone.ln_f(hidden),
+        causal=True,
+    ),
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, one_window=True),
     "mixtral": replace(_LLAMA, one_window=True),

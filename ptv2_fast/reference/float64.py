@@ -39,6 +39,12 @@ def _rotary_tables(
     return angles.cos() * scaling, angles.sin() * scaling
 
 
+def _rotary_table_of_gptj(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, self.pos_embd_dim, 2, dtype=x.dtype, device=x.device) / self.pos_embd_dim
+    angles = position_ids[..., None].to(x.dtype) / 10000**exponents  # [B, N, pairs]
+    return angles.sin(), angles.cos()
+
+
 def _turn_halves(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     query, key = (x * cos + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin for x in (query, key))
@@ -106,6 +112,8 @@ def to_exact_float64(model: nn.Module) -> nn.Module:
             module.forward = types.MethodType(exact, module)
         elif kind in ("CohereLayerNorm", "Cohere2LayerNorm"):
             module.forward = types.MethodType(_layer_norm, module)
+        elif kind == "GPTJRotaryEmbedding":
+            module.forward = types.MethodType(_rotary_table_of_gptj, module)
         elif kind.endswith("RotaryEmbedding"):
             rope_type = getattr(module, "rope_type", None)
             if any(one != "default" for one in (rope_type.values() if isinstance(rope_type, dict) else [rope_type])):

@@ -9,12 +9,23 @@ import pytest
 import torch
 import transformers
 from batches import padded, text_rows
-from tiny_models import FAMILIES, INJECTIONS, WINDOWED, literal_states, tiny_base, tiny_config, tiny_model, tiny_prompts
+from tiny_models import (
+    FAMILIES,
+    INJECTIONS,
+    NOT_SERVED,
+    WINDOWED,
+    literal_states,
+    tiny_base,
+    tiny_config,
+    tiny_model,
+    tiny_prompts,
+)
 from tolerances import assert_differs, assert_equal, assert_same_bits
 from transformers import DynamicCache
 
 from ptv2_fast import get_ptv2_model
 from ptv2_fast.backbone.rotary import max_rotary_length, tables_before_text
+from ptv2_fast.families.refused import REFUSED
 from ptv2_fast.families.registry import families, family_of
 from ptv2_fast.inputs.cache import CACHE
 from ptv2_fast.inputs.sliding_window import counts_padding, smallest_window
@@ -229,6 +240,25 @@ def test_texts_beyond_a_change_of_rotary_frequencies_are_refused():
 def test_configurations_that_nobody_made_right_are_refused(family, changes, message):
     with pytest.raises(ValueError, match=message):
         get_ptv2_model(tiny_base(family, **changes), tiny_prompts("deep"))
+
+
+@pytest.mark.parametrize(("family", "reason"), [("bloom", "ALiBi"), ("falcon", "multi-query")])
+def test_families_whose_code_leaves_no_way_are_refused_with_the_reason(family, reason):
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(family, **sizes))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    message = rf"base must be of a family that can be served: {family}'s attention is code of its own, .*{reason}"
+    with pytest.raises(ValueError, match=rf"(?i){message}.*attention interface; got {type(base).__name__}"):
+        get_ptv2_model(base, tiny_prompts("deep"))
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert family in REFUSED and family not in families()
+
+
+@pytest.mark.skipif("gptj" not in NOT_SERVED, reason="it is served")
+def test_a_gptj_with_an_attention_of_its_own_is_refused():
+    config = transformers.GPTJConfig(vocab_size=40, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    with pytest.raises(ValueError, match="attention interface, which GPT-J uses from 5.24 on: .* got GPTJModel of"):
+        get_ptv2_model(transformers.GPTJModel(config), tiny_prompts("deep"))
 
 
 @pytest.mark.parametrize("family", ["deberta", "mbart", "beit"])

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from benchmarks import quality
 from ptv2_fast.cli import app
+from ptv2_fast.families.registry import OWN
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -104,6 +105,11 @@ def test_the_tree_is_the_one_that_is_there():
             continue
         for entry in re.findall(r"[\w./]+(?:/|\.py)(?=\s)", re.split(r"\s{2,}|;", entries)[0] + " "):
             assert (folder / entry).exists(), line
+
+
+def test_it_counts_the_model_types():
+    (count,) = re.findall(r"(\w+) model types", README)
+    assert count == str(len(OWN))
 
 
 def test_the_quality_table_is_what_the_results_give():

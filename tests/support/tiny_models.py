@@ -180,15 +180,21 @@ TINY = {
         causal=True,
         config={"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
+    # Rotary pairs are neighbours in a part of each head; the model knows its sizes by other names too.
+    "gptj": Tiny(causal=True, config={"rotary_dim": 4, "n_inner": 48}),
     "opt": Tiny(causal=True, learned=True, config={"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "dropout": 0.0}),
 }
 
 
+# Older versions compute GPT-J's attention in the model itself.
+NOT_SERVED = () if hasattr(transformers.models.gptj.modeling_gptj, "ALL_ATTENTION_FUNCTIONS") else ("gptj",)
+
+
 def _names(chosen: Callable[[Tiny], object]) -> tuple[str, ...]:
-    return tuple(name for name, tiny in TINY.items() if chosen(tiny))
+    return tuple(name for name, tiny in TINY.items() if chosen(tiny) and name not in NOT_SERVED)
 
 
-FAMILIES = tuple(TINY)
+FAMILIES = _names(lambda tiny: True)
 ENCODERS, DECODERS = _names(lambda tiny: not tiny.causal), _names(lambda tiny: tiny.causal)
 KIN, DISTINCT = _names(lambda tiny: tiny.kin), _names(lambda tiny: not tiny.kin)
 FROM_PADDING = _names(lambda tiny: tiny.from_padding)
@@ -269,6 +275,8 @@ def tiny_base(
     family: str, task: str = "FEATURE_EXTRACTION", *, seed: int = 0, exact: bool = False, **changes
 ) -> transformers.PreTrainedModel:
     """A tiny model in eval mode; one seed, one set of weights. `exact` makes it true float64."""
+    if family in NOT_SERVED:
+        pytest.skip(f"transformers {transformers.__version__} computes attention in {family} itself")
     if not has_head(family, task):
         pytest.skip(f"transformers has no {task} model of {family}")
     state = torch.get_rng_state()
