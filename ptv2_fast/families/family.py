@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.backbone import rotary
 from ptv2_fast.backbone.locate import part_at
 from ptv2_fast.backbone.norms import normed_together
 from ptv2_fast.backbone.projection import Projection, linear_projection
@@ -40,6 +41,8 @@ class Family:
         own_attention: attention does not run through transformers' attention interface; that of the view
             `with_layer_index` does run through the hook.
         own_pooler: the model's pooler may read another row's token, or padding; `with_own_pooler` makes it right.
+        linear_head: logits of a causal language model are a linear map of its backbone's last states; a scale or a cap
+            that its configuration names is seen without this.
         skips_unread_tokens: `last_layer_tokens` was written for this family's layers.
         layer_index: the attribute by which attention modules of the view `with_layer_index` know their layer:
             "layer_idx", or "prompt_layer" where `layer_idx` means something else. None where the model's own modules
@@ -58,6 +61,7 @@ class Family:
     relative_positions: bool = False
     own_attention: bool = False
     own_pooler: bool = False
+    linear_head: bool = True
     skips_unread_tokens: bool = False
     layer_index: str | None = None
 
@@ -133,13 +137,25 @@ class Family:
         return key, value
 
     def finish_keys(self, backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
-        """Projected keys (P, Hkv, d) as attention reads them, for tokens that stand right before the text."""
+        """Projected keys (P, Hkv, d) as attention reads them, for tokens that stand right before the text.
+
+        Those of R prompts at once come as (P, R * Hkv, d), prompt by prompt.
+        """
         return keys
 
     def finish_all_keys(self, backbone: PreTrainedModel, layers: Sequence[int], keys: Tensor) -> Tensor | None:
         """`finish_keys` of several layers' keys (L, P, Hkv, d), by operations on all of them; None where they must be
         asked one by one."""
         return keys
+
+    def rotate(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Keys (..., P, Hkv, d) turned as attention does it; for families with `rotary`.
+
+        Args:
+            cos, sin: the tables (P, 1, size) of the P positions, in the order and size in which the backbone's
+                `rotary_emb` gives them.
+        """
+        return rotary.rotate(keys, cos, sin)
 
     def far_keys_and_bias(self, backbone: PreTrainedModel, layer: int, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """The keys (Hkv, P, d), and what is added to their scores (H, P) or None, of tokens that stand so far in front

@@ -24,4 +24,4 @@ class Gemma3(Gemma2):
     def finish_keys(self, backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
         """Keys (P, Hkv, d) as attention reads them: normalised, then rotated as the layer's kind is."""
         keys = backbone.layers[layer].self_attn.k_norm(keys)
-        return rotary.before_text(backbone, keys, backbone.config.layer_types[layer])
+        return self.rotate(keys, *rotary.tables_before_text(backbone, keys, backbone.config.layer_types[layer]))

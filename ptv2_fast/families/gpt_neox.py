@@ -26,4 +26,4 @@ class GptNeox(Family):
 
     def finish_keys(self, backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
         """Keys (P, H, d) as attention reads them: the first channels of each head rotated."""
-        return rotary.before_text(backbone, keys)
+        return self.rotate(keys, *rotary.tables_before_text(backbone, keys))

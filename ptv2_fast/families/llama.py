@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.backbone import rotary
@@ -21,24 +21,34 @@ class Llama(Family):
     causal = True
     rotary = True
     skips_unread_tokens = True
-    norm_path = "input_layernorm"
+    norm_path: str | None = "input_layernorm"
+
+    def for_key_norm(self, backbone: PreTrainedModel, keys: Tensor) -> Tensor:
+        """Keys (..., R * Hkv, d) as the layers' key norm takes them: the numbers in their order, in its shape."""
+        return keys
+
+    def knows_positions(self, attention: nn.Module) -> bool:
+        """Whether an attention module turns its keys: some of SmolLM3's do not."""
+        return bool(attention.__dict__.get("use_rope", True))
 
     def finish_keys(self, backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
-        """Keys (P, Hkv, d) as attention reads them: normalised where the family does that, then rotated.
-
-        Some of SmolLM3's layers know no positions at all.
-        """
+        """Keys (P, Hkv, d) as attention reads them: normalised where the family does that, then rotated."""
         attention = part_at(backbone, self.path_of_attention(backbone, layer))
         if hasattr(attention, "k_norm"):
-            keys = attention.k_norm(keys)
-        return rotary.before_text(backbone, keys) if getattr(attention, "use_rope", True) else keys
+            keys = attention.k_norm(self.for_key_norm(backbone, keys)).reshape(keys.shape)
+        if not self.knows_positions(attention):
+            return keys
+        return self.rotate(keys, *rotary.tables_before_text(backbone, keys))
 
     def finish_all_keys(self, backbone: PreTrainedModel, layers: Sequence[int], keys: Tensor) -> Tensor | None:
         """`finish_keys` of several layers' keys (L, P, Hkv, d)."""
         attentions = [part_at(backbone, self.path_of_attention(backbone, layer)) for layer in layers]
-        if not all(attention.__dict__.get("use_rope", True) for attention in attentions):
+        if not all(map(self.knows_positions, attentions)):
             return None
-        finished: Tensor | None = keys
         if hasattr(attentions[0], "k_norm"):
-            finished = normed_together([attention.k_norm for attention in attentions], keys)
-        return None if finished is None else rotary.rotate(finished, *rotary.tables_before_text(backbone, finished[0]))
+            norms = [attention.k_norm for attention in attentions]
+            normed = normed_together(norms, self.for_key_norm(backbone, keys))
+            if normed is None:
+                return None
+            keys = normed.reshape(keys.shape)
+        return self.rotate(keys, *rotary.tables_before_text(backbone, keys[0]))

@@ -29,10 +29,12 @@ class ModernBert(Family):
         return fused.rows(width, 2 * width), fused.rows(2 * width, 3 * width)
 
     def finish_keys(self, backbone: PreTrainedModel, layer: int, keys: Tensor) -> Tensor:
-        """Keys (P, H, d) as attention reads them: rotated as the layer's kind is, in float32 or better."""
-        tables = rotary.tables_before_text(backbone, keys, backbone.config.layer_types[layer])
-        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        return rotary.rotate(wide, *tables).to(keys.dtype)
+        """Keys (P, H, d) as attention reads them: rotated as the layer's kind is."""
+        return self.rotate(keys, *rotary.tables_before_text(backbone, keys, backbone.config.layer_types[layer]))
+
+    def rotate(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Keys (P, H, d) turned in float32 or better."""
+        return rotary.rotate(rotary.in_float32(keys), cos, sin).to(keys.dtype)
 
     def shallow_view(self, backbone: PreTrainedModel, prompts: Tensor) -> PreTrainedModel:
         """A view of the backbone in which virtual tokens evolve in front of every row's text.

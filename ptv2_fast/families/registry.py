@@ -13,21 +13,27 @@ from ptv2_fast.families.albert import Albert
 from ptv2_fast.families.bart import Bart
 from ptv2_fast.families.bert import Bert
 from ptv2_fast.families.clip import ClipText, ClipVision
+from ptv2_fast.families.cohere import Cohere, Cohere2
 from ptv2_fast.families.deberta import Deberta
 from ptv2_fast.families.dimensions import Dimensions
 from ptv2_fast.families.dinov2 import Dinov2
 from ptv2_fast.families.distilbert import DistilBert
 from ptv2_fast.families.family import Family
 from ptv2_fast.families.gemma import Gemma2, Gemma3
+from ptv2_fast.families.glm import Glm
 from ptv2_fast.families.gpt2 import Gpt2
 from ptv2_fast.families.gpt_neox import GptNeox
+from ptv2_fast.families.gptj import GptJ
 from ptv2_fast.families.llama import Llama
 from ptv2_fast.families.mbart import MBart
 from ptv2_fast.families.modernbert import ModernBert
+from ptv2_fast.families.modernbert_decoder import ModernBertDecoder
 from ptv2_fast.families.mpnet import Mpnet
+from ptv2_fast.families.olmo2 import Olmo2
 from ptv2_fast.families.opt import Opt
 from ptv2_fast.families.phi3 import Phi3
 from ptv2_fast.families.recognise import recognise, why_not_tried
+from ptv2_fast.families.refused import REFUSED
 from ptv2_fast.families.roberta import Roberta
 from ptv2_fast.families.t5 import T5
 from ptv2_fast.families.vit import Vit
@@ -48,6 +54,7 @@ OWN: Mapping[str, Family] = MappingProxyType(
         "gpt2": Gpt2(),
         "opt": Opt(),
         "gpt_neox": GptNeox(),
+        "gptj": GptJ(),
         "llama": Llama(),
         "mistral": Llama(),
         "mixtral": Llama(),
@@ -55,9 +62,15 @@ OWN: Mapping[str, Family] = MappingProxyType(
         "qwen3": Llama(),
         "qwen3_moe": Llama(),
         "smollm3": Llama(),
+        "olmo2": Olmo2(),
+        "glm": Glm(),
+        "glm4": Glm(),
+        "cohere": Cohere(),
+        "cohere2": Cohere2(),
         "phi3": Phi3(),
         "gemma2": Gemma2(),
         "gemma3_text": Gemma3(),
+        "modernbert-decoder": ModernBertDecoder(),
         "vit": Vit(),
         "dinov2": Dinov2(),
         "dinov2_with_registers": Dinov2(),
@@ -81,8 +94,8 @@ def register_family(model_type: str, family: Family) -> None:
 
     From here on a base whose `config.model_type` is this one is of this family, in this process: a program registers
     it before it wraps or loads such a model, in every process that does. Nothing is tried on the model: the family
-    answers for it. A causal language model of a family's is taken to be a linear map of its backbone's last states,
-    and the family's own sequence classifier to read what `reads_first` says.
+    answers for it. A causal language model of a family's is what `linear_head` says, and the family's own sequence
+    classifier reads what `reads_first` says.
 
     Args:
         model_type: what the configurations of such models say.
@@ -142,6 +155,8 @@ def family_of(backbone: PreTrainedModel) -> Family:
         raise ValueError(f"base must be one tower: wrap the vision_model or the text_model of {name}")
     if family is None:
         family = recognise(backbone, families())
+    if family is None and model_type in REFUSED:
+        raise ValueError(f"base must be of a family that can be served: {REFUSED[model_type]}; got {name}")
     if family is None:
         untried = why_not_tried(backbone)
         tried = f"; it was not tried: {untried}" if untried else ", or make its keys and values as one of them does"
@@ -171,7 +186,12 @@ def sizes_of(backbone: PreTrainedModel) -> Dimensions:
 
 def is_listed(backbone: PreTrainedModel) -> bool:
     """Whether the family is known by name, and with it what its task heads do."""
-    return _listed(getattr(backbone.config, "model_type", None)) is not None
+    return listed_family(backbone) is not None
+
+
+def listed_family(backbone: PreTrainedModel) -> Family | None:
+    """The family of a backbone that is known by name; None where it is not."""
+    return _listed(getattr(backbone.config, "model_type", None))
 
 
 def _listed(model_type: Any) -> Family | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ptv2_fast.families.encoder_decoder import EncoderDecoder
 from ptv2_fast.families.family import Family
+from ptv2_fast.families.refused import REFUSED
 from ptv2_fast.families.registry import OWN
 
 _HEADING = """# Model families
@@ -14,9 +15,9 @@ _HEADING = """# Model families
 Written by `python -m ptv2_fast.families.table docs/families.md`; a test fails where it is out of date.
 
 A model type that is not here is tried on a few tokens: a base that makes its keys and values, counts its positions and
-hides its text as a family of this table does is taken for one of that family (CamemBERT, Ernie, Granite, StarCoder2,
-Qwen2-MoE, Gemma and Phi in `tests/families/test_recognise.py`); others are refused by name. A model of your own is
-served once its family is registered: [adding-a-family.md](adding-a-family.md).
+hides its text as a family of this table does is taken for one of that family (CamemBERT, Ernie, ERNIE 4.5, Granite,
+StarCoder2, Qwen2-MoE, Gemma and Phi in `tests/families/test_recognise.py`); others are refused by name. A model of your
+own is served once its family is registered: [adding-a-family.md](adding-a-family.md).
 
 Every row runs in these tests, on a tiny random model with the family's own features on:
 
@@ -45,6 +46,8 @@ _REMARKS = {
     "albert": "a prompt per repetition of the shared layer; transformers has no gradient checkpointing for it",
     "clip_text_model": "also with its projection; pools at each row's own end of text; `CLIPModel`: wrap one tower",
     "clip_vision_model": "also with its projection or classifier; VPT-deep, VPT-shallow (in front of the first norm)",
+    "cohere": "logits of all tokens, since they are scaled",
+    "cohere2": "windows; layers without one know no positions; logits of all tokens, since they are scaled",
     "deberta-v2": "v2 and v3; a prompt stands beyond all distances; rows stay padded",
     "dinov2": "also with its classifier; VPT-deep, VPT-shallow; not on transformers before its attention was handed "
     "what the model is called with (5.18 does)",
@@ -54,9 +57,12 @@ _REMARKS = {
     "gemma2": "softcaps, windows; logits of all tokens, since they are capped",
     "gemma3_text": "windows, rotary tables by kind of layer",
     "gpt_neox": "prompt projections by PyTorch, not by the kernel",
+    "gptj": "from transformers 5.24 on; before, its attention is code of its own and refused",
     "mistral": "windows",
     "modernbert": "windows; virtual tokens of a shallow prompt see all text",
+    "modernbert-decoder": "windows, rotary tables by kind of layer; logits of all tokens, behind a head with a norm",
     "mpnet": "a prompt stands beyond all distances; rows stay padded; transformers cannot checkpoint its gradients",
+    "olmo2": "norms behind attention; key norms over all heads together",
     "opt": "also the post-norm 350m; no layerdrop",
     "phi3": "windows; with longrope, texts up to where its frequencies change",
     "smollm3": "some layers without positions",
@@ -92,7 +98,8 @@ def _footer() -> str:
     return (
         "\n\nA sliding window counts the text's own tokens: a prompt is in every window, and padding between a row's\n"
         "tokens has no width (such rows are run unpadded; with a cache they are refused).\n"
-    )
+        "\nRefused, and why:\n\n"
+    ) + "".join(f"- `{name}`: {reason}.\n" for name, reason in sorted(REFUSED.items()))
 
 
 if __name__ == "__main__":

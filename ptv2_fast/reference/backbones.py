@@ -102,6 +102,13 @@ FORMS = {
         lambda backbone, hidden: backbone.final_norm(hidden),
         tables_by_kind=True,
     ),
+    "modernbert-decoder": Form(
+        lambda backbone, ids, *_: backbone.embeddings(ids),
+        lambda backbone: backbone.layers,
+        lambda backbone, hidden: backbone.final_norm(hidden),
+        causal=True,
+        tables_by_kind=True,
+    ),
     "mpnet": Form(
         lambda backbone, ids, positions, _: backbone.embeddings(input_ids=ids, position_ids=positions),
         lambda backbone: backbone.encoder.layer,
@@ -122,6 +129,12 @@ FORMS = {
         lambda backbone, hidden: backbone.final_layer_norm(hidden),
         causal=True,
     ),
+    "gptj": Form(
+        lambda backbone, ids, *_: backbone.drop(backbone.wte(ids)),
+        lambda backbone: backbone.h,
+        lambda backbone, hidden: backbone.ln_f(hidden),
+        causal=True,
+    ),
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, one_window=True),
     "mixtral": replace(_LLAMA, one_window=True),
@@ -130,6 +143,11 @@ FORMS = {
     "qwen3_moe": replace(_LLAMA, one_window=True),
     "phi3": replace(_LLAMA, one_window=True),
     "smollm3": _LLAMA,
+    "olmo2": _LLAMA,
+    "glm": _LLAMA,
+    "glm4": _LLAMA,
+    "cohere": _LLAMA,
+    "cohere2": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": replace(_LLAMA, tables_by_kind=True),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +22,59 @@ def _centred_rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
     return (1.0 + self.weight) * hidden_states * torch.rsqrt(mean_square + self.eps)
 
 
+def _layer_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    centred = hidden_states - hidden_states.mean(-1, keepdim=True)
+    return self.weight * centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
 def _rotary_tables(
     self: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None = None
 ) -> tuple[Tensor, Tensor]:
     prefix = "" if layer_type is None else f"{layer_type}_"
     angles = position_ids[..., None].to(x.dtype) * getattr(self, f"{prefix}inv_freq").to(x.dtype)
-    angles = torch.cat([angles, angles], dim=-1)  # [B, N, rotary size]
+    # [B, N, rotary size]: Cohere's pairs are neighbours, elsewhere the first half's channels go with the second half's.
+    neighbours = type(self).__name__.startswith("Cohere")
+    angles = angles.repeat_interleave(2, dim=-1) if neighbours else torch.cat([angles, angles], dim=-1)
     scaling = getattr(self, f"{prefix}attention_scaling")
     return angles.cos() * scaling, angles.sin() * scaling
+
+
+def _rotary_table_of_gptj(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, self.pos_embd_dim, 2, dtype=x.dtype, device=x.device) / self.pos_embd_dim
+    angles = position_ids[..., None].to(x.dtype) / 10000**exponents  # [B, N, pairs]
+    return angles.sin(), angles.cos()
+
+
+def _turn_halves(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    query, key = (x * cos + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin for x in (query, key))
+    return query, key
+
+
+def _turn_neighbours(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    query, key = (x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin for x in (query, key))
+    return query, key
+
+
+# Attention whose code turns queries and keys in float32, and how it turns them.
+_ROTATIONS = {
+    "ModernBertAttention": _turn_halves,
+    "ModernBertDecoderAttention": _turn_halves,
+    "CohereAttention": _turn_neighbours,
+    "Cohere2Attention": _turn_neighbours,
+}
+
+
+def _with_rotation(module: nn.Module, rotation: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """A module's own forward, by another rotation than that of its file."""
+    written: Any = inspect.unwrap(type(module).forward)
+    known = {**written.__globals__, "apply_rotary_pos_emb": rotation}
+    forward = types.FunctionType(written.__code__, known, written.__name__, written.__defaults__, written.__closure__)
+    forward.__kwdefaults__ = written.__kwdefaults__
+    return types.MethodType(forward, module)
 
 
 def _router(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,33 +86,6 @@ def _router(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Ten
     return logits, weights, chosen
 
 
-def _modernbert_attention(
-    self: nn.Module,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    projected = self.Wqkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H, d]
-    query, key, value = (part.transpose(1, 2) for part in projected.unbind(dim=-3))
-    cos, sin = (table[:, None] for table in position_embeddings)
-    query, key = (x * cos + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin for x in (query, key))
-    output, weights = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-        self,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=self.attention_dropout if self.training else 0.0,
-        scaling=self.head_dim**-0.5,
-        sliding_window=self.sliding_window,
-        **kwargs,
-    )
-    return self.out_drop(self.Wo(output.flatten(2))), weights
-
-
 def to_exact_float64(model: nn.Module) -> nn.Module:
     """Convert a model to float64 in place, with RMS norms, rotary tables and routers in float64 too.
 
@@ -75,8 +95,8 @@ def to_exact_float64(model: nn.Module) -> nn.Module:
     Meant for tests: the modules concerned keep their weights and get another ``forward``.
 
     Args:
-        model: any module; only modules named ``*RMSNorm``, ``*T5LayerNorm``, ``*RotaryEmbedding`` and
-            ``*TopKRouter``, and ModernBERT's attention, are changed.
+        model: any module; only modules named ``*RMSNorm``, ``*T5LayerNorm``, ``Cohere*LayerNorm``, ``*RotaryEmbedding``
+            and ``*TopKRouter``, and the attention of ModernBERT, its decoder and Cohere, are changed.
 
     Returns:
         ``model`` itself.
@@ -90,6 +110,10 @@ def to_exact_float64(model: nn.Module) -> nn.Module:
         if kind.endswith("RMSNorm") or kind.endswith("T5LayerNorm"):
             exact = _rms_norm if hasattr(module, "variance_epsilon") else _centred_rms_norm
             module.forward = types.MethodType(exact, module)
+        elif kind in ("CohereLayerNorm", "Cohere2LayerNorm"):
+            module.forward = types.MethodType(_layer_norm, module)
+        elif kind == "GPTJRotaryEmbedding":
+            module.forward = types.MethodType(_rotary_table_of_gptj, module)
         elif kind.endswith("RotaryEmbedding"):
             rope_type = getattr(module, "rope_type", None)
             if any(one != "default" for one in (rope_type.values() if isinstance(rope_type, dict) else [rope_type])):
@@ -97,6 +121,6 @@ def to_exact_float64(model: nn.Module) -> nn.Module:
             module.forward = types.MethodType(_rotary_tables, module)
         elif kind.endswith("TopKRouter"):
             module.forward = types.MethodType(_router, module)
-        elif kind == "ModernBertAttention":
-            module.forward = types.MethodType(_modernbert_attention, module)
+        elif kind in _ROTATIONS:
+            module.forward = _with_rotation(module, _ROTATIONS[kind])
     return model

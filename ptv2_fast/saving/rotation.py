@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.backbone.rotary import rotate
 from ptv2_fast.families.family import Family
 
 
@@ -29,12 +28,13 @@ def turned(backbone: PreTrainedModel, family: Family, layer: int, keys: Tensor, 
     if torch.equal(one, two):
         return keys  # this layer knows no positions
     accuracy = 100 * torch.finfo(backbone.dtype).eps
-    if not torch.allclose(_rotated(backbone, layer, two, 1), one, rtol=accuracy, atol=accuracy):
+    if not torch.allclose(_rotated(backbone, family, layer, two, 1), one, rtol=accuracy, atol=accuracy):
         raise ValueError(f"layer {layer} of {type(backbone).__name__} must turn its keys by rotary positions")
-    return _rotated(backbone, layer, keys.to(backbone.device).transpose(0, 1), by).transpose(0, 1).to(keys.device)
+    by_token = keys.to(backbone.device).transpose(0, 1)
+    return _rotated(backbone, family, layer, by_token, by).transpose(0, 1).to(keys.device)
 
 
-def _rotated(backbone: PreTrainedModel, layer: int, keys: Tensor, by: int) -> Tensor:
+def _rotated(backbone: PreTrainedModel, family: Family, layer: int, keys: Tensor, by: int) -> Tensor:
     """Keys (P, Hkv, d) turned by the angles between positions 0 and `by`."""
     module = backbone.rotary_emb
     kind = (backbone.config.layer_types[layer],) if "layer_type" in inspect.signature(module.forward).parameters else ()
@@ -42,4 +42,4 @@ def _rotated(backbone: PreTrainedModel, layer: int, keys: Tensor, by: int) -> Te
     cos, sin = (part[0, :, None, :] for part in module(keys, positions, *kind))  # (1, 1, rotary size)
     # Some models scale both; the keys have that already.
     size = torch.hypot(cos, sin)
-    return rotate(keys, cos / size, sin / size)
+    return family.rotate(keys, cos / size, sin / size)

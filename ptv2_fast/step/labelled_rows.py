@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ptv2_fast.backbone.locate import backbone_of
-from ptv2_fast.families.registry import is_listed
+from ptv2_fast.families.registry import listed_family
 from ptv2_fast.losses import IGNORED_LABEL, causal_loss
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 
@@ -30,8 +30,11 @@ def why_not_labelled_rows(base: PreTrainedModel, inputs: Mapping[str, Any]) -> s
         return "the model changes its logits after the head"
     if type(head.weight) is not nn.Parameter:
         return f"the head's weight is a {type(head.weight).__name__}"
-    if not is_listed(backbone_of(base)):
+    family = listed_family(backbone_of(base))
+    if family is None:
         return "the family is not listed, and its head may do more than a linear map"
+    if not family.linear_head:
+        return "the family's head does more than a linear map"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         return "somebody hooks the head"
     if causal_loss(base) is not ForCausalLMLoss or inputs.get("shift_labels") is not None:

@@ -14,6 +14,7 @@ from tiny_models import (
     INJECTIONS,
     TOKEN_TYPES,
     WITHOUT_TABLE,
+    literal_logits,
     literal_states,
     tiny_base,
     tiny_model,
@@ -98,8 +99,9 @@ def test_gated(family, injection):
     bare = torch.cat([base(row[None]).last_hidden_state[0] for row in text_rows()])
     with torch.no_grad():
         closed = model(**batch.inputs).last_hidden_state[real]
-        # Each virtual token has about e^-10 of the mass: close to the bare model, not the same.
-        assert (closed - bare).norm() / bare.norm() < 5e-3
+        # Each virtual token has about e^-10 of the mass: close to the bare model, not the same. Where attention reads
+        # states without a norm, a prompt's are larger than the text's.
+        assert (closed - bare).norm() / bare.norm() < 1e-2
         assert not torch.equal(closed, bare)
         model.adapters["default"].encoder.gate.copy_(torch.randn(2, 4, 5))
     opened = _compare(model, base, batch)
@@ -168,9 +170,7 @@ def test_logits_of_causal_models(family):
         model = tiny_model(family, injection, "CAUSAL_LM", exact=True)
         base = tiny_base(family, "CAUSAL_LM", exact=True)
         states = literal_states(model, base.base_model, **batch.inputs)
-        expected = base.get_output_embeddings()(states)
-        cap = getattr(base.config, "final_logit_softcapping", None)
-        expected = expected if cap is None else cap * torch.tanh(expected / cap)
+        expected = literal_logits(base, states)
         real = batch.attention_mask.bool()
         assert_equal(model(**batch.inputs).logits[real], expected[real], injection)
 

@@ -28,10 +28,11 @@ RECOGNISED = {
     "qwen2_moe": "llama",
     "gemma": "llama",
     "phi": "llama",
+    "ernie4_5": "glm4",
 }
-# Each differs from the listed families in something else: another norm before attention, norms over all heads at
-# once, pairs of neighbouring channels that rotate, several kinds of the two, an attention of its own.
-REFUSED = ("roberta-prelayernorm", "olmo2", "cohere", "glm", "gptj")
+# Each differs from the listed families in something else: another norm before attention, a key norm over all heads
+# at once behind that norm, values that two heads share.
+REFUSED = ("roberta-prelayernorm", "olmoe", "diffllama")
 
 
 def _base(family: str, task=transformers.AutoModel, **changes):
@@ -40,7 +41,7 @@ def _base(family: str, task=transformers.AutoModel, **changes):
         "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": None,
         "num_labels": LABELS,
     }  # fmt: skip
-    if RECOGNISED.get(family) == "llama":
+    if RECOGNISED.get(family) in ("llama", "glm4"):
         sizes["num_key_value_heads"] = 2
     if family == "gemma":
         sizes["head_dim"] = 16
@@ -96,8 +97,7 @@ def test_outputs_and_gradients_are_those_of_the_literal_form(family, injection, 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_others_are_refused_by_name(family):
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4} if family == "gptj" else {}
-    base = _base(family, **sizes)
+    base = _base(family)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     implementation = base.config._attn_implementation
     with pytest.raises(ValueError, match=f"base must be of a supported family .* model_type '{family}'"):

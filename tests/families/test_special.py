@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import MethodType
 
 import pytest
@@ -11,12 +12,24 @@ from transformers import DynamicCache
 
 from batches import padded, text_rows
 from ptv2_fast import get_ptv2_model
-from ptv2_fast.backbone.rotary import max_rotary_length
+from ptv2_fast.backbone.rotary import max_rotary_length, tables_before_text
+from ptv2_fast.families.refused import REFUSED
 from ptv2_fast.families.registry import families, family_of
 from ptv2_fast.inputs.cache import CACHE
 from ptv2_fast.inputs.sliding_window import counts_padding, smallest_window
-from tiny_models import FAMILIES, INJECTIONS, WINDOWED, literal_states, tiny_base, tiny_config, tiny_model, tiny_prompts
-from tolerances import assert_differs, assert_equal
+from ptv2_fast.step.labelled_rows import why_not_labelled_rows
+from tiny_models import (
+    FAMILIES,
+    INJECTIONS,
+    NOT_SERVED,
+    WINDOWED,
+    literal_states,
+    tiny_base,
+    tiny_config,
+    tiny_model,
+    tiny_prompts,
+)
+from tolerances import assert_differs, assert_equal, assert_same_bits
 
 
 def _is_literal(family: str, injection: str, width: int = 32, **changes) -> None:
@@ -121,9 +134,45 @@ def test_deberta_in_its_other_settings(injection, changes):
     _is_literal("deberta-v2", injection, **changes)
 
 
-def test_smollm3_has_layers_that_know_no_positions():
-    base = tiny_base("smollm3")
-    assert [layer.self_attn.use_rope for layer in base.layers] == [1, 0]
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_cohere_may_have_biases_and_no_key_norm(injection):
+    _is_literal("cohere", injection, use_qk_norm=False, attention_bias=True)
+
+
+@pytest.mark.parametrize("family", ["cohere", "olmo2"])
+def test_key_norms_over_several_heads_take_each_prompt_of_a_bank_by_itself(family):
+    base = tiny_base(family)
+    known = family_of(base)
+    one, two = torch.randn(2, 3, 2, 8)
+    together = known.finish_keys(base, 0, torch.cat([one, two], dim=1))
+    assert_equal(together, torch.cat([known.finish_keys(base, 0, keys) for keys in (one, two)], dim=1))
+    norm = base.layers[0].self_attn.k_norm
+    assert norm.weight.numel() == 2 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "glm4", "cohere2", "modernbert-decoder", "olmo2"])
+def test_keys_turn_as_the_models_own_code_turns_them(family, dtype):
+    """Some models rotate in float32, some have tables of float32; keys keep their dtype. No sum is taken."""
+    base = tiny_base(family).to(dtype)
+    keys = torch.randn(5, 2, 8, dtype=dtype)
+    kind = (base.config.layer_types[0],) if family == "modernbert-decoder" else ()
+    own = sys.modules[type(base).__module__].apply_rotary_pos_emb
+    by_head = keys.transpose(0, 1)[None]
+    _, expected = own(by_head, by_head, *base.rotary_emb(keys, torch.arange(-5, 0)[None], *kind))
+    turned = family_of(base).rotate(keys, *tables_before_text(base, keys, *kind))
+    assert_same_bits(turned.transpose(0, 1)[None], expected)
+
+
+def test_a_head_that_is_no_linear_map_says_all_logits():
+    base = tiny_base("modernbert-decoder", "CAUSAL_LM")
+    assert isinstance(base.get_output_embeddings(), torch.nn.Linear)
+    assert why_not_labelled_rows(base, {}) == "the family's head does more than a linear map"
+
+
+@pytest.mark.parametrize("family", ["smollm3", "cohere2"])
+def test_some_layers_know_no_positions(family):
+    base = tiny_base(family)
     keys = torch.randn(3, 2, 8)
     turned, as_it_is = (family_of(base).finish_keys(base, layer, keys) for layer in range(2))
     assert torch.equal(as_it_is, keys) and not torch.allclose(turned, keys)
@@ -191,6 +240,25 @@ def test_texts_beyond_a_change_of_rotary_frequencies_are_refused():
 def test_configurations_that_nobody_made_right_are_refused(family, changes, message):
     with pytest.raises(ValueError, match=message):
         get_ptv2_model(tiny_base(family, **changes), tiny_prompts("deep"))
+
+
+@pytest.mark.parametrize(("family", "reason"), [("bloom", "ALiBi"), ("falcon", "multi-query")])
+def test_families_whose_code_leaves_no_way_are_refused_with_the_reason(family, reason):
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(family, **sizes))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    message = rf"base must be of a family that can be served: {family}'s attention is code of its own, .*{reason}"
+    with pytest.raises(ValueError, match=rf"(?i){message}.*attention interface; got {type(base).__name__}"):
+        get_ptv2_model(base, tiny_prompts("deep"))
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert family in REFUSED and family not in families()
+
+
+@pytest.mark.skipif("gptj" not in NOT_SERVED, reason="it is served")
+def test_a_gptj_with_an_attention_of_its_own_is_refused():
+    config = transformers.GPTJConfig(vocab_size=40, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    with pytest.raises(ValueError, match="attention interface, which GPT-J uses from 5.24 on: .* got GPTJModel of"):
+        get_ptv2_model(transformers.GPTJModel(config), tiny_prompts("deep"))
 
 
 @pytest.mark.parametrize("family", ["deberta", "pegasus", "beit"])

@@ -21,7 +21,7 @@ def _model(injection, **config):
 def test_each_rows_decoder_starts_with_the_last_of_its_labels(injection):
     """The loss and its gradients are those of the literal form, which reads the labels behind their language."""
     model, base = _model(injection, exact=True), tiny_base("mbart", exact=True)
-    targets = [torch.cat([target, torch.tensor([code])]) for (_, target), code in zip(rows(), LANGUAGES)]
+    targets = [torch.cat([target, torch.tensor([code])]) for (_, target), code in zip(rows(), LANGUAGES, strict=True)]
     batch = Pair(padded([text for text, _ in rows()], "left"), padded(targets, "right"))
     read = padded([target.roll(1) for target in targets], "right")
     assert read.input_ids[:, 0].tolist() == list(LANGUAGES)
@@ -41,7 +41,7 @@ def test_a_language_that_is_asked_for_is_the_first_token(injection):
     texts = [text for text, _ in rows()]
     batch = padded(texts, "left")
     found = model.generate(**batch.inputs, forced_bos_token_id=LANGUAGES[1], max_new_tokens=5, do_sample=False)
-    for row, text in zip(found, texts):
+    for row, text in zip(found, texts, strict=True):
         ids = torch.tensor([[START, LANGUAGES[1]]])
         for _ in range(4):
             states, _ = literal(model, base.model, text[None], None, ids)
@@ -57,5 +57,5 @@ def test_each_row_may_start_at_its_own_language(injection):
     options = {"max_new_tokens": 4, "do_sample": False}
     found = model.generate(**padded(texts, "left").inputs, decoder_input_ids=begin, **options)
     assert torch.equal(found[:, :2], begin)
-    for row, text, first in zip(found, texts, begin):
+    for row, text, first in zip(found, texts, begin, strict=True):
         assert torch.equal(row, model.generate(text[None], decoder_input_ids=first[None], **options)[0])

@@ -10,7 +10,22 @@ from ptv2_fast.backbone.norms import normed_together
 from tiny_models import tiny_model
 from tolerances import assert_differs, assert_same_bits
 
-FAMILIES = ("bert", "roberta", "llama", "mistral", "qwen3", "gemma2", "gemma3_text", "smollm3", "phi3", "gpt_neox")
+FAMILIES = (
+    "bert",
+    "roberta",
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "smollm3",
+    "olmo2",
+    "glm4",
+    "cohere",
+    "cohere2",
+    "phi3",
+    "gpt_neox",
+)
 
 
 def _pairs(model, entries: int | None):

@@ -26,7 +26,20 @@ pytestmark = [
 
 RIGHT, LEFT = padded(text_rows(), "right"), padded(text_rows(), "left")
 LEARNED = ("bert", "roberta", "xlm-roberta", "electra", "gpt2", "opt")
-ROTARY = ("llama", "qwen3", "mixtral", "smollm3", "gpt_neox", "phi3", "gemma2", "gemma3_text")
+ROTARY = (
+    "llama",
+    "qwen3",
+    "mixtral",
+    "smollm3",
+    "olmo2",
+    "glm4",
+    "cohere",
+    "cohere2",
+    "gpt_neox",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+)
 # Angles that a model scales must not be scaled twice.
 YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 64}
 

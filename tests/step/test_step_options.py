@@ -13,7 +13,7 @@ from batches import padded, text_rows
 from ptv2_fast.backbone.view import TRACES_VIEWS
 from ptv2_fast.step.options import StepOptions, plan_step
 from ptv2_fast.step.unpad import Packing
-from tiny_models import DECODERS, FAMILIES, INJECTIONS, LABELS, RELATIVE, tiny_model, tiny_prompts
+from tiny_models import CHANGES_LOGITS, DECODERS, FAMILIES, INJECTIONS, LABELS, RELATIVE, tiny_model, tiny_prompts
 from tolerances import assert_equal
 
 OFF = StepOptions(**{field.name: False for field in fields(StepOptions)})
@@ -91,9 +91,8 @@ def test_labelled_rows_give_the_loss_and_gradients_of_all_logits(family, unpad):
     plain, saved = _compare(
         model, StepOptions(unpad=unpad, labelled_rows_loss=True), {**batch.inputs, "labels": labels}
     )
-    # A softcap stands between Gemma's head and its logits: those are computed as ever.
-    capped = getattr(model.config, "final_logit_softcapping", None) is not None
-    assert plain.logits is not None and (saved.logits is not None) == capped
+    # A softcap stands between Gemma's head and its logits, a scale between Cohere's: those are computed as ever.
+    assert plain.logits is not None and (saved.logits is not None) == (family in CHANGES_LOGITS)
     count = {**batch.inputs, "labels": labels, "num_items_in_batch": torch.tensor(50)}
     _compare(model, StepOptions(unpad=unpad, labelled_rows_loss=True), count)
 

@@ -43,6 +43,7 @@ class Tiny:
         without_index: layers are shared or do not know which one they are.
         token_types: its embeddings take them.
         eager: transformers' eager attention is the only one that it has, or that knows all it does.
+        changes_logits: the logits of its language model are more than a linear map of the last states.
         config: what stands in its configuration beside the sizes: whatever makes it differ from Llama, switched on.
     """
 
@@ -55,12 +56,25 @@ class Tiny:
     without_index: bool = False
     token_types: bool = False
     eager: bool = False
+    changes_logits: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
 _BERT_DROPOUTS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _BERT = Tiny(token_types=True, config={**_BERT_DROPOUTS, "type_vocab_size": 2})
 _LLAMA = Tiny(causal=True, config={"num_key_value_heads": 2, "head_dim": 8})
+
+# Rotary pairs are neighbours, in the first half of each head.
+_GLM = Tiny(
+    causal=True,
+    config={
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+)
+_COHERE = Tiny(causal=True, changes_logits=True, config={"num_key_value_heads": 2, "logit_scale": 0.5})
 
 
 def _like(tiny: Tiny, config: Mapping[str, Any] | None = None, **changes: Any) -> Tiny:
@@ -131,10 +145,16 @@ TINY = {
         kin=True,
     ),
     "smollm3": _like(_LLAMA, {"no_rope_layer_interval": 2}, kin=True),
+    "olmo2": _LLAMA,
+    "glm": _like(_GLM, kin=True),
+    "glm4": _GLM,
+    "cohere": _like(_COHERE, {"use_qk_norm": True}),
+    "cohere2": _like(_COHERE, {"sliding_window": WINDOW, "layer_types": _IN_TURN}),
     "phi3": _like(_LLAMA, {"sliding_window": WINDOW, "original_max_position_embeddings": 64}),
     "gemma2": _like(
         _LLAMA,
-        {
+        changes_logits=True,
+        config={
             "sliding_window": WINDOW,
             "query_pre_attn_scalar": 11,
             "attn_logit_softcapping": 5.0,
@@ -148,24 +168,43 @@ TINY = {
         _LLAMA,
         {"sliding_window": WINDOW, "query_pre_attn_scalar": 11, "head_dim": 16, "layer_types": _IN_TURN},
     ),
+    "modernbert-decoder": Tiny(
+        causal=True,
+        changes_logits=True,
+        config={
+            "local_attention": 2 * WINDOW,
+            "bos_token_id": 2,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+            "norm_bias": True,
+            "layer_types": _IN_TURN,
+        },
+    ),
     "gpt_neox": Tiny(
         causal=True,
         config={"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
+    # Rotary pairs are neighbours in a part of each head; the model knows its sizes by other names too.
+    "gptj": Tiny(causal=True, config={"rotary_dim": 4, "n_inner": 48}),
     "opt": Tiny(causal=True, learned=True, config={"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "dropout": 0.0}),
 }
 
 
+# Older versions compute GPT-J's attention in the model itself.
+NOT_SERVED = () if hasattr(transformers.models.gptj.modeling_gptj, "ALL_ATTENTION_FUNCTIONS") else ("gptj",)
+
+
 def _names(chosen: Callable[[Tiny], object]) -> tuple[str, ...]:
-    return tuple(name for name, tiny in TINY.items() if chosen(tiny))
+    return tuple(name for name, tiny in TINY.items() if chosen(tiny) and name not in NOT_SERVED)
 
 
-FAMILIES = tuple(TINY)
+FAMILIES = _names(lambda tiny: True)
 ENCODERS, DECODERS = _names(lambda tiny: not tiny.causal), _names(lambda tiny: tiny.causal)
 KIN, DISTINCT = _names(lambda tiny: tiny.kin), _names(lambda tiny: not tiny.kin)
 FROM_PADDING = _names(lambda tiny: tiny.from_padding)
 TOKEN_TYPES = _names(lambda tiny: tiny.token_types)
 LEARNED = _names(lambda tiny: tiny.learned)
+CHANGES_LOGITS = _names(lambda tiny: tiny.changes_logits)
 RELATIVE = _names(lambda tiny: tiny.relative)
 WITHOUT_TABLE = _names(lambda tiny: tiny.without_table)
 WITHOUT_INDEX = _names(lambda tiny: tiny.without_index)
@@ -208,7 +247,7 @@ def wide_window(family: str) -> dict[str, int]:
     """Changes to a family's configuration that put every token of a test's text into every window."""
     if family not in WINDOWED:
         return {}
-    return {"local_attention": 128} if family == "modernbert" else {"sliding_window": 64}
+    return {"local_attention": 128} if "local_attention" in TINY[family].config else {"sliding_window": 64}
 
 
 @functools.cache
@@ -236,6 +275,8 @@ def tiny_base(
     family: str, task: str = "FEATURE_EXTRACTION", *, seed: int = 0, exact: bool = False, **changes
 ) -> transformers.PreTrainedModel:
     """A tiny model in eval mode; one seed, one set of weights. `exact` makes it true float64."""
+    if family in NOT_SERVED:
+        pytest.skip(f"transformers {transformers.__version__} computes attention in {family} itself")
     if not has_head(family, task):
         pytest.skip(f"transformers has no {task} model of {family}")
     state = torch.get_rng_state()
@@ -273,6 +314,15 @@ def tiny_model(
 def tiny_prompts(injection: str, task: str = "FEATURE_EXTRACTION", *, length: int = 5, **config):
     """A configuration whose prompts start large enough to change outputs visibly."""
     return PTuningV2Config(task, num_virtual_tokens=length, injection=injection, **{"init_std": 0.8, **config})
+
+
+def literal_logits(base: transformers.PreTrainedModel, states: Tensor) -> Tensor:
+    """What a causal language model says (..., vocabulary) for the last states (..., D) of its backbone."""
+    if base.config.model_type == "modernbert-decoder":
+        states = base.lm_head(states)
+    logits = base.get_output_embeddings()(states) * getattr(base.config, "logit_scale", 1.0)
+    cap = getattr(base.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def literal_states(
