@@ -84,7 +84,7 @@ class BoundPrompts:
             if "input_ids" not in call:
                 raise ValueError("decoder_input_ids must be given with inputs_embeds")
             call, back = to_right_padding(call)
-            padding = self.base.config.pad_token_id
+            padding = self.base.backbone.config.pad_token_id
             if back is not None and padding is not None:
                 # mBART counts what is no padding to find each row's last token, with which its decoder starts.
                 call["input_ids"] = call["input_ids"].masked_fill(call["attention_mask"] == 0, padding)

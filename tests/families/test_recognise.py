@@ -168,7 +168,7 @@ def test_losses_and_generation_of_an_unlisted_causal_model():
 def test_the_last_layer_computes_all_tokens_of_a_layer_that_nobody_looked_at(family):
     model = get_ptv2_model(_base(family), tiny_prompts("deep"))
     assert model._family.skips_unread_tokens
-    assert model._step_layers.without["last_rows"] == "not written for this family"
+    assert model._frozen.layers.without["last_rows"] == "not written for this family"
 
 
 def test_labelled_rows_are_for_listed_families():
