@@ -69,8 +69,8 @@ def prompt_attention(
 
     Returns:
         (B, H, N, D), or (T, H, D) packed; with `return_lse` also float32 (B, H, N) or (H, T), any strides (the
-        reference keeps its own dtype). A query that sees no key gives zeros and -inf, never NaN. Every tensor that asks
-        for its gradient gets one, of zeros where it is empty or nothing depends on it.
+        reference, and torch in float64, keep their own dtype). A query that sees no key gives zeros and -inf, never
+        NaN. Every tensor that asks for its gradient gets one, of zeros where it is empty or nothing depends on it.
 
     Raises:
         ValueError: a shape, dtype, device or value disagrees; the message names the argument, what

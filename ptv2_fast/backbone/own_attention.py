@@ -1,4 +1,4 @@
-"""Families whose attention is code of their own, with a term for the distance of two tokens in its scores.
+"""Attention that is a model's own code, with a term for the distance of two tokens, run through the hook.
 
 Where a prompt stands. The score of a query and a key depends on the distance between them, so a prompt key needs one:
 it stands so far in front of the text that no distance counts any more. Every query sees it in the bucket of the

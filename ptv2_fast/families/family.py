@@ -43,7 +43,8 @@ class Family:
         own_pooler: the model's pooler may read another row's token, or padding; `with_own_pooler` makes it right.
         linear_head: logits of a causal language model are a linear map of its backbone's last states; a scale or a cap
             that its configuration names is seen without this.
-        skips_unread_tokens: `last_layer_tokens` was written for this family's layers.
+        skips_unread_tokens: `last_layer_tokens` is right for its layers: as it stands, for pre-norm ones that call an
+            `mlp` on states alone.
         layer_index: the attribute by which attention modules of the view `with_layer_index` know their layer:
             "layer_idx", or "prompt_layer" where `layer_idx` means something else. None where the model's own modules
             have a `layer_idx`.

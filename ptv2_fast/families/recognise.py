@@ -66,6 +66,19 @@ def why_not_tried(backbone: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
+def why_unlike(backbone: PreTrainedModel) -> str | None:
+    """What keeps a backbone that was tried from being like any family; None where it is its keys and values."""
+    hooked = attention_view(backbone)
+    if hooked is None:
+        return "its attention does not run through transformers' attention interface"
+    try:
+        _, record = _run(in_eval(hooked), _text(backbone), None, PromptBatch(layers=()))
+    except _OTHER_BUILD:
+        return None
+    return None if record else "it does not hand keyword arguments on to its attention"
+
+
+@torch.no_grad()
 def _is_like(backbone: PreTrainedModel, family: Family) -> bool:
     try:
         if family.own_attention or family.layer_index is not None or family.absolute_positions:

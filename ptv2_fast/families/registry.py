@@ -32,7 +32,7 @@ from ptv2_fast.families.mpnet import Mpnet
 from ptv2_fast.families.olmo2 import Olmo2
 from ptv2_fast.families.opt import Opt
 from ptv2_fast.families.phi3 import Phi3
-from ptv2_fast.families.recognise import recognise, why_not_tried
+from ptv2_fast.families.recognise import recognise, why_not_tried, why_unlike
 from ptv2_fast.families.refused import REFUSED
 from ptv2_fast.families.roberta import Roberta
 from ptv2_fast.families.t5 import T5
@@ -160,6 +160,8 @@ def family_of(backbone: PreTrainedModel) -> Family:
     if family is None:
         untried = why_not_tried(backbone)
         tried = f"; it was not tried: {untried}" if untried else ", or make its keys and values as one of them does"
+        if untried is None and (unlike := why_unlike(backbone)) is not None:
+            tried += f", but {unlike}"
         served = ", ".join(sorted(families()))
         raise ValueError(
             f"base must be of a supported family ({served}){tried}; got {name} with model_type {model_type!r}"

@@ -1,1 +1,1 @@
-"""Adapters of other packages: PEFT's, read and written, and the P-Tuning v2 paper's, read."""
+"""Adapters of other packages, read: PEFT's and the P-Tuning v2 paper's. `saving.peft_export` writes PEFT's."""

@@ -1,1 +1,1 @@
-"""What a training step leaves out: padding, logits nobody labelled, work below the first prompt."""
+"""What a training step leaves out (padding, logits nobody labelled), and its capture in graphs that are replayed."""

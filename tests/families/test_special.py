@@ -286,3 +286,11 @@ def test_a_prompt_that_does_not_reach_its_layer_is_noticed():
 def test_a_configuration_of_every_family_has_the_tests_window():
     assert {name for name in FAMILIES if smallest_window(tiny_base(name))} == set(WINDOWED)
     assert tiny_config("modernbert").sliding_window == 4
+
+
+def test_a_model_whose_layers_keep_keyword_arguments_for_themselves_is_refused_with_that_reason():
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model("stablelm", **sizes, num_key_value_heads=4, intermediate_size=48)
+    base = transformers.AutoModel.from_config(config)
+    with pytest.raises(ValueError, match="supported family .*does not hand keyword arguments on to its attention; got"):
+        get_ptv2_model(base, tiny_prompts("deep"))
