@@ -16,6 +16,8 @@ from ptv2_fast.backbone.tokens import mlp_of_tokens
 from ptv2_fast.backbone.view import view_of, with_modules
 from ptv2_fast.families.dimensions import Dimensions
 
+# The main inputs that a call is read for.
+READS = ("input_ids", "pixel_values", "input_features")
 # What is asked of one layer -> the same of several layers at once.
 _OF_SEVERAL = {"attention_input": "attention_inputs", "finish_keys": "finish_all_keys"}
 
