@@ -11,6 +11,7 @@ from ptv2_fast.backbone.hooked import Hooked
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.families.dimensions import Dimensions
 from ptv2_fast.families.family import Family
+from ptv2_fast.families.parts import check_parts
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.step.layers import StepLayers
 
@@ -40,10 +41,11 @@ class FrozenBase:
         """Find out all that is known of a base.
 
         Raises:
-            ValueError: its family is not supported.
+            ValueError: its family is not supported, or says of it what is not so.
         """
         backbone = backbone_of(model)
         family = family_of(backbone)
+        check_parts(backbone, family)
         hooked = Hooked(backbone, own_attention=family.own_attention, with_layer_index=family.with_layer_index)
         return cls(model, backbone, family, family.sizes(backbone), hooked, StepLayers(backbone, family))
 

@@ -16,6 +16,8 @@ from ptv2_fast.backbone.tokens import mlp_of_tokens
 from ptv2_fast.backbone.view import view_of, with_modules
 from ptv2_fast.families.dimensions import Dimensions
 
+# The main inputs that a call is read for.
+READS = ("input_ids", "pixel_values", "input_features")
 # What is asked of one layer -> the same of several layers at once.
 _OF_SEVERAL = {"attention_input": "attention_inputs", "finish_keys": "finish_all_keys"}
 
@@ -73,10 +75,13 @@ class Family:
     value_path: str = "v_proj"
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Who overrides what is asked of one layer, and not what is asked of several, is asked layer by layer."""
+        """Who overrides what is asked of one layer, and not what is asked of several, is asked layer by layer.
+
+        A class that the family is mixed with may be the one that overrides it.
+        """
         super().__init_subclass__(**options)
         for one, several in _OF_SEVERAL.items():
-            if one in vars(cls) and several not in vars(cls):
+            if _place_of(one, cls) < _place_of(several, cls):
                 setattr(cls, several, _one_by_one)
 
     def __eq__(self, other: object) -> bool:
@@ -211,6 +216,11 @@ class Family:
         """A view of the last layer that works on the tokens `index` (R,) of the flattened (B, N) from its attention on,
         and leaves the others undefined; for families with `skips_unread_tokens`."""
         return mlp_of_tokens(layer, index)
+
+
+def _place_of(name: str, cls: type) -> int:
+    """How far up among its bases a class has a method from."""
+    return next(place for place, base in enumerate(cls.__mro__) if name in vars(base))
 
 
 def _one_by_one(family: Family, backbone: PreTrainedModel, layers: Sequence[int], states: Tensor) -> None:

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 _FRONT, _BACK = 4, 3  # tokens of the two halves of the text that a trial reads
 # How far two ways to the same numbers may lie apart, ||a - b|| / ||b||.
 _ALIKE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# What a family's methods raise on a model of another build.
-_OTHER_BUILD = (AttributeError, ValueError, TypeError, IndexError, KeyError, RuntimeError)
-
 _recognised: WeakKeyDictionary[PreTrainedModel, Family] = WeakKeyDictionary()
 
 
@@ -39,7 +36,10 @@ def recognise(backbone: PreTrainedModel, listed: Mapping[str, Family]) -> Family
     """
     if why_not_tried(backbone) is not None:
         return None
-    known = tuple(dict.fromkeys(listed.values()))
+    known: list[Family] = []
+    for family in listed.values():
+        if family not in known:  # some cannot be hashed: a dataclass that somebody registered
+            known.append(family)
     if _recognised.get(backbone) not in known:
         hooked = attention_view(backbone)
         if hooked is None:
@@ -93,7 +93,7 @@ def _is_like(backbone: PreTrainedModel, family: Family) -> bool:
         if len(record) != layers or not _makes_its_keys(backbone, family, whole.hidden_states, record):
             return False
         return _positions_fit(backbone, family, text) and _front_is_a_prompt(backbone, family, text, whole, record)
-    except _OTHER_BUILD:
+    except Exception:  # whatever the methods of a family, of which anybody may register one, raise on another build
         return False
 
 

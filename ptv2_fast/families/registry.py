@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from ptv2_fast.families.deberta import Deberta
 from ptv2_fast.families.dimensions import Dimensions
 from ptv2_fast.families.dinov2 import Dinov2
 from ptv2_fast.families.distilbert import DistilBert
-from ptv2_fast.families.family import Family
+from ptv2_fast.families.family import READS, Family
 from ptv2_fast.families.gemma import Gemma2, Gemma3
 from ptv2_fast.families.glm import Glm
 from ptv2_fast.families.gpt2 import Gpt2
@@ -87,6 +88,8 @@ OWN: Mapping[str, Family] = MappingProxyType(
 # Replaced as a whole, so that who reads it needs no lock.
 _registered: dict[str, Family] = {}
 _registering = threading.Lock()
+# Backbones that are of a registered family, and stay so when it is taken back.
+_served: WeakKeyDictionary[PreTrainedModel, Family] = WeakKeyDictionary()
 
 
 def register_family(model_type: str, family: Family) -> None:
@@ -102,7 +105,8 @@ def register_family(model_type: str, family: Family) -> None:
         family: an instance of a subclass of `Family`, or of one of the package's own families where a model is like it.
 
     Raises:
-        ValueError: the model type is no name, or another family has it; or the family is none.
+        ValueError: the model type is no name, or another family has it; or the family is none, or reads what no call
+            brings.
 
     Example:
         >>> class MyModel(Llama):
@@ -115,23 +119,28 @@ def register_family(model_type: str, family: Family) -> None:
     if not isinstance(family, Family):
         hint = ", a class; make an instance of it" if isinstance(family, type) and issubclass(family, Family) else ""
         raise ValueError(f"family must be an instance of a subclass of Family; got {family!r}{hint}")
+    if family.reads not in READS:
+        raise ValueError(f"{family!r}.reads must be one of {', '.join(READS)}; got {family.reads!r}")
     with _registering:
         taken = _listed(model_type)
         if taken is not None and taken != family:
-            raise ValueError(f"model_type must have no family yet, but {model_type!r} is {taken!r}; got {family!r}")
+            again = "; unregister_family takes that back" if model_type in _registered else ""
+            raise ValueError(
+                f"model_type must have no family yet, but {model_type!r} is {taken!r}; got {family!r}{again}"
+            )
         if taken is None:
             _registered = {**_registered, model_type: family}
 
 
 def unregister_family(model_type: str) -> None:
-    """Take back what `register_family` did; models that are wrapped keep their family.
+    """Take back what `register_family` did; models that are wrapped keep their family, copies of them apart.
 
     Raises:
         ValueError: nobody registered that model type.
     """
     global _registered
     with _registering:
-        if model_type not in _registered:
+        if not isinstance(model_type, str) or model_type not in _registered:
             registered = ", ".join(sorted(_registered)) or "none"
             raise ValueError(f"model_type must be one that was registered ({registered}); got {model_type!r}")
         _registered = {name: family for name, family in _registered.items() if name != model_type}
@@ -150,7 +159,7 @@ def family_of(backbone: PreTrainedModel) -> Family:
             lists the known ones.
     """
     model_type: Any = getattr(backbone.config, "model_type", None)
-    family, name = _listed(model_type), type(backbone).__name__
+    family, name = listed_family(backbone), type(backbone).__name__
     if family is None and model_type == "clip":
         raise ValueError(f"base must be one tower: wrap the vision_model or the text_model of {name}")
     if family is None:
@@ -193,7 +202,13 @@ def is_listed(backbone: PreTrainedModel) -> bool:
 
 def listed_family(backbone: PreTrainedModel) -> Family | None:
     """The family of a backbone that is known by name; None where it is not."""
-    return _listed(getattr(backbone.config, "model_type", None))
+    model_type = getattr(backbone.config, "model_type", None)
+    family = _listed(model_type)
+    if family is None:
+        return _served.get(backbone)
+    if model_type not in OWN:
+        _served[backbone] = family
+    return family
 
 
 def _listed(model_type: Any) -> Family | None:

@@ -71,8 +71,26 @@ def test_who_overrides_what_one_layer_gives_is_asked_layer_by_layer():
         def attention_input(self, backbone, layer, states):
             return 1 + super().attention_input(backbone, layer, states)
 
+    class Doubling:
+        def finish_keys(self, backbone, layer, keys):
+            return 2 * super().finish_keys(backbone, layer, keys)
+
+    class Mixed(Doubling, Llama):
+        pass
+
+    class MixedAgain(Mixed, Llama):
+        pass
+
+    class Faster(Mixed):
+        def finish_all_keys(self, backbone, layers, keys):
+            return keys
+
     base = tiny_models.tiny_base("llama")
     states, keys = torch.randn(2, 5, 32), torch.randn(2, 5, 2, 8)
+    for mixed in (Mixed(), MixedAgain()):
+        assert mixed.finish_all_keys(base, (0, 1), keys) is None
+        assert mixed.attention_inputs(base, (0, 1), states) is not None
+    assert Faster().finish_all_keys(base, (0, 1), keys) is keys
     assert Llama().attention_inputs(base, (0, 1), states) is not None
     assert Llama().finish_all_keys(base, (0, 1), keys) is not None
     assert Doubled().finish_all_keys(base, (0, 1), keys) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -158,10 +159,12 @@ def test_a_family_may_be_registered_twice_and_its_name_belongs_to_nobody_else(re
     assert families()[NAME] == Private()
 
 
-@pytest.mark.parametrize("name", ["", "  ", None, 7])
+@pytest.mark.parametrize("name", ["", "  ", None, 7, ["private"]], ids=str)
 def test_a_model_type_is_a_name(name):
     with pytest.raises(ValueError, match="model_type must be a model's config.model_type, a name; got"):
         register_family(name, Private())
+    with pytest.raises(ValueError, match="model_type must be one that was registered"):
+        unregister_family(name)
 
 
 @pytest.mark.parametrize("family", [None, "llama", Llama, 7], ids=str)
@@ -212,6 +215,98 @@ def test_an_encoder_without_a_shallow_view_takes_the_other_injections():
         get_ptv2_model(base, tiny_prompts("deep"))
     finally:
         unregister_family("unfinished")
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_family_that_is_taken_back_still_serves_what_its_wrapped_models_do(tmp_path):
+    model = get_ptv2_model(_private(), tiny_prompts("deep", "CAUSAL_LM"))
+    unregister_family(NAME)
+    model.add_adapter("other", tiny_prompts("prefix", "CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    model.state_dict()
+    assert is_listed(model.backbone) and why_not_labelled_rows(model.base_model, {}) is None
+    with pytest.raises(ValueError, match="base must be of a supported family"):
+        family_of(_private("FEATURE_EXTRACTION"))
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize("path", ["layers_path", "norm_path", "attention_path", "key_path", "value_path"])
+def test_a_path_that_leads_nowhere_is_refused_where_the_base_is_wrapped(path, injection):
+    class Misspelt(Private):
+        pass
+
+    setattr(Misspelt, path, "nowhere")
+    base = _private()
+    register_family(NAME, Misspelt())
+    try:
+        with pytest.raises(
+            ValueError, match=r"where its family, Misspelt\(\), says; PrivateModel has not: .*'nowhere'"
+        ):
+            get_ptv2_model(base, tiny_prompts(injection, "CAUSAL_LM"))
+        assert all(parameter.requires_grad for parameter in base.parameters())
+    finally:
+        unregister_family(NAME)
+
+
+def test_a_family_that_names_fewer_attentions_than_layers_is_refused():
+    class Shorter(Private):
+        def num_attentions(self, backbone):
+            return 1
+
+    register_family(NAME, Shorter())
+    try:
+        with pytest.raises(
+            ValueError, match="an attention for each of the 2 layers of its sizes; .* names 1 in Private"
+        ):
+            get_ptv2_model(_private(), tiny_prompts("deep", "CAUSAL_LM"))
+    finally:
+        unregister_family(NAME)
+
+
+def test_a_family_reads_what_a_call_brings():
+    class Other(Private):
+        reads = "tokens"
+
+    with pytest.raises(
+        ValueError, match=r"Other\(\).reads must be one of input_ids, pixel_values, input_features; got 'to"
+    ):
+        register_family(NAME, Other())
+    assert NAME not in families()
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_class_that_is_made_anew_is_told_how_to_take_its_place():
+    again = type("Private", (Private,), {})
+    with pytest.raises(ValueError, match=r"is Private\(\); got Private\(\); unregister_family takes that back"):
+        register_family(NAME, again())
+
+
+def test_unlisted_models_are_tried_beside_registered_families_of_any_kind():
+    @dataclass
+    class Unhashable(Private):
+        scale: float = 1.0
+
+    class Strict(Private):
+        def check(self, backbone):
+            assert backbone.config.model_type == "nobody's"
+
+    names = {NAME: Unhashable(), "strict": Strict()}
+    for name, family in names.items():
+        register_family(name, family)
+    try:
+        llama = tiny_base("llama")
+        llama.config.model_type = "a llama"
+        assert family_of(llama) == Llama()
+        stranger = _private("FEATURE_EXTRACTION")
+        stranger.config.model_type = "stranger"
+        stranger.layers[0].first_norm.weight.data += 1
+        assert family_of(stranger) == Unhashable()
+        unregister_family(NAME)
+        with pytest.raises(ValueError, match="base must be of a supported family"):
+            family_of(stranger)
+    finally:
+        for name in set(names) & set(families()):
+            unregister_family(name)
 
 
 def test_it_is_exported():
