@@ -22,6 +22,8 @@ from ptv2_fast.training.tokens import check_fast, say_cut, splits_differ
 
 _TEXTS = ("text", "premise", "question", "context", "sentence")
 _CHOICE = re.compile(r"choice(\d+)")
+# Names in the header of a table; choices of higher numbers stand beside these.
+HEADERS = ("choices", *(f"choice{number}" for number in range(10)))
 # What stands between COPA's premise and a choice: the paper's code reads it so.
 _JOINED_BY = {"cause": "because", "effect": "so"}
 

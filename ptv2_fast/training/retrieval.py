@@ -29,7 +29,7 @@ def pair_columns(table: Table, wanted: Wanted) -> dict[str, str]:
     """Query, positive and, where there is one, negative; of texts alone the text (or the query)."""
     if not wanted.labelled:
         usual = [name for name in (*TEXT_COLUMNS, "query") if name in table.names]
-        named = [table.need(name, "text_column") for name in wanted.texts[:1]] or usual
+        named = [table.need(name, "text_column") for name in wanted.texts] or usual
         table.refuse_several([(name,) for name in named], "text_column")
         if not named:
             raise table.missing(f"a column of {[*TEXT_COLUMNS, 'query']}", "text_column")

@@ -76,6 +76,23 @@ def test_a_table_has_a_column_for_each_choice(tmp_path):
     assert unlabelled == [{"text": "the film", "choices": ["a", "b"]}]
 
 
+@pytest.mark.parametrize("header", ["text,choices,label", "Text,Choices,Label"])
+def test_a_table_may_have_the_choices_in_one_cell(tmp_path, header):
+    (tmp_path / "x.csv").write_text(header + '\nwho ?,"[""anna"", ""bob""]",1\n')
+    assert read_examples(tmp_path / "x.csv", "MULTIPLE_CHOICE") == [
+        {"text": "who ?", "choices": ["anna", "bob"], "label": 1}
+    ]
+
+
+def test_the_case_of_a_header_does_not_count_nor_does_a_table_without_one_pass(tmp_path):
+    (tmp_path / "x.csv").write_text("Premise,Choice1,Choice2,Question,Label\nIt fell.,I ran.,It broke.,effect,1\n")
+    expected = {"text": "It fell. so", "choices": ["I ran.", "It broke."], "label": 1}
+    assert read_examples(tmp_path / "x.csv", "MULTIPLE_CHOICE") == [expected]
+    (tmp_path / "y.tsv").write_text("It fell.\tI ran.\tIt broke.\t1\n")
+    with pytest.raises(ValueError, match="y.tsv, line 1: expected a header row with the columns of MULTIPLE_CHOICE"):
+        read_examples(tmp_path / "y.tsv", "MULTIPLE_CHOICE")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

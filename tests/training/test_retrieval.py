@@ -52,6 +52,33 @@ def test_pairs_are_read_from_json_and_tables(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("table", "options"),
+    [
+        ("query\nwhere ?\nin rome\n", {}),
+        ("Query,positive\nwhere ?,x\nin rome,y\n", {}),
+        ("text\nwhere ?\nin rome\n", {}),
+        ("where ?\nin rome\n", {}),
+        # What training was told to read names the columns of pairs.
+        ("q\nwhere ?\nin rome\n", {"text_column": ["q", "p"]}),
+    ],
+    ids=["queries", "pairs", "texts", "no-header", "named"],
+)
+def test_texts_alone_stand_in_tables_without_positives(tmp_path, table, options):
+    (tmp_path / "x.csv").write_text(table)
+    found = read_examples(tmp_path / "x.csv", TASK, labelled=False, **options)
+    assert found == [{"text": "where ?"}, {"text": "in rome"}]
+
+
+def test_a_table_of_pairs_needs_a_header(tmp_path):
+    (tmp_path / "x.tsv").write_text("where ?\tin rome\n")
+    with pytest.raises(ValueError, match="x.tsv, line 1: expected a header row with the columns of SENTENCE_RETRIEVAL"):
+        read_examples(tmp_path / "x.tsv", TASK)
+    (tmp_path / "y.csv").write_text("query;positive\nwhere ?;in rome\n")
+    with pytest.raises(ValueError, match="'query;positive' looks like 2 columns between ';'"):
+        read_examples(tmp_path / "y.csv", TASK)
+
+
+@pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
         ([{"query": "a"}], {}, "expected the column 'positive'"),
