@@ -113,7 +113,9 @@ def encode_choices(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]
     # Where a space is part of the word behind it, the choice needs the one that separates it from the text.
     space = " " if splits_differ(codec.tokenizer) else ""
     features, cut = [], 0
-    for row in rows:
+    for index, row in enumerate(rows):
+        if not row["choices"]:
+            raise ValueError(f"examples[{index}]: expected at least one choice; got none")
         pairs = [(row["text"], space + choice) for choice in row["choices"]]
         encoding = codec.tokenizer(pairs, truncation=True, max_length=codec.max_length)
         cut += any(bool(one.overflowing) for one in encoding.encodings)

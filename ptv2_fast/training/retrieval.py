@@ -63,6 +63,8 @@ def encode_pairs(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
 
 def pair_scores(outputs: Outputs, examples: Rows, codec: Codec) -> dict[str, float]:
     """How high each query ranks a positive of its own among all positives, and the mean loss of the batches."""
+    if not examples:
+        raise ValueError("examples: expected at least one; got none")
     right: dict[str, set[str]] = {}
     for example in examples:
         right.setdefault(_part(example, "query"), set()).add(_part(example, "positive"))
@@ -107,8 +109,18 @@ def embed(model: Any, codec: Codec, texts: Sequence[str], *, batch_size: int = 3
 
     Args:
         model: a PTuningV2ModelForSentenceRetrieval.
+        texts: at least one.
+        batch_size: rows of a batch, at least 1.
+
+    Raises:
+        ValueError: there is no text, or one without tokens.
     """
+    if not texts or batch_size < 1:
+        raise ValueError(f"texts and batch_size must be at least one; got {len(texts)} and {batch_size}")
     features = codec.encode([{"text": text} for text in texts])
+    empty = next((index for index, feature in enumerate(features) if not feature["input_ids"]), None)
+    if empty is not None:
+        raise ValueError(f"texts[{empty}]: expected a text with tokens; got {texts[empty]!r}")
     order = sorted(range(len(features)), key=lambda index: -len(features[index]["input_ids"]))
     found: list[Tensor] = [torch.empty(0)] * len(features)
     was_training = model.training

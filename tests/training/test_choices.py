@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,8 +168,18 @@ def test_a_typed_line_is_an_object():
     assert example["text"].endswith("because") and len(example["choices"]) == 2
     with pytest.raises(ValueError, match="text, line 1: expected a JSON object with 'text' and 'choices'; got 'hello'"):
         examples_of(["hello"], "MULTIPLE_CHOICE")
+    more = json.dumps({"text": "who ?", "choices": ["a", "b", "c"]})
+    with pytest.raises(ValueError, match="text: every example must have as many choices; .* 2 has 3"):
+        examples_of([line, more], "MULTIPLE_CHOICE")
+
+
+def test_an_example_without_choices_is_refused(tiny_tokenizer):
+    codec = TaskCodec("MULTIPLE_CHOICE", tiny_tokenizer)
+    with pytest.raises(ValueError, match=r"examples\[1\]: expected at least one choice; got none"):
+        codec.encode([{"text": "the film", "choices": ["good"]}, {"text": "the film", "choices": []}])
 
 
 def test_prompts_may_start_from_choices_too():
     assert starting_texts([{"text": "so", "choices": ["a", "b"], "label": 0}], 4) == ["so a b"]
-    assert metric_for("MULTIPLE_CHOICE").compute([0, 1, 1], [0, 1, 0]) == {"accuracy": pytest.approx(2 / 3)}
+    for indices in ([0, 1, 1], np.array([0, 1, 1]), torch.tensor([0, 1, 1])):
+        assert metric_for("MULTIPLE_CHOICE").compute(indices, [0, 1, 0]) == {"accuracy": pytest.approx(2 / 3)}

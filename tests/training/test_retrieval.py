@@ -159,3 +159,14 @@ def test_it_predicts_no_values():
         predict(_model(), TaskCodec(TASK, tiny_tokenizer()), [{"text": "a"}])
     with pytest.raises(ValueError, match="examples: expected 'query' in each example"):
         evaluate(_model(), TaskCodec(TASK, tiny_tokenizer()), [{"text": "a"}])
+    with pytest.raises(ValueError, match="examples: expected at least one; got none"):
+        evaluate(_model(), TaskCodec(TASK, tiny_tokenizer()), [])
+
+
+def test_texts_without_tokens_have_no_vector():
+    codec = TaskCodec(TASK, tiny_tokenizer(causal=True))
+    with pytest.raises(ValueError, match=r"texts\[1\]: expected a text with tokens; got ''"):
+        embed(_model(), codec, ["anna", ""])
+    for texts, size in (([], 2), (["anna"], 0)):
+        with pytest.raises(ValueError, match="texts and batch_size must be at least one"):
+            embed(_model(), codec, texts, batch_size=size)
