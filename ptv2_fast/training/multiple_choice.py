@@ -18,7 +18,7 @@ from ptv2_fast.training.examples import check_text, text_of, value_of
 from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.texts import json_object
-from ptv2_fast.training.tokens import check_fast, say_cut, splits_differ
+from ptv2_fast.training.tokens import check_fast, check_room, say_cut, splits_differ
 
 _TEXTS = ("text", "premise", "question", "context", "sentence")
 _CHOICE = re.compile(r"choice(\d+)")
@@ -110,6 +110,7 @@ def encode_choices(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]
     Each choice stands behind the text as the second of a pair; what is too long is cut from the longer of the two.
     """
     check_fast(codec.tokenizer)
+    check_room(codec.tokenizer, codec.max_length, pair=True)
     # Where a space is part of the word behind it, the choice needs the one that separates it from the text.
     space = " " if splits_differ(codec.tokenizer) else ""
     features, cut = [], 0

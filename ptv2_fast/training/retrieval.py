@@ -18,7 +18,7 @@ from ptv2_fast.training.examples import text_of
 from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.metrics import RANKED, retrieval_scores
-from ptv2_fast.training.tokens import check_fast, say_cut
+from ptv2_fast.training.tokens import check_fast, check_room, say_cut
 
 PARTS = ("query", "positive", "negative")
 # Rows of scores that are computed at a time.
@@ -49,6 +49,7 @@ def pair_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) ->
 def encode_pairs(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     """Features of single texts, or of groups: lists of two or three lists, the query first."""
     check_fast(codec.tokenizer)
+    check_room(codec.tokenizer, codec.max_length, pair=False)
     features, cut = [], 0
     for row in rows:
         texts = [row[part] for part in PARTS if part in row]
