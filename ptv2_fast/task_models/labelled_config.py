@@ -25,7 +25,7 @@ def labelled(
     Args:
         read: gives the names by id.
         write: is called with the names that are assigned, as the caller gave them, and checks them.
-        problem_type: what the labels are for, which then cannot be set; None leaves it as the configuration has it.
+        problem_type: what the labels are for, and nothing else can be set; None leaves it as the configuration has it.
     """
     own: Any = type(config)
     view: Any = object.__new__(_with_labels_of(own, problem_type))
@@ -77,6 +77,19 @@ def _inverted(ids: Any) -> Any:
     return {i: name for name, i in ids.items()} if isinstance(ids, Mapping) else ids
 
 
+def _refuse_problem(problem_type: str) -> Callable[[Any, Any], None]:
+    """A setter that takes what is there already."""
+
+    def write(view: Any, value: Any) -> None:
+        if value != problem_type:
+            raise ValueError(
+                f"problem_type must stay what the adapter's head was made for, {problem_type!r}: HeadConfig says it; "
+                f"got {value!r}"
+            )
+
+    return write
+
+
 @functools.cache
 def _with_labels_of(kind: type, problem_type: str | None) -> type:
     """The subclass of a configuration's class whose label names are its owner's, for one kind of problem."""
@@ -93,5 +106,5 @@ def _with_labels_of(kind: type, problem_type: str | None) -> type:
         **{name: forwarded(name) for name in ("to_dict", "to_diff_dict")},
     }
     if problem_type is not None:
-        members["problem_type"] = property(lambda self: problem_type)
+        members["problem_type"] = property(lambda self: problem_type, _refuse_problem(problem_type))
     return type(kind.__name__, (kind,), members)

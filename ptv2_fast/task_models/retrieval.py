@@ -25,7 +25,8 @@ class SentenceEmbeddingOutput(ModelOutput):
 
     Attributes:
         loss: (), where the rows are groups of texts that belong together.
-        embeddings: (B, D) of length 1, or (B, G, D); float32, or float64 of a base in float64.
+        embeddings: (B, D) of length 1, or (B, G, D); float32, or float64 of a base in float64. A row without a real
+            token has zeros by the pooling "mean".
         hidden_states: the backbone's, of the B (or B G) rows, where they are asked for.
     """
 
@@ -59,6 +60,8 @@ class PTuningV2ModelForSentenceRetrieval(PTuningV2Model):
             adapter_names: one name for each text, or for each group.
         """
         self._check_read(kwargs)
+        if kwargs.pop("task", None) is not None:
+            raise ValueError("task must be None: pooled states are the output, and no head reads them")
         if kwargs.pop("labels", None) is not None:
             raise ValueError("labels must be None: a text's place in its group says what it is")
         inputs = {
@@ -74,9 +77,9 @@ class PTuningV2ModelForSentenceRetrieval(PTuningV2Model):
             inputs, groups = flat_rows(inputs)
             if return_loss and groups[1] < 2:
                 raise ValueError(f"input_ids must hold a query and a text for each example; got rows {groups[1]}")
+            adapter_names = names_of_rows(adapter_names, groups)
             if return_loss and adapter_names is not None and len(set(adapter_names)) > 1:
                 raise ValueError("return_loss must be False with several adapters in one batch: train one at a time")
-            adapter_names = names_of_rows(adapter_names, groups)
         embeddings, states = self._embedded(inputs, adapter_names)
         loss = None
         if groups is not None:

@@ -87,7 +87,9 @@ class PTuningV2ModelWithHeads(CapturedModel):
             ValueError: by some of them only.
         """
         if self._disabled or not adapters:
-            return TASKS[self.adapters[self.active_adapter].config.task_type].in_groups
+            first = adapters[0] if adapters else self.adapters[self.active_adapter]
+            named = len(first.heads) == 1 if task is None else task in first.heads
+            return TASKS[(first.head(task).config if named else first.config).task_type].in_groups
         kinds = {(a.head(task).config if len(a.heads) else a.config).task_type for a in adapters}
         grouped = {kind for kind in kinds if TASKS[kind].in_groups}
         if grouped and len(kinds) > 1:

@@ -54,8 +54,12 @@ class PadCollator:
         """(B, N) tensors of per-token lists and (B,) tensors of numbers, int64 (floats float32)."""
         if not features:
             raise ValueError("features: expected at least one row; got none")
+        _check_keys(features)
         if _is_nested(features[0]["input_ids"]):
             return self._groups(features)
+        nested = next((index for index, feature in enumerate(features) if _is_nested(feature["input_ids"])), None)
+        if nested is not None:
+            raise ValueError(f"features[{nested}]: expected a single row as in features[0]; got several")
         lengths = [len(feature["input_ids"]) for feature in features]
         width = max(lengths)
         multiple = self.pad_to_multiple_of or 1
@@ -64,9 +68,6 @@ class PadCollator:
         keys = [key for key in features[0] if key not in DECODING_KEYS]
         batch = {}
         for key in keys:
-            missing = [index for index, feature in enumerate(features) if key not in feature]
-            if missing:
-                raise ValueError(f"features[{missing[0]}]: expected {key!r} as in features[0]")
             values = [feature[key] for feature in features]
             if key in _POSITIONS and left:
                 values = [value + width - length for value, length in zip(values, lengths, strict=True)]
@@ -78,13 +79,12 @@ class PadCollator:
 
     def _groups(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """(B, C, N) of features that are C rows each; what is no list of lists is of the whole feature."""
-        counts = [len(feature["input_ids"]) for feature in features]
-        other = next((index for index, count in enumerate(counts) if count != counts[0]), None)
-        if other is not None:
-            raise ValueError(f"features[{other}]: expected {counts[0]} rows as in features[0]; got {counts[other]}")
+        count = len(features[0]["input_ids"])
         of_rows = [key for key, value in features[0].items() if _is_nested(value)]
-        rows = [{key: feature[key][row] for key in of_rows} for feature in features for row in range(counts[0])]
-        batch = {key: tensor.unflatten(0, (-1, counts[0])) for key, tensor in self(rows).items()}
+        for index, feature in enumerate(features):
+            _check_rows(f"features[{index}]", feature, of_rows, count)
+        rows = [{key: feature[key][row] for key in of_rows} for feature in features for row in range(count)]
+        batch = {key: tensor.unflatten(0, (-1, count)) for key, tensor in self(rows).items()}
         kept = [key for key in features[0] if key not in of_rows and key not in DECODING_KEYS]
         return {**batch, **{key: torch.tensor([feature[key] for feature in features]) for key in kept}}
 
@@ -136,6 +136,25 @@ class PredictableLabels:
         if name == "collator":  # while a copy is made
             raise AttributeError(name)
         return getattr(self.collator, name)
+
+
+def _check_keys(features: Sequence[Mapping[str, Any]]) -> None:
+    for key in features[0]:
+        missing = [index for index, feature in enumerate(features) if key not in feature]
+        if missing and key not in DECODING_KEYS:
+            raise ValueError(f"features[{missing[0]}]: expected {key!r} as in features[0]")
+
+
+def _check_rows(where: str, feature: Mapping[str, Any], of_rows: Sequence[str], count: int) -> None:
+    """Refuse a feature of another number of rows, or whose lists are not as long as input_ids."""
+    for key in of_rows:
+        rows = feature[key]
+        if not _is_nested(rows) or len(rows) != count:
+            got = "a single row" if len(rows) and not _is_nested(rows) else len(rows)
+            raise ValueError(f"{where}: expected {count} rows as in features[0]; got {got} in {key!r}")
+        lengths, own = [[len(row) for row in feature[name]] for name in ("input_ids", key)]
+        if own != lengths and not _holds_floats(rows):
+            raise ValueError(f"{where}: expected {key!r} as long as input_ids ({lengths}); got {own}")
 
 
 def _is_sequence(value: object) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def read_examples(
     wanted = Wanted(texts, label_column, prompt_column, completion_column, labelled)
     handled = training_task(task, problem_type)
     wanted.check(task, handled.most_texts, handled.options)
+    if not labelled:
+        wanted = replace(wanted, texts=texts[: handled.unlabelled_texts])
     notes: list[str] = []
     rows = list(islice(_rows(path_or_name, task, split, wanted, notes, handled.headers), max_examples))
     if not rows:
@@ -126,6 +129,7 @@ def _rows(
     elif suffix in formats.DELIMITED_SUFFIXES and task == "TOKEN_CLS":
         raise ValueError(f"{path}: tokens and their tags are read from CoNLL files and JSON; got a table ({suffix})")
     elif suffix in formats.DELIMITED_SUFFIXES:
-        yield from delimited_rows(path, wanted.named or headers, task=task, labelled=wanted.labelled, notes=notes)
+        options: dict[str, Any] = {"task": task, "headers": headers, "labelled": wanted.labelled, "notes": notes}
+        yield from delimited_rows(path, wanted.named, **options)
     else:
         raise ValueError(f"{path}: expected a file with a suffix of {', '.join(formats.FILE_SUFFIXES)}; got {suffix!r}")

@@ -10,7 +10,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -32,17 +32,24 @@ TEXT_WORDS = 3
 
 
 def delimited_rows(
-    path: Path, named: Sequence[str] = (), *, task: str = "SEQ_CLS", labelled: bool = True, notes: list[str]
+    path: Path,
+    named: Sequence[str] = (),
+    *,
+    task: str = "SEQ_CLS",
+    headers: Collection[str] = (),
+    labelled: bool = True,
+    notes: list[str],
 ) -> Iterator[Row]:
     """Rows of a CSV (quotes as in RFC 4180) or TSV (quoted only where its header is).
 
-    The first row is a header when it holds a name of `HEADER_NAMES` that is no value of its column, or when the caller
-    named columns; named by numbers (from 1) that the first row does not hold, there is no header. Else a file of two
-    columns is `sentence<TAB>label` (SEQ_CLS), and one of a single column `text`.
+    The first row is a header when it holds a name of `HEADER_NAMES` or `headers` that is no value of its column, or
+    when the caller named columns; named by numbers (from 1) that the first row does not hold, there is no header. Else
+    a file of two columns is `sentence<TAB>label` (SEQ_CLS), and one of a single column `text`.
 
     Args:
         named: the columns that the caller asks for.
         task, labelled: what for, as in `read_examples`.
+        headers: usual names of the task's own columns.
         notes: is given a line for whatever is left out.
 
     Raises:
@@ -53,12 +60,15 @@ def delimited_rows(
         raise ValueError(f"{path}, line 1: expected at least one example; found none")
     where, first = lines[0]
     _refuse_later_header(lines)
+    known = HEADER_NAMES.union(headers)
     numbers = _numbered(where, first, named)
-    own = _header(lines, named) if numbers is None else None
+    own = _header(lines, named, known) if numbers is None else None
     header = numbers or own
     if header is None:
+        if len(first) > 1 and task not in ("SEQ_CLS", "CAUSAL_LM"):
+            raise ValueError(f"{where}: expected a header row with the columns of {task}; got {first}")
         _refuse_likely_header(lines)
-        header = _usual_names(lines, task, labelled)
+        header = _usual_names(lines, task, labelled, known)
         if not labelled and len(header) == 2:
             notes.append(f"{where}: no header; the second of two columns is taken for the label and left out")
     body = lines if own is None else lines[1:]
@@ -84,12 +94,12 @@ def _numbered(where: str, first: list[str], named: Sequence[str]) -> list[str] |
     return numbers
 
 
-def _header(lines: Sequence[Line], named: Sequence[str]) -> list[str] | None:
+def _header(lines: Sequence[Line], named: Sequence[str], known: Collection[str]) -> list[str] | None:
     where, first = lines[0]
-    if not named and not _holds_a_name(lines):
+    if not named and not _holds_a_name(lines, known):
         return None
     # A column without a name goes by its number.
-    header = [_column_name(cell.strip(), named) or str(number) for number, cell in enumerate(first, start=1)]
+    header = [_column_name(cell.strip(), named, known) or str(number) for number, cell in enumerate(first, start=1)]
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise ValueError(f"{where}: column names must differ; repeated: {repeated}")
@@ -99,17 +109,16 @@ def _header(lines: Sequence[Line], named: Sequence[str]) -> list[str] | None:
     return header
 
 
-def _column_name(cell: str, named: Sequence[str]) -> str:
-    known = cell not in named and cell.lower() in HEADER_NAMES
-    return cell.lower() if known else cell
+def _column_name(cell: str, named: Sequence[str], known: Collection[str]) -> str:
+    return cell.lower() if cell not in named and cell.lower() in known else cell
 
 
-def _holds_a_name(lines: Sequence[Line]) -> bool:
+def _holds_a_name(lines: Sequence[Line], known: Collection[str]) -> bool:
     """Whether the first row has a usual column name that is not also a value of its column ("review", a class)."""
     first = lines[0][1]
-    known = [index for index, cell in enumerate(first) if cell.strip().lower() in HEADER_NAMES]
+    named = [index for index, cell in enumerate(first) if cell.strip().lower() in known]
     others = [cells for _, cells in lines[1:] if cells != first]
-    return any(all(len(cells) <= index or cells[index] != first[index] for cells in others) for index in known)
+    return any(all(len(cells) <= index or cells[index] != first[index] for cells in others) for index in named)
 
 
 def _refuse_later_header(lines: Sequence[Line]) -> None:
@@ -152,13 +161,11 @@ def _unlike(first: list[str], columns: list[list[str]]) -> bool:
     return named and any(all(" " in cell for cell in column) for column in columns)
 
 
-def _usual_names(lines: Sequence[Line], task: str, labelled: bool) -> list[str]:
+def _usual_names(lines: Sequence[Line], task: str, labelled: bool, known: Collection[str]) -> list[str]:
     where, first = lines[0]
     if len(first) == 1:
-        _refuse_other_separator(lines)
+        _refuse_other_separator(lines, known)
         return ["text"]
-    if task not in ("SEQ_CLS", "CAUSAL_LM"):
-        raise ValueError(f"{where}: expected a header row with the columns of {task}; got {first}")
     if task == "CAUSAL_LM":
         raise ValueError(
             f"{where}: two columns without a header; name them by their numbers: --text-column 1, or"
@@ -175,14 +182,14 @@ def _usual_names(lines: Sequence[Line], task: str, labelled: bool) -> list[str]:
     return ["sentence", "label"]
 
 
-def _refuse_other_separator(lines: Sequence[Line]) -> None:
+def _refuse_other_separator(lines: Sequence[Line], known: Collection[str]) -> None:
     """Refuses a table that another sign separates, which would be read as one text a line."""
     where, first = lines[0]
     for sign in ";\t|,":
         parts = [part.strip().strip('"').lower() for part in first[0].split(sign)]
         counts = {cells[0].count(sign) for _, cells in lines if len(cells) == 1}
         alike = sign != "," and len(lines) > 1 and counts == {len(parts) - 1}
-        if len(parts) > 1 and (alike or any(part in HEADER_NAMES for part in parts)):
+        if len(parts) > 1 and (alike or any(part in known for part in parts)):
             raise ValueError(
                 f"{where}: {first[0]!r} looks like {len(parts)} columns between {sign!r}; a .csv has commas, a .tsv"
                 " tabs (--text-column 1 reads each line as one text)"

@@ -43,20 +43,23 @@ class LabelSet:
         have a long entity of a type that training text has only as single words.
 
         Raises:
-            ValueError: the examples have neither labels nor tags.
+            ValueError: the examples have neither labels nor tags, or lists of labels that are all empty.
         """
         labels: set[str] = set()
         types: set[str] = set()
-        tagged = False
+        tagged = listed = False
         for example in examples:
             if "tags" in example:
                 tagged = True
                 types.update(tag[2:] for tag in example["tags"] if tag != "O")
             elif "label" in example:
                 labels.add(example["label"])
+            listed = listed or "labels" in example
             labels.update(example.get("labels", ()))
         if tagged:
             return cls(("O", *(f"{side}-{kind}" for kind in sorted(types) for side in "BI")))
+        if not labels and listed:
+            raise ValueError("examples: expected a label in at least one example; every list of labels is empty")
         if not labels:
             raise ValueError("examples: expected 'label' or 'tags' in the examples; found neither")
         if all(_INTEGER.fullmatch(label) for label in labels):

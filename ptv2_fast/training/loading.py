@@ -13,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from ptv2_fast import PTuningV2Config, PTuningV2Model
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig
 from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from ptv2_fast.task_types import TASKS
+from ptv2_fast.task_types import TASKS, TaskType
 from ptv2_fast.training.bases import head_size, load_base
 from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.run_folder import SETTINGS_NAME, RunFolder, read_object
 from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec
+from ptv2_fast.training.tasks import task_row
 
 _COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 _MOST = (1 << 31) - 1  # what tokenizers count up to
@@ -92,7 +93,6 @@ def load_trained(
         )
     if task_type not in DEFAULT_MAX_LENGTH:
         raise ValueError(f"{folder} is an adapter for {task_type}, which predicts nothing by itself")
-    problem = chosen.problem_type if chosen is not None else None
     settings = _checked_settings(Path(folder) / SETTINGS_NAME, RunFolder(Path(folder)).settings())
     own_head = config.heads is None and task_type in HEAD_TASKS
     saved = description.get("labels")
@@ -101,11 +101,16 @@ def load_trained(
         shapes = _shapes(Path(folder) / WEIGHTS_NAME)
         count = len(saved) if isinstance(saved, list) else head_size(name, task_type, shapes)
     base, tokenizer = load_base(name, task_type, own_head=own_head, num_labels=count)
+    problem = chosen.problem_type if chosen is not None else _solved_by(base, task_type)
+    row = task_row(task_type, problem)
+    outputs = chosen.num_labels if chosen is not None else base.config.num_labels
+    if row.predicts == "number" and outputs != 1:
+        raise ValueError(f"{folder} gives {outputs} numbers a row; the command line and ptv2_fast.training serve one")
     adapter = PTuningV2Model.from_pretrained(base, folder)
     codec = TaskCodec(
         task_type,
         tokenizer,
-        _labels(chosen, base, task_type, saved),
+        _labels(chosen, base, row, saved),
         max_length=max_length or settings.get("row_length") or DEFAULT_MAX_LENGTH[task_type],
         doc_stride=settings.get("doc_stride", 128),
         no_answer=settings.get("no_answer", False),
@@ -201,8 +206,15 @@ def _chosen_head(config: PTuningV2Config, head: str | None) -> HeadConfig | None
     return heads[head]
 
 
-def _labels(head: HeadConfig | None, base: Any, task_type: str, saved: Any) -> LabelSet | None:
-    row = TASKS[task_type] if head is None else TASKS[task_type].solving(head.problem_type)
+def _solved_by(base: Any, task_type: str) -> str | None:
+    """What a base's own head solves, as its loss has it: numbers where it has one output and says nothing else."""
+    if not TASKS[task_type].solves_others:
+        return None
+    said: str | None = base.config.problem_type
+    return said or ("regression" if base.config.num_labels == 1 else None)
+
+
+def _labels(head: HeadConfig | None, base: Any, row: TaskType, saved: Any) -> LabelSet | None:
     if not row.names_labels:
         return None
     if head is not None:

@@ -73,7 +73,8 @@ def classification_scores(
 def choice_scores(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
     """`accuracy` of chosen indices, in [0, 1]."""
     _check_lengths(predictions, references)
-    return {"accuracy": sum(map(int.__eq__, predictions, references)) / len(references)}
+    right = (bool(guess == truth) for guess, truth in zip(predictions, references, strict=True))
+    return {"accuracy": sum(right) / len(references)}
 
 
 def entity_scores(

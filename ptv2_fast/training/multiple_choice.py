@@ -18,10 +18,12 @@ from ptv2_fast.training.examples import check_text, text_of, value_of
 from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.texts import json_object
-from ptv2_fast.training.tokens import check_fast, say_cut, splits_differ
+from ptv2_fast.training.tokens import check_fast, check_room, say_cut, splits_differ
 
 _TEXTS = ("text", "premise", "question", "context", "sentence")
 _CHOICE = re.compile(r"choice(\d+)")
+# Names in the header of a table; choices of higher numbers stand beside these.
+HEADERS = ("choices", *(f"choice{number}" for number in range(10)))
 # What stands between COPA's premise and a choice: the paper's code reads it so.
 _JOINED_BY = {"cause": "because", "effect": "so"}
 
@@ -108,10 +110,13 @@ def encode_choices(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]
     Each choice stands behind the text as the second of a pair; what is too long is cut from the longer of the two.
     """
     check_fast(codec.tokenizer)
+    check_room(codec.tokenizer, codec.max_length, pair=True)
     # Where a space is part of the word behind it, the choice needs the one that separates it from the text.
     space = " " if splits_differ(codec.tokenizer) else ""
     features, cut = [], 0
-    for row in rows:
+    for index, row in enumerate(rows):
+        if not row["choices"]:
+            raise ValueError(f"examples[{index}]: expected at least one choice; got none")
         pairs = [(row["text"], space + choice) for choice in row["choices"]]
         encoding = codec.tokenizer(pairs, truncation=True, max_length=codec.max_length)
         cut += any(bool(one.overflowing) for one in encoding.encodings)

@@ -24,7 +24,7 @@ def predict(
     batch_size: int = 32,
     head: str | None = None,
 ) -> list[Prediction]:
-    """Predictions in the order of the examples (SEQ_CLS, TOKEN_CLS, QUESTION_ANS).
+    """Predictions in the order of the examples (SEQ_CLS, TOKEN_CLS, QUESTION_ANS, MULTIPLE_CHOICE).
 
     Args:
         model: returns logits (or start_logits and end_logits) for the codec's features.
@@ -33,7 +33,8 @@ def predict(
         head: which of a model's heads; None where it has a single one.
 
     Raises:
-        ValueError: the task gives no predictions (CAUSAL_LM generates), or an example is unusable.
+        ValueError: the task gives no predictions (CAUSAL_LM generates, SENTENCE_RETRIEVAL embeds), or an example is
+            unusable.
     """
     return _predict(model, codec, examples, codec.encode(examples), batch_size, head)[0]
 
@@ -47,7 +48,9 @@ def evaluate(
     batch_size: int = 32,
     head: str | None = None,
 ) -> dict[str, float]:
-    """The task's scores on labelled examples, and `loss`, the mean over labels in nats.
+    """The task's scores on labelled examples, and `loss`, the mean over labels: in nats, of numbers the squared error.
+
+    Of SENTENCE_RETRIEVAL it is the mean over the examples, and depends on batch_size: a batch's texts are compared.
 
     Args:
         features: `codec.encode(examples)` where the caller has it at hand.

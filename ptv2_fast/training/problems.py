@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ptv2_fast.training.codec import Codec
 from ptv2_fast.training.columns import LABEL_COLUMNS, Table, Wanted, classified
 from ptv2_fast.training.decoding import Prediction, Rows
@@ -19,6 +21,8 @@ from ptv2_fast.training.tokens import encode_classification
 
 # Between the labels of a row, where they stand in one cell: `news|sport`. No label can hold it.
 LABEL_SEPARATOR = "|"
+# Labels are trained on in float32.
+_LARGEST = torch.finfo(torch.float32).max
 # A label is predicted where it is more probable than not.
 _THRESHOLD = 0.5
 
@@ -34,13 +38,22 @@ def number_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) 
     if "label" not in roles:
         return example
     given = value_of(row, roles["label"])
-    try:
-        number = float(given) if isinstance(given, str | int | float) and not isinstance(given, bool) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{row.where}: expected a finite number in {roles['label']!r}; got {given!r}")
+    number = _number(given)
+    if not abs(number) <= _LARGEST:
+        more = ", which float32 cannot hold" if math.isfinite(number) else ""
+        raise ValueError(f"{row.where}: expected a finite number in {roles['label']!r}; got {given!r}{more}")
     return {**example, "label": number}
+
+
+def _number(given: Any) -> float:
+    """A number, or a text that is one; NaN for whatever else."""
+    # Python reads 1_0 as 10.
+    if isinstance(given, bool) or not isinstance(given, str | int | float) or "_" in str(given):
+        return math.nan
+    try:
+        return float(given)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def labels_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:

@@ -24,16 +24,18 @@ def examples_of(
     "choices" in any case (MULTIPLE_CHOICE).
 
     Raises:
-        ValueError: there is no line with text, or a line is not such an object.
+        ValueError: there is no line with text, a line is not such an object, or the lines do not go together.
     """
-    typed = training_task(task_type).typed
+    task = training_task(task_type)
     examples: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{where}, line {number}"
-            examples.append(typed(check_text(place, line), place, number, context))
+            examples.append(task.typed(check_text(place, line), place, number, context))
     if not examples:
         raise ValueError(f"{where}: expected at least one line with text; got none")
+    if task.check is not None:
+        task.check(where, examples, [], None)
     return examples
 
 

@@ -18,7 +18,7 @@ from ptv2_fast.training.examples import text_of
 from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.metrics import RANKED, retrieval_scores
-from ptv2_fast.training.tokens import check_fast, say_cut
+from ptv2_fast.training.tokens import check_fast, check_room, say_cut
 
 PARTS = ("query", "positive", "negative")
 # Rows of scores that are computed at a time.
@@ -29,7 +29,7 @@ def pair_columns(table: Table, wanted: Wanted) -> dict[str, str]:
     """Query, positive and, where there is one, negative; of texts alone the text (or the query)."""
     if not wanted.labelled:
         usual = [name for name in (*TEXT_COLUMNS, "query") if name in table.names]
-        named = [table.need(name, "text_column") for name in wanted.texts[:1]] or usual
+        named = [table.need(name, "text_column") for name in wanted.texts] or usual
         table.refuse_several([(name,) for name in named], "text_column")
         if not named:
             raise table.missing(f"a column of {[*TEXT_COLUMNS, 'query']}", "text_column")
@@ -49,6 +49,7 @@ def pair_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) ->
 def encode_pairs(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
     """Features of single texts, or of groups: lists of two or three lists, the query first."""
     check_fast(codec.tokenizer)
+    check_room(codec.tokenizer, codec.max_length, pair=False)
     features, cut = [], 0
     for row in rows:
         texts = [row[part] for part in PARTS if part in row]
@@ -63,6 +64,8 @@ def encode_pairs(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
 
 def pair_scores(outputs: Outputs, examples: Rows, codec: Codec) -> dict[str, float]:
     """How high each query ranks a positive of its own among all positives, and the mean loss of the batches."""
+    if not examples:
+        raise ValueError("examples: expected at least one; got none")
     right: dict[str, set[str]] = {}
     for example in examples:
         right.setdefault(_part(example, "query"), set()).add(_part(example, "positive"))
@@ -107,8 +110,18 @@ def embed(model: Any, codec: Codec, texts: Sequence[str], *, batch_size: int = 3
 
     Args:
         model: a PTuningV2ModelForSentenceRetrieval.
+        texts: at least one.
+        batch_size: rows of a batch, at least 1.
+
+    Raises:
+        ValueError: there is no text, or one without tokens.
     """
+    if not texts or batch_size < 1:
+        raise ValueError(f"texts and batch_size must be at least one; got {len(texts)} and {batch_size}")
     features = codec.encode([{"text": text} for text in texts])
+    empty = next((index for index, feature in enumerate(features) if not feature["input_ids"]), None)
+    if empty is not None:
+        raise ValueError(f"texts[{empty}]: expected a text with tokens; got {texts[empty]!r}")
     order = sorted(range(len(features)), key=lambda index: -len(features[index]["input_ids"]))
     found: list[Tensor] = [torch.empty(0)] * len(features)
     was_training = model.training

@@ -197,6 +197,8 @@ def prepare(request: TrainRequest, output: str | Path, *, resume: bool = False, 
     train = request.data.read(request.task_type, problem_type=request.problem_type)
     labels = None
     if row.names_labels:
+        if row.predicts == "labels" and not any(example["labels"] for example in train):
+            raise ValueError(f"{request.data.path}: expected a label in at least one example; got none")
         labels = LabelSet.from_examples(train)
         if len(labels) < 2 and row.predicts != "labels":
             raise ValueError(f"{request.data.path}: expected at least two classes; got {list(labels.names)}")
@@ -204,8 +206,10 @@ def prepare(request: TrainRequest, output: str | Path, *, resume: bool = False, 
     if request.dev is not None:
         dev = request.dev.read(request.task_type, labels, problem_type=request.problem_type)
     _check_alike(request, train, dev)
-    if row.predicts == "embedding" and request.fit.batch_size == 1 and "negative" not in train[0]:
-        raise ValueError("batch_size must be at least 2 where no text but a query's own is compared with it; got 1")
+    if row.predicts == "embedding" and min(request.fit.batch_size, len(train)) == 1:
+        if "negative" not in train[0]:
+            what = "batch_size" if len(train) > 1 else f"{request.data.path}: examples"
+            raise ValueError(f"{what} must be at least 2 where no text but a query's own is compared with it; got 1")
     if request.fit.early_stopping is not None and dev is None:
         raise ValueError("early stopping needs dev data to watch; got none")
     if resume:

@@ -29,7 +29,8 @@ class TrainingTask:
         most_texts: how many columns of texts the caller may name.
         options: the other columns that the caller may name.
         check: (file, examples, notes, known labels): refuses or notes what no example shows alone.
-        headers: columns by which the header of a table is known, where the caller names none.
+        headers: usual names of columns that are this task's alone, by which the header of a table is known too.
+        unlabelled_texts: how many of the named columns of texts are read where labels are not; None means all.
         truth: what of an example is compared with its prediction.
         read: an output -> what decoding needs of each of its rows, on the CPU.
         decode: (rows, features, examples, codec) -> a prediction for each example.
@@ -48,6 +49,7 @@ class TrainingTask:
     options: tuple[str, ...] = ()
     check: Callable[[str | Path, list[dict[str, Any]], list[str], LabelSet | None], None] | None = None
     headers: tuple[str, ...] = ()
+    unlabelled_texts: int | None = None
     truth: str = ""
     read: Callable[[Any], list[Any]] | None = None
     decode: Callable[[Sequence[Any], Rows, Rows, Codec], list[Prediction]] | None = None
@@ -180,7 +182,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         read=decoding.probabilities,
         decode=multiple_choice.choices,
         record=multiple_choice.choice_record,
-        headers=("choice1", "choice2"),
+        headers=multiple_choice.HEADERS,
     ),
     "text": TrainingTask(
         columns=columns.continued,
@@ -201,7 +203,8 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
         typed=texts.typed_text,
         line=retrieval.pair_line,
         most_texts=3,
-        headers=("query", "positive"),
+        headers=retrieval.PARTS,
+        unlabelled_texts=1,
         score=retrieval.pair_scores,
         records=retrieval.pair_records,
     ),

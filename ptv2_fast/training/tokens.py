@@ -22,6 +22,14 @@ def check_fast(tokenizer: Any) -> None:
         )
 
 
+def check_room(tokenizer: Any, max_length: int, pair: bool) -> None:
+    """Refuse a length that special tokens alone exceed: nothing would be cut then, and rows would be longer."""
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length < special:
+        texts = "pairs of texts" if pair else "texts"
+        raise ValueError(f"max_length must be at least {special} for {texts} of this tokenizer; got {max_length}")
+
+
 def encode_classification(
     examples: Sequence[Mapping[str, Any]],
     tokenizer: Any,
@@ -39,9 +47,11 @@ def encode_classification(
         Features with the tokenizer's inputs and, where the example has a label, `labels` (an int).
 
     Raises:
-        ValueError: the tokenizer is not fast, `labels` is missing or does not know a label.
+        ValueError: the tokenizer is not fast, max_length has no room for special tokens, `labels` is missing or does
+            not know a label.
     """
     check_fast(tokenizer)
+    check_room(tokenizer, max_length, any("text_pair" in example for example in examples))
     features, cut = [], 0
     for example in examples:
         texts = [example[key] for key in ("text", "text_pair") if key in example]

@@ -96,3 +96,12 @@ def test_a_problem_without_heads_over_rows_is_one_line(encoder, tmp_path):
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "problem_type must be 'single_label_classification' for TOKEN_CLS" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_no_label_at_all_is_one_line(encoder, tmp_path):
+    (tmp_path / "x.tsv").write_text("text\tlabels\nanna\t\nbob\t\n")
+    more = ["--data", tmp_path / "x.tsv", "--output", tmp_path / "out", "--problem-type", SEVERAL]
+    result = run("train", "--model", encoder, "--task", "SEQ_CLS", *more)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "x.tsv: expected a label in at least one example; got none" in result.stderr
+    assert not (tmp_path / "out").exists()

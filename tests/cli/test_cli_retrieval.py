@@ -98,4 +98,8 @@ def test_what_cannot_be_meant_is_one_line(trained, tmp_path):
     base, data = trained / "base", trained / "train.jsonl"
     alone = ["--data", data, "--output", tmp_path / "out", "--batch-size", 1]
     refused(run("train", "--model", base, "--task", "SENTENCE_RETRIEVAL", *alone), "batch_size must be at least 2")
+    (tmp_path / "one.jsonl").write_text(data.read_text().splitlines()[0] + "\n")
+    alone = ["--data", tmp_path / "one.jsonl", "--output", tmp_path / "out"]
+    message = "one.jsonl: examples must be at least 2 where no text but a query's own is compared with it; got 1"
+    refused(run("train", "--model", base, "--task", "SENTENCE_RETRIEVAL", *alone), message)
     assert not (tmp_path / "out").exists()

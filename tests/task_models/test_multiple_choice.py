@@ -180,6 +180,10 @@ def test_a_head_of_this_kind_on_an_adapter_of_another():
     batch = _batch("bert")
     assert model(**batch, task="score", labels=LABELS).logits.shape == (EXAMPLES, CHOICES)
     assert model(**_flat(batch), task="topic").logits.shape == (EXAMPLES * CHOICES, 3)
+    with model.disable_adapter():
+        states = model(**batch, task="score").last_hidden_state
+        assert_same_bits(states, model(**_flat(batch), task="topic").last_hidden_state)
+        assert_same_bits(states, model(**_flat(batch)).last_hidden_state)
 
 
 def test_without_prompts_it_is_the_bare_model():

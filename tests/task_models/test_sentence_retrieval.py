@@ -103,6 +103,8 @@ def test_adapters_of_several_poolings_in_one_batch():
         model(**pairs, adapter_names=names)
     with pytest.raises(ValueError, match="adapter_names must be one name for each of 3 examples"):
         model.encode(**pairs, adapter_names=["other"] * 6)
+    with pytest.raises(ValueError, match="adapter_names must be one name for each of 3 examples; got 'other'"):
+        model(**pairs, adapter_names="other")
 
 
 def test_it_learns_to_find_what_belongs_together():
@@ -150,6 +152,8 @@ def test_calls_that_cannot_be_meant_are_refused():
         model(**{name: value[:, :1] for name, value in PAIRS.items()})
     with pytest.raises(ValueError, match=r"attention_mask must be a tensor of shape \(B, C, N\)"):
         model(PAIRS["input_ids"], attention_mask=GROUPS.attention_mask)
+    with pytest.raises(ValueError, match="task must be None: pooled states are the output"):
+        model(**PAIRS, task="topic")
     with pytest.raises(ValueError, match="labels must be None: a text's place in its group says what it is"):
         model(**PAIRS, labels=torch.zeros(4).long())
     assert model.why_not_packed() == f"a {TASK} loss compares whole rows"

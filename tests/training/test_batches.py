@@ -14,6 +14,10 @@ def feature(ids, **others):
     return {"input_ids": list(ids), "attention_mask": [1] * len(ids), **others}
 
 
+def group(*rows, **others):
+    return {"input_ids": [list(row) for row in rows], "attention_mask": [[1] * len(row) for row in rows], **others}
+
+
 class TestPadCollator:
     def test_pads_each_kind_with_its_filler(self, tiny_tokenizer):
         rows = [
@@ -74,7 +78,32 @@ class TestPadCollator:
             collate([feature([1], labels=1), feature([1])])
         with pytest.raises(ValueError, match=r"features\[1\]: expected 'labels' as long.*\(2\)"):
             collate([feature([1], labels=[1]), feature([1, 2], labels=[1])])
+        with pytest.raises(ValueError, match=r"features\[1\]: expected a single row as in features\[0\]"):
+            collate([feature([1]), group([1], [2])])
         with pytest.raises(ValueError, match="padding_side.*'top'"):
             replace(collate, padding_side="top")
         with pytest.raises(ValueError, match="pad_to_multiple_of.*0"):
             replace(collate, pad_to_multiple_of=0)
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            (group([1], [2]), "expected 'labels' as in"),
+            ({"input_ids": [[1], [2]], "labels": 0}, "expected 'attention_mask' as in"),
+            (group([1], [2], [3], labels=0), "expected 2 rows as in .*; got 3 in 'input_ids'"),
+            (group(labels=0), "expected 2 rows as in .*; got 0 in 'input_ids'"),
+            (feature([1, 2], labels=0), "expected 2 rows as in .*; got a single row in 'input_ids'"),
+            (
+                {**group([1], [2], labels=0), "attention_mask": [[1]]},
+                "expected 2 rows as in .*; got 1 in 'attention_mask'",
+            ),
+            (
+                {**group([1], [2], labels=0), "attention_mask": [[1], [1, 1]]},
+                r"expected 'attention_mask' as long as input_ids \(\[1, 1\]\); got \[1, 2\]",
+            ),
+        ],
+        ids=["labels", "mask", "more", "none", "single", "fewer-masks", "longer-mask"],
+    )
+    def test_a_group_that_differs_is_refused_by_its_number(self, tiny_tokenizer, other, message):
+        with pytest.raises(ValueError, match=rf"features\[1\]: {message}"):
+            PadCollator(tiny_tokenizer)([group([1, 2], [3], labels=1), other])

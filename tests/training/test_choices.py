@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,23 @@ def test_a_table_has_a_column_for_each_choice(tmp_path):
     assert read_examples(file, "MULTIPLE_CHOICE", text_column="text")[0]["choices"] == ["a", "b"]
     unlabelled = read_examples(file, "MULTIPLE_CHOICE", text_column="text", labelled=False)
     assert unlabelled == [{"text": "the film", "choices": ["a", "b"]}]
+
+
+@pytest.mark.parametrize("header", ["text,choices,label", "Text,Choices,Label"])
+def test_a_table_may_have_the_choices_in_one_cell(tmp_path, header):
+    (tmp_path / "x.csv").write_text(header + '\nwho ?,"[""anna"", ""bob""]",1\n')
+    assert read_examples(tmp_path / "x.csv", "MULTIPLE_CHOICE") == [
+        {"text": "who ?", "choices": ["anna", "bob"], "label": 1}
+    ]
+
+
+def test_the_case_of_a_header_does_not_count_nor_does_a_table_without_one_pass(tmp_path):
+    (tmp_path / "x.csv").write_text("Premise,Choice1,Choice2,Question,Label\nIt fell.,I ran.,It broke.,effect,1\n")
+    expected = {"text": "It fell. so", "choices": ["I ran.", "It broke."], "label": 1}
+    assert read_examples(tmp_path / "x.csv", "MULTIPLE_CHOICE") == [expected]
+    (tmp_path / "y.tsv").write_text("It fell.\tI ran.\tIt broke.\t1\n")
+    with pytest.raises(ValueError, match="y.tsv, line 1: expected a header row with the columns of MULTIPLE_CHOICE"):
+        read_examples(tmp_path / "y.tsv", "MULTIPLE_CHOICE")
 
 
 @pytest.mark.parametrize(
@@ -150,8 +168,26 @@ def test_a_typed_line_is_an_object():
     assert example["text"].endswith("because") and len(example["choices"]) == 2
     with pytest.raises(ValueError, match="text, line 1: expected a JSON object with 'text' and 'choices'; got 'hello'"):
         examples_of(["hello"], "MULTIPLE_CHOICE")
+    more = json.dumps({"text": "who ?", "choices": ["a", "b", "c"]})
+    with pytest.raises(ValueError, match="text: every example must have as many choices; .* 2 has 3"):
+        examples_of([line, more], "MULTIPLE_CHOICE")
+
+
+def test_a_length_that_special_tokens_exceed_is_refused(tiny_tokenizer):
+    example = {"text": "the film", "choices": ["good", "bad"], "text_pair": "was good"}
+    for task in ("MULTIPLE_CHOICE", "SEQ_CLS"):
+        assert TaskCodec(task, tiny_tokenizer, max_length=4).encode([example], quiet=True)
+        with pytest.raises(ValueError, match="max_length must be at least 3 for pairs of texts of this tok.*; got 2"):
+            TaskCodec(task, tiny_tokenizer, max_length=2).encode([example])
+
+
+def test_an_example_without_choices_is_refused(tiny_tokenizer):
+    codec = TaskCodec("MULTIPLE_CHOICE", tiny_tokenizer)
+    with pytest.raises(ValueError, match=r"examples\[1\]: expected at least one choice; got none"):
+        codec.encode([{"text": "the film", "choices": ["good"]}, {"text": "the film", "choices": []}])
 
 
 def test_prompts_may_start_from_choices_too():
     assert starting_texts([{"text": "so", "choices": ["a", "b"], "label": 0}], 4) == ["so a b"]
-    assert metric_for("MULTIPLE_CHOICE").compute([0, 1, 1], [0, 1, 0]) == {"accuracy": pytest.approx(2 / 3)}
+    for indices in ([0, 1, 1], np.array([0, 1, 1]), torch.tensor([0, 1, 1])):
+        assert metric_for("MULTIPLE_CHOICE").compute(indices, [0, 1, 0]) == {"accuracy": pytest.approx(2 / 3)}

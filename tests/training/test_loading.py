@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
 from ptv2_fast.storage.tensors import write_tensors
 from ptv2_fast.training.fit import FitSettings
 from ptv2_fast.training.info import facts_of
 from ptv2_fast.training.loading import load_trained
+from ptv2_fast.training.predict import evaluate, predict
 from ptv2_fast.training.runs import DataSource, TrainRequest, prepare
 from tiny_folders import bert_folder, toy_file
 
@@ -103,3 +106,41 @@ def test_descriptions_of_other_kinds_are_value_errors(run, tmp_path, place, monk
                 read(str(folder))
             except (ValueError, FileNotFoundError) as error:
                 assert str(error), value
+
+
+@pytest.mark.parametrize(
+    ("outputs", "problem", "prediction"),
+    [
+        (1, None, float),
+        (1, "regression", float),
+        (3, "multi_label_classification", list),
+        (3, None, str),
+        (3, "single_label_classification", str),
+    ],
+)
+def test_what_a_base_s_own_head_solves_is_predicted(tmp_path, outputs, problem, prediction):
+    folder = bert_folder(tmp_path / "base")
+    config = transformers.AutoConfig.from_pretrained(folder, num_labels=outputs, problem_type=problem)
+    base = transformers.BertForSequenceClassification.from_pretrained(folder, config=config)
+    base.save_pretrained(folder)
+    base = transformers.BertForSequenceClassification.from_pretrained(folder)
+    model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", num_virtual_tokens=2)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_trained(tmp_path / "adapter")
+    (found,) = predict(loaded.model, loaded.codec, [{"text": "anna saw the river"}])
+    logits = model(**loaded.codec.tokenizer("anna saw the river", return_tensors="pt")).logits[0]
+    assert isinstance(found.value, prediction)
+    if prediction is float:
+        assert found.value == pytest.approx(logits.tolist()[0], abs=1e-6)
+        score = evaluate(loaded.model, loaded.codec, [{"text": "anna", "label": 0.5}, {"text": "bob", "label": 2.0}])
+        assert score["loss"] == pytest.approx(score["mse"], rel=1e-4)
+    if prediction is list:
+        assert list(found.scores.values()) == pytest.approx(logits.sigmoid().tolist(), abs=1e-6)
+
+
+def test_several_numbers_a_row_are_refused(tmp_path):
+    base = transformers.AutoModel.from_pretrained(bert_folder(tmp_path / "base"))
+    heads = {"own": HeadConfig("SEQ_CLS", 3, problem_type="regression")}
+    get_ptv2_model(base, PTuningV2Config("SEQ_CLS", 2, heads=heads)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="adapter gives 3 numbers a row; .* serve one"):
+        load_trained(tmp_path / "adapter")

@@ -36,7 +36,9 @@ def test_numbers_are_read_from_tables_and_json(tmp_path):
     assert [row["label"] for row in read_examples(without, "SEQ_CLS", problem_type=REGRESSION)] == [2.0, 0.5, 1.5]
 
 
-@pytest.mark.parametrize("value", ['"high"', '"nan"', "true", "null", '"1e999"', "[1.0]"])
+@pytest.mark.parametrize(
+    "value", ['"high"', '"nan"', "true", "null", '"1e999"', "[1.0]", '"1_0"', '"1,5"', "-1e39", '""']
+)
 def test_what_is_no_number_is_refused_where_it_stands(tmp_path, value):
     file = _written(tmp_path / "x.jsonl", '{"text": "a", "label": 1.0}\n{"text": "b", "label": ' + value + "}\n")
     with pytest.raises(ValueError, match=r"x.jsonl, line 2: expected a finite number in 'label'; got"):
@@ -76,7 +78,7 @@ def test_what_are_no_labels_is_refused_where_it_stands(tmp_path, value, message)
 
 def test_labels_of_all_rows_are_the_classes():
     assert LabelSet.from_examples([{"labels": ["b", "a"]}, {"labels": []}, {"labels": ["c"]}]).names == ("a", "b", "c")
-    with pytest.raises(ValueError, match="expected 'label' or 'tags'"):
+    with pytest.raises(ValueError, match="expected a label in at least one example; every list of labels is empty"):
         LabelSet.from_examples([{"labels": []}])
 
 

@@ -52,6 +52,33 @@ def test_pairs_are_read_from_json_and_tables(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("table", "options"),
+    [
+        ("query\nwhere ?\nin rome\n", {}),
+        ("Query,positive\nwhere ?,x\nin rome,y\n", {}),
+        ("text\nwhere ?\nin rome\n", {}),
+        ("where ?\nin rome\n", {}),
+        # What training was told to read names the columns of pairs.
+        ("q\nwhere ?\nin rome\n", {"text_column": ["q", "p"]}),
+    ],
+    ids=["queries", "pairs", "texts", "no-header", "named"],
+)
+def test_texts_alone_stand_in_tables_without_positives(tmp_path, table, options):
+    (tmp_path / "x.csv").write_text(table)
+    found = read_examples(tmp_path / "x.csv", TASK, labelled=False, **options)
+    assert found == [{"text": "where ?"}, {"text": "in rome"}]
+
+
+def test_a_table_of_pairs_needs_a_header(tmp_path):
+    (tmp_path / "x.tsv").write_text("where ?\tin rome\n")
+    with pytest.raises(ValueError, match="x.tsv, line 1: expected a header row with the columns of SENTENCE_RETRIEVAL"):
+        read_examples(tmp_path / "x.tsv", TASK)
+    (tmp_path / "y.csv").write_text("query;positive\nwhere ?;in rome\n")
+    with pytest.raises(ValueError, match="'query;positive' looks like 2 columns between ';'"):
+        read_examples(tmp_path / "y.csv", TASK)
+
+
+@pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
         ([{"query": "a"}], {}, "expected the column 'positive'"),
@@ -132,3 +159,14 @@ def test_it_predicts_no_values():
         predict(_model(), TaskCodec(TASK, tiny_tokenizer()), [{"text": "a"}])
     with pytest.raises(ValueError, match="examples: expected 'query' in each example"):
         evaluate(_model(), TaskCodec(TASK, tiny_tokenizer()), [{"text": "a"}])
+    with pytest.raises(ValueError, match="examples: expected at least one; got none"):
+        evaluate(_model(), TaskCodec(TASK, tiny_tokenizer()), [])
+
+
+def test_texts_without_tokens_have_no_vector():
+    codec = TaskCodec(TASK, tiny_tokenizer(causal=True))
+    with pytest.raises(ValueError, match=r"texts\[1\]: expected a text with tokens; got ''"):
+        embed(_model(), codec, ["anna", ""])
+    for texts, size in (([], 2), (["anna"], 0)):
+        with pytest.raises(ValueError, match="texts and batch_size must be at least one"):
+            embed(_model(), codec, texts, batch_size=size)
