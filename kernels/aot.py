@@ -168,8 +168,13 @@ def record_case(case: Case) -> list[launch.Launch]:
     with launch.record(case.arch) as launches:
         if only in (None, "step"):
             output, lse = prompt_attention_forward(q, k, v, prompt_k, prompt_v, **arguments)
-            needs = Needs(query=True, text=True, prompt=True, prompt_bias=bool(options.get("prompt_bias")),
-                          bias=bool(options.get("bias")))
+            needs = Needs(
+                query=True,
+                text=True,
+                prompt=True,
+                prompt_bias=bool(options.get("prompt_bias")),
+                bias=bool(options.get("bias")),
+            )
             prompt_attention_backward(output, q, k, v, prompt_k, prompt_v, output, lse, needs=needs, **arguments)
         if only in (None, "decode") and not packed:
             one_query = {"dropout_p": 0.0, "bias": arguments["bias"] if arguments["bias"] is None
@@ -206,15 +211,27 @@ class Row:
         """The row with the compiler's results."""
         facts: dict[str, Any] = {**asdict(self.case), **measured}
         return Report(
-            kernel=self.kernel, tile=self.tile, num_warps=self.num_warps, num_stages=self.num_stages,
-            source=self.source, **facts)
+            kernel=self.kernel,
+            tile=self.tile,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            source=self.source,
+            **facts,
+        )
 
 
 def rows_of(cases: Iterable[Case]) -> list[Row]:
     """Every launch of every case, in order."""
     return [
-        Row(case, place, kernel_name(recorded), tile_of(recorded), recorded.arguments.get("num_warps", 4),
-            recorded.arguments.get("num_stages", 3), fingerprint(recorded))
+        Row(
+            case,
+            place,
+            kernel_name(recorded),
+            tile_of(recorded),
+            recorded.arguments.get("num_warps", 4),
+            recorded.arguments.get("num_stages", 3),
+            fingerprint(recorded),
+        )
         for case in cases
         for place, recorded in enumerate(record_case(case))
     ]
@@ -285,7 +302,7 @@ def compile_missing(rows: Sequence[Row], known: dict[tuple[int, str], dict[str, 
     missing = list({row.code: row for row in rows if row.code not in known}.values())
     # Recording the launches starts PyTorch's threads, which a forked process would wait for in vain.
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        for row, measured in zip(missing, pool.map(compile_row, missing)):
+        for row, measured in zip(missing, pool.map(compile_row, missing), strict=True):
             known[row.code] = measured
             yield row
 

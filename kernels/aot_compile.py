@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ptv2_fast.kernels import launch
+from ptv2_fast.kernels.arguments import Switches
 from ptv2_fast.kernels.machine_code import local_memory_in_loops
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -77,8 +78,11 @@ def _kind(name: str, value: object, specialize: bool) -> str:
     """What the compiler may know of an argument; compile-time ones have upper-case names."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype)
+    if isinstance(value, Switches):
+        return str(value)
     if isinstance(value, tuple):
-        return repr([_kind(name, item, specialize) for item in value])
+        # Fields are specialised one by one, whatever is said of the whole.
+        return repr([_kind(name, item, True) for item in value])
     if isinstance(value, float):
         return "float"
     if isinstance(value, int) and not name.isupper() and name not in OPTIONS:
@@ -121,7 +125,9 @@ def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]
             constants[path] = None
             return "constexpr"
         if isinstance(value, tuple):
-            return tuple(describe(item, (*path, place), specialize) for place, item in enumerate(value))
+            # Fields are specialised one by one, whatever is said of the whole.
+            kinds = [describe(item, (*path, place), True) for place, item in enumerate(value)]
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
         if isinstance(value, torch.Tensor):
             # The caching allocator aligns every tensor to 16 bytes and more.
             attributes[path] = [["tt.divisibility", 16]]

@@ -43,6 +43,10 @@ def rows_by_entry(index: torch.Tensor, num_entries: int) -> tuple[torch.Tensor, 
     order = launch.allocate((num_rows,), torch.int32, index.device)
     bounds = launch.allocate((num_entries + 1,), torch.int32, index.device)
     launch.run(
-        _rows_by_entry_kernel, (triton.cdiv(max(num_rows, num_entries + 1), _BLOCK),), index.device,
-        (index, order, bounds), launcher.constants(num_rows=num_rows, num_entries=num_entries, BLOCK=_BLOCK))
+        _rows_by_entry_kernel,
+        (triton.cdiv(max(num_rows, num_entries + 1), _BLOCK),),
+        index.device,
+        (index, order, bounds),
+        launcher.constants(num_rows=num_rows, num_entries=num_entries, BLOCK=_BLOCK),
+    )
     return order, bounds

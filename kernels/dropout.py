@@ -21,8 +21,9 @@ def _dropout_keep_mask_kernel(seed_ptr, keep_ptr, num_queries, num_columns, drop
         tl.store(keep_ptr + offsets, keep.to(tl.int8), mask=columns < num_columns)
 
 
-def dropout_keep_mask(batch: int, heads: int, num_queries: int, num_columns: int, dropout_p: float,
-                      seed: torch.Tensor) -> torch.Tensor:
+def dropout_keep_mask(
+    batch: int, heads: int, num_queries: int, num_columns: int, dropout_p: float, seed: torch.Tensor
+) -> torch.Tensor:
     """The keep decisions of one call, (B, H, N, P + M) bool: prompt key p is column p, text key j is column P + j.
 
     Args:
@@ -32,7 +33,10 @@ def dropout_keep_mask(batch: int, heads: int, num_queries: int, num_columns: int
     """
     keep = launch.allocate((batch, heads, num_queries, num_columns), torch.int8, seed.device)
     launch.run(
-        _dropout_keep_mask_kernel, (num_queries, batch * heads), seed.device, (seed, keep),
-        launcher.constants(
-            num_queries=num_queries, num_columns=num_columns, dropout_p=float(dropout_p), BLOCK=128))
+        _dropout_keep_mask_kernel,
+        (num_queries, batch * heads),
+        seed.device,
+        (seed, keep),
+        launcher.constants(num_queries=num_queries, num_columns=num_columns, dropout_p=float(dropout_p), BLOCK=128),
+    )
     return keep.bool()

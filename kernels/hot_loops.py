@@ -193,8 +193,10 @@ def worse(new: Iterable[Report], kept: Iterable[Report]) -> list[str]:
         if report.blocks < old.blocks:
             found.append(f"{report.name}: {report.blocks} blocks a multiprocessor, {old.blocks} before")
         if report.per_useful > _TOLERANCE * old.per_useful:
-            found.append(f"{report.name}: {report.per_useful:.0f} instructions for 100,000 useful operations, "
-                         f"{old.per_useful:.0f} before")
+            found.append(
+                f"{report.name}: {report.per_useful:.0f} instructions for 100,000 useful operations, "
+                f"{old.per_useful:.0f} before"
+            )
     return found
 
 
@@ -230,7 +232,8 @@ def digest(reports: Sequence[Report]) -> str:
         slots = f"{min(r.per_useful for r in group):.0f} – {max(r.per_useful for r in group):.0f}"
         lines.append(
             f"| {kernel.removeprefix('prompt_attention_')} | {head_dim} | {features} | {one.tile} | "
-            f"{one.num_warps}, {one.num_stages} | {one.registers} | {one.blocks} | {kind} | {slots} |")
+            f"{one.num_warps}, {one.num_stages} | {one.registers} | {one.blocks} | {kind} | {slots} |"
+        )
     return "\n".join(lines)
 
 

@@ -241,8 +241,9 @@ def record(arch: int) -> Iterator[list[Launch]]:
         _recorder = before
 
 
-def run(kernel: Any, grid: tuple[int, ...], device: torch.device, tensors: Sequence[torch.Tensor | None],
-        constants: launcher.Constants) -> None:
+def run(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, tensors: launcher.Tensors, constants: launcher.Constants
+) -> None:
     """Launch a kernel on `device`; an empty grid launches nothing.
 
     Args:
@@ -250,8 +251,7 @@ def run(kernel: Any, grid: tuple[int, ...], device: torch.device, tensors: Seque
         constants: the others, an object that is kept from call to call: that makes a launch cheap.
     """
     if _recorder is not None:
-        names = kernel.arg_names
-        _recorder.launches.append(Launch(kernel, {**dict(zip(names, tensors)), **constants.values}))
+        _recorder.launches.append(Launch(kernel, constants.arguments(kernel, tensors)))
         return
     if 0 in grid:
         return
@@ -309,7 +309,11 @@ def allocate_pair_like(tensor: torch.Tensor, slack: int) -> tuple[torch.Tensor, 
     Args:
         slack: elements that may be read, not written, behind the last one of each.
     """
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+    reach = (
+        1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if tensor.numel()
+        else 0
+    )
     plane = -(-(reach + slack) // 16) * 16
     flat = allocate((2 * plane,), tensor.dtype, tensor.device)
     first, second = flat.as_strided((2, *tensor.shape), (plane, *tensor.stride())).unbind(0)

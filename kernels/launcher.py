@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import triton
@@ -27,6 +27,8 @@ _MOST_PLANS = 64
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
+# Tensors, None where there is none; or groups of such, each of which is one argument.
+Tensors: TypeAlias = Sequence[torch.Tensor | None] | Sequence[tuple[torch.Tensor | None, ...]]
 
 
 class Constants:
@@ -34,14 +36,23 @@ class Constants:
 
     Attributes:
         values: numbers, tuples of integers, compile-time values and Triton's options, by name.
+        groups: the classes of NamedTuples that the tensors are handed over in; none where each is an argument.
         plans: how such launches are repeated, by what is compared.
     """
 
-    __slots__ = ("plans", "values")
+    __slots__ = ("groups", "plans", "values")
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], groups: tuple[type, ...] = ()) -> None:
         self.values = dict(values)
+        self.groups = groups
         self.plans: dict[tuple[Any, ...], _Plan] = {}
+
+    def arguments(self, kernel: Any, tensors: Tensors) -> dict[str, Any]:
+        """All arguments of a launch of `kernel`, by name, and Triton's options."""
+        first: Sequence[Any] = tensors
+        if self.groups:
+            first = [group(*some) for group, some in zip(self.groups, first, strict=True)]
+        return {**dict(zip(kernel.arg_names, first, strict=False)), **self.values}
 
 
 @functools.lru_cache(MOST_REMEMBERED, typed=True)
@@ -87,40 +98,57 @@ def is_known(version: str) -> bool:
 _is_known = is_known(triton.__version__)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], constants: Constants, tensors: Sequence[torch.Tensor | None]) -> None:
-    """Launch a kernel on the current device and stream, as `kernel[grid](*tensors, **constants.values)` does.
+def launch(kernel: Any, grid: tuple[int, ...], constants: Constants, tensors: Tensors) -> None:
+    """Launch a kernel on the current device and stream, as `kernel[grid](**constants.arguments(kernel, tensors))` does.
 
     Args:
         kernel: a `triton.jit` function, interpreted or not, whose first parameters are the tensors.
         grid: one to three numbers of programs, none of them 0.
         constants: all other arguments.
-        tensors: tensors, or None where there is none.
+        tensors: tensors, None where there is none; a tuple of them for each of the constants' groups if there are any.
     """
     if not _is_known or type(kernel) is not JITFunction or kernel.pre_run_hooks or _is_watched():
-        kernel[grid](*tensors, **constants.values)
+        kernel[grid](**constants.arguments(kernel, tensors))
         return
     active = driver.active
     device = active.get_current_device()
-    addresses: list[int | None] = []
+    groups: Sequence[Any] = tensors if constants.groups else (tensors,)
+    arguments: list[Any] = []
     kinds: list[Any] = [active, device]
-    for tensor in tensors:
-        if tensor is None:
-            addresses.append(None)
-            kinds.append(None)
-        else:
-            address = tensor.data_ptr()
-            addresses.append(address)
-            kinds += tensor.dtype, tensor.get_device(), address % 16
+    for group in groups:
+        addresses: list[int | None] = []
+        for tensor in group:
+            if tensor is None:
+                addresses.append(None)
+                kinds.append(None)
+            else:
+                address = tensor.data_ptr()
+                addresses.append(address)
+                kinds += tensor.dtype, tensor.get_device(), address % 16
+        arguments.append(tuple(addresses))
+    if groups is not tensors:
+        arguments = arguments[0]
     key = tuple(kinds)
     plan = constants.plans.get(key)
     if plan is None or plan.kernel is not kernel or _has_changed(plan):
-        plan = _plan(kernel, kernel[grid](*tensors, **constants.values), constants, tensors, device)
+        plan = _plan(kernel, kernel[grid](**constants.arguments(kernel, tensors)), constants, tensors, device)
         if plan is not None:
             remember(constants.plans, key, plan, _MOST_PLANS)
         return
     width, height, depth = (*grid, 1, 1)[:3]
-    plan.run(width, height, depth, active.get_current_stream(device), plan.function, plan.metadata, None, None, None,
-             *addresses, *plan.arguments)
+    plan.run(
+        width,
+        height,
+        depth,
+        active.get_current_stream(device),
+        plan.function,
+        plan.metadata,
+        None,
+        None,
+        None,
+        *arguments,
+        *plan.arguments,
+    )
 
 
 def _is_watched() -> bool:
@@ -128,13 +156,22 @@ def _is_watched() -> bool:
     knobs = triton.knobs
     runtime = knobs.runtime
     return bool(
-        runtime.debug or knobs.compilation.instrumentation_mode or runtime.add_stages_inspection_hook is not None
-        or _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook))
+        runtime.debug
+        or knobs.compilation.instrumentation_mode
+        or runtime.add_stages_inspection_hook is not None
+        or _calls(runtime.launch_enter_hook)
+        or _calls(runtime.launch_exit_hook)
+    )
 
 
 def _calls(hook: Any) -> bool:
     """Whether a hook does anything: an empty chain of hooks does not."""
     return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def _plain(value: Any) -> Any:
+    """The same without NamedTuples: Triton's launchers unpack a plain tuple several times faster."""
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def _has_changed(plan: _Plan) -> bool:
@@ -145,20 +182,28 @@ def _has_changed(plan: _Plan) -> bool:
     return False
 
 
-def _plan(kernel: Any, compiled: Any, constants: Constants, tensors: Sequence[torch.Tensor | None],
-          device: int) -> _Plan | None:
+def _plan(kernel: Any, compiled: Any, constants: Constants, tensors: Tensors, device: int) -> _Plan | None:
     """How to repeat a launch that Triton has just made with `compiled`; None where it cannot be."""
     if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
         return None
     # Addresses are handed over as they are: nobody asks afterwards whether the device can read them. Where they lie is
     # no matter without a device, to a driver that stands in for one.
-    places = {tensor.get_device() for tensor in tensors if tensor is not None}
+    groups: Sequence[Any] = tensors if constants.groups else (tensors,)
+    places = {tensor.get_device() for group in groups for tensor in group if tensor is not None}
     if places != {device} and (places != {-1} or torch.cuda.is_initialized()):
         return None
-    others = kernel.arg_names[len(tensors):]
+    others = kernel.arg_names[len(tensors) :]
     if not constants.values.keys() >= set(others):
         return None
+    used = [(name, namespace.get(name), namespace) for (name, _), (_, namespace) in kernel.used_global_vals.items()]
+    # A class of NamedTuples is code, as a helper is: neither has a value that could change.
+    used = [one for one in used if not isinstance(one[1], type)]
     return _Plan(
-        kernel, compiled, compiled.run, compiled.function, compiled.packed_metadata,
-        tuple(constants.values[name] for name in others),
-        tuple((name, namespace.get(name), namespace) for (name, _), (_, namespace) in kernel.used_global_vals.items()))
+        kernel,
+        compiled,
+        compiled.run,
+        compiled.function,
+        compiled.packed_metadata,
+        tuple(_plain(constants.values[name]) for name in others),
+        tuple(used),
+    )

@@ -9,15 +9,18 @@ from typing import Any, NamedTuple
 import torch
 
 from ptv2_fast.kernels import launch, launcher
+from ptv2_fast.kernels.arguments import Factors, Strides, Switches
 
 NO_STRIDES = (0, 0, 0, 0)
 
 # What the kernels of a pass do not read must not make another version of them; tensors: see `Problem.tensors`.
-_UNREAD_CONSTANTS: dict[str, dict[str, Any]] = {
-    "backward_text": {"prompt_bias_strides": NO_STRIDES, "HAS_PROMPT": True},
-    "backward_prompt": {
-        "key_mask_strides": NO_STRIDES, "bias_strides": NO_STRIDES, "window": 0, "IS_CAUSAL": False,
-        "HAS_WINDOW": False},
+_UNREAD_STRIDES: dict[str, dict[str, Any]] = {
+    "backward_text": {"prompt_bias": NO_STRIDES},
+    "backward_prompt": {"key_mask": NO_STRIDES, "bias": NO_STRIDES},
+}
+_UNREAD_SWITCHES: dict[str, dict[str, Any]] = {
+    "backward_text": {"HAS_PROMPT": True},
+    "backward_prompt": {"IS_CAUSAL": False, "HAS_WINDOW": False},
 }
 
 
@@ -55,7 +58,7 @@ class Form:
         causal, window, softcap, scale, dropout_p: as in `prompt_attention_forward`.
         crowded: which of bias, prompt_bias, and seed or softcap are there; see `launch.choose_config`.
         prompt_strides: of gradients of prompts, `launch.prompt_strides`.
-        strides: of each input of a kernel, by the name of its parameter.
+        strides: of the inputs of a kernel.
     """
 
     arch: int
@@ -77,7 +80,7 @@ class Form:
     dropout_p: float
     crowded: tuple[bool, bool, bool]
     prompt_strides: tuple[int, ...]
-    strides: dict[str, tuple[int, ...]]
+    strides: Strides
     _configs: dict[tuple[str, Any], launch.LaunchConfig] = field(default_factory=dict, init=False)
 
     @property
@@ -93,7 +96,8 @@ class Form:
         if config is None:
             bias, prompt_bias, other = self.crowded
             crowded = (
-                other or bias and kernel_pass != "backward_prompt" or prompt_bias and kernel_pass != "backward_text")
+                other or bias and kernel_pass != "backward_prompt" or prompt_bias and kernel_pass != "backward_text"
+            )
             config = launch.choose_config(self.arch, self.head_dim, self.dtype, kernel_pass, crowded)
             self._configs[key] = config
         return config
@@ -101,26 +105,33 @@ class Form:
     def constants(self, kernel_pass: str) -> dict[str, Any]:
         """Strides, numbers and compile-time values that every attention kernel takes, by the names of parameters."""
         return {
-            **self.strides, "num_queries": self.num_queries, "num_keys": self.num_keys,
-            "prompt_length": self.prompt_length, "num_heads": self.num_heads, "scale": self.scale,
-            "softcap": self.softcap or 1.0, "window": self.window or 0, "dropout_p": self.dropout_p,
-            **self.switches(), **_UNREAD_CONSTANTS.get(kernel_pass, {}),
+            "strides": self.strides._replace(**_UNREAD_STRIDES.get(kernel_pass, {})),
+            "num_queries": self.num_queries,
+            "num_keys": self.num_keys,
+            "prompt_length": self.prompt_length,
+            "num_heads": self.num_heads,
+            "window": 0 if self.window is None or kernel_pass == "backward_prompt" else self.window,
+            "factors": Factors(self.scale, self.softcap or 1.0, self.dropout_p),
+            "switches": self._switches()._replace(**_UNREAD_SWITCHES.get(kernel_pass, {})),
+            "BLOCK_D": launch.padded_head_dim(self.head_dim),
         }
 
     def prompt_block(self, block: int) -> int:
         """The number of prompt keys in a tile: `block`, or less when the whole prompt fits less."""
         return min(block, max(16, 1 << (max(1, self.prompt_length) - 1).bit_length()))
 
-    def switches(self) -> dict[str, Any]:
-        """Compile-time values that every attention kernel takes."""
-        return {
-            "GROUP": self.num_heads // self.num_kv_heads, "HEAD_DIM": self.head_dim,
-            "BLOCK_D": launch.padded_head_dim(self.head_dim),
-            "HAS_PROMPT": self.prompt_length > 0, "IS_CAUSAL": self.causal, "HAS_WINDOW": self.window is not None,
-            "HAS_SOFTCAP": self.softcap is not None, "HAS_DROPOUT": self.dropout_p > 0.0,
+    def _switches(self) -> Switches:
+        return Switches(
+            GROUP=self.num_heads // self.num_kv_heads,
+            HEAD_DIM=self.head_dim,
+            HAS_PROMPT=self.prompt_length > 0,
+            IS_CAUSAL=self.causal,
+            HAS_WINDOW=self.window is not None,
+            HAS_SOFTCAP=self.softcap is not None,
+            HAS_DROPOUT=self.dropout_p > 0.0,
             # Exact products for float32; without meaning for 16-bit operands.
-            "PRECISION": "ieee",
-        }
+            PRECISION="ieee",
+        )
 
     @functools.cached_property
     def joined(self) -> Form:
@@ -150,17 +161,45 @@ class Problem(NamedTuple):
     form: Form
 
     @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt_k: torch.Tensor, prompt_v: torch.Tensor, *,
-           key_mask: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None,
-           prompt_index: torch.Tensor | None = None, prompt_lens: torch.Tensor | None = None,
-           prompt_bias: torch.Tensor | None = None, bias: torch.Tensor | None = None, causal: bool = False,
-           window: int | None = None, softcap: float | None = None, scale: float | None = None,
-           dropout_p: float = 0.0, seed: torch.Tensor | None = None) -> Problem:
+    def of(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prompt_k: torch.Tensor,
+        prompt_v: torch.Tensor,
+        *,
+        key_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        prompt_index: torch.Tensor | None = None,
+        prompt_lens: torch.Tensor | None = None,
+        prompt_bias: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        seed: torch.Tensor | None = None,
+    ) -> Problem:
         """Normalise the arguments of `prompt_attention_forward`, whose docstring describes them."""
         key_mask = _as_bytes(key_mask)
         seed = seed if dropout_p > 0.0 else None
-        tensors = (q, k, v, prompt_k, prompt_v, key_mask, cu_seqlens, prompt_index, prompt_lens, prompt_bias, bias,
-                   seed)
+        tensors = (
+            q,
+            k,
+            v,
+            prompt_k,
+            prompt_v,
+            key_mask,
+            cu_seqlens,
+            prompt_index,
+            prompt_lens,
+            prompt_bias,
+            bias,
+            seed,
+        )
         numbers = (launch.architecture(q.device), max_seqlen, causal, window, softcap, scale, dropout_p)
         key = (numbers, *[None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
         form = _forms.get(key)
@@ -170,7 +209,8 @@ class Problem(NamedTuple):
             q, k, v = (launch.tile_safe(x, form.token_axis) for x in (q, k, v))
             prompt_k, prompt_v = launch.tile_safe(prompt_k), launch.tile_safe(prompt_v)
         return cls(
-            q, k, v, prompt_k, prompt_v, key_mask, cu_seqlens, prompt_index, prompt_lens, prompt_bias, bias, seed, form)
+            q, k, v, prompt_k, prompt_v, key_mask, cu_seqlens, prompt_index, prompt_lens, prompt_bias, bias, seed, form
+        )
 
     @property
     def packed(self) -> bool:
@@ -239,23 +279,41 @@ class Problem(NamedTuple):
         return self._replace(cu_seqlens=None, form=self.form.joined)
 
     def tensors(self, kernel_pass: str) -> tuple[torch.Tensor | None, ...]:
-        """The first arguments of every attention kernel; None also where a pass does not read a tensor."""
+        """The `Inputs` of a pass, as a plain tuple; None also where it does not read a tensor."""
         key_mask, bias, prompt_bias = self.key_mask, self.bias, self.prompt_bias
         prompt_index, prompt_lens = self.prompt_index, self.prompt_lens
         if kernel_pass == "backward_text":
             prompt_index = prompt_lens = prompt_bias = None
         elif kernel_pass == "backward_prompt":
             prompt_index = key_mask = bias = None
-        return (self.q, self.k, self.v, self.prompt_k, self.prompt_v, key_mask, bias, prompt_bias, prompt_index,
-                prompt_lens, self.cu_seqlens, self.seed)
+        return (
+            self.q,
+            self.k,
+            self.v,
+            self.prompt_k,
+            self.prompt_v,
+            key_mask,
+            bias,
+            prompt_bias,
+            prompt_index,
+            prompt_lens,
+            self.cu_seqlens,
+            self.seed,
+        )
 
 
 _forms: dict[tuple[Any, ...], Form] = {}
 
 
 def _form(
-    tensors: tuple[torch.Tensor | None, ...], arch: int, max_seqlen: int | None, causal: bool, window: int | None,
-    softcap: float | None, scale: float | None, dropout_p: float,
+    tensors: tuple[torch.Tensor | None, ...],
+    arch: int,
+    max_seqlen: int | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    dropout_p: float,
 ) -> Form:
     """The form of a call of `Problem.of`, whose arguments are refused here.
 
@@ -287,20 +345,35 @@ def _form(
         window = min(int(window), num_queries + num_keys)
     given = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
     safe = {
-        name: launch.tile_safe(x, 0 if packed and not name.startswith("prompt") else 2) for name, x in given.items()}
+        name: launch.tile_safe(x, 0 if packed and not name.startswith("prompt") else 2) for name, x in given.items()
+    }
     return Form(
-        arch=arch, dtype=q.dtype, packed=packed, tokens=q.shape[0 if packed else 2],
-        long_strides=any(safe[name] is not x for name, x in given.items()), num_rows=num_rows,
-        num_queries=num_queries, num_keys=num_keys, num_heads=q.shape[1], num_kv_heads=k.shape[1],
-        head_dim=q.shape[-1], prompt_length=prompt_k.shape[2], causal=bool(causal), window=window,
-        softcap=None if softcap is None else float(softcap), scale=float(scale), dropout_p=float(dropout_p),
+        arch=arch,
+        dtype=q.dtype,
+        packed=packed,
+        tokens=q.shape[0 if packed else 2],
+        long_strides=any(safe[name] is not x for name, x in given.items()),
+        num_rows=num_rows,
+        num_queries=num_queries,
+        num_keys=num_keys,
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[-1],
+        prompt_length=prompt_k.shape[2],
+        causal=bool(causal),
+        window=window,
+        softcap=None if softcap is None else float(softcap),
+        scale=float(scale),
+        dropout_p=float(dropout_p),
         crowded=(bias is not None, prompt_bias is not None, seed is not None or softcap is not None),
         prompt_strides=launch.prompt_strides(safe["prompt_k"]),
-        strides={
-            **{f"{name}_strides": heads_strides(x) for name, x in safe.items()},
-            "key_mask_strides": strides_of(key_mask), "bias_strides": _broadcast_strides(bias),
-            "prompt_bias_strides": strides_of(prompt_bias),
-        })
+        strides=Strides(
+            **{name: heads_strides(x) for name, x in safe.items()},
+            key_mask=strides_of(key_mask),
+            bias=_broadcast_strides(bias),
+            prompt_bias=strides_of(prompt_bias),
+        ),
+    )
 
 
 def _broadcast_strides(bias: torch.Tensor | None) -> tuple[int, ...]:

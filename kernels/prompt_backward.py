@@ -19,14 +19,21 @@ import torch
 import triton
 
 from ptv2_fast.kernels import launch, launcher
+from ptv2_fast.kernels.arguments import Inputs
 from ptv2_fast.kernels.bank_rows import rows_by_entry
 from ptv2_fast.kernels.key_gradients import (
+    PromptTensors,
+    TextTensors,
     _prompt_attention_backward_prompt_kernel,
     _prompt_attention_backward_text_kernel,
     _sum_slots_kernel,
 )
 from ptv2_fast.kernels.problem import Form, Problem, heads_strides, strides_of
-from ptv2_fast.kernels.query_gradients import _prompt_attention_backward_query_kernel, _prompt_attention_delta_kernel
+from ptv2_fast.kernels.query_gradients import (
+    QueryTensors,
+    _prompt_attention_backward_query_kernel,
+    _prompt_attention_delta_kernel,
+)
 
 # Rows of queries in the largest tile that a table of launches names.
 _MOST_QUERIES = 128
@@ -46,7 +53,7 @@ class Needs(NamedTuple):
 class _Saved(NamedTuple):
     """What every pass reads besides the problem: grad_output, lse in powers of two, delta; their strides."""
 
-    grad_output: torch.Tensor
+    do: torch.Tensor
     lse: torch.Tensor
     delta: torch.Tensor
     do_strides: tuple[int, ...]
@@ -54,8 +61,8 @@ class _Saved(NamedTuple):
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The arguments that follow the problem's."""
-        return self.grad_output, self.lse, self.delta
+        """What each pass's own tensors begin with."""
+        return self.do, self.lse, self.delta
 
 
 class Gradients(NamedTuple):
@@ -71,9 +78,18 @@ class Gradients(NamedTuple):
 
 
 def prompt_attention_backward(
-    grad_output: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt_k: torch.Tensor,
-    prompt_v: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, *, needs: Needs,
-    config: launch.LaunchConfig | None = None, **arguments: Any,
+    grad_output: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor,
+    prompt_v: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    needs: Needs,
+    config: launch.LaunchConfig | None = None,
+    **arguments: Any,
 ) -> Gradients:
     """The gradients of `prompt_attention_forward` that `needs` asks for, from what the forward saved.
 
@@ -107,28 +123,48 @@ def prompt_attention_backward(
     return Gradients(dq, dk, dv, *prompt, dbias)
 
 
-def _row_statistics(problem: Problem, grad_output: torch.Tensor, output: torch.Tensor, lse: torch.Tensor,
-                    config: launch.LaunchConfig | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _row_statistics(
+    problem: Problem,
+    grad_output: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    config: launch.LaunchConfig | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """rowsum(grad_output * output) and lse in powers of two, with lse's strides: kernels read both by one offset."""
     block_m = (config or problem.config("backward_query")).block_m
     delta, lse2 = launch.allocate_pair_like(lse, max(block_m, _MOST_QUERIES))
     grid, constants = _statistics_launch(
-        problem.form, block_m, heads_strides(output), heads_strides(grad_output), problem.row_stride(lse))
+        problem.form, block_m, heads_strides(output), heads_strides(grad_output), problem.row_stride(lse)
+    )
     launch.run(
-        _prompt_attention_delta_kernel, grid, lse.device,
-        (output, grad_output, lse, problem.cu_seqlens, delta, lse2), constants)
+        _prompt_attention_delta_kernel,
+        grid,
+        lse.device,
+        (output, grad_output, lse, problem.cu_seqlens, delta, lse2),
+        constants,
+    )
     return delta, lse2
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
-def _statistics_launch(form: Form, block_m: int, o_strides: tuple[int, ...], do_strides: tuple[int, ...],
-                       lse_strides: tuple[int, ...]) -> tuple[tuple[int, ...], launcher.Constants]:
+def _statistics_launch(
+    form: Form, block_m: int, o_strides: tuple[int, ...], do_strides: tuple[int, ...], lse_strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], launcher.Constants]:
     """The grid and the arguments that are no tensors."""
     num_tiles = triton.cdiv(form.num_queries, block_m)
-    return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants({
-        "o_strides": o_strides, "do_strides": do_strides, "lse_strides": lse_strides,
-        "num_queries": form.num_queries, "num_heads": form.num_heads, "num_tiles": num_tiles,
-        "HEAD_DIM": form.head_dim, "BLOCK_D": launch.padded_head_dim(form.head_dim), "BLOCK_M": block_m})
+    return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants(
+        {
+            "o_strides": o_strides,
+            "do_strides": do_strides,
+            "lse_strides": lse_strides,
+            "num_queries": form.num_queries,
+            "num_heads": form.num_heads,
+            "num_tiles": num_tiles,
+            "HEAD_DIM": form.head_dim,
+            "BLOCK_D": launch.padded_head_dim(form.head_dim),
+            "BLOCK_M": block_m,
+        }
+    )
 
 
 def _query_gradient(problem: Problem, saved: _Saved, config: launch.LaunchConfig | None) -> torch.Tensor:
@@ -137,24 +173,42 @@ def _query_gradient(problem: Problem, saved: _Saved, config: launch.LaunchConfig
     config = config or problem.config("backward_query")
     grid, constants = _query_launch(problem.form, config, saved.do_strides, saved.lse_strides, heads_strides(dq))
     launch.run(
-        _prompt_attention_backward_query_kernel, grid, dq.device,
-        (*problem.tensors("backward_query"), *saved.tensors, dq), constants)
+        _prompt_attention_backward_query_kernel,
+        grid,
+        dq.device,
+        (problem.tensors("backward_query"), (*saved.tensors, dq)),
+        constants,
+    )
     return dq
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
-def _query_launch(form: Form, config: launch.LaunchConfig, do_strides: tuple[int, ...], lse_strides: tuple[int, ...],
-                  dq_strides: tuple[int, ...]) -> tuple[tuple[int, ...], launcher.Constants]:
+def _query_launch(
+    form: Form,
+    config: launch.LaunchConfig,
+    do_strides: tuple[int, ...],
+    lse_strides: tuple[int, ...],
+    dq_strides: tuple[int, ...],
+) -> tuple[tuple[int, ...], launcher.Constants]:
     """The grid and the arguments that are no tensors."""
     num_tiles = triton.cdiv(form.num_queries, config.block_m)
-    return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants({
-        **form.constants("backward_query"), "do_strides": do_strides, "lse_strides": lse_strides,
-        "dq_strides": dq_strides, "num_tiles": num_tiles, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "BLOCK_P": form.prompt_block(config.block_n), **config.options})
+    return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants(
+        {
+            **form.constants("backward_query"),
+            "own_strides": QueryTensors(do_strides, lse_strides, lse_strides, dq_strides),
+            "num_tiles": num_tiles,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_P": form.prompt_block(config.block_n),
+            **config.options,
+        },
+        groups=(Inputs, QueryTensors),
+    )
 
 
-def _text_gradients(problem: Problem, saved: _Saved, wants_bias: bool,
-                    config: launch.LaunchConfig | None) -> _ThreeGradients:
+def _text_gradients(
+    problem: Problem, saved: _Saved, wants_bias: bool, config: launch.LaunchConfig | None
+) -> _ThreeGradients:
     """dk and dv, laid out as the output is, and dbias or None, contiguous."""
     dk, dv = launch.allocate_heads(problem.k), launch.allocate_heads(problem.v)
     bias = problem.bias if wants_bias else None
@@ -166,28 +220,52 @@ def _text_gradients(problem: Problem, saved: _Saved, wants_bias: bool,
         dbias = torch.zeros(shape, dtype=bias.dtype if whole else torch.float32, device=problem.q.device)
     config = config or problem.config("backward_text")
     grid, constants = _text_launch(
-        problem.form, config, saved.do_strides, saved.lse_strides, heads_strides(dk), heads_strides(dv),
-        strides_of(dbias))
+        problem.form,
+        config,
+        saved.do_strides,
+        saved.lse_strides,
+        heads_strides(dk),
+        heads_strides(dv),
+        strides_of(dbias),
+    )
     launch.run(
-        _prompt_attention_backward_text_kernel, grid, dk.device,
-        (*problem.tensors("backward_text"), *saved.tensors, dk, dv, dbias), constants)
+        _prompt_attention_backward_text_kernel,
+        grid,
+        dk.device,
+        (problem.tensors("backward_text"), (*saved.tensors, dk, dv, dbias)),
+        constants,
+    )
     return dk, dv, None if bias is None or dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
-def _text_launch(form: Form, config: launch.LaunchConfig, do_strides: tuple[int, ...], lse_strides: tuple[int, ...],
-                 dk_strides: tuple[int, ...], dv_strides: tuple[int, ...],
-                 dbias_strides: tuple[int, ...]) -> tuple[tuple[int, ...], launcher.Constants]:
+def _text_launch(
+    form: Form,
+    config: launch.LaunchConfig,
+    do_strides: tuple[int, ...],
+    lse_strides: tuple[int, ...],
+    dk_strides: tuple[int, ...],
+    dv_strides: tuple[int, ...],
+    dbias_strides: tuple[int, ...],
+) -> tuple[tuple[int, ...], launcher.Constants]:
     """The grid and the arguments that are no tensors."""
     num_tiles = triton.cdiv(form.num_keys, config.block_n)
-    return (num_tiles * form.num_kv_heads * form.num_rows,), launcher.Constants({
-        **form.constants("backward_text"), "do_strides": do_strides, "lse_strides": lse_strides,
-        "dk_strides": dk_strides, "dv_strides": dv_strides, "dbias_strides": dbias_strides, "num_tiles": num_tiles,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **config.options})
+    return (num_tiles * form.num_kv_heads * form.num_rows,), launcher.Constants(
+        {
+            **form.constants("backward_text"),
+            "own_strides": TextTensors(do_strides, lse_strides, lse_strides, dk_strides, dv_strides, dbias_strides),
+            "num_tiles": num_tiles,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            **config.options,
+        },
+        groups=(Inputs, TextTensors),
+    )
 
 
-def _prompt_gradients(problem: Problem, saved: _Saved, wants_bias: bool,
-                      config: launch.LaunchConfig | None) -> _ThreeGradients:
+def _prompt_gradients(
+    problem: Problem, saved: _Saved, wants_bias: bool, config: launch.LaunchConfig | None
+) -> _ThreeGradients:
     """(d prompt_k, d prompt_v, d prompt_bias or None); the first two laid out as `launch.prompt_strides` says."""
     device, dtype, strides = problem.q.device, problem.prompt_k.dtype, problem.form.prompt_strides
     shape = tuple(problem.prompt_k.shape)  # (R, Hkv, P, d)
@@ -204,16 +282,28 @@ def _prompt_gradients(problem: Problem, saved: _Saved, wants_bias: bool,
 
     config = config or problem.config("backward_prompt")
     plan = _prompt_launch(
-        problem.form, config, launch.target_programs(device), saved.do_strides, saved.lse_strides,
-        None if dbias is None else dbias.stride(), shape[0])
+        problem.form,
+        config,
+        launch.target_programs(device),
+        saved.do_strides,
+        saved.lse_strides,
+        None if dbias is None else dbias.stride(),
+        shape[0],
+    )
     # Slots lie in memory as their sum does.
     slots, slot_strides = (plan.num_slots, *shape), (dk.numel(), *strides)
     dk_slots, dv_slots = (launch.allocate_strided(slots, slot_strides, torch.float32, device) for _ in range(2))
     dbias_slots = None if dbias is None else launch.allocate((plan.num_splits, *bias_shape), torch.float32, device)
     launch.run(
-        _prompt_attention_backward_prompt_kernel, plan.grid, device,
-        (*problem.tensors("backward_prompt"), *saved.tensors, row_order, row_bounds, dk_slots, dv_slots, dbias_slots),
-        plan.constants)
+        _prompt_attention_backward_prompt_kernel,
+        plan.grid,
+        device,
+        (
+            problem.tensors("backward_prompt"),
+            (*saved.tensors, row_order, row_bounds, dk_slots, dv_slots, dbias_slots),
+        ),
+        plan.constants,
+    )
     _sum_slots(dk_slots, dv_slots, dk, dv)
     if dbias_slots is not None and dbias is not None:
         _sum_slots(dbias_slots, None, dbias, None)
@@ -230,9 +320,15 @@ class _PromptLaunch(NamedTuple):
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
-def _prompt_launch(form: Form, config: launch.LaunchConfig, target: int, do_strides: tuple[int, ...],
-                   lse_strides: tuple[int, ...], dbias_strides: tuple[int, ...] | None,
-                   num_entries: int) -> _PromptLaunch:
+def _prompt_launch(
+    form: Form,
+    config: launch.LaunchConfig,
+    target: int,
+    do_strides: tuple[int, ...],
+    lse_strides: tuple[int, ...],
+    dbias_strides: tuple[int, ...] | None,
+    num_entries: int,
+) -> _PromptLaunch:
     """For `target` programs; without dbias_strides the prompt's bias has no gradient."""
     block_p = form.prompt_block(config.block_n)
     group = form.num_heads // form.num_kv_heads
@@ -245,14 +341,35 @@ def _prompt_launch(form: Form, config: launch.LaunchConfig, target: int, do_stri
     positions = num_entries * form.prompt_length
     return _PromptLaunch(
         (num_programs * num_splits,),
-        launcher.Constants({
-            **form.constants("backward_prompt"), "do_strides": do_strides, "lse_strides": lse_strides,
-            "slot_strides": form.prompt_strides, "dbias_strides": dbias_strides or (0, 0, 0), "num_tiles": num_tiles,
-            "num_rows": form.num_rows, "num_entries": num_entries, "num_splits": num_splits,
-            "slot_size": positions * form.num_kv_heads * form.head_dim,
-            "bias_slot_size": 0 if dbias_strides is None else positions * form.num_heads,
-            "HEADS_IN_LOOP": heads_in_loop, "BLOCK_M": config.block_m, "BLOCK_P": block_p, **config.options}),
-        num_splits, num_splits * (group // heads_in_loop))
+        launcher.Constants(
+            {
+                **form.constants("backward_prompt"),
+                "num_tiles": num_tiles,
+                "own_strides": PromptTensors(
+                    do_strides,
+                    lse_strides,
+                    lse_strides,
+                    (1,),
+                    (1,),
+                    form.prompt_strides,
+                    form.prompt_strides,
+                    dbias_strides or (0, 0, 0),
+                ),
+                "num_rows": form.num_rows,
+                "num_entries": num_entries,
+                "num_splits": num_splits,
+                "slot_size": positions * form.num_kv_heads * form.head_dim,
+                "bias_slot_size": 0 if dbias_strides is None else positions * form.num_heads,
+                "HEADS_IN_LOOP": heads_in_loop,
+                "BLOCK_M": config.block_m,
+                "BLOCK_P": block_p,
+                **config.options,
+            },
+            groups=(Inputs, PromptTensors),
+        ),
+        num_splits,
+        num_splits * (group // heads_in_loop),
+    )
 
 
 def _rows_by_entry(problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -263,12 +380,16 @@ def _rows_by_entry(problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor 
     return rows_by_entry(problem.prompt_index, num_entries)
 
 
-def _sum_slots(first_slots: torch.Tensor, second_slots: torch.Tensor | None, first: torch.Tensor,
-               second: torch.Tensor | None) -> None:
+def _sum_slots(
+    first_slots: torch.Tensor, second_slots: torch.Tensor | None, first: torch.Tensor, second: torch.Tensor | None
+) -> None:
     """first = first_slots.sum(0) and, if given, second = second_slots.sum(0), in one launch and a fixed order."""
     pair = second is not None
     block = 256
     launch.run(
-        _sum_slots_kernel, (-(-first.numel() // block), 1 + pair), first.device,
+        _sum_slots_kernel,
+        (-(-first.numel() // block), 1 + pair),
+        first.device,
         (first_slots, second_slots if pair else first_slots, first, second if pair else first),
-        launcher.constants(slot_size=first.numel(), num_slots=first_slots.shape[0], BLOCK=block, SLOTS=16))
+        launcher.constants(slot_size=first.numel(), num_slots=first_slots.shape[0], BLOCK=block, SLOTS=16),
+    )

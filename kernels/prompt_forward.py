@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ptv2_fast.kernels import launch, launcher
+from ptv2_fast.kernels.arguments import Blocks, Inputs, KeyList, Pairs, QueryTile, Results
 from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem, heads_strides
 from ptv2_fast.kernels.tiles import (
     block_start,
@@ -37,123 +38,177 @@ from ptv2_fast.kernels.tiles import (
 
 
 @triton.jit
-def attend_range(acc, row_max, row_sum, q, queries, shift, k_ptr, v_ptr, k_strides, v_strides, bias_ptrs, bias_stride,
-                 key_mask_ptr, key_mask_stride, begin, head_end, body_end, end, num_queries, scale, softcap, window,
-                 seed, dropout_p, stream, first_column,
-                 HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr,
-                 IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                 HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """Let a tile's queries attend to keys begin..end-1 of one key list: to the partial blocks if CHECK, else the full.
+def attend_range(
+    acc,
+    row_max,
+    row_sum,
+    tile,
+    key_list,
+    pairs,
+    blocks,
+    factors,
+    switches: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECK: tl.constexpr,
+    IS_TEXT: tl.constexpr,
+):
+    """Let a tile's queries attend to the `Blocks` of one `KeyList`: to the partial blocks if CHECK, else the full.
 
-    Blocks from head_end to body_end are full: every pair in them is visible.
+    In full blocks every pair is visible.
     """
-    num_blocks, head_blocks = count_blocks(begin, head_end, body_end, end, BLOCK_N, CHECK)
+    num_blocks, head_blocks = count_blocks(blocks, BLOCK_N, CHECK)
     for block in range(num_blocks):
-        start = block_start(block, head_blocks, begin, head_end, body_end, BLOCK_N, CHECK)
-        k = load_tile(k_ptr + widen(start) * k_strides[2], k_strides[2], k_strides[3], end - start,
-                      BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        start = block_start(block, head_blocks, blocks, BLOCK_N, CHECK)
+        first = key_list.k + widen(start) * key_list.k_strides[2]
+        # [BLOCK_N, BLOCK_D]
+        k = load_tile(first, key_list.k_strides, blocks.end - start, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK)
+        dots = tl.dot(tile.q, tl.trans(k), input_precision=switches.PRECISION)  # [BLOCK_M, BLOCK_N]
         keys = start + tl.arange(0, BLOCK_N)[None, :]
-        scores, unit, _ = tile_scores(
-            dots, queries, keys, shift, bias_ptrs, bias_stride, key_mask_ptr, key_mask_stride, num_queries, end,
-            scale, softcap, window, CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP)
+        scores, unit, _ = tile_scores(dots, tile, keys, pairs, blocks.end, factors, switches, CHECK, IS_TEXT)
         acc, row_max, row_sum, probs = online_softmax_step(acc, row_max, row_sum, scores, unit)
-        if HAS_DROPOUT:
-            keep = dropout_keep(seed, stream, queries, first_column + keys, dropout_p)
+        if switches.HAS_DROPOUT:
+            keep = dropout_keep(tile.seed, tile.stream, tile.queries, pairs.first_column + keys, factors.dropout_p)
             probs = tl.where(keep, probs, 0.0)
-        v = load_keys(v_ptr, v_strides[2], v_strides[3], start, end, key_mask_ptr, key_mask_stride,
-                      BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
-        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=PRECISION)
+        v = load_keys(
+            key_list.v, key_list.v_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK
+        )  # [BLOCK_N, BLOCK_D]
+        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=switches.PRECISION)
     return acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _prompt_attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, key_mask_ptr, bias_ptr, prompt_bias_ptr, prompt_index_ptr,
-    prompt_lens_ptr, cu_seqlens_ptr, seed_ptr, o_ptr, lse_ptr,
-    q_strides, k_strides, v_strides, prompt_k_strides, prompt_v_strides, key_mask_strides, bias_strides,
-    prompt_bias_strides, o_strides, lse_strides,
-    num_queries, num_keys, prompt_length, num_heads, num_tiles, scale, softcap, window, dropout_p,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, HAS_PROMPT: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    inputs,
+    own,
+    strides,
+    own_strides,
+    num_queries,
+    num_keys,
+    prompt_length,
+    num_heads,
+    num_tiles,
+    window,
+    factors,
+    switches: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    tile, head, row = program_coordinates(num_tiles, num_heads)
-    if IS_CAUSAL:
+    number, head, row = program_coordinates(num_tiles, num_heads)
+    if switches.IS_CAUSAL:
         # The last queries see the most keys: start them first, so that no long program is left alone at the end.
-        tile = num_tiles - 1 - tile
-    kv_head = head // GROUP
-    memory_row, first_token, num_queries, num_keys = row_extent(cu_seqlens_ptr, row, num_queries, num_keys)
-    start_m = tile * BLOCK_M
+        number = num_tiles - 1 - number
+    kv_head = head // switches.GROUP
+    memory_row, first_token, num_queries, num_keys = row_extent(inputs.cu_seqlens, row, num_queries, num_keys)
+    start_m = number * BLOCK_M
     if start_m >= num_queries:
         return
 
-    q = load_tile(q_ptr + offset_of(q_strides, memory_row, head, first_token + start_m), q_strides[2], q_strides[3],
-                  num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    first = inputs.q + offset_of(strides.q, memory_row, head, first_token + start_m)
+    # [BLOCK_M, BLOCK_D]
+    q = load_tile(first, strides.q, num_queries - start_m, BLOCK_M, switches.HEAD_DIM, BLOCK_D, True)
     rows = start_m + tl.arange(0, BLOCK_M)
     queries = rows[:, None]
-    stream = row * num_heads + head
     seed = 0
-    if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
+    if switches.HAS_DROPOUT:
+        seed = tl.load(inputs.seed)
+    tile = QueryTile(q, queries, num_queries, seed, row * num_heads + head)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
-    if HAS_PROMPT:
-        entry, length = prompt_entry(prompt_index_ptr, prompt_lens_ptr, row, prompt_length)
-        prompt_k = prompt_k_ptr + offset_of(prompt_k_strides, entry, kv_head, 0)
-        prompt_v = prompt_v_ptr + offset_of(prompt_v_strides, entry, kv_head, 0)
-        prompt_bias_ptrs = None
-        if prompt_bias_ptr is not None:
-            prompt_bias_ptrs = prompt_bias_ptr + offset_of(prompt_bias_strides, entry, head, 0) + queries * 0
-        full = length // BLOCK_P * BLOCK_P
+    if switches.HAS_PROMPT:
+        entry, length = prompt_entry(inputs.prompt_index, inputs.prompt_lens, row, prompt_length)
+        key_list = KeyList(
+            inputs.prompt_k + offset_of(strides.prompt_k, entry, kv_head, 0),
+            inputs.prompt_v + offset_of(strides.prompt_v, entry, kv_head, 0),
+            strides.prompt_k,
+            strides.prompt_v,
+        )
+        prompt_bias = None
+        if inputs.prompt_bias is not None:
+            prompt_bias = inputs.prompt_bias + offset_of(strides.prompt_bias, entry, head, 0) + queries * 0
+        pairs = Pairs(
+            bias=prompt_bias,
+            bias_stride=strides.prompt_bias[2],
+            mask=None,
+            mask_stride=0,
+            shift=0,
+            window=0,
+            first_column=0,
+        )
+        blocks = Blocks(0, 0, length // BLOCK_P * BLOCK_P, length)
         for CHECK in tl.static_range(2):
             acc, row_max, row_sum = attend_range(
-                acc, row_max, row_sum, q, queries, 0, prompt_k, prompt_v, prompt_k_strides, prompt_v_strides,
-                prompt_bias_ptrs, prompt_bias_strides[2], None, 0, 0, 0, full, length, num_queries,
-                scale, softcap, 0, seed, dropout_p, stream, 0,
-                HEAD_DIM, BLOCK_D, BLOCK_P, CHECK, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+                acc, row_max, row_sum, tile, key_list, pairs, blocks, factors, switches, BLOCK_D, BLOCK_P, CHECK, False
+            )
 
-    k = k_ptr + offset_of(k_strides, memory_row, kv_head, first_token)
-    v = v_ptr + offset_of(v_strides, memory_row, kv_head, first_token)
-    bias_ptrs = None
-    if bias_ptr is not None:
-        bias_ptrs = bias_ptr + offset_of(bias_strides, row, head, queries)  # [BLOCK_M, 1]
+    key_list = KeyList(
+        inputs.k + offset_of(strides.k, memory_row, kv_head, first_token),
+        inputs.v + offset_of(strides.v, memory_row, kv_head, first_token),
+        strides.k,
+        strides.v,
+    )
+    bias = None
+    if inputs.bias is not None:
+        bias = inputs.bias + offset_of(strides.bias, row, head, queries)  # [BLOCK_M, 1]
     mask = None
-    if key_mask_ptr is not None:
-        mask = key_mask_ptr + widen(row) * key_mask_strides[0]
-    begin, head_end, body_end, end = key_blocks(
-        mask, key_mask_strides[1], start_m, num_queries, num_keys, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
+    if inputs.key_mask is not None:
+        mask = inputs.key_mask + widen(row) * strides.key_mask[0]
+    pairs = Pairs(
+        bias=bias,
+        bias_stride=strides.bias[3],
+        mask=mask,
+        mask_stride=strides.key_mask[1],
+        shift=num_keys - num_queries,
+        window=window,
+        first_column=prompt_length,
+    )
+    blocks = key_blocks(pairs, start_m, num_queries, num_keys, switches, BLOCK_M, BLOCK_N)
     for CHECK in tl.static_range(2):
         acc, row_max, row_sum = attend_range(
-            acc, row_max, row_sum, q, queries, num_keys - num_queries, k, v, k_strides, v_strides,
-            bias_ptrs, bias_strides[3], mask, key_mask_strides[1], begin, head_end, body_end, end, num_queries,
-            scale, softcap, window, seed, dropout_p, stream, prompt_length,
-            HEAD_DIM, BLOCK_D, BLOCK_N, CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+            acc, row_max, row_sum, tile, key_list, pairs, blocks, factors, switches, BLOCK_D, BLOCK_N, CHECK, True
+        )
 
     output, lse = finish_softmax(acc, row_max, row_sum)
-    if HAS_DROPOUT:
-        output = output * (1.0 / (1.0 - dropout_p))
-    store_tile(o_ptr + offset_of(o_strides, memory_row, head, first_token + start_m), o_strides[2], o_strides[3],
-               num_queries - start_m, output, BLOCK_M, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + offset_of(lse_strides, memory_row, head, first_token + rows), lse, mask=rows < num_queries)
+    if switches.HAS_DROPOUT:
+        output = output * (1.0 / (1.0 - factors.dropout_p))
+    first = own.o + offset_of(own_strides.o, memory_row, head, first_token + start_m)
+    store_tile(first, own_strides.o, num_queries - start_m, output, BLOCK_M, switches.HEAD_DIM, BLOCK_D)
+    tl.store(own.lse + offset_of(own_strides.lse, memory_row, head, first_token + rows), lse, mask=rows < num_queries)
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
-def _forward_launch(form: Form, config: launch.LaunchConfig, o_strides: tuple[int, ...],
-                    lse_strides: tuple[int, ...]) -> tuple[tuple[int, ...], launcher.Constants]:
+def _forward_launch(
+    form: Form, config: launch.LaunchConfig, o_strides: tuple[int, ...], lse_strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], launcher.Constants]:
     """The grid and the arguments that are no tensors."""
     num_tiles = triton.cdiv(form.num_queries, config.block_m)
-    return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants({
-        **form.constants("forward"), "o_strides": o_strides, "lse_strides": lse_strides, "num_tiles": num_tiles,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_P": form.prompt_block(config.block_n),
-        **config.options})
+    return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants(
+        {
+            **form.constants("forward"),
+            "own_strides": Results(o_strides, lse_strides),
+            "num_tiles": num_tiles,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_P": form.prompt_block(config.block_n),
+            **config.options,
+        },
+        groups=(Inputs, Results),
+    )
 
 
 def prompt_attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt_k: torch.Tensor, prompt_v: torch.Tensor, *,
-    config: launch.LaunchConfig | None = None, **arguments: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor,
+    prompt_v: torch.Tensor,
+    *,
+    config: launch.LaunchConfig | None = None,
+    **arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over a prompt shared by the batch, followed by each row's own keys; gives (o, lse).
 
@@ -191,6 +246,5 @@ def prompt_attention_forward(
     lse = launch.allocate_statistics(lse_shape, q.device)
     config = config or form.config("forward")
     grid, constants = _forward_launch(form, config, heads_strides(output), problem.row_stride(lse))
-    launch.run(
-        _prompt_attention_forward_kernel, grid, q.device, (*problem.tensors("forward"), output, lse), constants)
+    launch.run(_prompt_attention_forward_kernel, grid, q.device, (problem.tensors("forward"), (output, lse)), constants)
     return output, lse

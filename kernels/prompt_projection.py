@@ -24,9 +24,23 @@ _POINTER_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.
 # inner and columns belong to the model, and loads are only vectorised where their bounds are known to be even.
 @triton.jit(do_not_specialize=("rows",))
 def _layered_matmul_kernel(
-    x_ptr, weight_table_ptr, bias_table_ptr, out_ptr, x_strides, inner_stride, column_stride, out_strides,
-    rows, inner, columns, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr,
+    weight_table_ptr,
+    bias_table_ptr,
+    out_ptr,
+    x_strides,
+    inner_stride,
+    column_stride,
+    out_strides,
+    rows,
+    inner,
+    columns,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     # out[l] (rows, columns) = x[l] (rows, inner) @ w[l] (inner, columns) + bias[l]
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -54,8 +68,15 @@ def _layered_matmul_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m < rows) & (n < columns))
 
 
-def _layered_matmul(x: torch.Tensor, weight_table: torch.Tensor, bias_table: torch.Tensor | None, aligned: bool,
-                    columns: int, inner_stride: int, column_stride: int) -> torch.Tensor:
+def _layered_matmul(
+    x: torch.Tensor,
+    weight_table: torch.Tensor,
+    bias_table: torch.Tensor | None,
+    aligned: bool,
+    columns: int,
+    inner_stride: int,
+    column_stride: int,
+) -> torch.Tensor:
     """(L, rows, columns) from x (L, rows, inner) and tables of addresses of (inner, columns) weights.
 
     aligned: whether every weight begins at a multiple of 16 bytes.
@@ -65,12 +86,28 @@ def _layered_matmul(x: torch.Tensor, weight_table: torch.Tensor, bias_table: tor
     config = launch.choose_projection_config(launch.architecture(x.device), x.dtype, rows)
     programs = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
     launch.run(
-        _layered_matmul_kernel, (programs, layers), x.device, (x, weight_table, bias_table, out),
+        _layered_matmul_kernel,
+        (programs, layers),
+        x.device,
+        (x, weight_table, bias_table, out),
         launcher.constants(
-            x_strides=x.stride(), inner_stride=inner_stride, column_stride=column_stride, out_strides=out.stride(),
-            rows=rows, inner=inner, columns=columns, DTYPE=_POINTER_TYPES[x.dtype], ALIGNED=aligned,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, PRECISION="ieee",
-            num_warps=config.num_warps, num_stages=config.num_stages))
+            x_strides=x.stride(),
+            inner_stride=inner_stride,
+            column_stride=column_stride,
+            out_strides=out.stride(),
+            rows=rows,
+            inner=inner,
+            columns=columns,
+            DTYPE=_POINTER_TYPES[x.dtype],
+            ALIGNED=aligned,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            PRECISION="ieee",
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        ),
+    )
     return out
 
 
@@ -93,16 +130,19 @@ class WeightTable:
                     raise ValueError(
                         f"{name}[{place}] must have the shape, strides, dtype and device of {name}[0]: "
                         f"{tuple(like.shape)}, {like.stride()}, {first.dtype}, {first.device}; "
-                        f"got {tuple(tensor.shape)}, {tensor.stride()}, {tensor.dtype}, {tensor.device}")
+                        f"got {tuple(tensor.shape)}, {tensor.stride()}, {tensor.dtype}, {tensor.device}"
+                    )
         if first.dtype not in _POINTER_TYPES:
             raise ValueError(f"weights must be float16, bfloat16 or float32; got {first.dtype}")
         if first.dim() != 2:
             raise ValueError(f"weights must be (F, D) each; got shape {tuple(first.shape)}")
-        if biases is not None and (len(biases) != len(weights) or biases[0].shape != first.shape[:1]
-                                   or biases[0].stride() != (1,)):
+        if biases is not None and (
+            len(biases) != len(weights) or biases[0].shape != first.shape[:1] or biases[0].stride() != (1,)
+        ):
             raise ValueError(
                 f"biases must be {len(weights)} contiguous tensors of shape ({first.shape[0]},); "
-                f"got {len(biases)} of shape {tuple(biases[0].shape)}")
+                f"got {len(biases)} of shape {tuple(biases[0].shape)}"
+            )
         # A parameter may be given other memory; an alias of it keeps what is addressed here.
         self.tensors = tuple(tensor.detach() for tensor in (*weights, *(biases or ())))
         self.num_layers = len(weights)
@@ -122,7 +162,8 @@ class _PromptProjection(torch.autograd.Function):
         ctx.table = table
         out_features, _ = table.shape
         return _layered_matmul(
-            x, table.weights, table.biases, table.aligned, out_features, table.strides[1], table.strides[0])
+            x, table.weights, table.biases, table.aligned, out_features, table.strides[1], table.strides[0]
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -132,8 +173,9 @@ class _PromptProjection(torch.autograd.Function):
         return _layered_matmul(grad_output, table.weights, None, table.aligned, in_features, *table.strides), None
 
 
-def prompt_projection(x: torch.Tensor, weights: Sequence[torch.Tensor] | WeightTable,
-                      biases: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+def prompt_projection(
+    x: torch.Tensor, weights: Sequence[torch.Tensor] | WeightTable, biases: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
     """Project every layer's prompt with that layer's frozen weight: y[l] = x[l] W[l]^T + b[l], in one launch.
 
     Args:
@@ -151,7 +193,8 @@ def prompt_projection(x: torch.Tensor, weights: Sequence[torch.Tensor] | WeightT
     if x.dim() != 3 or (x.shape[0], x.shape[2]) != expected or (x.dtype, x.device) != (table.dtype, table.device):
         raise ValueError(
             f"x must be ({expected[0]}, P, {expected[1]}) {table.dtype} on {table.device}; "
-            f"got {tuple(x.shape)} {x.dtype} on {x.device}")
+            f"got {tuple(x.shape)} {x.dtype} on {x.device}"
+        )
     if x.dtype == torch.bfloat16 and launch.architecture(x.device) == 0:
         raise ValueError("x must be float32 or float16 under Triton's interpreter; got torch.bfloat16")
     return _PromptProjection.apply(x, table)

@@ -4,9 +4,14 @@ delta is rowsum(do * o). dQ mirrors the forward: a tile of queries walks over th
 Derivation and grids: README.md.
 """
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from ptv2_fast.kernels.arguments import Blocks, GradientTile, KeyList, Pairs
 from ptv2_fast.kernels.problem import UNSPECIALIZED
 from ptv2_fast.kernels.tiles import (
     LOG2E,
@@ -28,11 +33,32 @@ from ptv2_fast.kernels.tiles import (
 )
 
 
+class QueryTensors(NamedTuple):
+    """What dQ is made of besides the inputs (lse in powers of two), and dQ; or their strides."""
+
+    do: Any
+    lse: Any
+    delta: Any
+    dq: Any
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _prompt_attention_delta_kernel(
-    o_ptr, do_ptr, lse_ptr, cu_seqlens_ptr, delta_ptr, lse2_ptr, o_strides, do_strides, lse_strides,
-    num_queries, num_heads, num_tiles,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    o_ptr,
+    do_ptr,
+    lse_ptr,
+    cu_seqlens_ptr,
+    delta_ptr,
+    lse2_ptr,
+    o_strides,
+    do_strides,
+    lse_strides,
+    num_queries,
+    num_heads,
+    num_tiles,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     tile, head, row = program_coordinates(num_tiles, num_heads)
     memory_row, first_token, num_queries, _ = row_extent(cu_seqlens_ptr, row, num_queries, num_queries)
@@ -40,10 +66,10 @@ def _prompt_attention_delta_kernel(
     if start_m >= num_queries:
         return
     first = first_token + start_m
-    o = load_tile(o_ptr + offset_of(o_strides, memory_row, head, first), o_strides[2], o_strides[3],
-                  num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    do = load_tile(do_ptr + offset_of(do_strides, memory_row, head, first), do_strides[2], do_strides[3],
-                   num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    o_ptr += offset_of(o_strides, memory_row, head, first)
+    o = load_tile(o_ptr, o_strides, num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    do_ptr += offset_of(do_strides, memory_row, head, first)
+    do = load_tile(do_ptr, do_strides, num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     rows = tl.arange(0, BLOCK_M)
     present = start_m + rows < num_queries
     places = offset_of(lse_strides, memory_row, head, first + rows)
@@ -54,101 +80,136 @@ def _prompt_attention_delta_kernel(
 
 
 @triton.jit
-def query_gradient_range(dq, q, do, lse, delta, queries, shift, k_ptr, v_ptr, k_strides, v_strides, bias_ptrs,
-                         bias_stride, key_mask_ptr, key_mask_stride, begin, head_end, body_end, end, num_queries, scale,
-                         softcap, window, seed, dropout_p, stream, first_column,
-                         HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr,
-                         IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add the share of keys begin..end-1 of one key list to dq / scale; blocks as in `attend_range`."""
-    num_blocks, head_blocks = count_blocks(begin, head_end, body_end, end, BLOCK_N, CHECK)
+def query_gradient_range(
+    dq,
+    tile,
+    key_list,
+    pairs,
+    blocks,
+    factors,
+    switches: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECK: tl.constexpr,
+    IS_TEXT: tl.constexpr,
+):
+    """Add the share of one key list's blocks to dq / scale; which of them as in `attend_range`."""
+    num_blocks, head_blocks = count_blocks(blocks, BLOCK_N, CHECK)
     for block in range(num_blocks):
-        start = block_start(block, head_blocks, begin, head_end, body_end, BLOCK_N, CHECK)
-        k = load_keys(k_ptr, k_strides[2], k_strides[3], start, end, key_mask_ptr, key_mask_stride,
-                      BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
-        v = load_keys(v_ptr, v_strides[2], v_strides[3], start, end, key_mask_ptr, key_mask_stride,
-                      BLOCK_N, HEAD_DIM, BLOCK_D, CHECK)  # [BLOCK_N, BLOCK_D]
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        start = block_start(block, head_blocks, blocks, BLOCK_N, CHECK)
+        k = load_keys(
+            key_list.k, key_list.k_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK
+        )  # [BLOCK_N, BLOCK_D]
+        v = load_keys(
+            key_list.v, key_list.v_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK
+        )  # [BLOCK_N, BLOCK_D]
+        dots = tl.dot(tile.q, tl.trans(k), input_precision=switches.PRECISION)  # [BLOCK_M, BLOCK_N]
         keys = start + tl.arange(0, BLOCK_N)[None, :]
-        scores, unit, slope = tile_scores(
-            dots, queries, keys, shift, bias_ptrs, bias_stride, key_mask_ptr, key_mask_stride, num_queries, end,
-            scale, softcap, window, CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP)
-        probs = tl.exp2(scores * unit - lse[:, None])
-        dprobs = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        scores, unit, slope = tile_scores(dots, tile, keys, pairs, blocks.end, factors, switches, CHECK, IS_TEXT)
+        probs = tl.exp2(scores * unit - tile.lse[:, None])
+        dprobs = tl.dot(tile.do, tl.trans(v), input_precision=switches.PRECISION)
         keep = None
-        if HAS_DROPOUT:
-            keep = dropout_keep(seed, stream, queries, first_column + keys, dropout_p)
-        dscores, _ = score_gradient(probs, dprobs, delta[:, None], keep, dropout_p, HAS_DROPOUT)
-        dq = tl.dot((dscores * slope).to(k.dtype), k, dq, input_precision=PRECISION)
+        if switches.HAS_DROPOUT:
+            keep = dropout_keep(tile.seed, tile.stream, tile.queries, pairs.first_column + keys, factors.dropout_p)
+        dscores, _ = score_gradient(probs, dprobs, tile.delta[:, None], keep, factors.dropout_p, switches.HAS_DROPOUT)
+        dq = tl.dot((dscores * slope).to(k.dtype), k, dq, input_precision=switches.PRECISION)
     return dq
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _prompt_attention_backward_query_kernel(
-    q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, key_mask_ptr, bias_ptr, prompt_bias_ptr, prompt_index_ptr,
-    prompt_lens_ptr, cu_seqlens_ptr, seed_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    q_strides, k_strides, v_strides, prompt_k_strides, prompt_v_strides, key_mask_strides, bias_strides,
-    prompt_bias_strides, do_strides, lse_strides, dq_strides,
-    num_queries, num_keys, prompt_length, num_heads, num_tiles, scale, softcap, window, dropout_p,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, HAS_PROMPT: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    inputs,
+    own,
+    strides,
+    own_strides,
+    num_queries,
+    num_keys,
+    prompt_length,
+    num_heads,
+    num_tiles,
+    window,
+    factors,
+    switches: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    tile, head, row = program_coordinates(num_tiles, num_heads)
-    if IS_CAUSAL:
-        tile = num_tiles - 1 - tile
-    kv_head = head // GROUP
-    memory_row, first_token, num_queries, num_keys = row_extent(cu_seqlens_ptr, row, num_queries, num_keys)
-    start_m = tile * BLOCK_M
+    number, head, row = program_coordinates(num_tiles, num_heads)
+    if switches.IS_CAUSAL:
+        number = num_tiles - 1 - number
+    kv_head = head // switches.GROUP
+    memory_row, first_token, num_queries, num_keys = row_extent(inputs.cu_seqlens, row, num_queries, num_keys)
+    start_m = number * BLOCK_M
     if start_m >= num_queries:
         return
 
     first_row = first_token + start_m
-    q = load_tile(q_ptr + offset_of(q_strides, memory_row, head, first_row), q_strides[2], q_strides[3],
-                  num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    do = load_tile(do_ptr + offset_of(do_strides, memory_row, head, first_row), do_strides[2], do_strides[3],
-                   num_queries - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    # [BLOCK_M, BLOCK_D]
+    first = inputs.q + offset_of(strides.q, memory_row, head, first_row)
+    q = load_tile(first, strides.q, num_queries - start_m, BLOCK_M, switches.HEAD_DIM, BLOCK_D, True)
+    first = own.do + offset_of(own_strides.do, memory_row, head, first_row)
+    do = load_tile(first, own_strides.do, num_queries - start_m, BLOCK_M, switches.HEAD_DIM, BLOCK_D, True)
     rows = start_m + tl.arange(0, BLOCK_M)
     queries = rows[:, None]
-    statistics = offset_of(lse_strides, memory_row, head, first_token)
-    lse, delta = load_statistics(lse_ptr, delta_ptr, statistics, lse_strides[2], rows, num_queries)
-    stream = row * num_heads + head
+    statistics = offset_of(own_strides.lse, memory_row, head, first_token)
+    lse, delta = load_statistics(own.lse, own.delta, statistics, own_strides.lse[2], rows, num_queries)
     seed = 0
-    if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
+    if switches.HAS_DROPOUT:
+        seed = tl.load(inputs.seed)
+    tile = GradientTile(q, do, lse, delta, queries, num_queries, seed, row * num_heads + head)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
-    if HAS_PROMPT:
-        entry, length = prompt_entry(prompt_index_ptr, prompt_lens_ptr, row, prompt_length)
-        prompt_k = prompt_k_ptr + offset_of(prompt_k_strides, entry, kv_head, 0)
-        prompt_v = prompt_v_ptr + offset_of(prompt_v_strides, entry, kv_head, 0)
-        prompt_bias_ptrs = None
-        if prompt_bias_ptr is not None:
-            prompt_bias_ptrs = prompt_bias_ptr + offset_of(prompt_bias_strides, entry, head, 0) + queries * 0
-        full = length // BLOCK_P * BLOCK_P
+    if switches.HAS_PROMPT:
+        entry, length = prompt_entry(inputs.prompt_index, inputs.prompt_lens, row, prompt_length)
+        key_list = KeyList(
+            inputs.prompt_k + offset_of(strides.prompt_k, entry, kv_head, 0),
+            inputs.prompt_v + offset_of(strides.prompt_v, entry, kv_head, 0),
+            strides.prompt_k,
+            strides.prompt_v,
+        )
+        prompt_bias = None
+        if inputs.prompt_bias is not None:
+            prompt_bias = inputs.prompt_bias + offset_of(strides.prompt_bias, entry, head, 0) + queries * 0
+        pairs = Pairs(
+            bias=prompt_bias,
+            bias_stride=strides.prompt_bias[2],
+            mask=None,
+            mask_stride=0,
+            shift=0,
+            window=0,
+            first_column=0,
+        )
+        blocks = Blocks(0, 0, length // BLOCK_P * BLOCK_P, length)
         for CHECK in tl.static_range(2):
             dq = query_gradient_range(
-                dq, q, do, lse, delta, queries, 0, prompt_k, prompt_v, prompt_k_strides, prompt_v_strides,
-                prompt_bias_ptrs, prompt_bias_strides[2], None, 0, 0, 0, full, length, num_queries,
-                scale, softcap, 0, seed, dropout_p, stream, 0,
-                HEAD_DIM, BLOCK_D, BLOCK_P, CHECK, False, False, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+                dq, tile, key_list, pairs, blocks, factors, switches, BLOCK_D, BLOCK_P, CHECK, False
+            )
 
-    k = k_ptr + offset_of(k_strides, memory_row, kv_head, first_token)
-    v = v_ptr + offset_of(v_strides, memory_row, kv_head, first_token)
-    bias_ptrs = None
-    if bias_ptr is not None:
-        bias_ptrs = bias_ptr + offset_of(bias_strides, row, head, queries)  # [BLOCK_M, 1]
+    key_list = KeyList(
+        inputs.k + offset_of(strides.k, memory_row, kv_head, first_token),
+        inputs.v + offset_of(strides.v, memory_row, kv_head, first_token),
+        strides.k,
+        strides.v,
+    )
+    bias = None
+    if inputs.bias is not None:
+        bias = inputs.bias + offset_of(strides.bias, row, head, queries)  # [BLOCK_M, 1]
     mask = None
-    if key_mask_ptr is not None:
-        mask = key_mask_ptr + widen(row) * key_mask_strides[0]
-    begin, head_end, body_end, end = key_blocks(
-        mask, key_mask_strides[1], start_m, num_queries, num_keys, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
+    if inputs.key_mask is not None:
+        mask = inputs.key_mask + widen(row) * strides.key_mask[0]
+    pairs = Pairs(
+        bias=bias,
+        bias_stride=strides.bias[3],
+        mask=mask,
+        mask_stride=strides.key_mask[1],
+        shift=num_keys - num_queries,
+        window=window,
+        first_column=prompt_length,
+    )
+    blocks = key_blocks(pairs, start_m, num_queries, num_keys, switches, BLOCK_M, BLOCK_N)
     for CHECK in tl.static_range(2):
-        dq = query_gradient_range(
-            dq, q, do, lse, delta, queries, num_keys - num_queries, k, v, k_strides, v_strides,
-            bias_ptrs, bias_strides[3], mask, key_mask_strides[1], begin, head_end, body_end, end, num_queries,
-            scale, softcap, window, seed, dropout_p, stream, prompt_length,
-            HEAD_DIM, BLOCK_D, BLOCK_N, CHECK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION)
+        dq = query_gradient_range(dq, tile, key_list, pairs, blocks, factors, switches, BLOCK_D, BLOCK_N, CHECK, True)
 
-    store_tile(dq_ptr + offset_of(dq_strides, memory_row, head, first_row), dq_strides[2], dq_strides[3],
-               num_queries - start_m, dq * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
+    first = own.dq + offset_of(own_strides.dq, memory_row, head, first_row)
+    store_tile(first, own_strides.dq, num_queries - start_m, dq * factors.scale, BLOCK_M, switches.HEAD_DIM, BLOCK_D)

@@ -9,6 +9,8 @@ The maths these helpers implement is derived in `kernels/README.md`.
 import triton
 import triton.language as tl
 
+from ptv2_fast.kernels.arguments import Blocks
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Below this |x| the exponential form of tanh loses digits to cancellation; the odd polynomial of degree seven is
@@ -66,12 +68,13 @@ def prompt_entry(prompt_index_ptr, prompt_lens_ptr, row, prompt_length):
 
 
 @triton.jit
-def load_tile(ptr, row_stride, col_stride, rows_left, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-              BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+def load_tile(
+    ptr, strides, rows_left, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr
+):
     """A [BLOCK, BLOCK_D] tile starting at `ptr`; rows from `rows_left` on (if CHECK) and padded columns read as 0."""
     rows = tl.arange(0, BLOCK)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + rows * row_stride + cols * col_stride  # [BLOCK, BLOCK_D]
+    ptrs = ptr + rows * strides[2] + cols * strides[3]  # [BLOCK, BLOCK_D]
     if CHECK:
         if HEAD_DIM == BLOCK_D:
             return tl.load(ptrs, mask=rows < rows_left, other=0.0)
@@ -85,30 +88,38 @@ def load_tile(ptr, row_stride, col_stride, rows_left, BLOCK: tl.constexpr, HEAD_
 
 
 @triton.jit
-def load_keys(ptr, row_stride, col_stride, start, end, key_mask_ptr, key_mask_stride, BLOCK: tl.constexpr,
-              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+def load_keys(
+    ptr,
+    strides,
+    start,
+    end,
+    pairs,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr,
+):
     """A [BLOCK, BLOCK_D] tile of keys or values start..; masked ones and those from `end` on (if CHECK) read as 0.
 
     What stands in a masked row is not loaded: a weight of 0 would not undo a NaN.
     """
-    first = ptr + widen(start) * row_stride
-    if not CHECK or key_mask_ptr is None:
-        return load_tile(first, row_stride, col_stride, end - start, BLOCK, HEAD_DIM, BLOCK_D, CHECK)
+    first = ptr + widen(start) * strides[2]
+    if not CHECK or pairs.mask is None:
+        return load_tile(first, strides, end - start, BLOCK, HEAD_DIM, BLOCK_D, CHECK)
     else:
         rows = tl.arange(0, BLOCK)[:, None]
         cols = tl.arange(0, BLOCK_D)[None, :]
         keys = start + rows
-        attended = tl.load(key_mask_ptr + widen(keys) * key_mask_stride, mask=keys < end, other=0) != 0
-        return tl.load(first + rows * row_stride + cols * col_stride, mask=attended & (cols < HEAD_DIM), other=0.0)
+        attended = tl.load(pairs.mask + widen(keys) * pairs.mask_stride, mask=keys < end, other=0) != 0
+        return tl.load(first + rows * strides[2] + cols * strides[3], mask=attended & (cols < HEAD_DIM), other=0.0)
 
 
 @triton.jit
-def store_tile(ptr, row_stride, col_stride, rows_left, tile, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-               BLOCK_D: tl.constexpr):
+def store_tile(ptr, strides, rows_left, tile, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write a [BLOCK, BLOCK_D] tile at `ptr`, rows before `rows_left` and real columns only."""
     rows = tl.arange(0, BLOCK)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + rows * row_stride + cols * col_stride
+    ptrs = ptr + rows * strides[2] + cols * strides[3]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(rows < rows_left) & (cols < HEAD_DIM))
 
 
@@ -188,39 +199,47 @@ def split_blocks(begin, full_begin, full_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def count_blocks(begin, head_end, body_end, end, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+def count_blocks(blocks, BLOCK: tl.constexpr, CHECK: tl.constexpr):
     """(blocks to visit, how many of them stand before the full ones): the partial ones if CHECK, else the full."""
     if CHECK:
-        head_blocks = tl.cdiv(tl.maximum(tl.minimum(head_end, end) - begin, 0), BLOCK)
-        return head_blocks + tl.cdiv(tl.maximum(end - body_end, 0), BLOCK), head_blocks
+        head_blocks = tl.cdiv(tl.maximum(tl.minimum(blocks.head_end, blocks.end) - blocks.begin, 0), BLOCK)
+        return head_blocks + tl.cdiv(tl.maximum(blocks.end - blocks.body_end, 0), BLOCK), head_blocks
     else:
-        return tl.cdiv(tl.maximum(body_end - head_end, 0), BLOCK), 0
+        return tl.cdiv(tl.maximum(blocks.body_end - blocks.head_end, 0), BLOCK), 0
 
 
 @triton.jit
-def block_start(block, head_blocks, begin, head_end, body_end, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+def block_start(block, head_blocks, blocks, BLOCK: tl.constexpr, CHECK: tl.constexpr):
     """Where the block-th block of `count_blocks` starts; one loop visits the partial blocks of both ends."""
     if CHECK:
-        return tl.where(block < head_blocks, begin + block * BLOCK, body_end + (block - head_blocks) * BLOCK)
+        behind = blocks.body_end + (block - head_blocks) * BLOCK
+        return tl.where(block < head_blocks, blocks.begin + block * BLOCK, behind)
     else:
-        return head_end + block * BLOCK
+        return blocks.head_end + block * BLOCK
 
 
 @triton.jit
-def key_blocks(key_mask_ptr, key_mask_stride, start_m, num_queries, num_keys, window, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The text keys that a tile of queries has to visit, as (begin, head_end, body_end, end)."""
-    shift = num_keys - num_queries
+def key_blocks(
+    pairs, start_m, num_queries, num_keys, switches: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The `Blocks` of text keys that a tile of queries has to visit."""
     last_query = tl.minimum(start_m + BLOCK_M, num_queries) - 1
-    lowest, highest, has_holes = key_bounds(key_mask_ptr, key_mask_stride, num_keys)
+    lowest, highest, has_holes = key_bounds(pairs.mask, pairs.mask_stride, num_keys)
     begin, full_begin, full_end, end = visible_keys(
-        start_m + shift, last_query + shift, lowest, highest, window, IS_CAUSAL, HAS_WINDOW)
+        start_m + pairs.shift,
+        last_query + pairs.shift,
+        lowest,
+        highest,
+        pairs.window,
+        switches.IS_CAUSAL,
+        switches.HAS_WINDOW,
+    )
     head_end, body_end = split_blocks(begin, full_begin, full_end, BLOCK_N)
-    if key_mask_ptr is not None:
+    if pairs.mask is not None:
         # With holes every block needs the mask: none is full.
         head_end = tl.where(has_holes, begin, head_end)
         body_end = tl.where(has_holes, begin, body_end)
-    return begin, head_end, body_end, end
+    return Blocks(begin, head_end, body_end, end)
 
 
 @triton.jit
@@ -233,40 +252,41 @@ def tanh(x):
 
 
 @triton.jit
-def tile_scores(dots, queries, keys, shift, bias_ptrs, bias_stride, key_mask_ptr, key_mask_stride,
-                num_queries, key_limit, scale, softcap, window, CHECK: tl.constexpr, IS_CAUSAL: tl.constexpr,
-                HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def tile_scores(
+    dots, tile, keys, pairs, key_limit, factors, switches: tl.constexpr, CHECK: tl.constexpr, IS_TEXT: tl.constexpr
+):
     """Scores of a tile from its dot products, as (scores, unit, slope): `scores * unit` is in powers of two.
 
     slope is d(capped score)/d(scaled dot): 1 without softcap. Invisible pairs get -inf (only looked for if CHECK).
 
-    queries, keys: 2-D indices. bias_ptrs: pointers of the bias at key 0, 2-D along the queries, or None.
+    tile: of queries. keys: 2-D indices. pairs: the `Pairs` that they make. IS_TEXT: whether causality and the window
+    hide some of them.
     """
-    unit = scale * LOG2E
+    unit = factors.scale * LOG2E
     slope = 1.0
     scores = dots
-    if HAS_SOFTCAP:
-        bounded = tanh(dots * (scale / softcap))
-        scores = bounded * (softcap * LOG2E)
+    if switches.HAS_SOFTCAP:
+        bounded = tanh(dots * (factors.scale / factors.softcap))
+        scores = bounded * (factors.softcap * LOG2E)
         slope = 1.0 - bounded * bounded
         unit = 1.0
-    if bias_ptrs is not None:
-        inside = (queries < num_queries) & (keys < key_limit)
-        bias = tl.load(bias_ptrs + widen(keys) * bias_stride, mask=inside, other=0.0).to(tl.float32)
+    if pairs.bias is not None:
+        inside = (tile.queries < tile.num_queries) & (keys < key_limit)
+        bias = tl.load(pairs.bias + widen(keys) * pairs.bias_stride, mask=inside, other=0.0).to(tl.float32)
         scores = scores * unit + bias * LOG2E
         unit = 1.0
     if CHECK:
         visible = keys < key_limit
-        if key_mask_ptr is not None:
-            attended = tl.load(key_mask_ptr + widen(keys) * key_mask_stride, mask=visible, other=0)
+        if pairs.mask is not None:
+            attended = tl.load(pairs.mask + widen(keys) * pairs.mask_stride, mask=visible, other=0)
             visible = visible & (attended != 0)
-        if IS_CAUSAL:
-            visible = visible & (keys <= queries + shift)
-        if HAS_WINDOW:
-            if IS_CAUSAL:
-                visible = visible & (queries + shift - keys < window)
+        if IS_TEXT and switches.IS_CAUSAL:
+            visible = visible & (keys <= tile.queries + pairs.shift)
+        if IS_TEXT and switches.HAS_WINDOW:
+            if switches.IS_CAUSAL:
+                visible = visible & (tile.queries + pairs.shift - keys < pairs.window)
             else:
-                visible = visible & (tl.abs(queries + shift - keys) <= window)
+                visible = visible & (tl.abs(tile.queries + pairs.shift - keys) <= pairs.window)
         scores = tl.where(visible, scores, float("-inf"))
     return scores, unit, slope
 

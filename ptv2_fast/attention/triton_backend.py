@@ -29,6 +29,17 @@ DECODE_QUERIES = 16
 _Q, _K, _V, _PROMPT_K, _PROMPT_V, _PROMPT_BIAS, _BIAS = range(7)
 _TRAINED = 7
 
+# What both ops are given: `_GIVEN` tensors that forward and backward name, then `_REST`, of which the first are
+# tensors too.
+_GIVEN, _TENSORS = 6, 12
+_GIVEN_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, Tensor? prompt_bias"
+_REST_SCHEMA = (
+    "Tensor? bias, Tensor? key_mask, Tensor? cu_seqlens, Tensor? prompt_index, Tensor? prompt_lens, Tensor? seed, "
+    "SymInt? max_seqlen, bool causal, SymInt? window, float? softcap, float scale, float dropout_p"
+)
+# The names of the rest, which are those of the kernels' keyword arguments.
+_REST = tuple(argument.split()[1] for argument in _REST_SCHEMA.split(", "))
+
 
 def unavailable_reason(device: torch.device | str) -> str | None:
     """Why Triton cannot serve tensors on `device`, or None where it can."""
@@ -99,37 +110,6 @@ def prompt_attention(
     return (output, lse) if return_lse else output
 
 
-def _kernel_arguments(
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    prompt_index: Tensor | None,
-    prompt_lens: Tensor | None,
-    seed: Tensor | None,
-    max_seqlen: int | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    dropout_p: float,
-) -> dict[str, Any]:
-    """The trailing arguments of both ops as keyword arguments of the kernels' host functions."""
-    return {
-        "key_mask": key_mask,
-        "cu_seqlens": cu_seqlens,
-        "prompt_index": prompt_index,
-        "prompt_lens": prompt_lens,
-        "bias": bias,
-        "seed": seed,
-        "max_seqlen": max_seqlen,
-        "causal": causal,
-        "window": window,
-        "softcap": softcap,
-        "scale": scale,
-        "dropout_p": dropout_p,
-    }
-
-
 def by_decode(q: Tensor, cu_seqlens: Tensor | None, dropout_p: float) -> bool:
     """Whether the kernel for few queries serves the forward pass."""
     return cu_seqlens is None and dropout_p == 0.0 and q.shape[2] <= DECODE_QUERIES
@@ -138,9 +118,8 @@ def by_decode(q: Tensor, cu_seqlens: Tensor | None, dropout_p: float) -> bool:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    arguments = _kernel_arguments(*rest)
-    # Both functions give the same (o, lse), so what needs a gradient may take the short road as
-    # well.
+    arguments = dict(zip(_REST, rest, strict=True))
+    # Both functions give the same (o, lse), so what needs a gradient may take the short road as well.
     if by_decode(q, arguments["cu_seqlens"], arguments["dropout_p"]):
         from ptv2_fast.kernels.prompt_decode import prompt_attention_decode as attend
     else:
@@ -170,48 +149,28 @@ def _backward(
         prompt_bias=needs[_PROMPT_BIAS],
         bias=needs[_BIAS],
     )
+    arguments = dict(zip(_REST, rest, strict=True))
     return prompt_attention_backward(
-        grad_output,
-        q,
-        k,
-        v,
-        prompt_k,
-        prompt_v,
-        output,
-        lse,
-        needs=asked,
-        prompt_bias=prompt_bias,
-        **_kernel_arguments(*rest),
+        grad_output, q, k, v, prompt_k, prompt_v, output, lse, needs=asked, prompt_bias=prompt_bias, **arguments
     )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the tensors, o and lse among them, in the order in which `_backward` takes them."""
+    ctx.save_for_backward(*inputs[:_GIVEN], *output, *inputs[_GIVEN:_TENSORS])
+    ctx.numbers = inputs[_TENSORS:]
+    ctx.mark_non_differentiable(output[1])
 
 
 class _PromptAttention(torch.autograd.Function):
     """The eager path: saves the inputs, o and lse, and launches only the passes that are asked for."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prompt_k: Tensor,
-        prompt_v: Tensor,
-        prompt_bias: Tensor | None,
-        bias: Tensor | None,
-        key_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        prompt_index: Tensor | None,
-        prompt_lens: Tensor | None,
-        seed: Tensor | None,
-        *numbers: Any,
-    ) -> tuple[Tensor, Tensor]:
-        rest = (bias, key_mask, cu_seqlens, prompt_index, prompt_lens, seed)
-        output, lse = _forward(q, k, v, prompt_k, prompt_v, prompt_bias, *rest, *numbers)
-        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, prompt_bias, output, lse, *rest)
-        ctx.numbers = numbers
-        ctx.mark_non_differentiable(lse)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*arguments)
+        _save_for_backward(ctx, arguments, output)
         ctx.set_materialize_grads(False)
-        return output, lse
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -220,129 +179,42 @@ class _PromptAttention(torch.autograd.Function):
         if grad_output is None:
             return (None,) * _TRAINED + none
         saved = ctx.saved_tensors
-        *inputs, output, lse = saved[:8]
-        rest = saved[8:]
         needs = ctx.needs_input_grad[:_TRAINED]
-        grads = _backward(grad_output, *inputs, output, lse, needs, *rest, *ctx.numbers)
+        grads = _backward(grad_output, *saved[: _GIVEN + 2], needs, *saved[_GIVEN + 2 :], *ctx.numbers)
         asked = (grad if need else None for grad, need in zip(grads, needs, strict=False))
         return (*asked, *none)
 
 
-@torch.library.custom_op("ptv2_fast::prompt_attention_forward", mutates_args=())
-def forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    prompt_bias: Tensor | None,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    prompt_index: Tensor | None,
-    prompt_lens: Tensor | None,
-    seed: Tensor | None,
-    max_seqlen: int | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "ptv2_fast::prompt_attention_forward",
+    mutates_args=(),
+    schema=f"({_GIVEN_SCHEMA}, {_REST_SCHEMA}) -> (Tensor, Tensor)",
+)
+def forward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`prompt_attention_forward` for the compiler: (o, lse)."""
-    return _forward(
-        q,
-        k,
-        v,
-        prompt_k,
-        prompt_v,
-        prompt_bias,
-        bias,
-        key_mask,
-        cu_seqlens,
-        prompt_index,
-        prompt_lens,
-        seed,
-        max_seqlen,
-        causal,
-        window,
-        softcap,
-        scale,
-        dropout_p,
-    )
+    return _forward(*arguments)
 
 
 @forward_op.register_fake
-def _forward_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    prompt_bias: Tensor | None,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    packed = cu_seqlens is not None
+def _forward_shapes(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    rest = dict(zip(_REST, others[_GIVEN - 1 :], strict=True))
+    packed = rest["cu_seqlens"] is not None
     *rows, tokens = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    dropout_p = rest[-1]
     # The forward kernel's rows of lse begin at multiples of 16 (`launch.allocate_statistics`).
-    width = tokens if by_decode(q, cu_seqlens, dropout_p) else (tokens + 15) // 16 * 16
+    width = tokens if by_decode(q, rest["cu_seqlens"], rest["dropout_p"]) else (tokens + 15) // 16 * 16
     return _empty_like_heads(q, packed), q.new_empty((*rows, width), dtype=torch.float32)[..., :tokens]
 
 
-@torch.library.custom_op("ptv2_fast::prompt_attention_backward", mutates_args=())
-def backward_op(
-    grad_output: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    prompt_bias: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    needs: list[bool],
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    prompt_index: Tensor | None,
-    prompt_lens: Tensor | None,
-    seed: Tensor | None,
-    max_seqlen: int | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    dropout_p: float,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "ptv2_fast::prompt_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, {_GIVEN_SCHEMA}, Tensor output, Tensor lse, bool[] needs, {_REST_SCHEMA})"
+    " -> Tensor[]",
+)
+def backward_op(grad_output: Tensor, q: Tensor, *others: Any) -> list[Tensor]:
     """`prompt_attention_backward` for the compiler: seven gradients, empty (size 0) where nobody asked."""
-    grads = _backward(
-        grad_output,
-        q,
-        k,
-        v,
-        prompt_k,
-        prompt_v,
-        prompt_bias,
-        output,
-        lse,
-        needs,
-        bias,
-        key_mask,
-        cu_seqlens,
-        prompt_index,
-        prompt_lens,
-        seed,
-        max_seqlen,
-        causal,
-        window,
-        softcap,
-        scale,
-        dropout_p,
-    )
+    needs = others[_GIVEN + 1]
+    grads = _backward(grad_output, q, *others)
     return [q.new_empty(0) if grad is None or not need else grad for grad, need in zip(grads, needs, strict=False)]
 
 
@@ -358,12 +230,10 @@ def _backward_shapes(
     output: Tensor,
     lse: Tensor,
     needs: Sequence[bool],
-    bias: Any,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
-    packed = cu_seqlens is not None
+    arguments = dict(zip(_REST, rest, strict=True))
+    packed, bias = arguments["cu_seqlens"] is not None, arguments["bias"]
     fresh = (
         lambda: _empty_like_heads(q, packed),
         lambda: _empty_like_heads(k, packed),
@@ -393,17 +263,14 @@ def _empty_like_prompts(prompt_k: Tensor) -> Tensor:
     return prompt_k.new_empty(prompt_k.shape)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6], *output, *inputs[6:12])
-    ctx.numbers = inputs[12:]
-    ctx.mark_non_differentiable(output[1])
-
-
 def _compiled_backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_TRAINED])
-    grads = backward_op(grad_output, *saved[:8], needs, *saved[8:], *ctx.numbers)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=False)), *((None,) * 11))
+    grads = backward_op(grad_output, *saved[: _GIVEN + 2], needs, *saved[_GIVEN + 2 :], *ctx.numbers)
+    return (
+        *(grad if need else None for grad, need in zip(grads, needs, strict=False)),
+        *((None,) * (len(ctx.needs_input_grad) - _TRAINED)),
+    )
 
 
 forward_op.register_autograd(_compiled_backward, setup_context=_save_for_backward)

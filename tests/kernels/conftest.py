@@ -43,7 +43,9 @@ def _poisoned_outputs(monkeypatch):
         return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else -1, dtype=dtype, device=device)
 
     def poisoned_strided(shape, strides, dtype, device):
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides)) if 0 not in shape else 0
+        reach = (
+            1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+        )
         return poisoned((reach,), dtype, device).as_strided(shape, strides)
 
     monkeypatch.setattr(launch, "allocate", poisoned)
@@ -278,7 +280,7 @@ def replayed_dropout(call: Call):
 
     def by_rows(q, k, v, *prompt, cu_seqlens, max_seqlen, prompt_index, **arguments):
         outputs, lses = [], []
-        for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             dense = (tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v))
             row_keep = keep[row : row + 1, :, : end - start, : prompt_length + end - start]
             output, lse = reference(

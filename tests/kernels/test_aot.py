@@ -173,10 +173,13 @@ from ptv2_fast.kernels import aot, aot_compile
 recorded = aot.record_case(aot.Case(90, "bf16", 64, "plain"))[0]
 types, constants, attributes = aot_compile.signature(recorded.kernel, recorded.arguments)
 names = list(types)
-assert types["q_ptr"] == "*bf16"
-assert types["key_mask_ptr"] == "constexpr" and constants[(names.index("key_mask_ptr"),)] is None
+inputs, strides, switches = (names.index(name) for name in ("inputs", "strides", "switches"))
+fields = types["inputs"]._fields
+assert types["inputs"].q == "*bf16" and attributes[(inputs, fields.index("q"))]
+assert types["inputs"].key_mask == "constexpr" and constants[(inputs, fields.index("key_mask"))] is None
+assert types["switches"] == "constexpr" and constants[(switches,)].HEAD_DIM == 64
 # The innermost stride is the constant 1; sizes are not specialised.
-assert types["q_strides"][3] == "constexpr" and constants[(names.index("q_strides"), 3)] == 1
+assert types["strides"].q[3] == "constexpr" and constants[(strides, 0, 3)] == 1
 assert types["num_queries"] == "i32" and (names.index("num_queries"),) not in attributes
 print(aot.rows_of(aot.all_cases()[:1]))
 """

@@ -98,5 +98,5 @@ def test_a_bias_made_of_queries_trains_through_the_public_function(make_call, bu
 
     # On a GPU the torch backend is PyTorch's own kernel, whose float32 is not what is judged here.
     for backend in ("triton",) if torch.cuda.is_available() else ("triton", "torch"):
-        for found, truth in zip(run(backend, torch.float32), run("reference", torch.float64)):
+        for found, truth in zip(run(backend, torch.float32), run("reference", torch.float64), strict=True):
             budget.check(f"{backend} gradient", found, truth, None)

@@ -42,7 +42,7 @@ def check(launches, compiled):
     """Every launch is in the table."""
     assert launches
     missing = {
-        f"{aot_compile.kernel_name(one)} {aot_compile.tile_of(one)} {one.arguments.get('IS_CAUSAL')}"
+        f"{aot_compile.kernel_name(one)} {aot_compile.tile_of(one)} {one.arguments.get('switches')}"
         for one in launches
         if aot_compile.fingerprint(one) not in compiled
     }

@@ -27,7 +27,7 @@ def check_gradients(call, budget):
     truths = call.truth(grad_output)
     # float32 has a tolerance of its own and needs no baseline.
     baselines = [None] * len(truths) if output.dtype == torch.float32 else call.baseline(grad_output)
-    for name, tensor, value, truth, baseline in zip(NAMES, call.tensors, gradients, truths, baselines):
+    for name, tensor, value, truth, baseline in zip(NAMES, call.tensors, gradients, truths, baselines, strict=False):
         assert value.dtype == tensor.dtype
         # autograd gives None where a size is 0
         truth = torch.zeros_like(tensor) if truth is None else truth
@@ -105,7 +105,7 @@ def test_integers_of_any_width_choose_the_prompt(make_call, budget):
         output, lse = call.kernel()
         results.append((output, *call.kernel_gradients(output, output, lse)[:5]))
     for result in results[1:]:
-        for name, value, expected in zip(("o", *NAMES), result, results[0]):
+        for name, value, expected in zip(("o", *NAMES), result, results[0], strict=False):
             budget.check_same(name, value, expected)
 
 
@@ -146,7 +146,7 @@ def test_any_strides_of_the_incoming_gradient(make_call, budget, layout):
     else:
         grad_output = grad_output.transpose(2, 3).contiguous().transpose(2, 3)
     gradients = call.kernel_gradients(grad_output, output, lse)
-    for name, value, truth in zip(NAMES, gradients, call.truth(grad_output)):
+    for name, value, truth in zip(NAMES, gradients, call.truth(grad_output), strict=False):
         budget.check(f"d {name}", value, truth, None)
 
 
@@ -155,7 +155,7 @@ def test_two_runs_give_the_same_bits(make_call):
     output, lse = call.kernel()
     grad_output = torch.randn_like(output)
     first, second = (call.kernel_gradients(grad_output, output, lse) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first[:6], second[:6]))
+    assert all(torch.equal(a, b) for a, b in zip(first[:6], second[:6], strict=True))
 
 
 def test_batch_sum_does_not_depend_on_how_it_is_split(make_call, budget, monkeypatch):

@@ -56,7 +56,7 @@ def test_backward_kernels_accept_its_result(make_call, budget):
     output, lse = prompt_attention_decode(*call.tensors, **call.arguments)
     grad_output = torch.randn_like(output)
     gradients = call.kernel_gradients(grad_output, output, lse)
-    for name, value, truth in zip("q k v".split(), gradients, call.truth(grad_output)):
+    for name, value, truth in zip("q k v".split(), gradients, call.truth(grad_output), strict=False):
         budget.check(f"d {name}", value, truth, None)
 
 

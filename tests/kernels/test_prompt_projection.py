@@ -13,7 +13,7 @@ def literal(x, weights, biases):
     return torch.stack(
         [
             torch.nn.functional.linear(layer, weight, None if biases is None else biases[place])
-            for place, (layer, weight) in enumerate(zip(x, weights))
+            for place, (layer, weight) in enumerate(zip(x, weights, strict=True))
         ]
     )
 

@@ -136,7 +136,11 @@ def test_like_a_tensor_means_its_strides_too(shape):
         assert made.storage_offset() % 16 == 0
     # What may be read behind the last element of each is there, and belongs to nothing else.
     first, second = pair
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(given.shape, given.stride())) if given.numel() else 0
+    reach = (
+        1 + sum((size - 1) * stride for size, stride in zip(given.shape, given.stride(), strict=True))
+        if given.numel()
+        else 0
+    )
     whole = first.untyped_storage().nbytes() // first.element_size()
     assert second.storage_offset() >= first.storage_offset() + reach + 7
     assert whole >= second.storage_offset() + reach + 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,10 +11,18 @@ import triton
 import triton.language as tl
 
 from ptv2_fast.kernels import tiles
+from ptv2_fast.kernels.arguments import Pairs
 from ptv2_fast.kernels.dropout import dropout_keep_mask
 from ptv2_fast.reference.attention import prompt_attention as reference
 
 BLOCK_M, BLOCK_N = 16, 8
+
+
+class Rules(NamedTuple):
+    """Those of a call's `Switches` that say which keys are visible."""
+
+    IS_CAUSAL: bool
+    HAS_WINDOW: bool
 
 
 @triton.jit(do_not_specialize=("num_queries", "num_keys", "window"))
@@ -23,19 +32,25 @@ def _key_blocks_kernel(
     num_queries,
     num_keys,
     window,
+    switches: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    begin, head_end, body_end, end = tiles.key_blocks(
-        mask_ptr, 1, tile * BLOCK_M, num_queries, num_keys, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
+    pairs = Pairs(
+        bias=None,
+        bias_stride=0,
+        mask=mask_ptr,
+        mask_stride=1,
+        shift=num_keys - num_queries,
+        window=window,
+        first_column=0,
     )
-    tl.store(out_ptr + tile * 4, begin)
-    tl.store(out_ptr + tile * 4 + 1, head_end)
-    tl.store(out_ptr + tile * 4 + 2, body_end)
-    tl.store(out_ptr + tile * 4 + 3, end)
+    blocks = tiles.key_blocks(pairs, tile * BLOCK_M, num_queries, num_keys, switches, BLOCK_M, BLOCK_N)
+    tl.store(out_ptr + tile * 4, blocks.begin)
+    tl.store(out_ptr + tile * 4 + 1, blocks.head_end)
+    tl.store(out_ptr + tile * 4 + 2, blocks.body_end)
+    tl.store(out_ptr + tile * 4 + 3, blocks.end)
 
 
 @triton.jit(do_not_specialize=("num_queries", "num_keys", "window"))
@@ -81,16 +96,16 @@ def test_key_blocks_visit_what_is_visible_and_no_more(device, queries, keys, kin
     num_tiles = -(-queries // BLOCK_M)
     for causal, window in RULES:
         out = torch.empty(num_tiles, 4, dtype=torch.int32, device=device)
+        switches = Rules(causal, window is not None)
         _key_blocks_kernel[(num_tiles,)](
             None if mask is None else mask.to(torch.uint8).to(device),
             out,
             queries,
             keys,
             window or 0,
+            switches,
             BLOCK_M,
             BLOCK_N,
-            causal,
-            window is not None,
         )
         visible = visible_pairs(queries, keys, causal, window, mask)
         for tile, (begin, head_end, body_end, end) in enumerate(out.tolist()):

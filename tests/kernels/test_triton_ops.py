@@ -43,7 +43,10 @@ def test_serves_the_public_function_with_gradients(make_call, budget, queries):
     got, expected = (attend(tensors, mask, backend, causal=True) for backend in ("triton", "reference"))
     budget.check("o", got, expected, None)
     for name, a, b in zip(
-        "q k v prompt_k prompt_v prompt_bias".split(), gradients(got, tensors), gradients(expected, tensors)
+        "q k v prompt_k prompt_v prompt_bias".split(),
+        gradients(got, tensors),
+        gradients(expected, tensors),
+        strict=True,
     ):
         budget.check(f"d {name}", a, b, None)
 
@@ -59,7 +62,7 @@ def test_compiles_whole_forward_and_backward(tensors):
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     expected, got = attend(inputs, mask, "triton"), compiled(inputs, mask, "triton")
     assert torch.equal(got, expected)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(got, inputs), gradients(expected, inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(got, inputs), gradients(expected, inputs), strict=True))
 
 
 def test_compiled_dropout_follows_the_global_seed(tensors):
@@ -123,7 +126,7 @@ def test_gradients_of_projected_prompts_are_laid_out_as_the_projections_are(make
         assert clones.count == 0
     apart = [x.requires_grad_() for x in (prompt_k, prompt_v)]
     expected = gradients(prompt_attention(q, k, v, apart[0][0], apart[1][0], backend="triton"), apart)
-    for a, b in zip(got, expected):
+    for a, b in zip(got, expected, strict=True):
         assert_same_bits(a, b[0].transpose(0, 1).reshape(length, heads * head_dim))
 
 
@@ -138,7 +141,7 @@ def test_dropout_is_replayed_in_backward(make_call, budget, monkeypatch):
         *(tensor.double() for tensor in tensors), scale=call.arguments["scale"], dropout_p=0.4, dropout_keep=keep
     )
     budget.check("o", output, truth, None)
-    for got, expected in zip(gradients(output, tensors), gradients(truth, tensors)):
+    for got, expected in zip(gradients(output, tensors), gradients(truth, tensors), strict=True):
         budget.check("gradient", got, expected, None)
 
 

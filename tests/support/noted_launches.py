@@ -60,6 +60,13 @@ class Compiled(CompiledKernel):
     def _init_handles(self) -> None:
         pass
 
+    def address(self, argument: Any) -> Any:
+        """A tensor as where it is, also in a tuple."""
+        if isinstance(argument, tuple):
+            made = map(self.address, argument)
+            return type(argument)(*made) if hasattr(argument, "_fields") else tuple(made)
+        return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
+
     def note(
         self,
         width: int,
@@ -76,7 +83,7 @@ class Compiled(CompiledKernel):
         """Keep what was launched, tensors as addresses; hooks run as in Triton's launchers."""
         if enter is not None:
             enter(launch_metadata)
-        addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+        addresses = [self.address(x) for x in arguments]
         assert function is self.function and metadata is self.packed_metadata
         here.noted.append((self, (width, height, depth), stream, addresses))
         if leave is not None:
@@ -129,7 +136,7 @@ def agree(arguments: tuple[Any, ...]) -> None:
     kernel, grid, constants, tensors = arguments
     for _ in range(2):
         ours = noted(lambda: launcher.launch(*arguments))
-        theirs = noted(lambda: kernel[grid](*tensors, **constants.values))
+        theirs = noted(lambda: kernel[grid](**constants.arguments(kernel, tensors)))
         assert len(ours) == len(theirs) == 1
         (ours_compiled, *ours_rest), (theirs_compiled, *theirs_rest) = ours[0], theirs[0]
         assert ours_compiled is theirs_compiled, (kernel.__name__, constants.values)
