@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graph_steps import CASES, SMALL, batches_of, model_of, optimizer_of, plain_losses
-from ptv2_fast import HeadConfig, heads
+from ptv2_fast import HeadConfig, losses
 from ptv2_fast.attention import layer
 from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
 from ptv2_fast.step.options import StepOptions
@@ -190,7 +190,7 @@ class NoWaiting(TorchDispatchMode):
 def test_a_packed_step_never_waits_for_the_device(case, monkeypatch):
     # The CPU's attention loops over rows, and labels on the CPU are looked at: neither is so on CUDA.
     monkeypatch.setattr(layer, "prompt_attention", lambda q, k, v, pk, pv, **_: q * pk.sum() + pv.sum() + v.mean())
-    for module in (heads, tasks):
+    for module in (losses, tasks):
         monkeypatch.setattr(module, "check_labels", lambda *_: None)
     model = model_of(case)
     model.step_options = StepOptions(fused_projections=True)
