@@ -182,7 +182,8 @@ def test_a_pipeline_reads_what_the_head_solves(problem, count, function):
     if problem != PROBLEM_TYPES[0]:
         assert model.config.to_dict()["problem_type"] == problem
         model.config.problem_type = problem
-        with pytest.raises(ValueError, match=f"problem_type must stay what .* made for, '{problem}'.*; got 'ranking'"):
-            model.config.problem_type = "ranking"
+        other = REGRESSION if problem == SEVERAL else SEVERAL
+        with pytest.raises(ValueError, match=f"problem_type must stay what .* made for, '{problem}'.*; got '{other}'"):
+            model.config.problem_type = other
     assert model.base_model.config.problem_type is None
     assert model.adapters["default"].heads["own"].linear.in_features == HIDDEN
