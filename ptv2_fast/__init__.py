@@ -36,7 +36,7 @@ _HOME = {
     "PTuningV2Config": "ptv2_fast.config",
     "PTuningV2Model": "ptv2_fast.model",
     "PTuningV2ModelForAudioClassification": "ptv2_fast.task_models.classes",
-    "PTuningV2ModelForCausalLM": "ptv2_fast.task_models.classes",
+    "PTuningV2ModelForCausalLM": "ptv2_fast.task_models.causal_lm",
     "PTuningV2ModelForFeatureExtraction": "ptv2_fast.task_models.classes",
     "PTuningV2ModelForImageClassification": "ptv2_fast.task_models.classes",
     "PTuningV2ModelForMultipleChoice": "ptv2_fast.task_models.classes",
@@ -63,9 +63,9 @@ if TYPE_CHECKING:
     from ptv2_fast.step.graph_runner import GraphRunner
     from ptv2_fast.step.options import StepOptions
     from ptv2_fast.step.packed import Buckets
+    from ptv2_fast.task_models.causal_lm import PTuningV2ModelForCausalLM
     from ptv2_fast.task_models.classes import (
         PTuningV2ModelForAudioClassification,
-        PTuningV2ModelForCausalLM,
         PTuningV2ModelForFeatureExtraction,
         PTuningV2ModelForImageClassification,
         PTuningV2ModelForMultipleChoice,

@@ -161,6 +161,17 @@ class Adapter(nn.Module):
         self.config = replace(self.config, heads={task: head.config}).settled()
 
 
+def language_task(base: PreTrainedModel) -> str | None:
+    """The task of the base's own head where it writes text; None where it does not."""
+    if not base.can_generate():
+        return None
+    backbone = backbone_of(base)
+    family = family_of(backbone)
+    if family.sizes(backbone).decoder_layers:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if family.causal and base.get_output_embeddings() is not None else None
+
+
 def _heads(config: PTuningV2Config) -> Mapping[str, HeadConfig]:
     """The heads that a configuration asks for, as its own checks have made them."""
     return cast("Mapping[str, HeadConfig]", config.heads or {})
@@ -180,7 +191,7 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
     if offset and not has_positions:
         raise ValueError(f"position_offset must be None on {name}, which has no positions; got {offset}")
     if config.task_type == "SEQ_2_SEQ_LM":
-        if not decodes or not base.can_generate():
+        if language_task(base) != "SEQ_2_SEQ_LM":
             raise ValueError(
                 "base must be an encoder-decoder of type ...ForConditionalGeneration for task_type='SEQ_2_SEQ_LM'; "
                 f"got {name}"
@@ -198,7 +209,7 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
     elif decodes and backbone is base and base.can_generate():
         raise ValueError(f"task_type must be 'SEQ_2_SEQ_LM' for {name}; got {config.task_type!r}")
     elif config.task_type == "CAUSAL_LM":
-        if not family.causal or base.get_output_embeddings() is None or not base.can_generate():
+        if language_task(base) != "CAUSAL_LM":
             raise ValueError(f"base must be a causal language model for task_type='CAUSAL_LM'; got {name}")
     elif config.task_type in HEAD_TASKS and config.heads is None:
         suffix = str(TASKS[config.task_type].class_suffix)

@@ -60,10 +60,12 @@ class AdapterSet(nn.Module):
         """As everywhere; what the next forward would stumble over is refused here.
 
         Raises:
-            ValueError: `active_adapter` names no adapter, or `step_options` are none.
+            ValueError: `active_adapter` names no adapter, or one that the model's class cannot serve, or `step_options`
+                are none.
         """
         if name == "active_adapter" and "_is_made" in self.__dict__:
             self._check_name(value)
+            self._serve(self.adapters[value].config.task_type)
         if name == "step_options" and not isinstance(value, StepOptions):
             raise ValueError(f"step_options must be StepOptions; got {type(value).__name__}")
         super().__setattr__(name, value)
@@ -78,7 +80,7 @@ class AdapterSet(nn.Module):
     ) -> None:
         """Create another adapter over the same base; it becomes active only by `set_adapter`.
 
-        Adapters of one model share a task type, or all have heads of their own (`config.heads`), of any kind.
+        Adapters of one model may be for different tasks, as far as the base serves each of them.
 
         Args:
             name: a name that no adapter has, in any case, and that can be a folder's everywhere: no dots, slashes or
@@ -87,17 +89,18 @@ class AdapterSet(nn.Module):
             tokenizer, init_text: the text for `prompt_init="text"`, and what splits it into tokens.
 
         Raises:
-            ValueError: the name is taken or unusable, or the configuration does not fit the base or the other
-                adapters.
+            ValueError: the name is taken or unusable, or the configuration does not fit the base.
         """
         self._check_unused(name)
         adapter = self._new_adapter(self.base_model, config, tokenizer, init_text)
-        self._check_compatible(config)
         self._initialise(adapter, tokenizer, init_text)
         self._register(name, adapter)
 
     def set_adapter(self, name: str) -> None:
-        """Make an adapter the one that runs by default and the only one that trains."""
+        """Make an adapter the one that runs by default and the only one that trains.
+
+        The model's class becomes that of the adapter's task: Trainer and pipelines tell by it what a model is for.
+        """
         self._check_name(name)
         self.active_adapter = name
         for other, adapter in self.adapters.items():
@@ -272,17 +275,8 @@ class AdapterSet(nn.Module):
         repeats = 1 if rows is None else rows // len(adapter_names)
         return tuple(name for name in adapter_names for _ in range(repeats))
 
-    def _check_compatible(self, config: PTuningV2Config) -> None:
-        """Refuse an adapter that no forward could serve beside the ones that are there."""
-        first = next(iter(self.adapters.values())).config
-        same_task = config.task_type == first.task_type
-        if (config.heads is None) != (first.heads is None) or not (same_task or config.heads):
-            having = "with" if first.heads else "without"
-            raise ValueError(
-                f"config must have task_type {first.task_type!r} {having} heads like the adapters that are there"
-                f"{', or another one with heads' if first.heads else ''}; got {config.task_type!r} "
-                f"{'with' if config.heads else 'without'} heads"
-            )
+    def _serve(self, task_type: str) -> None:
+        """What follows from another adapter's being active: a model has the class of its task."""
 
     def _check_unused(self, name: str) -> None:
         check_name(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,6 +12,7 @@ from ptv2_fast.adapter import BASE_ROW, Adapter
 from ptv2_fast.attention import hook
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.backbone.sharded_weights import device_of
+from ptv2_fast.backbone.view import outside_graphs
 from ptv2_fast.base_attributes import BaseAttributes
 from ptv2_fast.base_methods import BaseMethods
 from ptv2_fast.config import PTuningV2Config
@@ -37,10 +38,16 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
 
     The base keeps its code, its weights and its outputs' shapes: prompts enter as keys and values
     inside attention, so every output has the N rows of the text. One model holds any number of
-    adapters over one base.
+    adapters over one base, for one task or several.
 
-    Use `get_ptv2_model` to build the subclass that fits a task.
+    Use `get_ptv2_model` to build the subclass that fits a task. The class is always that of the active adapter's task:
+    `set_adapter` changes it with the adapter.
+
+    Attributes:
+        task_type: the task of the class, a row of `TASKS`; None for this one, which serves none.
     """
+
+    task_type: ClassVar[str | None] = None
 
     # Trainer: our losses are means over a batch's own labels, so it divides by its accumulation steps itself.
     accepts_loss_kwargs = False
@@ -104,15 +111,11 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
         Raises:
             ValueError: adapters, base and each other do not fit together.
         """
-        # The classes of the tasks stand above this one; they are needed where a saved model is rebuilt.
-        from ptv2_fast.task_models.classes import MODEL_CLASSES
-
         # Everything is built and checked before the base is touched.
         built = {name: Adapter.from_tensors(base, name, *parts) for name, parts in adapters.items()}
         config = adapters[first][0]
-        model = MODEL_CLASSES[config.task_type](base, config, first, adapter=built.pop(first))
+        model = cls.class_of(config.task_type)(base, config, first, adapter=built.pop(first))
         for name, adapter in built.items():
-            model._check_compatible(adapter.config)
             model._register(name, adapter)
         if is_trainable:
             model.set_adapter(first)
@@ -120,6 +123,39 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
             model.requires_grad_(False)
             model.eval()
         return model
+
+    @staticmethod
+    def class_of(task_type: str) -> type[PTuningV2Model]:
+        """The class that serves a task."""
+        # The classes of the tasks stand above this one.
+        from ptv2_fast.task_models.classes import MODEL_CLASSES
+
+        return MODEL_CLASSES[task_type]
+
+    @outside_graphs
+    def as_task(self, task_type: str) -> PTuningV2Model:
+        """This very model as the class of another task: what is set on either is set on both."""
+        if task_type == self.task_type:
+            return self
+        other: PTuningV2Model = object.__new__(self.class_of(task_type))
+        object.__setattr__(other, "__dict__", self.__dict__)
+        return other
+
+    def _serve(self, task_type: str) -> None:
+        """Become the class of a task, that of an adapter which is about to be active.
+
+        Raises:
+            ValueError: the class is somebody's own (a subclass, or what `fully_shard` makes) and serves another task.
+        """
+        own = self.task_type
+        if own is None or own == task_type:
+            return
+        if type(self) is not self.class_of(own):
+            raise ValueError(
+                f"name must be of an adapter for {own}, which the model's class {type(self).__name__} is made for; got "
+                f"one for {task_type}: choose it before the class is changed"
+            )
+        object.__setattr__(self, "__class__", self.class_of(task_type))
 
     def forward(
         self,

@@ -160,7 +160,6 @@ class Persistence(AdapterSet):
         self._check_unused(adapter_name)
         with _named(folder):
             adapter = Adapter.from_tensors(self.base_model, adapter_name, *next(iter(found.values())))
-        self._check_compatible(adapter.config)
         self._register(adapter_name, adapter)
         if is_trainable:
             self.set_adapter(adapter_name)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptv2_fast.backbone.tokens import gather_tokens
-from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.step.captured_forward import CapturedForward
 from ptv2_fast.step.packed import PackedBatch, packed_inputs
+from ptv2_fast.task_models.task_model import TaskModel
 
-M = TypeVar("M", bound="CapturedModel")
 
-
-class CapturedModel(PTuningV2Model):
+class CapturedModel(TaskModel):
     """What the tasks that can be packed share: training forwards that are captured and replayed."""
 
     @abstractmethod
@@ -74,9 +72,3 @@ class CapturedModel(PTuningV2Model):
         if captured is None:
             captured = self.__dict__.setdefault("_captured_forward", CapturedForward())
         return captured(self, inputs, labels, items)
-
-    def _apply(self: M, *args: Any, **kwargs: Any) -> M:
-        """Move or cast; what was captured is given back first, with its memory."""
-        if "_captured_forward" in self.__dict__:
-            self.__dict__["_captured_forward"].forget()
-        return super()._apply(*args, **kwargs)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
@@ -15,8 +14,9 @@ from ptv2_fast.adapter import BASE_ROW
 from ptv2_fast.inputs.pooling import pool, tokens_read
 from ptv2_fast.inputs.text import text_size
 from ptv2_fast.losses import in_batch_negatives_loss
-from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.task_models.groups import flat_rows, names_of_rows
+from ptv2_fast.task_models.mixed_rows import normalised
+from ptv2_fast.task_models.task_model import TaskModel, for_tasks, text_inputs
 
 
 @dataclass
@@ -35,13 +35,16 @@ class SentenceEmbeddingOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class PTuningV2ModelForSentenceRetrieval(PTuningV2Model):
+class PTuningV2ModelForSentenceRetrieval(TaskModel):
     """Prompts for finding texts by their meaning (task_type SENTENCE_RETRIEVAL): pooled states, no head.
 
     In training the inputs are (B, G, N): a query, the text that belongs to it, and G - 2 that do not. All rows run in
     one forward, and the other examples' texts count as ones that do not belong to a query either.
     """
 
+    task_type = "SENTENCE_RETRIEVAL"
+
+    @for_tasks("SENTENCE_RETRIEVAL")
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -64,14 +67,7 @@ class PTuningV2ModelForSentenceRetrieval(PTuningV2Model):
             raise ValueError("task must be None: pooled states are the output, and no head reads them")
         if kwargs.pop("labels", None) is not None:
             raise ValueError("labels must be None: a text's place in its group says what it is")
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            **kwargs,
-        }
+        inputs = text_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         groups = None
         if _is_grouped(input_ids, inputs_embeds):
             inputs, groups = flat_rows(inputs)
@@ -117,9 +113,7 @@ class PTuningV2ModelForSentenceRetrieval(PTuningV2Model):
             masks = [None if mask is None else mask[row] for row in rows]
             each = zip(rows, masks, names, strict=True)
             pooled = torch.cat([pool(hidden[row], own, poolings[name]) for row, own, name in each])
-        # Lengths of half precision would be too coarse to compare.
-        exact = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
-        return F.normalize(exact, dim=-1), output.hidden_states
+        return normalised(pooled), output.hidden_states
 
     def _pooling(self, name: str) -> str:
         config = self.adapters[self.active_adapter if name == BASE_ROW else name].config

@@ -12,12 +12,15 @@ from ptv2_fast.base_methods import refuse_unserved
 from ptv2_fast.inputs.cache import with_cache_name
 from ptv2_fast.inputs.right_padding import ENCODER_STATES, change_states
 from ptv2_fast.losses import check_labels
-from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.task_models.task_model import TaskModel, for_tasks
 
 
-class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
+class PTuningV2ModelForSeq2SeqLM(TaskModel):
     """Prompts for an encoder-decoder that writes text (task_type SEQ_2_SEQ_LM)."""
 
+    task_type = "SEQ_2_SEQ_LM"
+
+    @for_tasks("SEQ_2_SEQ_LM")
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -66,10 +69,8 @@ class PTuningV2ModelForSeq2SeqLM(PTuningV2Model):
         }
         return self._as_asked(self.run(self.base_model, inputs, adapter_names), kwargs.get("return_dict"))
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def _generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """`generate` of the base with the prompts in its encoder and in every step of its decoder."""
-        if self._disabled:
-            return self.base_model.generate(*args, **with_cache_name(kwargs))
         refuse_unserved(kwargs.get("generation_config") or self.generation_config, kwargs, seq2seq=True)
         bound, base = self._bound_prompts(adapter_names), self._follow_backbone()
         with torch.no_grad():

@@ -20,6 +20,7 @@ from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
 from ptv2_fast.task_models.captured import CapturedModel
 from ptv2_fast.task_models.groups import flat_rows, names_of_rows, with_groups
 from ptv2_fast.task_models.labelled_config import labelled
+from ptv2_fast.task_models.mixed_rows import MixedOutput, results_of_rows
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
 
@@ -190,17 +191,15 @@ class PTuningV2ModelWithHeads(CapturedModel):
             raise ValueError(
                 f"{', '.join(targets)} must be None with several adapters in one batch: train one at a time"
             )
-        each = [
-            self.adapters[name].head(task)(hidden[i : i + 1], None if mask is None else mask[i : i + 1])
-            for i, name in enumerate(self._row_names(adapter_names, hidden.shape[0]))
-        ]
+        each = results_of_rows(self, self._row_names(adapter_names, hidden.shape[0]), hidden, mask, task)
+        logits_of_rows = [row for row in each if row is not None]  # all of them: none writes text
         kinds = {self.adapters[name].head(task).config.task_type for name in names}
-        same = len(kinds) == 1 and len({row.shape for row in each}) == 1
-        # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
-        joined = torch.cat(each) if same else tuple(row[0] for row in each)
         if groups is not None:
-            joined = torch.cat(each).view(groups)
-        return _task_output(next(iter(kinds)) if same else "SEQ_CLS", joined, targets, output)
+            return _task_output(kinds.pop(), torch.stack(logits_of_rows).view(groups), targets, output)
+        if len(kinds) > 1 or len({row.shape for row in logits_of_rows}) > 1:
+            # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
+            return MixedOutput(logits=tuple(logits_of_rows), hidden_states=output.hidden_states)
+        return _task_output(kinds.pop(), torch.stack(logits_of_rows), targets, output)
 
     def _read(self, inputs: dict[str, Any], pooling: str) -> Tensor | None:
         """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""
