@@ -75,7 +75,7 @@ def generate_mixed(
     tasks = {row: _task_of(model, name) for row, name in enumerate(names)}
     writers = [row for row in range(rows) if TASKS[tasks[row]].gives == "text"]
     others = [row for row in range(rows) if row not in writers]
-    check_mixable(model, list(dict.fromkeys(tasks.values())), names)
+    check_mixable(model, list(dict.fromkeys(tasks.values())), names, call.get("task"))
 
     def part(of: Sequence[int]) -> dict[str, Any]:
         return {name: value[torch.tensor(of, device=value.device)] for name, value in batch.items()}

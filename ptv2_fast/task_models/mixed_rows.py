@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from ptv2_fast.adapter import BASE_ROW, Adapter
 from ptv2_fast.backbone.locate import backbone_of, with_backbone
 from ptv2_fast.backbone.view import outside_graphs, view_of
+from ptv2_fast.heads import Head
 from ptv2_fast.inputs.cache import CACHE
 from ptv2_fast.inputs.features import reads_text
 from ptv2_fast.inputs.pooling import pool
@@ -56,7 +57,7 @@ def run_mixed(model: PTuningV2Model, tasks: Sequence[str], given: Mapping[str, A
     """
     model._check_read(given)
     names = model._row_names(given["adapter_names"], None)
-    check_mixable(model, tasks, names)
+    check_mixable(model, tasks, names, given.get("task"))
     targets = [name for name in _TARGETS if name in given]
     if targets:
         raise ValueError(f"{', '.join(targets)} must be None with several adapters in one batch: train one at a time")
@@ -75,15 +76,21 @@ def run_mixed(model: PTuningV2Model, tasks: Sequence[str], given: Mapping[str, A
         logits = language_logits(model.base_model, output, texts, inputs, own)
         for row, result in zip(texts, logits, strict=True):
             rows[row] = result
-    mixed = MixedOutput(logits=tuple(rows), hidden_states=output.hidden_states)
+    # Every row has a result by now.
+    logits_of_rows = tuple(row for row in rows if row is not None)
+    mixed = MixedOutput(logits=logits_of_rows, hidden_states=output.hidden_states)
     return model._as_asked(mixed, given.get("return_dict"))
 
 
-def check_mixable(model: PTuningV2Model, tasks: Sequence[str], names: Sequence[str]) -> None:
+def check_mixable(model: PTuningV2Model, tasks: Sequence[str], names: Sequence[str], task: str | None) -> None:
     """Refuse tasks that no batch can have together.
 
+    Args:
+        task: the name of a head, for adapters with several.
+
     Raises:
-        ValueError: an example of one task is several rows, a row's head is a copy of the base's own, or it has none.
+        ValueError: an example of one task is several rows, a row's head is a copy of the base's own, or it has none of
+            that name.
     """
     grouped = [task for task in tasks if TASKS[task].in_groups and not TASKS[task].pools_itself]
     if grouped:
@@ -100,6 +107,9 @@ def check_mixable(model: PTuningV2Model, tasks: Sequence[str], names: Sequence[s
         )
     if BASE_ROW in names and not any(TASKS[task].gives == "text" for task in tasks):
         raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
+    for name in dict.fromkeys(names):
+        if name != BASE_ROW:
+            _head_of(model.adapters[name], task)
 
 
 def results_of_rows(
@@ -116,7 +126,8 @@ def results_of_rows(
         task: the name of a head, for adapters with several.
     """
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 and reads_text(model._family) else None
-    read = {name: _read(model, model.adapters[name], hidden, mask, task) for name in set(names) - {BASE_ROW}}
+    adapters = {name: model.adapters[name] for name in names if name != BASE_ROW}
+    read = {name: _read(model, adapter, hidden, mask, task) for name, adapter in adapters.items()}
     results: list[Tensor | None] = []
     for row, name in enumerate(names):
         own = read.get(name)
@@ -131,12 +142,23 @@ def _read(
     kind = TASKS[adapter.config.task_type]
     if kind.gives == "text":
         return None
-    if len(adapter.heads) and (kind.has_head or task is not None):
-        return adapter.head(task)(hidden, mask)
+    head = _head_of(adapter, task)
+    if head is not None:
+        return head(hidden, mask)
     if kind.pools_itself:
         pooling = adapter.config.pooling or ("last" if model._family.causal else "mean")
         return normalised(pool(hidden, mask, pooling))
     return hidden
+
+
+def _head_of(adapter: Adapter, task: str | None) -> Head | None:
+    """The head that reads an adapter's rows; None where its task needs none.
+
+    Raises:
+        ValueError: it has none of the name.
+    """
+    needed = TASKS[adapter.config.task_type].has_head or task is not None
+    return adapter.head(task) if len(adapter.heads) and needed else None
 
 
 def normalised(pooled: Tensor) -> Tensor:
