@@ -136,9 +136,7 @@ def answer(options: argparse.Namespace) -> None:
             model.generate(**batch, adapter_names=names, **once)
             seconds[which].append(time.perf_counter() - start)
     with_prompts, bare = map(statistics.median, seconds.values())
-    print(
-        f"one pass over three rows: {1e3 * with_prompts:.0f} ms, bare model {1e3 * bare:.0f} ms, x{with_prompts / bare:.2f}"
-    )
+    print(f"one pass: {1e3 * with_prompts:.0f} ms, the bare model {1e3 * bare:.0f} ms, x{with_prompts / bare:.2f}")
 
 
 if __name__ == "__main__":
