@@ -169,12 +169,12 @@ class PTuningV2ModelWithHeads(CapturedModel):
         targets: Mapping[str, Tensor],
         groups: tuple[int, int] | None = None,
     ) -> Any:
-        """The backbone with prompts, then our head of each row's adapter; `groups` as for the base's head."""
+        """The states of the text with prompts, then our head of each row's adapter; `groups` as for the base's head."""
         read = None
         if len(names) == 1:
             kind = self.adapters[names[0]].head(task).config
             read = self._read(inputs, kind.pooling) if kind.task_type in ROW_TASKS else None
-        output = self.run(self.backbone, inputs, adapter_names, read=read)
+        output = self._run_states(inputs, adapter_names, read)
         hidden = output.last_hidden_state
         mask = inputs.get("attention_mask")
         mask = mask if mask is not None and mask.dim() == 2 and reads_text(self._family) else None
