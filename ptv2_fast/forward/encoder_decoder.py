@@ -67,9 +67,8 @@ def run_encoder(base: FrozenBase, call: Call, rows: RowPrompts, *, training: boo
         raise ValueError(f"{given[0]} must be None: the encoder's states are read, and the decoder does not run")
     if training:
         check_checkpointing(base)
-    # Only a decoder keeps a cache.
-    inputs = {name: value for name, value in call.inputs.items() if name != "use_cache"}
-    return bind_prompts(base, rows).encoder()(**inputs)
+    # Only a decoder keeps a cache, whatever the call or the configuration that both share says of it.
+    return bind_prompts(base, rows).encoder()(**{**call.inputs, "use_cache": False})
 
 
 def bind_prompts(base: FrozenBase, rows: RowPrompts) -> BoundPrompts:
