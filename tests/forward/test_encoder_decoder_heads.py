@@ -1,4 +1,4 @@
-"""Heads on encoder-decoders and on the encoder of T5, and the bases that are refused."""
+"""Heads of encoder-decoders' own, heads on the encoder of T5, and the bases that are refused."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def test_checkpointed_gradients_of_the_encoder_of_t5(injection):
 def _refused():
     config = PTuningV2Config
     yield "t5", "QUESTION_ANS", config("QUESTION_ANS"), "T5ForQuestionAnswering"
-    yield "t5", "FEATURE_EXTRACTION", config("SEQ_CLS", heads={"x": 2}), "heads must be None on T5Model"
+    yield "t5", "SEQ_2_SEQ_LM", config("SEQ_CLS"), "'SEQ_2_SEQ_LM' for T5ForConditionalGeneration without heads"
+    yield "t5", "FEATURE_EXTRACTION", config("SEQ_CLS"), "heads must be given for task_type='SEQ_CLS' on the backbone"
     yield "t5", "FEATURE_EXTRACTION", config("SEQ_2_SEQ_LM"), "encoder-decoder of type ...ForConditionalGeneration"
     yield "t5", "ENCODER", config("SEQ_2_SEQ_LM"), "got T5EncoderModel"
     yield "t5", "ENCODER", config("FEATURE_EXTRACTION", stacks=("encoder",)), "stacks must be None"

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration
 
 from batches import padded, text_rows
-from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
+from ptv2_fast import PTuningV2Config, PTuningV2Model
 from ptv2_fast.inputs.pooling import pool
 from ptv2_fast.losses import in_batch_negatives_loss
 from ptv2_fast.task_models.retrieval import PTuningV2ModelForSentenceRetrieval
@@ -157,12 +156,6 @@ def test_calls_that_cannot_be_meant_are_refused():
     with pytest.raises(ValueError, match="labels must be None: a text's place in its group says what it is"):
         model(**PAIRS, labels=torch.zeros(4).long())
     assert model.why_not_packed() == f"a {TASK} loss compares whole rows"
-    sizes = {f"{stack}_{what}": n for stack in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 48))}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    base = BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=32, **sizes, **heads))
-    for whole in (base, base.model):
-        with pytest.raises(ValueError, match="base must be an encoder or a decoder for task_type='SENTENCE_RETRIEVAL'"):
-            get_ptv2_model(whole, PTuningV2Config(TASK))
 
 
 def test_tuples_and_embeddings_as_elsewhere():
