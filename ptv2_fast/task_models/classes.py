@@ -7,7 +7,6 @@ its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ptv2_fast.adapter import BASE_ROW
 from ptv2_fast.backbone.view import view_of
 from ptv2_fast.base_methods import refuse_unserved
 from ptv2_fast.config import PTuningV2Config
@@ -269,13 +267,7 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
         given = [name for name, target in targets.items() if target is not None]
         if given:
             raise ValueError(f"task must name the head that {', '.join(given)} belong to; got None")
-        run = self._run_states if self._have_heads(adapter_names) else partial(self.run, self.backbone)
-        return self._as_asked(run(inputs, adapter_names), kwargs.get("return_dict"))
-
-    def _have_heads(self, adapter_names: Sequence[str] | None) -> bool:
-        """Whether rows have adapters with heads; a row of the bare base is as one of the active adapter."""
-        named = {self.active_adapter if name == BASE_ROW else name for name in adapter_names or (BASE_ROW,)}
-        return not self._disabled and any(len(self.adapters[name].heads) for name in named & set(self.adapters))
+        return self._as_asked(self._run_without_head(inputs, adapter_names), kwargs.get("return_dict"))
 
 
 class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):

@@ -202,6 +202,25 @@ class PTuningV2ModelWithHeads(CapturedModel):
             joined = torch.cat(each).view(groups)
         return _task_output(next(iter(kinds)) if same else "SEQ_CLS", joined, targets, output)
 
+    def _run_without_head(self, inputs: dict[str, Any], adapter_names: Sequence[str] | None) -> Any:
+        """The backbone's output, or of an encoder-decoder its encoder's where adapters have heads, which read that.
+
+        A row of the bare base is as one of the active adapter.
+
+        Raises:
+            ValueError: rows of an encoder-decoder have adapters with heads and without.
+        """
+        named = {self.active_adapter if name == BASE_ROW else name for name in adapter_names or (BASE_ROW,)}
+        with_heads = {len(self.adapters[name].heads) > 0 for name in named & set(self.adapters)}
+        if self._disabled or True not in with_heads:
+            return self.run(self.backbone, inputs, adapter_names)
+        if len(with_heads) > 1 and self._frozen.sizes.decoder_layers:
+            raise ValueError(
+                "adapter_names must not mix adapters with heads, for which the encoder runs alone, with others on an "
+                f"encoder-decoder; got {sorted(named)}"
+            )
+        return self._run_states(inputs, adapter_names)
+
     def _read(self, inputs: dict[str, Any], pooling: str) -> Tensor | None:
         """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""
         if reads_text(self._family):

@@ -11,6 +11,7 @@ import transformers
 
 from batches import padded, text_rows
 from ptv2_fast import GraphRunner, HeadConfig, PTuningV2Config, PTuningV2Model, StepOptions, get_ptv2_model
+from ptv2_fast.adapter import Adapter
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.inputs.cache import CACHE
 from ptv2_fast.inputs.pooling import pool
@@ -274,8 +275,6 @@ def test_one_adapter_per_row(kind):
         assert_equal(batch.real(mixed, 0), kinds[0][batch.attention_mask[0].bool()])
     with pytest.raises(ValueError, match="adapter_names must not mix a shallow prompt on an encoder-decoder"):
         model(**batch.inputs, adapter_names=["shallow", *names[1:]])
-    with pytest.raises(ValueError, match="adapter_names must not hold '__base__' with heads"):
-        model(**batch.inputs, adapter_names=["__base__", *names[1:]])
     with pytest.raises(ValueError, match="adapter_names must name 4 rows; got 3 names"):
         model(**batch.inputs, adapter_names=names[:3])
     whole = model(**batch.inputs, adapter_names=["shallow"] * 4).logits
@@ -312,6 +311,23 @@ def test_several_heads_and_the_states_they_read(kind, injection, on):
         assert_equal(named[[0, 2]], states.last_hidden_state[[0, 2]])
         bare = model.backbone.encoder(input_ids=text_rows()[1][None]).last_hidden_state
         assert_equal(batch.real(named, 1), bare[0])
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_states_of_either_stack_are_not_mixed(kind):
+    heads = {"tags": HeadConfig("TOKEN_CLS", 4)}
+    model = tiny_model(kind, "deep", "FEATURE_EXTRACTION", heads=heads)
+    plain = Adapter(model.base_model, tiny_prompts("deep", "FEATURE_EXTRACTION", stacks=("encoder",)))
+    plain.encoder.load_state_dict(model.adapters["default"].encoder.state_dict())
+    model._register("plain", plain)
+    batch = pair()
+    states = model(**batch.source.inputs).last_hidden_state
+    output = model(**batch.inputs, adapter_names=["plain"] * 3, use_cache=False)
+    real = batch.source.attention_mask.bool()
+    assert_equal(output.encoder_last_hidden_state[real], states[real])
+    assert output.last_hidden_state.shape == (3, 8, HIDDEN), "the decoder's"
+    with pytest.raises(ValueError, match=r"adapter_names must not mix adapters .* got \['default', 'plain'\]"):
+        model(**batch.source.inputs, adapter_names=["plain", "default", "plain"])
 
 
 # 4. What belongs to a model.
