@@ -32,7 +32,7 @@ _NO_NAMES = (str, bytes, Mapping, set, frozenset)
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """One trained head on the backbone's output.
+    """One trained head on the backbone's output; on an encoder-decoder's encoder.
 
     Attributes:
         task_type: SEQ_CLS (one vector per row; IMAGE_CLS and AUDIO_CLS where rows are images or sounds), TOKEN_CLS
