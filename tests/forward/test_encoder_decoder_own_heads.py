@@ -18,7 +18,7 @@ from ptv2_fast.inputs.pooling import pool
 from ptv2_fast.reference.float64 import to_exact_float64
 from tiny_models import HIDDEN, INJECTIONS, LABELS, tiny_prompts
 from tiny_seq2seq import ENCODER, KINDS, literal, pair, tiny_base, tiny_config, tiny_model
-from tolerances import assert_differs, assert_equal, assert_same_bits
+from tolerances import assert_equal, assert_same_bits
 
 EVERY = [pytest.param(kind, injection, id=f"{kind}-{injection}") for kind in KINDS for injection in INJECTIONS]
 SOME = [p for p in EVERY if p.values[0] in ("t5", "bart")]
@@ -125,17 +125,6 @@ def test_heads_read_the_literal_encoder(kind, injection, on):
         assert_equal(torch.autograd.grad(output.loss, prompts)[0], wanted, side)
 
 
-@pytest.mark.parametrize("kind", ["bart", "mbart"])
-def test_on_a_model_with_a_head_of_its_own(kind):
-    """Its backbone's encoder is read: what the model's own head reads is the decoder."""
-    model = _model(kind, "deep", "TOKEN_CLS", "SEQ_CLS", base_changes={"eos_token_id": 3})
-    call = _call("TOKEN_CLS")
-    backbone = backbone_of(tiny_base(kind, "SEQ_CLS", eos_token_id=3))
-    states = literal(model, backbone, call["input_ids"], call["attention_mask"])[1]
-    real = call["attention_mask"].bool()
-    assert_equal(model(**call).logits[real], model.adapters["default"].heads["own"].linear(states)[real])
-
-
 # 2. The decoder.
 
 
@@ -201,25 +190,6 @@ def test_what_is_called_says_how_it_runs(kind, injection):
     batch = pair()
     expected = writing(**batch.inputs, use_cache=False).logits
     assert_equal(model.run(model.base_model, {**batch.inputs, "use_cache": False}).logits, expected)
-
-
-@pytest.mark.parametrize("stacks", [("decoder",), ("cross",), ("encoder", "decoder")], ids="+".join)
-@pytest.mark.parametrize("on", ["SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"])
-@pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_prompts_elsewhere_are_refused(kind, on, stacks):
-    base = tiny_base(kind, on)
-    for reader, more in (("heads", {"task_type": "SEQ_CLS", "heads": {"own": 2}}), ("task_type='SENTENCE", {})):
-        config = PTuningV2Config(**{"task_type": "SENTENCE_RETRIEVAL", "stacks": stacks, **more})
-        with pytest.raises(
-            ValueError, match=rf"stacks must be None or \('encoder',\) with {reader}.*got \('{stacks[0]}"
-        ):
-            get_ptv2_model(base, config)
-    assert all(parameter.requires_grad for parameter in base.parameters()), "the base was touched"
-    model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"own": 2}, stacks=("encoder",), layers=(-1,)))
-    assert model.adapters["default"].encoder.layers == (ENCODER - 1,)
-    with pytest.raises(ValueError, match="stacks must be None or"):
-        model.add_adapter("other", PTuningV2Config("SEQ_CLS", heads={"own": 2}, stacks=stacks))
-    assert list(model.adapters) == ["default"]
 
 
 # 3. Rows: padding, embeddings, adapters.
@@ -421,32 +391,3 @@ def test_the_encoder_that_is_handed_out_is_the_one_that_heads_read(kind):
     model, batch = _model(kind), padded(text_rows(), "left")
     states = model.get_encoder()(**batch.inputs).last_hidden_state
     assert_equal(model.adapters["default"].heads["own"].linear(states), model(**batch.inputs).logits)
-
-
-# 5. Pooled states.
-
-
-@pytest.mark.parametrize("pooling", [*POOLINGS, None])
-@pytest.mark.parametrize("on", ["SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"])
-@pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_sentence_vectors_are_pooled_from_the_encoder(kind, on, pooling):
-    for injection in INJECTIONS:
-        model = tiny_model(kind, injection, on, exact=True, task_type="SENTENCE_RETRIEVAL", pooling=pooling)
-        assert model.adapters["default"].encoder.layers == tuple(range(ENCODER))
-        backbone, batch = backbone_of(tiny_base(kind, on, exact=True)), padded(text_rows(5, 2, 7, 4), "left")
-        states = literal(model, backbone, *batch.inputs.values())[1]
-        expected = F.normalize(pool(states, batch.attention_mask, pooling or "mean"), dim=-1)
-        grouped = model(**{name: value.unflatten(0, (2, 2)) for name, value in batch.inputs.items()})
-        assert_equal(grouped.embeddings.flatten(0, 1), expected)
-        assert_equal(model.encode(**batch.inputs), expected)
-        scores = 20 * expected[::2] @ expected[1::2].T
-        wanted = torch.autograd.grad(
-            -scores.log_softmax(-1).diagonal().mean(), model.adapters["default"].encoder.prompts
-        )
-        assert_equal(torch.autograd.grad(grouped.loss, model.adapters["default"].encoder.prompts)[0], wanted[0])
-        # Without prompts it is the bare encoder that is pooled.
-        text = text_rows()[0][None]
-        bare = backbone.encoder(input_ids=text).last_hidden_state
-        with model.disable_adapter():
-            assert_equal(model.encode(input_ids=text), F.normalize(pool(bare, None, pooling or "mean"), dim=-1))
-        assert_differs(model.encode(input_ids=text), F.normalize(pool(bare, None, pooling or "mean"), dim=-1))
