@@ -196,18 +196,15 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
                 "base must be an encoder-decoder of type ...ForConditionalGeneration for task_type='SEQ_2_SEQ_LM'; "
                 f"got {name}"
             )
-    elif decodes and config.heads is not None:
-        raise ValueError(
-            f"heads must be None on {name}, whose output is its decoder's; take the encoder alone (T5EncoderModel), or "
-            "a model with a head of its own"
-        )
-    elif decodes and TASKS[config.task_type].pools_itself:
-        raise ValueError(
-            f"base must be an encoder or a decoder for task_type={config.task_type!r}; got {name}: take the encoder "
-            "alone (T5EncoderModel)"
-        )
+    elif decodes and config.reads_encoder:
+        if config.prompted_stacks != ("encoder",):
+            reader = f"task_type={config.task_type!r}" if config.heads is None else "heads"
+            raise ValueError(
+                f"stacks must be None or ('encoder',) with {reader} on {name}: the encoder's states are read, and its "
+                f"decoder does not run; got {config.stacks}"
+            )
     elif decodes and backbone is base and base.can_generate():
-        raise ValueError(f"task_type must be 'SEQ_2_SEQ_LM' for {name}; got {config.task_type!r}")
+        raise ValueError(f"task_type must be 'SEQ_2_SEQ_LM' for {name} without heads; got {config.task_type!r}")
     elif config.task_type == "CAUSAL_LM":
         if language_task(base) != "CAUSAL_LM":
             raise ValueError(f"base must be a causal language model for task_type='CAUSAL_LM'; got {name}")

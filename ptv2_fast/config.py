@@ -32,7 +32,7 @@ _NO_NAMES = (str, bytes, Mapping, set, frozenset)
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """One trained head on the backbone's output.
+    """One trained head on the backbone's output; on an encoder-decoder's encoder.
 
     Attributes:
         task_type: SEQ_CLS (one vector per row; IMAGE_CLS and AUDIO_CLS where rows are images or sounds), TOKEN_CLS
@@ -107,7 +107,8 @@ class PTuningV2Config:
             None means "last" on causal models, else "mean". Heads have their own.
         stacks: which attention of an encoder-decoder gets prompts, out of "encoder" and "decoder" (their
             self-attention) and "cross" (the decoder's look at the encoder's states); None means encoder and
-            decoder. Not for "shallow", whose virtual tokens stand in front of the encoder's text.
+            decoder, and the encoder alone where its states are read (`reads_encoder`). Not for "shallow", whose
+            virtual tokens stand in front of the encoder's text.
 
     Raises:
         ValueError: a value is unknown or two values contradict each other; the message names the
@@ -261,10 +262,9 @@ class PTuningV2Config:
                 raise ValueError(f"stacks must be None on a base that is no encoder-decoder; got {self.stacks}")
             return self._counted(num_layers)
         sizes = dict(zip(STACKS, (num_layers - 2 * decoder_layers, decoder_layers, decoder_layers), strict=True))
-        chosen = ("encoder",) if self.injection == "shallow" else self.stacks or ("encoder", "decoder")
         found, start = [], 0
         for stack, size in sizes.items():
-            if stack in chosen:
+            if stack in self.prompted_stacks:
                 found += [start + layer for layer in self._counted(size)]
             start += size
         return tuple(found)
@@ -280,6 +280,18 @@ class PTuningV2Config:
         if len(resolved) != len(self.layers):
             raise ValueError(f"layers names a layer twice for {num_layers} layers; got {self.layers!r}")
         return tuple(sorted(resolved))
+
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether the states of an encoder-decoder's encoder are what is read there: by heads, or pooled."""
+        return self.heads is not None or TASKS[self.task_type].pools_itself
+
+    @property
+    def prompted_stacks(self) -> tuple[str, ...]:
+        """The stacks of an encoder-decoder that have prompts; "encoder" where virtual tokens stand before its text."""
+        if self.stacks is not None:
+            return tuple(self.stacks)
+        return ("encoder",) if self.injection == "shallow" or self.reads_encoder else ("encoder", "decoder")
 
     @property
     def text_offset(self) -> int:

@@ -17,7 +17,7 @@ from ptv2_fast.base_attributes import BaseAttributes
 from ptv2_fast.base_methods import BaseMethods
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.forward.bound_prompts import BoundPrompts
-from ptv2_fast.forward.encoder_decoder import bind_prompts, run_encoder_decoder
+from ptv2_fast.forward.encoder_decoder import bind_prompts, run_encoder, run_encoder_decoder
 from ptv2_fast.forward.gradient_checkpointing import enable_checkpointing
 from ptv2_fast.forward.inline import run_inline
 from ptv2_fast.forward.plain import run_plain
@@ -199,11 +199,12 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
         adapter_names: Sequence[str] | None = None,
         read: Tensor | None = None,
     ) -> Any:
-        """Call `target` (the base, its backbone, or a view of one) with the prompts among its inputs.
+        """Call `target` with the prompts among its inputs.
 
         Inputs that are None are left out, so that a target need not know every one.
 
         Args:
+            target: the base, its backbone, or a view of one; or the encoder of an encoder-decoder, which runs alone.
             read: (R,) the tokens of the flattened (B, N) whose last states the caller reads, where it reads few; the
                 others' may be anything.
         """
@@ -213,14 +214,27 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
         base = self._follow_backbone()
         call = read_call(inputs, base.family, base.model, base.backbone, stacks=base.sizes.decoder_layers > 0)
         rows = self._row_prompts(adapter_names, call.rows)
-        route = route_of(base, rows)
+        route = route_of(base, rows, target)
         if route is Route.INLINE:
             return run_inline(base, target, call, self.adapters[rows.names[0]], training=self.training)
         plan = self.step_plan()
+        if route is Route.ENCODER:
+            return run_encoder(base, call, rows, training=self.training)
         if route is Route.ENCODER_DECODER:
-            task_type = self.adapters[self.active_adapter].config.task_type
-            return run_encoder_decoder(base, target, call, rows, task_type, training=self.training)
+            return run_encoder_decoder(base, target, call, rows, training=self.training)
         return run_plain(base, target, call, rows, plan, training=self.training, read=read)
+
+    def _run_states(
+        self, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None, read: Tensor | None = None
+    ) -> Any:
+        """Run what gives one state for each of the text's tokens: the backbone, or an encoder-decoder's encoder alone.
+
+        Args:
+            read: as in `run`.
+        """
+        backbone = self.backbone
+        target = backbone.encoder if self._frozen.sizes.decoder_layers else backbone
+        return self.run(target, inputs, adapter_names, read)
 
     def _row_prompts(self, adapter_names: Sequence[str] | None, rows: int | None) -> RowPrompts:
         """The prompts that each of B rows asks for; None where B is not known yet."""

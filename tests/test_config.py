@@ -201,6 +201,10 @@ def test_unknown_and_missing_keys_are_refused():
         PTuningV2Config.from_dict({"num_virtual_tokens": 3})
 
 
+# Of an encoder of three layers and a decoder of two.
+_PLACES = {"encoder": (0, 1, 2), "decoder": (3, 4), "cross": (5, 6)}
+
+
 def test_stacks_choose_layers_of_an_encoder_decoder():
     """The encoder's layers first, then the decoder's, then its cross-attention; indices count inside each."""
     config = _config(stacks=["cross", "encoder"], layers=(-1,))
@@ -214,6 +218,28 @@ def test_stacks_choose_layers_of_an_encoder_decoder():
         _config(layers=(2,)).resolve_layers(7, 2)
     with pytest.raises(ValueError, match="stacks must be None on a base that is no encoder-decoder"):
         config.resolve_layers(7)
+
+
+@pytest.mark.parametrize(
+    ("config", "stacks"),
+    [
+        ({}, ("encoder", "decoder")),
+        ({"injection": "shallow"}, ("encoder",)),
+        ({"stacks": ["cross", "decoder"]}, ("decoder", "cross")),
+        ({"task_type": "FEATURE_EXTRACTION"}, ("encoder", "decoder")),
+        (
+            {"task_type": "FEATURE_EXTRACTION", "heads": {"own": {"task_type": "TOKEN_CLS", "num_labels": 2}}},
+            ("encoder",),
+        ),
+        ({"task_type": "TOKEN_CLS", "heads": {"own": 2}}, ("encoder",)),
+        ({"task_type": "SENTENCE_RETRIEVAL"}, ("encoder",)),
+    ],
+    ids=str,
+)
+def test_prompts_stand_where_something_reads_them(config, stacks):
+    made = PTuningV2Config(**{"task_type": "SEQ_2_SEQ_LM", **config})
+    assert made.prompted_stacks == stacks
+    assert made.resolve_layers(7, 2) == tuple(sorted(i for stack in stacks for i in _PLACES[stack]))
 
 
 class TestOfAnAdapter:

@@ -30,7 +30,8 @@ Every row runs in these tests, on a tiny random model with the family's own feat
 - `tests/behaviour/test_images_and_audio.py`, `tests/inputs/test_features.py`, `tests/step/test_feature_steps.py`: all
   of this for families that read images or sounds; `tests/families/test_clip_text.py` for CLIP's texts;
 - `tests/forward/test_encoder_decoder*.py`: all of these for encoder-decoders, which have prompts in the encoder, the
-  decoder's self-attention and, where asked for (`stacks`), its cross-attention.
+  decoder's self-attention and, where asked for (`stacks`), its cross-attention; heads of ours and sentence vectors read
+  the encoder's states, with prompts there alone, and the decoder does not run.
 
 """
 _COLUMNS = ("model_type", "kind", "positions", "deep", "shallow", "prefix", "generation", "remarks")

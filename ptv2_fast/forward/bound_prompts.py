@@ -70,12 +70,14 @@ class BoundPrompts:
         children["decoder"] = view_of(backbone.decoder, forward=self._decode)
         return with_backbone(target, view_of(view_of(backbone, children=children), forward=self._run))
 
+    def encoder(self) -> PreTrainedModel:
+        """A view of the encoder alone with its prompts; what it returns has the N tokens of the text."""
+        encoder = view_of(self.base.hooked(self.base.backbone).encoder, forward=self._encode)
+        return view_of(encoder, forward=self._run_alone)
+
     def _run(self, original: Callable[..., Any], input_ids: Tensor | None = None, **call: Any) -> Any:
         """The whole backbone: what it derives the decoder's inputs from are rows with their tokens first."""
-        call = {name: value for name, value in {"input_ids": input_ids, **call}.items() if value is not None}
-        unread = [name for name in _UNREAD if name in call]
-        if unread:
-            raise ValueError(f"{unread[0]} must be None: {type(self.base.backbone).__name__} has no use for it")
+        call = self._given({"input_ids": input_ids, **call})
         back = None
         if not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & set(call):
             if "encoder_outputs" in call:
@@ -94,6 +96,25 @@ class BoundPrompts:
         if back is not None:
             change_states(output, (*OUTPUT_STATES, *HIDDEN_STATES), lambda states: reorder_tokens(states, back))
         return output
+
+    def _run_alone(self, original: Callable[..., Any], input_ids: Tensor | None = None, **call: Any) -> Any:
+        """The encoder without its decoder, which alone would read the states of virtual tokens."""
+        output = original(**self._given({"input_ids": input_ids, **call}))
+        if self.length:
+            change_states(output, (*OUTPUT_STATES, *HIDDEN_STATES), lambda states: states[:, self.length :])
+        return output
+
+    def _given(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """A call without what is None.
+
+        Raises:
+            ValueError: something is given that the model does not read.
+        """
+        given = {name: value for name, value in call.items() if value is not None}
+        unread = [name for name in _UNREAD if name in given]
+        if unread:
+            raise ValueError(f"{unread[0]} must be None: {type(self.base.backbone).__name__} has no use for it")
+        return given
 
     def _encode(
         self,

@@ -1,4 +1,4 @@
-"""The way through an encoder-decoder: prompts are bound to views of its two stacks."""
+"""The ways through an encoder-decoder, or its encoder alone: prompts are bound to views of its stacks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention.prompt_batch import PromptBatch
+from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.backbone.sharded_weights import device_of
-from ptv2_fast.config import HEAD_TASKS
 from ptv2_fast.forward.bound_prompts import BoundPrompts
 from ptv2_fast.forward.gradient_checkpointing import check_checkpointing
 from ptv2_fast.forward.row_prompts import RowPrompts
@@ -29,7 +29,6 @@ def run_encoder_decoder(
     target: PreTrainedModel,
     call: Call,
     rows: RowPrompts,
-    task_type: str,
     *,
     training: bool,
 ) -> Any:
@@ -37,20 +36,39 @@ def run_encoder_decoder(
 
     Args:
         target: the base, its backbone, or a view of one.
-        task_type: what the model is for.
 
     Raises:
         ValueError: the decoder has a text of its own where a head reads it at the tokens of the encoder's.
     """
     inputs: Mapping[str, Any] = call.inputs
+    # What has a head and writes no text classifies; a head over words reads whatever the decoder reads.
+    has_classifier = backbone_of(target) is not target and not target.can_generate()
     given = [name for name in _OF_DECODER if name in inputs]
-    if given and task_type in HEAD_TASKS:
+    if given and has_classifier:
         raise ValueError(f"{given[0]} must be None: the head reads the decoder at the tokens of the encoder's text")
     if training:
         check_checkpointing(base)
         if inputs.get(CACHE) is None:
             inputs = {"use_cache": False, **inputs}
     return bind_prompts(base, rows).around(target)(**inputs)
+
+
+def run_encoder(base: FrozenBase, call: Call, rows: RowPrompts, *, training: bool) -> Any:
+    """Call the encoder alone, with its prompts: the decoder does not run.
+
+    Returns:
+        The encoder's output, states (B, N, D) of the text's own tokens.
+
+    Raises:
+        ValueError: something is given that only a decoder reads.
+    """
+    given = [name for name in (*_OF_DECODER, CACHE) if name in call.inputs]
+    if given:
+        raise ValueError(f"{given[0]} must be None: the encoder's states are read, and the decoder does not run")
+    if training:
+        check_checkpointing(base)
+    # Only a decoder keeps a cache, whatever the call or the configuration that both share says of it.
+    return bind_prompts(base, rows).encoder()(**{**call.inputs, "use_cache": False})
 
 
 def bind_prompts(base: FrozenBase, rows: RowPrompts) -> BoundPrompts:

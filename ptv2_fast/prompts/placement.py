@@ -5,8 +5,6 @@ from __future__ import annotations
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.families.family import Family
 
-_STACKS = ("encoder", "decoder")
-
 
 def is_inline(config: PTuningV2Config, family: Family) -> bool:
     """Whether virtual tokens see the text, so that they have to be rows of its batch: shallow ones on a model whose
@@ -21,5 +19,5 @@ def text_offset(config: PTuningV2Config, family: Family) -> int:
 
 def stack_offset(config: PTuningV2Config, stack: str) -> int:
     """How far the positions of a stack of an encoder-decoder shift: by the offset of a prompt in its self-attention."""
-    prompted = config.injection != "shallow" and stack in (config.stacks or _STACKS)
+    prompted = config.injection != "shallow" and stack in config.prompted_stacks
     return (config.position_offset or 0) if prompted else 0

@@ -117,6 +117,7 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
     ) -> Any:
         """The backbone's output, last_hidden_state (B, N, D); with `task` the output of that head instead.
 
+        Of an encoder-decoder it is the decoder's, or the encoder's where adapters have heads, which read that.
         Images and sounds are given by name, as pixel_values and input_features.
         """
         self._check_read(kwargs)
@@ -127,7 +128,7 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
         given = [name for name, target in targets.items() if target is not None]
         if given:
             raise ValueError(f"task must name the head that {', '.join(given)} belong to; got None")
-        return self._as_asked(self.run(self.backbone, inputs, adapter_names), kwargs.get("return_dict"))
+        return self._as_asked(self._run_without_head(inputs, adapter_names), kwargs.get("return_dict"))
 
 
 class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):

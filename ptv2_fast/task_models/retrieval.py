@@ -103,7 +103,7 @@ class PTuningV2ModelForSentenceRetrieval(TaskModel):
         first = poolings[names[0]]
         alike = len(set(poolings.values())) == 1
         read = tokens_read(inputs, first) if alike else None
-        output = self.run(self.backbone, inputs, adapter_names, read=read)
+        output = self._run_states(inputs, adapter_names, read)
         hidden, mask = output.last_hidden_state, inputs.get("attention_mask")
         mask = mask if mask is not None and mask.dim() == 2 else None
         if alike:

@@ -170,12 +170,12 @@ class PTuningV2ModelWithHeads(CapturedModel):
         targets: Mapping[str, Tensor],
         groups: tuple[int, int] | None = None,
     ) -> Any:
-        """The backbone with prompts, then our head of each row's adapter; `groups` as for the base's head."""
+        """The states of the text with prompts, then our head of each row's adapter; `groups` as for the base's head."""
         read = None
         if len(names) == 1:
             kind = self.adapters[names[0]].head(task).config
             read = self._read(inputs, kind.pooling) if kind.task_type in ROW_TASKS else None
-        output = self.run(self.backbone, inputs, adapter_names, read=read)
+        output = self._run_states(inputs, adapter_names, read)
         hidden = output.last_hidden_state
         mask = inputs.get("attention_mask")
         mask = mask if mask is not None and mask.dim() == 2 and reads_text(self._family) else None
@@ -200,6 +200,25 @@ class PTuningV2ModelWithHeads(CapturedModel):
             # Rows of different kinds or label sets have no common tensor: one tensor of logits each.
             return MixedOutput(logits=tuple(logits_of_rows), hidden_states=output.hidden_states)
         return _task_output(kinds.pop(), torch.stack(logits_of_rows), targets, output)
+
+    def _run_without_head(self, inputs: dict[str, Any], adapter_names: Sequence[str] | None) -> Any:
+        """The backbone's output, or of an encoder-decoder its encoder's where adapters have heads, which read that.
+
+        A row of the bare base is as one of the active adapter.
+
+        Raises:
+            ValueError: rows of an encoder-decoder have adapters with heads and without.
+        """
+        named = {self.active_adapter if name == BASE_ROW else name for name in adapter_names or (BASE_ROW,)}
+        with_heads = {len(self.adapters[name].heads) > 0 for name in named & set(self.adapters)}
+        if self._disabled or True not in with_heads:
+            return self.run(self.backbone, inputs, adapter_names)
+        if len(with_heads) > 1 and self._frozen.sizes.decoder_layers:
+            raise ValueError(
+                "adapter_names must not mix adapters with heads, for which the encoder runs alone, with others on an "
+                f"encoder-decoder; got {sorted(named)}"
+            )
+        return self._run_states(inputs, adapter_names)
 
     def _read(self, inputs: dict[str, Any], pooling: str) -> Tensor | None:
         """Which tokens of the flattened (B, N) a head reads that pools this way; None where it reads them all."""

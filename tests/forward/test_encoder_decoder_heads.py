@@ -1,4 +1,4 @@
-"""Heads on encoder-decoders and on the encoder of T5, and the bases that are refused."""
+"""Heads of encoder-decoders' own, heads on the encoder of T5, and the bases that are refused."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import transformers
 
 from batches import padded, text_rows
 from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+from ptv2_fast.backbone.locate import backbone_of
 from tiny_models import INJECTIONS, LABELS, tiny_prompts
-from tiny_seq2seq import tiny_base, tiny_model
+from tiny_seq2seq import ENCODER, literal, tiny_base, tiny_model
 from tolerances import assert_equal, assert_same_bits
 
 
@@ -71,6 +72,18 @@ def test_heads_of_the_base(kind, task, injection):
             model(**batch.inputs, decoder_input_ids=batch.input_ids)
 
 
+@pytest.mark.parametrize("kind", ["bart", "mbart"])
+def test_own_heads_on_a_model_that_has_one(kind):
+    """Its backbone's encoder is read: what the model's own head reads is the decoder."""
+    changes = {"eos_token_id": 3}
+    model = tiny_model(kind, "deep", "SEQ_CLS", task_type="TOKEN_CLS", heads={"own": 4}, base_changes=changes)
+    call = padded(text_rows(), "left").inputs
+    backbone = backbone_of(tiny_base(kind, "SEQ_CLS", **changes))
+    states = literal(model, backbone, call["input_ids"], call["attention_mask"])[1]
+    real = call["attention_mask"].bool()
+    assert_equal(model(**call).logits[real], model.adapters["default"].heads["own"].linear(states)[real])
+
+
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("pooling", ["first", "last", "mean"])
 def test_own_heads_on_the_encoder_of_t5(injection, pooling):
@@ -117,7 +130,8 @@ def test_checkpointed_gradients_of_the_encoder_of_t5(injection):
 def _refused():
     config = PTuningV2Config
     yield "t5", "QUESTION_ANS", config("QUESTION_ANS"), "T5ForQuestionAnswering"
-    yield "t5", "FEATURE_EXTRACTION", config("SEQ_CLS", heads={"x": 2}), "heads must be None on T5Model"
+    yield "t5", "SEQ_2_SEQ_LM", config("SEQ_CLS"), "'SEQ_2_SEQ_LM' for T5ForConditionalGeneration without heads"
+    yield "t5", "FEATURE_EXTRACTION", config("SEQ_CLS"), "heads must be given for task_type='SEQ_CLS' on the backbone"
     yield "t5", "FEATURE_EXTRACTION", config("SEQ_2_SEQ_LM"), "encoder-decoder of type ...ForConditionalGeneration"
     yield "t5", "ENCODER", config("SEQ_2_SEQ_LM"), "got T5EncoderModel"
     yield "t5", "ENCODER", config("FEATURE_EXTRACTION", stacks=("encoder",)), "stacks must be None"
@@ -136,6 +150,24 @@ def test_bases_and_tasks_that_do_not_fit(kind, task, config, message):
     with pytest.raises(ValueError, match=message):
         get_ptv2_model(base, config)
     assert all(parameter.requires_grad for parameter in base.parameters()), "the base was touched"
+
+
+@pytest.mark.parametrize("stacks", [("decoder",), ("cross",), ("encoder", "decoder")], ids="+".join)
+@pytest.mark.parametrize("on", ["SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_prompts_elsewhere_are_refused(kind, on, stacks):
+    base = tiny_base(kind, on)
+    for reader, more in (("heads", {"task_type": "SEQ_CLS", "heads": {"own": 2}}), ("task_type='SENTENCE", {})):
+        config = PTuningV2Config(**{"task_type": "SENTENCE_RETRIEVAL", "stacks": stacks, **more})
+        message = rf"stacks must be None or \('encoder',\) with {reader}.*got \('{stacks[0]}"
+        with pytest.raises(ValueError, match=message):
+            get_ptv2_model(base, config)
+    assert all(parameter.requires_grad for parameter in base.parameters()), "the base was touched"
+    model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"own": 2}, stacks=("encoder",), layers=(-1,)))
+    assert model.adapters["default"].encoder.layers == (ENCODER - 1,)
+    with pytest.raises(ValueError, match="stacks must be None or"):
+        model.add_adapter("other", PTuningV2Config("SEQ_CLS", heads={"own": 2}, stacks=stacks))
+    assert list(model.adapters) == ["default"]
 
 
 @pytest.mark.parametrize(

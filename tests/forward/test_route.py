@@ -37,8 +37,8 @@ def _inputs(name: str) -> dict:
     return features("vit") if name.startswith("vit") else BATCH.inputs
 
 
-def _route(model, names=None, rows=3):
-    return route_of(model._frozen, model._row_prompts(names, rows))
+def _route(model, names=None, rows=3, target=None):
+    return route_of(model._frozen, model._row_prompts(names, rows), target)
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -84,6 +84,17 @@ def test_an_encoder_decoder_says_so_itself():
     with pytest.raises(ValueError, match=r"on an encoder-decoder with other adapters: .* got \['default', 'other'\]"):
         _route(model, ["default", "other"], None)
     assert _route(model, ["other", "__base__"], None) is Route.ENCODER_DECODER
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_runs_alone_where_it_is_what_is_called(kind):
+    """Whatever the task of the active adapter."""
+    for task in ({}, {"task_type": "SEQ_CLS", "heads": {"own": 2}}):
+        model = tiny_seq2seq(kind, "deep", **task)
+        backbone = model.backbone
+        assert _route(model, rows=None, target=backbone.encoder) is Route.ENCODER
+        for target in (model.base_model, backbone, backbone.decoder, None):
+            assert _route(model, rows=None, target=target) is Route.ENCODER_DECODER
 
 
 def _made(model, monkeypatch, **inputs):

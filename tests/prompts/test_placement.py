@@ -41,3 +41,5 @@ def test_a_stack_shifts_by_the_offset_of_a_prompt_in_its_self_attention():
     one = _config("prefix", task, position_offset=4, stacks=("decoder", "cross"))
     assert [stack_offset(one, stack) for stack in ("encoder", "decoder")] == [0, 4]
     assert [stack_offset(_config("shallow", task), stack) for stack in ("encoder", "decoder")] == [0, 0]
+    heads = _config("prefix", "SEQ_CLS", position_offset=4, heads={"own": 2})
+    assert [stack_offset(heads, stack) for stack in ("encoder", "decoder")] == [4, 0]

@@ -6,15 +6,16 @@ import math
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration
 
+import tiny_seq2seq
 from batches import padded, text_rows
-from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
+from ptv2_fast import PTuningV2Config, PTuningV2Model
+from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.inputs.pooling import pool
 from ptv2_fast.losses import in_batch_negatives_loss
 from ptv2_fast.task_models.retrieval import PTuningV2ModelForSentenceRetrieval
 from tiny_models import DECODERS, DISTINCT, ENCODERS, TOKEN_TYPES, literal_states, tiny_base, tiny_model, tiny_prompts
-from tolerances import assert_equal, assert_same_bits
+from tolerances import assert_differs, assert_equal, assert_same_bits
 
 TASK = "SENTENCE_RETRIEVAL"
 BATCH = padded(text_rows(), "left")
@@ -62,6 +63,30 @@ def test_embeddings_and_gradients_are_those_of_literal_prompts(family, pooling):
     assert_equal(output.loss, literal)
     prompts = model.adapters["default"].encoder.prompts
     assert_equal(torch.autograd.grad(output.loss, prompts)[0], torch.autograd.grad(literal, prompts)[0])
+
+
+@pytest.mark.parametrize("injection", ["deep", "shallow", "prefix"])
+@pytest.mark.parametrize("pooling", ["first", "last", "mean"])
+@pytest.mark.parametrize("on", ["SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_s_vectors_are_pooled_from_its_encoder(kind, on, pooling, injection):
+    model = tiny_seq2seq.tiny_model(kind, injection, on, exact=True, task_type=TASK, pooling=pooling)
+    backbone = backbone_of(tiny_seq2seq.tiny_base(kind, on, exact=True))
+    prompts, batch = model.adapters["default"].encoder.prompts, padded(text_rows(5, 2, 7, 4), "left")
+    states = tiny_seq2seq.literal(model, backbone, *batch.inputs.values())[1]
+    expected = _unit(pool(states, batch.attention_mask, pooling))
+    output = model(**{name: value.unflatten(0, (2, 2)) for name, value in batch.inputs.items()})
+    assert_equal(output.embeddings.flatten(0, 1), expected)
+    assert_equal(model.encode(**batch.inputs), expected)
+    scores = 20 * expected[::2] @ expected[1::2].T
+    literal = -scores.log_softmax(-1).diagonal().mean()
+    assert_equal(torch.autograd.grad(output.loss, prompts)[0], torch.autograd.grad(literal, prompts)[0])
+    # Without prompts it is the bare encoder that is pooled.
+    text = text_rows()[0][None]
+    bare = _unit(pool(backbone.encoder(input_ids=text).last_hidden_state, None, pooling))
+    assert_differs(model.encode(input_ids=text), bare)
+    with model.disable_adapter():
+        assert_equal(model.encode(input_ids=text), bare)
 
 
 @pytest.mark.parametrize("injection", ["deep", "shallow", "prefix"])
@@ -157,12 +182,6 @@ def test_calls_that_cannot_be_meant_are_refused():
     with pytest.raises(ValueError, match="labels must be None: a text's place in its group says what it is"):
         model(**PAIRS, labels=torch.zeros(4).long())
     assert model.why_not_packed() == f"a {TASK} loss compares whole rows"
-    sizes = {f"{stack}_{what}": n for stack in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 48))}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    base = BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=32, **sizes, **heads))
-    for whole in (base, base.model):
-        with pytest.raises(ValueError, match="base must be an encoder or a decoder for task_type='SENTENCE_RETRIEVAL'"):
-            get_ptv2_model(whole, PTuningV2Config(TASK))
 
 
 def test_tuples_and_embeddings_as_elsewhere():
