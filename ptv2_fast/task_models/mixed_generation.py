@@ -15,11 +15,18 @@ from transformers.utils import ModelOutput
 from ptv2_fast.adapter import BASE_ROW
 from ptv2_fast.inputs.cache import CACHE, cached_tokens
 from ptv2_fast.model import PTuningV2Model
-from ptv2_fast.task_models.mixed_rows import check_mixable, language_logits, results_of_rows
+from ptv2_fast.task_models.mixed_rows import (
+    OF_DECODER,
+    check_mixable,
+    encoded_rows,
+    language_logits,
+    results_of_rows,
+)
 from ptv2_fast.task_types import TASKS
 
 # What `generate` takes with a row for each text.
 _BY_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
+_TEXTS = ("input_ids", "inputs_embeds")
 
 
 @dataclass
@@ -49,8 +56,9 @@ def generate_mixed(
 ) -> MixedGeneration:
     """Run `generate` for the rows that write text; the first pass over their prompts reads the others' too.
 
-    Where that pass has another form (a cache that is not made of whole rows, or one that is filled already; a prompt
-    that is read in chunks; drafts), the others' prompts have a pass of their own.
+    In an encoder-decoder that pass is the encoder's, whose states are handed on. Where it has another form (a cache
+    that is not made of whole rows, or one that is filled already; a prompt that is read in chunks; drafts), the others'
+    prompts have a pass of their own.
 
     Args:
         model: as the class that writes text.
@@ -62,8 +70,8 @@ def generate_mixed(
         ValueError: the rows are not of a batch, or tasks that no batch can have together.
     """
     call = _named(args, kwargs)
-    batch = {name: call.pop(name) for name in _BY_ROW if call.get(name) is not None}
-    if not {"input_ids", "inputs_embeds"} & set(batch):
+    batch = {name: call.pop(name) for name in (*_BY_ROW, *OF_DECODER) if call.get(name) is not None}
+    if not set(_TEXTS) & set(batch):
         raise ValueError("input_ids must be given with rows of several tasks; got none")
     rows = next(iter(batch.values())).shape[0]
     uneven = [name for name, value in batch.items() if value.shape[0] != rows]
@@ -71,6 +79,8 @@ def generate_mixed(
         what = uneven[0] if uneven else "adapter_names"
         found = batch[what].shape[0] if uneven else len(adapter_names)
         raise ValueError(f"{what} must have {rows} rows, as {next(iter(batch))} has; got {found}")
+    if "attention_mask" not in batch and (mask := _inferred_mask(model, batch, call)) is not None:
+        batch["attention_mask"] = mask
     names = list(model._row_names(adapter_names, rows))
     tasks = {row: _task_of(model, name) for row, name in enumerate(names)}
     writers = [row for row in range(rows) if TASKS[tasks[row]].gives == "text"]
@@ -80,9 +90,19 @@ def generate_mixed(
     def part(of: Sequence[int]) -> dict[str, Any]:
         return {name: value[torch.tensor(of, device=value.device)] for name, value in batch.items()}
 
-    beside = _Beside(model, part(others), [names[row] for row in others], call.pop("task", None))
-    written = generate(**part(writers), **call, adapter_names=[names[row] for row in writers], first_pass=beside)
-    results = beside.results()
+    task, of_writers = call.pop("task", None), [names[row] for row in writers]
+    if model._frozen.sizes.decoder_layers:
+        text = {name: batch.pop(name) for name in _TEXTS if name in batch}
+        with torch.no_grad():
+            hidden = model._run_states({**text, **_without(batch, OF_DECODER)}, names).last_hidden_state
+        every = results_of_rows(model, names, hidden, batch.get("attention_mask"), task)
+        results = [every[row] for row in others]
+        call["encoder_outputs"] = encoded_rows(hidden, writers)
+        written = generate(**part(writers), **call, adapter_names=of_writers)
+    else:
+        beside = _Beside(model, part(others), [names[row] for row in others], task)
+        written = generate(**part(writers), **call, adapter_names=of_writers, first_pass=beside)
+        results = beside.results()
     sequences = written if isinstance(written, Tensor) else written.sequences
     copies = sequences.shape[0] // len(writers)
     logits: list[Tensor | None] = [None] * rows
@@ -112,6 +132,23 @@ def _named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError("input_ids must be given once; got inputs too")
         call["input_ids"] = text
     return call
+
+
+def _inferred_mask(model: PTuningV2Model, batch: Mapping[str, Any], call: Mapping[str, Any]) -> Tensor | None:
+    """The mask (B, N) that `generate` reads off the padding id of the text where it is given none; None without one."""
+    config = call.get("generation_config") or model.generation_config
+    padding, ends = (
+        getattr(config, name, None) if call.get(name) is None else call[name]
+        for name in ("pad_token_id", "eos_token_id")
+    )
+    if padding is None or "input_ids" not in batch or int(padding) in torch.as_tensor([] if ends is None else ends):
+        return None
+    real = batch["input_ids"].ne(int(padding))
+    return None if bool(real.all()) else real.long()
+
+
+def _without(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in names}
 
 
 def _task_of(model: PTuningV2Model, name: str) -> str:
@@ -174,7 +211,7 @@ class _Beside:
             # Those that `generate` counts are the ones that a model counts off the mask.
             given.pop("position_ids", None)
         by_row = [name for name in _BY_ROW if name in given]
-        if any((name in others) != (name in given) for name in _BY_ROW if name not in ("input_ids", "inputs_embeds")):
+        if any((name in others) != (name in given) for name in _BY_ROW if name not in _TEXTS):
             return None
         if any(isinstance(value, Tensor) and value.dim() > 1 for name, value in given.items() if name not in by_row):
             return None

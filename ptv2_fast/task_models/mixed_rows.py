@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from ptv2_fast.adapter import BASE_ROW, Adapter
@@ -23,10 +24,11 @@ from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.task_types import TASKS
 
 _TARGETS = ("labels", "start_positions", "end_positions")
-# What a language model's own head is called with beside the rows' text.
-_OF_LANGUAGE = ("logits_to_keep",)
+# What the rows that write text are called with beside their text: a decoder's head; an encoder-decoder's decoder.
+_OF_HEAD = ("logits_to_keep",)
+OF_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 # What the call of one task knows, and several tasks do not share.
-_NOT_SHARED = ("return_loss", "return_dict", "task", "adapter_names", *_TARGETS, *_OF_LANGUAGE)
+_NOT_SHARED = ("return_loss", "return_dict", "task", "adapter_names", *_TARGETS, *_OF_HEAD, *OF_DECODER)
 
 
 @dataclass
@@ -35,8 +37,9 @@ class MixedOutput(ModelOutput):
 
     Attributes:
         loss: always None: one task trains at a time.
-        logits: one tensor for each row, of its own task's kind: (N, V) of a row that writes text, (N, C) of tags, (C,)
-            of a class, (N, 2) of a span's start and end, (D,) of length 1 of a text's embedding, (N, D) states.
+        logits: one tensor for each row, of its own task's kind: (N, V) of a row that writes text, in an encoder-decoder
+            (M, V) of its decoder's M tokens; (N, C) of tags; (C,) of a class; (N, 2) of a span's start and end; (D,) of
+            length 1 of a text's embedding; (N, D) states.
         hidden_states: the backbone's, of all rows, where they are asked for.
     """
 
@@ -65,17 +68,23 @@ def run_mixed(model: PTuningV2Model, tasks: Sequence[str], given: Mapping[str, A
         raise ValueError(f"{CACHE} must be None with rows of several tasks: generate reads them in its first pass")
     inputs = {name: value for name, value in given.items() if name not in _NOT_SHARED}
     writes = any(TASKS[task].gives == "text" for task in tasks)
-    if writes:
+    stacks = model._frozen.sizes.decoder_layers > 0
+    if writes and stacks and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(given):
+        raise ValueError("decoder_input_ids must be given for the rows that write text")
+    if writes and not stacks:
         inputs["use_cache"] = False
-    output = model.run(model.backbone, inputs, given["adapter_names"])
-    names = model._row_names(given["adapter_names"], output.last_hidden_state.shape[0])
-    rows = results_of_rows(model, names, output.last_hidden_state, inputs.get("attention_mask"), given.get("task"))
+    output = model._run_states(inputs, given["adapter_names"])
+    hidden = output.last_hidden_state
+    names = model._row_names(given["adapter_names"], hidden.shape[0])
+    rows = results_of_rows(model, names, hidden, inputs.get("attention_mask"), given.get("task"))
     texts = [row for row, result in enumerate(rows) if result is None]
-    if texts:
-        own = {name: given[name] for name in _OF_LANGUAGE if name in given}
+    if texts and stacks:
+        logits = _decoder_logits(model, hidden, texts, given, [names[row] for row in texts])
+    elif texts:
+        own = {name: given[name] for name in _OF_HEAD if name in given}
         logits = language_logits(model.base_model, output, texts, inputs, own)
-        for row, result in zip(texts, logits, strict=True):
-            rows[row] = result
+    for place, row in enumerate(texts):
+        rows[row] = logits[place]
     # Every row has a result by now.
     logits_of_rows = tuple(row for row in rows if row is not None)
     mixed = MixedOutput(logits=logits_of_rows, hidden_states=output.hidden_states)
@@ -105,6 +114,13 @@ def check_mixable(model: PTuningV2Model, tasks: Sequence[str], names: Sequence[s
             "adapter_names must name one adapter where each has its own copy of the base's head; configure "
             f"heads={{...}} to mix them with other tasks in one batch; got {copied[0]!r} beside others"
         )
+    if model._frozen.sizes.decoder_layers:
+        decoded = [task for task in tasks if TASKS[task].gives == "states"]
+        if any(not model.adapters[name].config.reads_encoder for name in names if name != BASE_ROW and decoded):
+            raise ValueError(
+                f"adapter_names must not mix {decoded[0]}, which gives the decoder's states, with other tasks; got "
+                f"{', '.join(task for task in tasks if task not in decoded)}"
+            )
     if BASE_ROW in names and not any(TASKS[task].gives == "text" for task in tasks):
         raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
     for name in dict.fromkeys(names):
@@ -183,6 +199,31 @@ def language_logits(
     name = "input_ids" if "input_ids" in inputs else "inputs_embeds"
     text = {name: inputs[name].index_select(0, index)}
     logits: Tensor = _with_output(base, chosen)(**text, **own, use_cache=False, return_dict=True).logits
+    return logits
+
+
+def encoded_rows(hidden: Tensor, rows: Sequence[int]) -> BaseModelOutput:
+    """Some rows of an encoder's states (B, N, D), as its decoder takes them."""
+    index = torch.tensor(rows, device=hidden.device)
+    return BaseModelOutput(last_hidden_state=hidden.index_select(0, index))
+
+
+def _decoder_logits(
+    model: PTuningV2Model, hidden: Tensor, rows: Sequence[int], given: Mapping[str, Any], names: Sequence[str]
+) -> Tensor:
+    """(R, M, V) what an encoder-decoder says of the encoder's states of some rows.
+
+    Args:
+        given: keyword arguments of the call, for all rows.
+        names: the adapters of these rows.
+    """
+    call = {
+        name: given[name][torch.tensor(rows, device=given[name].device)]
+        for name in ("attention_mask", *OF_DECODER)
+        if name in given
+    }
+    inputs = {"encoder_outputs": encoded_rows(hidden, rows), **call, "use_cache": False}
+    logits: Tensor = model.run(model.base_model, inputs, names).logits
     return logits
 
 
