@@ -35,6 +35,7 @@ from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import PackedBatch
 from ptv2_fast.task_models.captured import CapturedModel
+from ptv2_fast.task_models.continuous_batching import ContinuousBatching
 from ptv2_fast.task_models.other_forward import with_prompted_backbone
 from ptv2_fast.task_models.pipelines import name_in_pipelines
 from ptv2_fast.task_models.retrieval import PTuningV2ModelForSentenceRetrieval
@@ -104,7 +105,7 @@ class PTuningV2ModelForMultipleChoice(PTuningV2ModelForSequenceClassification):
     """
 
 
-class PTuningV2ModelForCausalLM(CapturedModel):
+class PTuningV2ModelForCausalLM(ContinuousBatching, CapturedModel):
     """Prompts for a causal language model (task_type CAUSAL_LM)."""
 
     # The base's loss divides by Trainer's num_items_in_batch, the labels of all accumulated batches.
