@@ -48,27 +48,27 @@ class BaseMethods(nn.Module):
         return view_of(part, forward=_backbone_of(model)) if reads_tokens else part
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """The bare model's continuous batching.
+        """The bare model's continuous batching; that of a causal language model knows adapters.
 
         Raises:
             ValueError: an adapter is on.
         """
-        return self._without_prompts("generate_batch")(*args, **kwargs)
+        return self._batching("generate_batch")(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As `generate_batch`."""
-        return self._without_prompts("init_continuous_batching")(*args, **kwargs)
+        return self._batching("init_continuous_batching")(*args, **kwargs)
 
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
         """As `generate_batch`."""
-        return self._without_prompts("continuous_batching_context_manager")(*args, **kwargs)
+        return self._batching("continuous_batching_context_manager")(*args, **kwargs)
 
-    def _without_prompts(self, method: str) -> Any:
+    def _batching(self, method: str) -> Any:
         model: Any = self
         if not model._disabled:
             raise ValueError(
-                f"{method} must be called on the bare model: continuous batching keeps keys in pages of its own, where "
-                "prompts have no place; generate serves batches with prompts, one adapter a row"
+                f"{method} must be called on a causal language model, or within disable_adapter; got a "
+                f"{type(self.base_model).__name__}"
             )
         return getattr(self.base_model, method)
 

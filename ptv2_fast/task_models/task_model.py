@@ -74,6 +74,12 @@ class TaskModel(PTuningV2Model):
         """`generate` of rows that write text, all of them; the classes that do say how."""
         raise NotImplementedError
 
+    def _batching(self, method: str) -> Any:
+        """A method of continuous batching, which the class of causal language models has, whatever is active."""
+        if not self._disabled and self.task_type != "CAUSAL_LM" and language_task(self.base_model) == "CAUSAL_LM":
+            return getattr(self.as_task("CAUSAL_LM"), method)
+        return super()._batching(method)
+
     def _apply(self: M, *args: Any, **kwargs: Any) -> M:
         """Move or cast; what was captured, whichever task's steps, is given back first, with its memory."""
         if "_captured_forward" in self.__dict__:
