@@ -149,7 +149,7 @@ TINY = {
     "glm": _like(_GLM, kin=True),
     "glm4": _GLM,
     "cohere": _like(_COHERE, {"use_qk_norm": True}),
-    "cohere2": _like(_COHERE, {"sliding_window": WINDOW, "layer_types": _IN_TURN}),
+    "cohere2": _like(_COHERE, {"sliding_window": WINDOW, "layer_types": _IN_TURN}, kin=True),
     "phi3": _like(_LLAMA, {"sliding_window": WINDOW, "original_max_position_embeddings": 64}),
     "gemma2": _like(
         _LLAMA,
