@@ -100,7 +100,9 @@ def for_tasks(*served: str) -> Callable[[F], F]:
             given = {**named_arguments(forward.__get__(self), args), **kwargs}
             given = {name: value for name, value in given.items() if value is not None}
             if len(tasks) == 1:
-                return self.as_task(tasks[0]).forward(**given)
+                other = self.as_task(tasks[0])
+                # Not the object's: accelerate and others set one there, which is this very one again.
+                return type(other).forward(other, **given)
             return run_mixed(self, tasks, given)
 
         return cast(F, run)
