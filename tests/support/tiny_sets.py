@@ -9,7 +9,7 @@ import transformers
 
 from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
 
-CLASSES, TAGS, TOPICS = ("ham", "spam"), ("O", "B-PER", "B-LOC"), ("film", "river", "bank")
+CLASSES, TAGS, TOPICS = ("negative", "positive"), ("O", "B-PER", "B-LOC"), ("film", "river", "bank")
 
 
 def _head(task: str, labels: tuple[str, ...], **options: object) -> PTuningV2Config:
