@@ -75,7 +75,9 @@ def run_mixed(model: PTuningV2Model, tasks: Sequence[str], given: Mapping[str, A
         logits = language_logits(model.base_model, output, texts, inputs, own)
         for row, result in zip(texts, logits, strict=True):
             rows[row] = result
-    mixed = MixedOutput(logits=tuple(rows), hidden_states=output.hidden_states)
+    # Every row has a result by now.
+    logits_of_rows = tuple(row for row in rows if row is not None)
+    mixed = MixedOutput(logits=logits_of_rows, hidden_states=output.hidden_states)
     return model._as_asked(mixed, given.get("return_dict"))
 
 
