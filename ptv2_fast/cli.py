@@ -308,10 +308,12 @@ def info(
     from ptv2_fast.training.info import facts_of
 
     facts = facts_of(name)
-    for one in facts:
+    for index, one in enumerate(facts):
         if as_json:
             typer.echo(json.dumps(one, ensure_ascii=False))
             continue
+        if index:
+            typer.echo()
         width = max(map(len, one))
         for key, value in one.items():
             shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from ptv2_fast import PTuningV2Config, PTuningV2Model
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig
 from ptv2_fast.saving.checkpoint import WEIGHTS_NAME
+from ptv2_fast.storage.names import check_name, namesake
 from ptv2_fast.task_types import TASKS, TaskType
 from ptv2_fast.training.bases import head_size, load_base
 from ptv2_fast.training.described import COLUMNS, folder_of, folders_in, read_description, read_settings
@@ -117,11 +119,11 @@ def load_trained(
     """
     place = Path(folder) if adapter is None else folder_of(Path(folder), adapter)
     plan = _planned(place, model, head)
-    count = None
+    outputs = None
     if plan.own_head and TASKS[plan.task_type].names_labels:
         shapes = _shapes(place / WEIGHTS_NAME)
-        count = len(plan.labels) if isinstance(plan.labels, list) else head_size(plan.base, plan.task_type, shapes)
-    base, tokenizer = load_base(plan.base, plan.task_type, own_head=plan.own_head, num_labels=count)
+        outputs = len(plan.labels) if isinstance(plan.labels, list) else head_size(plan.base, plan.task_type, shapes)
+    base, tokenizer = load_base(plan.base, plan.task_type, own_head=plan.own_head, num_labels=outputs)
     codec = _codec(plan, base, tokenizer, max_length)
     wrapped = PTuningV2Model.from_pretrained(base, place)
     return LoadedAdapter(wrapped, codec, head, plan.settings, wrapped.active_adapter)
@@ -147,7 +149,8 @@ def load_all(
         head: which head, for those that have several.
 
     Returns:
-        The adapters by the names of their folders; `model` is the same object in all of them.
+        The adapters by the names of their folders; `model` is the same object in all of them, and calls each by its
+        `name`, the same one but where no adapter can have it ("ner.v2").
 
     Raises:
         FileNotFoundError: there is no such folder, or no such base.
@@ -179,17 +182,29 @@ def load_all(
     writer = next((plan.task_type for plan in plans.values() if TASKS[plan.task_type].gives == "text"), None)
     base, tokenizer = load_base(first.base, writer or first.task_type)
     codecs = {name: _codec(plan, base, tokenizer, max_length) for name, plan in plans.items()}
-    wrapped: PTuningV2Model | None = None
-    for name, plan in plans.items():
-        if wrapped is None:
-            wrapped = PTuningV2Model.from_pretrained(base, plan.folder, adapter_name=name)
-        else:
-            wrapped.load_adapter(plan.folder, name)
-    assert wrapped is not None
+    called = _usable_names(plans)
+    wrapped = PTuningV2Model.from_pretrained(base, first.folder, adapter_name=called[names[0]])
+    for name in names[1:]:
+        wrapped.load_adapter(plans[name].folder, called[name])
     wrapped.eval()
     return {
-        name: LoadedAdapter(wrapped, codecs[name], plan.head_name, plan.settings, name) for name, plan in plans.items()
+        name: LoadedAdapter(wrapped, codecs[name], plan.head_name, plan.settings, called[name])
+        for name, plan in plans.items()
     }
+
+
+def _usable_names(folders: Collection[str]) -> dict[str, str]:
+    """What a model calls the adapters of folders: the same, but where no adapter can have a folder's name."""
+    names: dict[str, str] = {}
+    for folder in folders:
+        try:
+            check_name(folder)
+            usable = namesake(folder, names.values()) is None
+        except ValueError:
+            usable = False
+        others = (name for name in map("adapter_{}".format, count()) if name not in {*folders, *names.values()})
+        names[folder] = folder if usable else next(others)
+    return names
 
 
 def _planned(folder: Path, model: str | None, head: str | None, *, several: bool = False) -> _Plan:

@@ -146,18 +146,19 @@ def _run(
         group.sort(key=lambda item: -item.length)
         for begin in range(0, len(group), asked.batch_size):
             batch = group[begin : begin + asked.batch_size]
-            member = members[batch[0].name]
-            found = _written(member, batch, asked) if any(item.writes for item in batch) else _read(member, batch)
+            written = any(item.writes for item in batch)
+            found = _written(members, batch, asked) if written else _read(members, batch)
             for item, result in zip(batch, found, strict=True):
                 results[item.name][item.index] = result
     return results
 
 
 @torch.no_grad()
-def _read(member: LoadedAdapter, batch: Sequence[_Item]) -> list[Tensor]:
+def _read(members: Mapping[str, LoadedAdapter], batch: Sequence[_Item]) -> list[Tensor]:
     """One forward: each row's tensor, of its own tokens."""
+    member = members[batch[0].name]
     inputs = _padded(member, batch, "right")
-    output = member.model(**inputs, adapter_names=[item.name for item in batch])
+    output = member.model(**inputs, adapter_names=[members[item.name].name for item in batch])
     if "start_logits" in output:
         rows = torch.stack([output.start_logits, output.end_logits], dim=-1)
     else:
@@ -165,14 +166,15 @@ def _read(member: LoadedAdapter, batch: Sequence[_Item]) -> list[Tensor]:
     return [row.float().cpu() for row in rows]
 
 
-def _written(member: LoadedAdapter, batch: Sequence[_Item], asked: Asked) -> list[Tensor]:
+def _written(members: Mapping[str, LoadedAdapter], batch: Sequence[_Item], asked: Asked) -> list[Tensor]:
     """One `generate`: of rows that write the new tokens (L,), of the others the tensor of their own tokens."""
+    member = members[batch[0].name]
     tokenizer, model = member.codec.tokenizer, member.model
     inputs = _padded(member, batch, "left")
     width = inputs["input_ids"].shape[1]
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     options = {"max_new_tokens": asked.max_new_tokens, "do_sample": False, "pad_token_id": filler}
-    output = model.generate(**inputs, adapter_names=[item.name for item in batch], **options)
+    output = model.generate(**inputs, adapter_names=[members[item.name].name for item in batch], **options)
     if isinstance(output, Tensor):
         sequences, results = output, [None] * len(batch)
     else:

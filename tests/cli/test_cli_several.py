@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,8 @@ def test_eval_and_export_take_one_of_them(readers, tmp_path):
 def test_info_lists_all(readers):
     facts = [json.loads(line) for line in run("info", readers, "--json").stdout.splitlines()]
     assert {one["name"]: one["task_type"] for one in facts} == {name: CONFIGS[name].task_type for name in READERS}
+    parts = run("info", readers).stdout.strip().split("\n\n")
+    assert [part.split("\n")[0].split()[1] for part in parts] == [str(readers / name) for name in sorted(READERS)]
 
 
 def test_trained_runs_in_one_folder_keep_their_settings(encoder, tmp_path):
@@ -228,6 +231,17 @@ def test_trained_runs_in_one_folder_keep_their_settings(encoder, tmp_path):
 def test_a_folder_with_a_single_one_below_is_that_one(encoder, tmp_path):
     folder = saved_set(tmp_path / "set" / "spam", encoder, ("spam",))
     assert records("predict", tmp_path / "set", TEXTS[0]) == records("predict", folder, TEXTS[0])
+
+
+def test_folders_may_have_names_that_no_adapter_can(readers, tmp_path):
+    """Dots, names of torch's own, and names that differ by case alone."""
+    folders = {"spam.v2": "spam", "train": "ner", "Mood": "mood", "mood": "topics", "adapter_0": "find"}
+    for name, own in folders.items():
+        shutil.copytree(readers / own, tmp_path / name)
+    found = records("predict", tmp_path, *TEXTS)
+    assert list(found[0]) == ["text", *sorted(folders)]
+    for name, own in folders.items():
+        assert same([record[name] for record in found], records("predict", readers / own, *TEXTS)), name
 
 
 def test_python_loads_all_over_one_base(readers):
