@@ -51,10 +51,10 @@ def answers_of(
 
     Rows of all adapters stand in the same batches. A batch with rows that write text is one `generate`, whose first
     pass reads the others' too; any other batch is one forward. Windows of long contexts are rows like others, and so
-    are texts to be embedded or to be ranked against. In passes of their own, with the same result, run: the choices of
-    MULTIPLE_CHOICE, which are several rows that belong together; the candidates of a ranking; adapters with several
-    heads, and those whose head is a copy of the base's own; and where the tokenizer gives more than ids and a mask,
-    the rows that write.
+    are texts to be embedded and the queries of a ranking. In passes of their own, with the same result, run: the
+    choices of MULTIPLE_CHOICE, which are several rows that belong together; the candidates of a ranking; adapters with
+    several heads, and those whose head is a copy of the base's own; and where the tokenizer gives more than ids and a
+    mask, the rows that write.
 
     Args:
         members: what `load_all` gives.

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
 from ptv2_fast.cli import app
-from ptv2_fast.training import together
 from ptv2_fast.training.loading import load_all, load_trained
 from ptv2_fast.training.predict import evaluate
 from ptv2_fast.training.requests import typed_requests
+from ptv2_fast.training.together import answers_of
 from tiny_folders import bert_folder, llama_folder, toy_file
 from tiny_sets import CONFIGS, saved_set
 
@@ -169,19 +169,19 @@ def test_the_lines_for_people_name_the_adapter(everything):
     assert [line for line in shown.split("\n") if line] == expected
 
 
-def test_a_batch_of_all_is_one_pass(everything, monkeypatch):
-    """One generate where some write; one forward where none does."""
-    calls = []
+def test_a_batch_of_all_is_one_pass(everything):
+    """The first pass of generate has all rows, later ones those that write; where none does, one forward has all."""
     members = load_all(everything, adapters=["chat", "ner", "spam"])
-    for name in ("_read", "_written"):
-        own = getattr(together, name)
-        monkeypatch.setattr(together, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
-    requests = typed_requests(members, TEXTS)
-    assert len(list(together.answers_of(members, requests, max_new_tokens=2))) == len(TEXTS) and calls == ["_written"]
-    calls.clear()
+    passes = []
+    layer = members["chat"].model.backbone.layers[0].self_attn.q_proj
+    hook = layer.register_forward_hook(lambda module, inputs, output: passes.append(output.shape[0]))
+    assert len(list(answers_of(members, typed_requests(members, TEXTS), max_new_tokens=3))) == len(TEXTS)
+    assert passes == [3 * len(TEXTS), len(TEXTS), len(TEXTS)]
+    passes.clear()
     only = {name: members[name] for name in ("ner", "spam")}
-    list(together.answers_of(only, typed_requests(only, TEXTS)))
-    assert calls == ["_read"]
+    list(answers_of(only, typed_requests(only, TEXTS)))
+    hook.remove()
+    assert passes == [2 * len(TEXTS)]
 
 
 def test_eval_and_export_take_one_of_them(readers, tmp_path):
