@@ -100,7 +100,11 @@ PromptColumn = Annotated[str | None, typer.Option(help="Column to go on from (CA
 CompletionColumn = Annotated[str | None, typer.Option(help="Column to go on with (CAUSAL_LM).")]
 ProblemOption = Annotated[Problem | None, typer.Option(help="What a SEQ_CLS head solves; one class if not given.")]
 LengthOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of a row.")]
-AdapterArgument = Annotated[str, typer.Argument(help="Folder of a trained adapter.")]
+AdapterArgument = Annotated[str, typer.Argument(help="Folder of a trained adapter, or of several.")]
+OneOption = Annotated[str | None, typer.Option("--adapter", help="Which one, of a folder with several.")]
+SomeOption = Annotated[
+    list[str] | None, typer.Option("--adapter", help="Which ones, of a folder with several; all if not given.")
+]
 HeadOption = Annotated[str | None, typer.Option(help="Which head, where there are several.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows of a batch.")]
 
@@ -200,6 +204,7 @@ def search(
 def evaluate_adapter(
     adapter: AdapterArgument,
     data: DataOption,
+    one: OneOption = None,
     model: ModelOption = None,
     split: SplitOption = None,
     text_column: TextColumns = None,
@@ -218,7 +223,7 @@ def evaluate_adapter(
     from ptv2_fast.training.run_folder import plain_json
 
     given = dict(locals())
-    loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
+    loaded = load_trained(adapter, adapter=one, model=model, max_length=max_length, head=head)
     examples = loaded.read(source_of(data, given, loaded.columns))
     loaded.check_parts(data, examples)
     features = loaded.codec.encode(examples)
@@ -234,6 +239,7 @@ def predict(
     file: Annotated[str | None, typer.Option(help="Data file, labels not needed.")] = None,
     context: Annotated[str | None, typer.Option(help="What the questions are about (QUESTION_ANS).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    some: SomeOption = None,
     model: ModelOption = None,
     max_length: LengthOption = None,
     split: SplitOption = None,
@@ -246,40 +252,30 @@ def predict(
     batch_size: BatchOption = 32,
     head: HeadOption = None,
 ) -> None:
-    """Classes, numbers, tags, answers, choices, rankings or continued text for texts, a file or standard input."""
+    """Classes, numbers, tags, answers, choices, rankings or continued text for texts, a file or standard input.
+
+    Of a folder with several adapters all answer each text, in shared batches: one record a text, with a field for each
+    adapter. A row of --file, or a line of texts that is a JSON object, may name the "adapter" that alone answers it.
+    """
     given = dict(locals())
     if texts and file:
         raise ValueError("give texts or --file, not both")
     if file is None and (unread := [flag for flag in ("split", *COLUMNS) if given.get(flag)]):
         raise ValueError(f"--{unread[0].replace('_', '-')} is read with --file alone")
     quiet()
-    from ptv2_fast.training.flags import source_of
-    from ptv2_fast.training.loading import load_trained
-    from ptv2_fast.training.records import examples_of, line_of, records_of
+    from ptv2_fast.training.asking import Question, records, records_together
+    from ptv2_fast.training.described import several_in
+    from ptv2_fast.training.records import line_of
     from ptv2_fast.training.run_folder import plain_json
+    from ptv2_fast.training.together import lines_of
 
-    loaded = load_trained(adapter, model=model, max_length=max_length, head=head)
-    task_type = loaded.codec.task_type
-    if context is not None and (task_type != "QUESTION_ANS" or file is not None):
-        raise ValueError("--context is read for questions that are given as texts; got it with another task or --file")
-    if max_new_tokens is not None and task_type != "CAUSAL_LM":
-        raise ValueError(f"--max-new-tokens is read for CAUSAL_LM alone; {adapter} is for {task_type}")
-    if (candidates is not None or top is not None) and task_type != "SENTENCE_RETRIEVAL":
-        raise ValueError(f"--candidates and --top are read for SENTENCE_RETRIEVAL alone; {adapter} is for {task_type}")
-    if top is not None and candidates is None:
-        raise ValueError("--top is read with --candidates alone")
-    against = None
-    if candidates is not None:
-        against = [example["text"] for example in loaded.read(source_of(candidates, {}), labelled=False)]
-    if file is not None:
-        examples = loaded.read(source_of(file, given, loaded.columns), labelled=False)
-    else:
-        where = "text" if texts else "standard input"
-        examples = examples_of(texts or sys.stdin, task_type, where=where, context=context)
-    loaded.check_parts(file or "text", examples)
-    options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens or 64}
-    options |= {"candidates": against, "top": top or 10}
-    for record in records_of(loaded, examples, **options):
+    asked = Question(file, texts or sys.stdin, "text" if texts else "standard input", context, given)
+    names = several_in(adapter, some)
+    if len(names) > 1:
+        for record in records_together(adapter, names, asked):
+            typer.echo(plain_json(record) if as_json else lines_of(record, names))
+        return
+    for record in records(adapter, next(iter(names), None), asked):
         typer.echo(plain_json(record) if as_json else line_of(record))
 
 
@@ -290,6 +286,7 @@ def export(
     content: Annotated[
         Content, typer.Option(help="Keys and values per layer, or input embeddings.")
     ] = _KEYS_AND_VALUES,
+    one: OneOption = None,
     model: ModelOption = None,
 ) -> None:
     """Trained prompts as plain tensors, for servers that know nothing of this package."""
@@ -297,8 +294,8 @@ def export(
     from ptv2_fast.saving.export import export_prompts
     from ptv2_fast.training.loading import load_trained
 
-    export_prompts(load_trained(adapter, model=model).model, output, content.value)
-    typer.echo(f"{output}: {content.value} of {adapter}")
+    export_prompts(load_trained(adapter, adapter=one, model=model).model, output, content.value)
+    typer.echo(f"{output}: {content.value} of {adapter if one is None else Path(adapter, one)}")
 
 
 @app.command()
@@ -311,10 +308,12 @@ def info(
     from ptv2_fast.training.info import facts_of
 
     facts = facts_of(name)
-    for one in facts:
+    for index, one in enumerate(facts):
         if as_json:
             typer.echo(json.dumps(one, ensure_ascii=False))
             continue
+        if index:
+            typer.echo()
         width = max(map(len, one))
         for key, value in one.items():
             shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value

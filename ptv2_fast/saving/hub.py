@@ -49,24 +49,26 @@ def model_card(
 ) -> ModelCard:
     """The card of a model's adapters: base, task, injection, P, trained parameters, metrics and how to load them.
 
+    Adapters of several tasks have a tag each for theirs; the hub's pipeline is that of a single one.
+
     Args:
-        metrics: name -> value of a single adapter, "accuracy" for instance.
+        metrics: name -> value of a single adapter, "accuracy" for instance; the hub's table of results names its task,
+            so that it has them where all adapters have one.
         repo_id: what the example loads: a repository, or the folder of the card.
     """
     names = list(model.adapters) if adapter_names is None else list(adapter_names)
     configs = {name: model.adapters[name].config for name in names}
     base, kind = model.base_model.config.name_or_path, type(model.base_model).__name__
     tasks = list(dict.fromkeys(TASKS[config.task_type].hub_tag for config in configs.values()))
+    injections = dict.fromkeys(config.injection for config in configs.values())
+    results = (metrics or {}).items() if len(tasks) == 1 else ()
     data = ModelCardData(
         base_model=base or None,
         library_name="ptv2-fast",
         pipeline_tag=tasks[0] if len(tasks) == 1 else None,
-        tags=["p-tuning-v2", "prompt-tuning", *dict.fromkeys(config.injection for config in configs.values())],
+        tags=["p-tuning-v2", "prompt-tuning", *injections, *(tasks if len(tasks) > 1 else ())],
         model_name="prompts",
-        eval_results=[
-            EvalResult(tasks[0], "held-out", "held-out rows", metric, value)
-            for metric, value in (metrics or {}).items()
-        ]
+        eval_results=[EvalResult(tasks[0], "held-out", "held-out rows", metric, value) for metric, value in results]
         or None,
     )
     rows = [
@@ -97,12 +99,25 @@ def model_card(
             "",
             f"base = {kind}.from_pretrained({base!r})",
             f"model = PTuningV2Model.from_pretrained(base, {repo_id!r})",
+            *_choosing(model, names),
             "```",
             "",
         ]
     else:
         lines += [f"`PTuningV2Model.from_pretrained(base, {repo_id!r})` loads them over their {kind}.", ""]
     return ModelCard("\n".join(lines))
+
+
+def _choosing(model: Described, names: Sequence[str]) -> list[str]:
+    """How one of several adapters is chosen: for all rows, and for each where a batch may hold rows of all."""
+    if len(names) == 1:
+        return []
+    lines = [f"model.set_adapter({names[-1]!r})  # the one that runs, trains and says what the model is for"]
+    kinds = [TASKS[model.adapters[name].config.task_type] for name in names]
+    copied = any(len(model.adapters[name].base_heads) for name in names)
+    if not copied and not any(kind.in_groups and not kind.pools_itself for kind in kinds):
+        lines.append(f"# or one for each row of a batch: model(**batch, adapter_names={list(names)!r})")
+    return lines
 
 
 def push_to_hub(

@@ -133,3 +133,31 @@ def _rows(
         yield from delimited_rows(path, wanted.named, **options)
     else:
         raise ValueError(f"{path}: expected a file with a suffix of {', '.join(formats.FILE_SUFFIXES)}; got {suffix!r}")
+
+
+def read_rows(
+    path_or_name: str | Path, tasks: Sequence[str], *, named: Sequence[str] = (), split: str | None = None
+) -> list[Row]:
+    """The rows of a file or dataset as they stand, for adapters of several tasks; labels need not be there.
+
+    Formats are those of `read_examples`. A .txt is a text a line, and a .tsv a table, unless all tasks are TOKEN_CLS.
+
+    Args:
+        tasks: all that rows are for.
+        named: columns that somebody asks for, by which the header of a table is known.
+        split: of a dataset.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_examples`.
+    """
+    headers = [name for task in tasks for name in training_task(task).headers]
+    # Tables and texts are no files of tagged words: those come into question where nothing else is read.
+    task = next((task for task in tasks if task != "TOKEN_CLS"), "TOKEN_CLS")
+    wanted = Wanted(tuple(named), labelled=False)
+    notes: list[str] = []
+    rows = list(_rows(path_or_name, task, split, wanted, notes, headers))
+    if not rows:
+        raise ValueError(f"{path_or_name}, line 1: expected at least one example; found none")
+    for note in notes:
+        logger.warning("%s", note)
+    return rows

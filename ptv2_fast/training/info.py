@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.task_types import SINGLE_LABEL
-from ptv2_fast.training.loading import read_description
+from ptv2_fast.training.described import read_description
 
 
 def facts_of(name: str) -> list[dict[str, Any]]:

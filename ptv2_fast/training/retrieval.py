@@ -140,8 +140,20 @@ def embed(model: Any, codec: Codec, texts: Sequence[str], *, batch_size: int = 3
 
 def pair_records(loaded: Loaded, examples: Rows, asked: Asked) -> Iterator[dict[str, Any]]:
     """{"query", "hits": [{"text", "score"}, ...]} where there are candidates, else {"text", "embedding"}."""
-    texts = [example.get("text", example.get("query")) for example in examples]
-    vectors = embed(loaded.model, loaded.codec, texts, batch_size=asked.batch_size)
+    texts = [text_in(example) for example in examples]
+    yield from vector_records(
+        loaded, texts, embed(loaded.model, loaded.codec, texts, batch_size=asked.batch_size), asked
+    )
+
+
+def text_in(example: Mapping[str, Any]) -> str:
+    """The text of an example that is a text alone."""
+    text: str = example.get("text", example.get("query"))
+    return text
+
+
+def vector_records(loaded: Loaded, texts: Sequence[str], vectors: Tensor, asked: Asked) -> Iterator[dict[str, Any]]:
+    """The records of `pair_records` of texts whose vectors (T, D), of length 1, are there."""
     if asked.candidates is None:
         for text, vector in zip(texts, vectors.tolist(), strict=True):
             yield {"text": text, "embedding": [round(value, 6) for value in vector]}

@@ -79,8 +79,14 @@ def answer_record(example: Mapping[str, Any], prediction: Prediction) -> dict[st
 def text_records(loaded: Loaded, examples: Sequence[Mapping[str, Any]], asked: Asked) -> Iterator[dict[str, Any]]:
     """{"prompt", "text"} of each prompt, continued greedily."""
     for example in examples:
-        prompt = example.get("prompt", example.get("text"))
+        prompt = prompt_of(example)
         yield {"prompt": prompt, "text": _continued(loaded, prompt, asked.max_new_tokens)}
+
+
+def prompt_of(example: Mapping[str, Any]) -> str:
+    """What the model goes on from."""
+    prompt: str = example.get("prompt", example.get("text"))
+    return prompt
 
 
 def _continued(loaded: Loaded, prompt: Any, most: int) -> str:

@@ -169,7 +169,7 @@ def test_info_lists_every_adapter_of_a_folder(encoder, tmp_path):
     model.save_pretrained(tmp_path / "both")
     facts = [json.loads(line) for line in run("info", tmp_path / "both", "--json").stdout.splitlines()]
     assert {fact["name"]: fact["num_virtual_tokens"] for fact in facts} == {"one": 3, "two": 5}
-    refused(run("predict", tmp_path / "both", "x"), "one", "two")
+    refused(run("export", tmp_path / "both", "--output", tmp_path / "x.safetensors"), "one", "two", "--adapter")
     assert run("predict", tmp_path / "both" / "one", "x").exit_code == 0
 
 

@@ -22,6 +22,7 @@ from ptv2_fast.cli import app
 from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.families.registry import families
 from tiny_folders import WORDS, tiny_tokenizer
+from tolerances import assert_equal
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,7 +84,8 @@ def test_the_python_examples_run(hub, names, capsys):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config = transformers.LlamaConfig(vocab_size=len(WORDS), bos_token_id=None, eos_token_id=4, **sizes)
     transformers.LlamaForCausalLM(config).save_pretrained("tiny-lm")
-    first, second, frozen, batching, options, runner = _blocks("python")[1:7]
+    tiny_tokenizer(causal=True).save_pretrained("tiny-lm")
+    first, second, frozen, batching, options, runner, many = _blocks("python")[1:8]
     assert len([line for line in first.splitlines() if line]) <= 15
     exec(first, names)
     assert names["logits"].shape == (1, 4, 9)
@@ -101,6 +103,24 @@ def test_the_python_examples_run(hub, names, capsys):
     names["model"].set_adapter("ner")
     labelled = {**names["batch"], "labels": torch.randint(0, 9, (3, 6))}
     exec(runner, {**names, "batches": [labelled] * 2})
+    _check_many_tasks(many, names)
+
+
+def _check_many_tasks(block: str, names: dict) -> None:
+    """The block on several tasks in one model, and the commands below it on what it saved."""
+    exec(block, names)
+    assert type(names["model"]).__name__ == "PTuningV2ModelForTokenClassification"
+    assert [tuple(row.shape) for row in names["rows"]] == [(6, len(WORDS)), (6, 9), (2,)]
+    written = names["written"]
+    assert written.rows.tolist() == [0] and written.sequences.shape[0] == 1 and written.logits[0] is None
+    assert_equal(written.logits[1], names["rows"][1], "tags of the pass that read the prompts")
+    (commands,) = [block for block in _blocks("bash") if "predict assistant" in block]
+    all_of_them, one = [shlex.split(line, comments=True)[1:] for line in commands.splitlines()]
+    record = json.loads(CliRunner().invoke(app, all_of_them).stdout)
+    assert list(record) == ["text", "chat", "ner", "spam"] and record["text"] == "Ada moved to Paris"
+    alone = CliRunner().invoke(app, one).stdout
+    assert alone == CliRunner().invoke(app, ["predict", "assistant/ner", "Ada moved to Paris"]).stdout
+    assert [line.split("\t")[0] for line in alone.split("\n") if line] == ["Ada", "moved", "to", "Paris"]
 
 
 def test_the_commands_run(hub):
