@@ -275,6 +275,8 @@ class AdapterSet(nn.Module):
     def _check_compatible(self, config: PTuningV2Config) -> None:
         """Refuse an adapter that no forward could serve beside the ones that are there."""
         first = next(iter(self.adapters.values())).config
+        if first.task_type == "CAUSAL_LM" and (config.heads or config.task_type == "FEATURE_EXTRACTION"):
+            return
         same_task = config.task_type == first.task_type
         if (config.heads is None) != (first.heads is None) or not (same_task or config.heads):
             having = "with" if first.heads else "without"
