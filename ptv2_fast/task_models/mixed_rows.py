@@ -17,7 +17,7 @@ from ptv2_fast.adapter import BASE_ROW, Adapter
 from ptv2_fast.backbone.locate import backbone_of, with_backbone
 from ptv2_fast.backbone.view import outside_graphs, view_of
 from ptv2_fast.heads import Head
-from ptv2_fast.inputs.cache import CACHE
+from ptv2_fast.inputs.cache import CACHE, with_cache_name
 from ptv2_fast.inputs.features import reads_text
 from ptv2_fast.inputs.pooling import pool
 from ptv2_fast.model import PTuningV2Model
@@ -59,6 +59,7 @@ def run_mixed(model: PTuningV2Model, tasks: Sequence[str], given: Mapping[str, A
         ValueError: a loss or a cache is asked for, or tasks that no batch can have together.
     """
     model._check_read(given)
+    given = with_cache_name(given)
     names = model._row_names(given["adapter_names"], None)
     check_mixable(model, tasks, names, given.get("task"))
     targets = [name for name in _TARGETS if name in given]

@@ -178,6 +178,7 @@ def test_wrong_calls_are_refused():
     for wrong, message in (
         ({"labels": torch.zeros(2, 9, dtype=torch.long)}, "labels must be None with several adapters in one batch"),
         ({"past_key_values": transformers.DynamicCache()}, "must be None with rows of several tasks"),
+        ({"cache": transformers.DynamicCache()}, "must be None with rows of several tasks"),
         ({"use_cache": True}, "must be None with rows of several tasks"),
         ({"adapter_names": ["chat", "ner", "spam"]}, "adapter_names must name 2 rows; got 3 names"),
         ({"adapter_names": ["chat", "nobody", "ner"]}, "adapter must be one of .*; got 'nobody'"),
