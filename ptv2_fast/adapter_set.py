@@ -30,8 +30,8 @@ from ptv2_fast.typed_modules import ModuleDictOf
 
 M = TypeVar("M", bound="AdapterSet")
 
-# Of which models the adapters are disabled here, by id, once for each context that is open. Threads and asyncio's tasks
-# have their own, since others may be serving meanwhile.
+# Whose adapters are disabled here, by the id of what holds them, which a model has in any class; once for each context
+# that is open. Threads and asyncio's tasks have their own, since others may be serving meanwhile.
 _disabled: ContextVar[tuple[int, ...]] = ContextVar("ptv2_disabled", default=())
 
 
@@ -124,18 +124,19 @@ class AdapterSet(nn.Module):
         adapters. What `torch.compile` made of the model knows threads alone. Contexts may overlap: the adapters are
         back when the last one closes.
         """
-        _disabled.set((*_disabled.get(), id(self)))
-        _of_this_thread.models = (*_of_this_thread.models, id(self))
+        model = id(self.adapters)
+        _disabled.set((*_disabled.get(), model))
+        _of_this_thread.models = (*_of_this_thread.models, model)
         try:
             yield
         finally:
-            _disabled.set(_without(_disabled.get(), id(self)))
-            _of_this_thread.models = _without(_of_this_thread.models, id(self))
+            _disabled.set(_without(_disabled.get(), model))
+            _of_this_thread.models = _without(_of_this_thread.models, model)
 
     @property
     def _disabled(self) -> bool:
         """Whether the bare base runs here."""
-        return id(self) in (_of_this_thread.models if torch.compiler.is_compiling() else _disabled.get())
+        return id(self.adapters) in (_of_this_thread.models if torch.compiler.is_compiling() else _disabled.get())
 
     def frozen_prompts(self) -> AbstractContextManager[None]:
         """Within this context the adapters' keys and values are made once, and kept from call to call in all threads.

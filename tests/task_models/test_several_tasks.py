@@ -302,11 +302,55 @@ def test_a_forward_that_was_wrapped_before_serves_the_adapter_that_is_active_now
         model.set_adapter(name)
         expected[name] = model(**BATCH.inputs).logits
     model.set_adapter("chat")
-    own = model.forward
-    model.forward = MethodType(lambda self, *args, **kwargs: own(*args, **kwargs), model)
-    for name in ("ner", "chat", "spam"):
-        model.set_adapter(name)
-        assert_same_bits(model(**BATCH.inputs).logits, expected[name])
+    with model.disable_adapter():
+        bare = model(**BATCH.inputs).logits
+    for first in ("chat", "ner"):
+        model.set_adapter(first)
+        own = type(model).forward
+        model.forward = MethodType(lambda self, *args, own=own, **kwargs: own(self, *args, **kwargs), model)
+        for name in ("ner", "chat", "spam"):
+            model.set_adapter(name)
+            assert_same_bits(model(**BATCH.inputs).logits, expected[name])
+            with model.disable_adapter():
+                assert_same_bits(model(**BATCH.inputs).logits, bare)
+
+
+def test_a_call_goes_on_while_another_thread_chooses_an_adapter(monkeypatch):
+    """Its class is another one then."""
+    model = _holding(THREE)
+    names = ["ner", "__base__", "chat", "spam", "__base__", "ner"]
+    greedy = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 1}
+    calls = {
+        "ner": lambda: model(**BATCH.inputs, adapter_names=["ner"] * 6).logits,
+        "chat": lambda: model(**BATCH.inputs, adapter_names=["chat"] * 6).logits,
+        "mixed": lambda: model(**BATCH.inputs, adapter_names=names).logits,
+        "generate": lambda: model.generate(**BATCH.inputs, adapter_names=names, **greedy).sequences,
+        "bare": lambda: _disabled(model),
+    }
+    expected = {call: calls[call]() for call in calls}
+    read = PTuningV2Model._row_names
+
+    def row_names(self, *args):
+        model.set_adapter(other)
+        return read(self, *args)
+
+    def check_read(self, given):
+        model.set_adapter(other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PTuningV2Model, "_row_names", row_names)
+        patch.setattr(PTuningV2Model, "_check_read", check_read)
+        for first, other in itertools.permutations(THREE, 2):
+            for call, run in calls.items():
+                model.set_adapter(first)
+                for found, logits in zip(run(), expected[call], strict=True):
+                    assert_same_bits(found, logits, f"{call}: {first} to {other}")
+    assert type(model) is MODEL_CLASSES[CONFIGS[other].task_type]
+
+
+def _disabled(model):
+    with model.disable_adapter():
+        return model(**BATCH.inputs).logits
 
 
 class _Mine(PTuningV2ModelForTokenClassification):
