@@ -27,6 +27,10 @@ _TARGETS = ("labels", "start_positions", "end_positions")
 # What the rows that write text are called with beside their text: a decoder's head; an encoder-decoder's decoder.
 _OF_HEAD = ("logits_to_keep",)
 OF_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+# Hooks have seen the backbone run, and may have changed what it gave: they are not asked again.
+_NO_HOOKS: Mapping[str, Any] = {
+    name: {} for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+}
 # What the call of one task knows, and several tasks do not share.
 _NOT_SHARED = ("return_loss", "return_dict", "task", "adapter_names", *_TARGETS, *_OF_HEAD, *OF_DECODER)
 
@@ -238,8 +242,8 @@ def _with_output(base: PreTrainedModel, output: Any) -> PreTrainedModel:
     backbone = backbone_of(base)
     # OPT's forward calls the decoder inside its backbone.
     parts = {
-        name: view_of(part, forward=forward)
+        name: view_of(part, forward=forward, attributes=_NO_HOOKS)
         for name, part in backbone.named_children()
         if isinstance(part, PreTrainedModel)
     }
-    return with_backbone(base, view_of(backbone, children=parts, forward=forward))
+    return with_backbone(base, view_of(backbone, children=parts, forward=forward, attributes=_NO_HOOKS))

@@ -154,6 +154,29 @@ def test_the_bases_own_head_reads_rows_that_write_text_alone():
     assert_equal(mixed.logits[1], literal_logits(model.base_model, states[1, -2:]))
 
 
+@pytest.mark.parametrize("family", ("llama", "opt"))
+def test_hooks_of_the_backbone_see_each_row_once(family):
+    """What one changes is changed once, in rows that write text too."""
+    model = _holding(THREE, family=family)
+    seen = []
+
+    def add(module, args, output):
+        seen.append(output.last_hidden_state.shape[0])
+        output.last_hidden_state = output.last_hidden_state + 1
+        return output
+
+    # OPT's language model calls the decoder inside its backbone.
+    getattr(model.backbone, "decoder", model.backbone).register_forward_hook(add)
+    mixed = model(**BATCH.inputs, adapter_names=[*THREE, *THREE]).logits
+    assert seen == [6]
+    for row, name in enumerate([*THREE, *THREE]):
+        expected = model(**BATCH.inputs, adapter_names=[name] * 6).logits[row]
+        assert_equal(mixed[row], expected, name)
+    seen.clear()
+    model.generate(**BATCH.inputs, adapter_names=[*THREE, *THREE], max_new_tokens=1, pad_token_id=1)
+    assert seen == [6]
+
+
 def test_tuples_are_given_where_they_are_asked_for():
     model = _holding(THREE)
     inputs = {key: value[:3] for key, value in BATCH.inputs.items()}
