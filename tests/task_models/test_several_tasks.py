@@ -315,6 +315,9 @@ def test_copies_and_pickles_are_of_the_class_that_they_were_made_of():
         assert_same_bits(other(**BATCH.inputs).logits, model(**BATCH.inputs).logits)
         other.set_adapter("spam")
         assert type(model) is PTuningV2ModelForTokenClassification
+    with model.disable_adapter():
+        for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert other(**BATCH.inputs).logits.shape != model(**BATCH.inputs).logits.shape
 
 
 def test_a_forward_that_was_wrapped_before_serves_the_adapter_that_is_active_now():
