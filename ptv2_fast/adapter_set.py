@@ -30,13 +30,17 @@ from ptv2_fast.typed_modules import ModuleDictOf
 
 M = TypeVar("M", bound="AdapterSet")
 
-# Of which models the adapters are disabled here, by id, once for each context that is open. Threads and asyncio's tasks
-# have their own, since others may be serving meanwhile.
+# Of which models the adapters are disabled here, by the id of their attributes, which a model shares with itself as
+# another class; once for each context that is open. Threads and asyncio's tasks have their own, since others may be
+# serving meanwhile.
 _disabled: ContextVar[tuple[int, ...]] = ContextVar("ptv2_disabled", default=())
 
 
 class _DisabledInThread(threading.local):
-    """The same for torch.compile, which guards on what belongs to a thread and cannot read what belongs to a task."""
+    """The same for torch.compile, which guards on what belongs to a thread and cannot read what belongs to a task.
+
+    By the id of the model: in graphs the bare base is run by the model itself.
+    """
 
     def __init__(self) -> None:
         self.models: tuple[int, ...] = ()
@@ -124,18 +128,20 @@ class AdapterSet(nn.Module):
         adapters. What `torch.compile` made of the model knows threads alone. Contexts may overlap: the adapters are
         back when the last one closes.
         """
-        _disabled.set((*_disabled.get(), id(self)))
+        _disabled.set((*_disabled.get(), id(self.__dict__)))
         _of_this_thread.models = (*_of_this_thread.models, id(self))
         try:
             yield
         finally:
-            _disabled.set(_without(_disabled.get(), id(self)))
+            _disabled.set(_without(_disabled.get(), id(self.__dict__)))
             _of_this_thread.models = _without(_of_this_thread.models, id(self))
 
     @property
     def _disabled(self) -> bool:
         """Whether the bare base runs here."""
-        return id(self) in (_of_this_thread.models if torch.compiler.is_compiling() else _disabled.get())
+        if torch.compiler.is_compiling():
+            return id(self) in _of_this_thread.models
+        return id(self.__dict__) in _disabled.get()
 
     def frozen_prompts(self) -> AbstractContextManager[None]:
         """Within this context the adapters' keys and values are made once, and kept from call to call in all threads.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -132,12 +133,22 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
 
         return MODEL_CLASSES[task_type]
 
-    @outside_graphs
-    def as_task(self, task_type: str) -> PTuningV2Model:
-        """This very model as the class of another task: what is set on either is set on both."""
-        if task_type == self.task_type:
+    def held_as(self, task_type: str) -> PTuningV2Model:
+        """This very model as a class that runs a task, which it stays while another thread chooses an adapter.
+
+        What is set on either is set on both.
+        In training, where choosing one changes what trains, and in graphs, which know the class, it is the model itself
+        if that can be.
+        """
+        own, kind = type(self), self.class_of(task_type)
+        fits = issubclass(own, kind)
+        if fits and (torch.compiler.is_compiling() or (self.training and torch.is_grad_enabled())):
             return self
-        other: PTuningV2Model = object.__new__(self.class_of(task_type))
+        return self._as(own if fits else kind)
+
+    @outside_graphs
+    def _as(self, kind: type[PTuningV2Model]) -> PTuningV2Model:
+        other: PTuningV2Model = object.__new__(kind)
         object.__setattr__(other, "__dict__", self.__dict__)
         return other
 

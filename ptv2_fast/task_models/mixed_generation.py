@@ -92,12 +92,15 @@ def generate_mixed(
 
     task, of_writers = call.pop("task", None), [names[row] for row in writers]
     if model._frozen.sizes.decoder_layers:
-        text = {name: batch.pop(name) for name in _TEXTS if name in batch}
+        if call.get("encoder_outputs") is not None:
+            raise ValueError("encoder_outputs must be None with rows of several tasks: the encoder reads all of them")
+        config = call.get("generation_config") or model.generation_config
+        states = call.get("output_hidden_states", getattr(config, "output_hidden_states", None))
         with torch.no_grad():
-            hidden = model._run_states({**text, **_without(batch, OF_DECODER)}, names).last_hidden_state
-        every = results_of_rows(model, names, hidden, batch.get("attention_mask"), task)
+            encoded = model._run_states({**_without(batch, OF_DECODER), "output_hidden_states": states}, names)
+        every = results_of_rows(model, names, encoded.last_hidden_state, batch.get("attention_mask"), task)
         results = [every[row] for row in others]
-        call["encoder_outputs"] = encoded_rows(hidden, writers)
+        call["encoder_outputs"] = encoded_rows(encoded, writers)
         written = generate(**part(writers), **call, adapter_names=of_writers)
     else:
         beside = _Beside(model, part(others), [names[row] for row in others], task)

@@ -17,7 +17,7 @@ from ptv2_fast.adapter import BASE_ROW, Adapter
 from ptv2_fast.backbone.locate import backbone_of, with_backbone
 from ptv2_fast.backbone.view import outside_graphs, view_of
 from ptv2_fast.heads import Head
-from ptv2_fast.inputs.cache import CACHE
+from ptv2_fast.inputs.cache import CACHE, with_cache_name
 from ptv2_fast.inputs.features import reads_text
 from ptv2_fast.inputs.pooling import pool
 from ptv2_fast.model import PTuningV2Model
@@ -27,6 +27,10 @@ _TARGETS = ("labels", "start_positions", "end_positions")
 # What the rows that write text are called with beside their text: a decoder's head; an encoder-decoder's decoder.
 _OF_HEAD = ("logits_to_keep",)
 OF_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+# Hooks have seen the backbone run, and may have changed what it gave: they are not asked again.
+_NO_HOOKS: Mapping[str, Any] = {
+    name: {} for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+}
 # What the call of one task knows, and several tasks do not share.
 _NOT_SHARED = ("return_loss", "return_dict", "task", "adapter_names", *_TARGETS, *_OF_HEAD, *OF_DECODER)
 
@@ -59,6 +63,7 @@ def run_mixed(model: PTuningV2Model, tasks: Sequence[str], given: Mapping[str, A
         ValueError: a loss or a cache is asked for, or tasks that no batch can have together.
     """
     model._check_read(given)
+    given = with_cache_name(given)
     names = model._row_names(given["adapter_names"], None)
     check_mixable(model, tasks, names, given.get("task"))
     targets = [name for name in _TARGETS if name in given]
@@ -71,6 +76,8 @@ def run_mixed(model: PTuningV2Model, tasks: Sequence[str], given: Mapping[str, A
     stacks = model._frozen.sizes.decoder_layers > 0
     if writes and stacks and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(given):
         raise ValueError("decoder_input_ids must be given for the rows that write text")
+    if writes and stacks:
+        _check_decoder_rows(given)
     if writes and not stacks:
         inputs["use_cache"] = False
     output = model._run_states(inputs, given["adapter_names"])
@@ -79,7 +86,7 @@ def run_mixed(model: PTuningV2Model, tasks: Sequence[str], given: Mapping[str, A
     rows = results_of_rows(model, names, hidden, inputs.get("attention_mask"), given.get("task"))
     texts = [row for row, result in enumerate(rows) if result is None]
     if texts and stacks:
-        logits = _decoder_logits(model, hidden, texts, given, [names[row] for row in texts])
+        logits = _decoder_logits(model, output, texts, given, [names[row] for row in texts])
     elif texts:
         own = {name: given[name] for name in _OF_HEAD if name in given}
         logits = language_logits(model.base_model, output, texts, inputs, own)
@@ -202,18 +209,35 @@ def language_logits(
     return logits
 
 
-def encoded_rows(hidden: Tensor, rows: Sequence[int]) -> BaseModelOutput:
-    """Some rows of an encoder's states (B, N, D), as its decoder takes them."""
-    index = torch.tensor(rows, device=hidden.device)
-    return BaseModelOutput(last_hidden_state=hidden.index_select(0, index))
+def encoded_rows(encoded: Any, rows: Sequence[int]) -> BaseModelOutput:
+    """Some rows of an encoder's output, states (B, N, D), as its decoder takes them."""
+    last, states = encoded.last_hidden_state, encoded.hidden_states
+    index = torch.tensor(rows, device=last.device)
+    return BaseModelOutput(
+        last_hidden_state=last.index_select(0, index),
+        hidden_states=None if states is None else tuple(state.index_select(0, index) for state in states),
+    )
+
+
+def _check_decoder_rows(given: Mapping[str, Any]) -> None:
+    """Refuse a decoder's text whose rows are not the encoder's.
+
+    Raises:
+        ValueError: see above.
+    """
+    text = next((name for name in ("input_ids", "inputs_embeds") if name in given), None)
+    for name in OF_DECODER:
+        if text is not None and name in given and len(given[name]) != len(given[text]):
+            raise ValueError(f"{name} must have {len(given[text])} rows, as {text} has; got {len(given[name])}")
 
 
 def _decoder_logits(
-    model: PTuningV2Model, hidden: Tensor, rows: Sequence[int], given: Mapping[str, Any], names: Sequence[str]
+    model: PTuningV2Model, encoded: Any, rows: Sequence[int], given: Mapping[str, Any], names: Sequence[str]
 ) -> Tensor:
     """(R, M, V) what an encoder-decoder says of the encoder's states of some rows.
 
     Args:
+        encoded: the encoder's output, of all rows.
         given: keyword arguments of the call, for all rows.
         names: the adapters of these rows.
     """
@@ -222,7 +246,7 @@ def _decoder_logits(
         for name in ("attention_mask", *OF_DECODER)
         if name in given
     }
-    inputs = {"encoder_outputs": encoded_rows(hidden, rows), **call, "use_cache": False}
+    inputs = {"encoder_outputs": encoded_rows(encoded, rows), **call, "use_cache": False}
     logits: Tensor = model.run(model.base_model, inputs, names).logits
     return logits
 
@@ -237,8 +261,8 @@ def _with_output(base: PreTrainedModel, output: Any) -> PreTrainedModel:
     backbone = backbone_of(base)
     # OPT's forward calls the decoder inside its backbone.
     parts = {
-        name: view_of(part, forward=forward)
+        name: view_of(part, forward=forward, attributes=_NO_HOOKS)
         for name, part in backbone.named_children()
         if isinstance(part, PreTrainedModel)
     }
-    return with_backbone(base, view_of(backbone, children=parts, forward=forward))
+    return with_backbone(base, view_of(backbone, children=parts, forward=forward, attributes=_NO_HOOKS))

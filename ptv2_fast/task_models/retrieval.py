@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from ptv2_fast.adapter import BASE_ROW
+from ptv2_fast.inputs.arguments import named_arguments
 from ptv2_fast.inputs.pooling import pool, tokens_read
 from ptv2_fast.inputs.text import text_size
 from ptv2_fast.losses import in_batch_negatives_loss
@@ -86,8 +87,16 @@ class PTuningV2ModelForSentenceRetrieval(TaskModel):
 
     @torch.no_grad()
     def encode(self, *args: Any, **inputs: Any) -> Tensor:
-        """Embeddings (B, D) of length 1, of texts (B, N) that are given as to `forward`; without gradients."""
-        embeddings: Tensor = self(*args, **{**inputs, "return_loss": False, "return_dict": True}).embeddings
+        """Embeddings (B, D) of length 1, of texts (B, N) that are given as to `forward`; without gradients.
+
+        Raises:
+            ValueError: a row's adapter is for another task.
+        """
+        given = {**named_arguments(self.forward, args), **inputs}
+        others = [task for task in self.tasks_of(given.get("adapter_names")) if task != self.task_type]
+        if others and not self._disabled:
+            raise ValueError(f"adapter_names must be for {self.task_type}, which encodes; got {', '.join(others)}")
+        embeddings: Tensor = self(**{**given, "return_loss": False, "return_dict": True}).embeddings
         return embeddings
 
     def why_not_packed(self) -> str | None:

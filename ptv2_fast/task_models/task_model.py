@@ -65,7 +65,7 @@ class TaskModel(PTuningV2Model):
         if not writers:
             active = "adapter_names" if adapter_names else f"the active adapter {self.active_adapter!r}"
             raise ValueError(f"{active} must be for a task that writes text; got {', '.join(tasks)}")
-        model = self.as_task(writers[0])
+        model = self.held_as(writers[0])
         if len(tasks) == 1:
             return model._generate(*args, adapter_names=adapter_names, **kwargs)
         return generate_mixed(model, model._generate, args, kwargs, cast("Sequence[str]", adapter_names))
@@ -100,13 +100,13 @@ def for_tasks(*served: str) -> Callable[[F], F]:
         @functools.wraps(forward)
         def run(self: TaskModel, *args: Any, **kwargs: Any) -> Any:
             names = args[place] if len(args) > place else kwargs.get("adapter_names")
-            tasks = self.tasks_of(names)
-            if self._disabled or (len(tasks) == 1 and tasks[0] in served):
-                return forward(self, *args, **kwargs)
+            tasks = self.tasks_of(None if self._disabled else names)
+            if len(tasks) == 1 and tasks[0] in served:
+                return forward(self.held_as(served[0]), *args, **kwargs)
             given = {**named_arguments(forward.__get__(self), args), **kwargs}
             given = {name: value for name, value in given.items() if value is not None}
             if len(tasks) == 1:
-                other = self.as_task(tasks[0])
+                other = self.held_as(tasks[0])
                 # Not the object's: accelerate and others set one there, which is this very one again.
                 return type(other).forward(other, **given)
             return run_mixed(self, tasks, given)

@@ -93,6 +93,31 @@ def test_generate_writes_beside_rows_that_are_read(family, how, monkeypatch):
         assert_equal(found.logits[row][rows], expected[row][rows], NAMES[row])
 
 
+@pytest.mark.parametrize("family", ("t5", "bart"))
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"encoder_repetition_penalty": 1.5},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
+    ],
+    ids=lambda how: next(iter(how)),
+)
+def test_what_asks_for_the_encoders_text_or_states_has_them(family, how):
+    model = _holding(family)
+    names = [NAMES[row] for row in WRITERS]
+    alone = model.generate(**_part(WRITERS, BATCH.inputs), adapter_names=names, **GREEDY, **how)
+    found = model.generate(**BATCH.inputs, adapter_names=NAMES, **GREEDY, **how)
+    assert torch.equal(found.sequences, alone if isinstance(alone, torch.Tensor) else alone.sequences)
+    if "return_dict_in_generate" in how:
+        real = BATCH.attention_mask[WRITERS].bool()
+        states = zip(found.generated.encoder_hidden_states, alone.encoder_hidden_states, strict=True)
+        assert all(torch.allclose(theirs[real], own[real]) for theirs, own in states)
+    else:
+        plain = model.generate(**_part(WRITERS, BATCH.inputs), adapter_names=names, **GREEDY)
+        assert not torch.equal(alone, plain)
+
+
 def test_without_a_mask_padding_is_read_off_the_padding_id():
     model = _holding("bart")
     found = model.generate(BATCH.input_ids, adapter_names=NAMES, **GREEDY)
@@ -124,6 +149,16 @@ def test_wrong_calls_are_refused():
         model(**BATCH.inputs, adapter_names=NAMES)
     with pytest.raises(ValueError, match="decoder_input_ids must have 6 rows, as input_ids has; got 5"):
         model.generate(**BATCH.inputs, decoder_input_ids=DECODER[:5], adapter_names=NAMES)
+    for wrong in (
+        {"decoder_input_ids": DECODER[:3]},
+        {"decoder_input_ids": torch.cat([DECODER, DECODER])},
+        {"decoder_input_ids": DECODER, "decoder_attention_mask": torch.ones(7, 3)},
+    ):
+        with pytest.raises(ValueError, match=r"decoder_\w+ must have 6 rows, as input_ids has; got (3|12|7)$"):
+            model(**BATCH.inputs, **wrong, adapter_names=NAMES)
+    encoded = model.get_encoder()(**BATCH.inputs, adapter_names=NAMES)
+    with pytest.raises(ValueError, match="encoder_outputs must be None with rows of several tasks"):
+        model.generate(**BATCH.inputs, encoder_outputs=encoded, adapter_names=NAMES)
     model.add_adapter("before", tiny_prompts("shallow", "SEQ_2_SEQ_LM"))
     with pytest.raises(ValueError, match="must not mix a shallow prompt on an encoder-decoder with other adapters"):
         model(**BATCH.inputs, decoder_input_ids=DECODER, adapter_names=["before", *NAMES[:5]])

@@ -181,6 +181,10 @@ def test_calls_that_cannot_be_meant_are_refused():
         model(**PAIRS, task="topic")
     with pytest.raises(ValueError, match="labels must be None: a text's place in its group says what it is"):
         model(**PAIRS, labels=torch.zeros(4).long())
+    model.add_adapter("ner", PTuningV2Config("TOKEN_CLS", 3, heads={"ner": 2}))
+    for names in (["ner"] * 4, ["ner", "default"] * 2):
+        with pytest.raises(ValueError, match="adapter_names must be for SENTENCE_RETRIEVAL, .*; got TOKEN_CLS"):
+            model.encode(PAIRS["input_ids"][:, 0], adapter_names=names)
     assert model.why_not_packed() == f"a {TASK} loss compares whole rows"
 
 

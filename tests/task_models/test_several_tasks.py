@@ -154,6 +154,29 @@ def test_the_bases_own_head_reads_rows_that_write_text_alone():
     assert_equal(mixed.logits[1], literal_logits(model.base_model, states[1, -2:]))
 
 
+@pytest.mark.parametrize("family", ("llama", "opt"))
+def test_hooks_of_the_backbone_see_each_row_once(family):
+    """What one changes is changed once, in rows that write text too."""
+    model = _holding(THREE, family=family)
+    seen = []
+
+    def add(module, args, output):
+        seen.append(output.last_hidden_state.shape[0])
+        output.last_hidden_state = output.last_hidden_state + 1
+        return output
+
+    # OPT's language model calls the decoder inside its backbone.
+    getattr(model.backbone, "decoder", model.backbone).register_forward_hook(add)
+    mixed = model(**BATCH.inputs, adapter_names=[*THREE, *THREE]).logits
+    assert seen == [6]
+    for row, name in enumerate([*THREE, *THREE]):
+        expected = model(**BATCH.inputs, adapter_names=[name] * 6).logits[row]
+        assert_equal(mixed[row], expected, name)
+    seen.clear()
+    model.generate(**BATCH.inputs, adapter_names=[*THREE, *THREE], max_new_tokens=1, pad_token_id=1)
+    assert seen == [6]
+
+
 def test_tuples_are_given_where_they_are_asked_for():
     model = _holding(THREE)
     inputs = {key: value[:3] for key, value in BATCH.inputs.items()}
@@ -178,6 +201,7 @@ def test_wrong_calls_are_refused():
     for wrong, message in (
         ({"labels": torch.zeros(2, 9, dtype=torch.long)}, "labels must be None with several adapters in one batch"),
         ({"past_key_values": transformers.DynamicCache()}, "must be None with rows of several tasks"),
+        ({"cache": transformers.DynamicCache()}, "must be None with rows of several tasks"),
         ({"use_cache": True}, "must be None with rows of several tasks"),
         ({"adapter_names": ["chat", "ner", "spam"]}, "adapter_names must name 2 rows; got 3 names"),
         ({"adapter_names": ["chat", "nobody", "ner"]}, "adapter must be one of .*; got 'nobody'"),
@@ -291,6 +315,9 @@ def test_copies_and_pickles_are_of_the_class_that_they_were_made_of():
         assert_same_bits(other(**BATCH.inputs).logits, model(**BATCH.inputs).logits)
         other.set_adapter("spam")
         assert type(model) is PTuningV2ModelForTokenClassification
+    with model.disable_adapter():
+        for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert other(**BATCH.inputs).logits.shape != model(**BATCH.inputs).logits.shape
 
 
 def test_a_forward_that_was_wrapped_before_serves_the_adapter_that_is_active_now():
@@ -301,11 +328,55 @@ def test_a_forward_that_was_wrapped_before_serves_the_adapter_that_is_active_now
         model.set_adapter(name)
         expected[name] = model(**BATCH.inputs).logits
     model.set_adapter("chat")
-    own = model.forward
-    model.forward = MethodType(lambda self, *args, **kwargs: own(*args, **kwargs), model)
-    for name in ("ner", "chat", "spam"):
-        model.set_adapter(name)
-        assert_same_bits(model(**BATCH.inputs).logits, expected[name])
+    with model.disable_adapter():
+        bare = model(**BATCH.inputs).logits
+    for first in ("chat", "ner"):
+        model.set_adapter(first)
+        own = type(model).forward
+        model.forward = MethodType(lambda self, *args, own=own, **kwargs: own(self, *args, **kwargs), model)
+        for name in ("ner", "chat", "spam"):
+            model.set_adapter(name)
+            assert_same_bits(model(**BATCH.inputs).logits, expected[name])
+            with model.disable_adapter():
+                assert_same_bits(model(**BATCH.inputs).logits, bare)
+
+
+def test_a_call_goes_on_while_another_thread_chooses_an_adapter(monkeypatch):
+    """Its class is another one then."""
+    model = _holding(THREE)
+    names = ["ner", "__base__", "chat", "spam", "__base__", "ner"]
+    greedy = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 1}
+    calls = {
+        "ner": lambda: model(**BATCH.inputs, adapter_names=["ner"] * 6).logits,
+        "chat": lambda: model(**BATCH.inputs, adapter_names=["chat"] * 6).logits,
+        "mixed": lambda: model(**BATCH.inputs, adapter_names=names).logits,
+        "generate": lambda: model.generate(**BATCH.inputs, adapter_names=names, **greedy).sequences,
+        "bare": lambda: _disabled(model),
+    }
+    expected = {call: calls[call]() for call in calls}
+    read = PTuningV2Model._row_names
+
+    def row_names(self, *args):
+        model.set_adapter(other)
+        return read(self, *args)
+
+    def check_read(self, given):
+        model.set_adapter(other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PTuningV2Model, "_row_names", row_names)
+        patch.setattr(PTuningV2Model, "_check_read", check_read)
+        for first, other in itertools.permutations(THREE, 2):
+            for call, run in calls.items():
+                model.set_adapter(first)
+                for found, logits in zip(run(), expected[call], strict=True):
+                    assert_same_bits(found, logits, f"{call}: {first} to {other}")
+    assert type(model) is MODEL_CLASSES[CONFIGS[other].task_type]
+
+
+def _disabled(model):
+    with model.disable_adapter():
+        return model(**BATCH.inputs).logits
 
 
 class _Mine(PTuningV2ModelForTokenClassification):
