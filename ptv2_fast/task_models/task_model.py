@@ -77,7 +77,7 @@ class TaskModel(PTuningV2Model):
     def _batching(self, method: str) -> Any:
         """A method of continuous batching, which the class of causal language models has, whatever is active."""
         if not self._disabled and self.task_type != "CAUSAL_LM" and language_task(self.base_model) == "CAUSAL_LM":
-            return getattr(self.as_task("CAUSAL_LM"), method)
+            return getattr(self.held_as("CAUSAL_LM"), method)
         return super()._batching(method)
 
     def _apply(self: M, *args: Any, **kwargs: Any) -> M:

@@ -16,7 +16,7 @@ from ptv2_fast.attention import layer
 from ptv2_fast.step.graph_runner import WARM_UP_STEPS, GraphRunner
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import Buckets, pack
-from ptv2_fast.task_models import classes as tasks
+from ptv2_fast.task_models import causal_lm
 from tiny_models import tiny_model
 from tolerances import assert_equal
 
@@ -190,7 +190,7 @@ class NoWaiting(TorchDispatchMode):
 def test_a_packed_step_never_waits_for_the_device(case, monkeypatch):
     # The CPU's attention loops over rows, and labels on the CPU are looked at: neither is so on CUDA.
     monkeypatch.setattr(layer, "prompt_attention", lambda q, k, v, pk, pv, **_: q * pk.sum() + pv.sum() + v.mean())
-    for module in (losses, tasks):
+    for module in (losses, causal_lm):
         monkeypatch.setattr(module, "check_labels", lambda *_: None)
     model = model_of(case)
     model.step_options = StepOptions(fused_projections=True)
