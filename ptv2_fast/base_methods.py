@@ -48,7 +48,7 @@ class BaseMethods(nn.Module):
         return view_of(part, forward=_backbone_of(model)) if reads_tokens else part
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """The bare model's continuous batching.
+        """The bare model's continuous batching; that of a causal language model knows adapters.
 
         Raises:
             ValueError: an adapter is on.
@@ -67,8 +67,8 @@ class BaseMethods(nn.Module):
         model: Any = self
         if not model._disabled:
             raise ValueError(
-                f"{method} must be called on the bare model: continuous batching keeps keys in pages of its own, where "
-                "prompts have no place; generate serves batches with prompts, one adapter a row"
+                f"{method} must be called on a model whose adapters are of task_type 'CAUSAL_LM', or within "
+                f"disable_adapter; got a {type(self).__name__}"
             )
         return getattr(self.base_model, method)
 

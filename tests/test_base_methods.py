@@ -7,6 +7,7 @@ import torch
 
 from ptv2_fast.heads import classification_loss
 from ptv2_fast.inputs.right_padding import to_right_padding
+from ptv2_fast.task_models import continuous_batching
 from tiny_models import tiny_base, tiny_model
 from tiny_seq2seq import T5_SERVED
 from tiny_seq2seq import tiny_model as tiny_seq2seq
@@ -35,10 +36,21 @@ CONTINUOUS = ["generate_batch", "init_continuous_batching", "continuous_batching
 
 @pytest.mark.parametrize("method", CONTINUOUS)
 def test_continuous_batching_would_run_the_bare_model(method, monkeypatch):
-    model = tiny_model("llama", "deep", "CAUSAL_LM")
-    with pytest.raises(ValueError, match=f"{method} must be called on the bare model: .* generate"):
+    model = tiny_model("llama", "deep", "SEQ_CLS")
+    with pytest.raises(ValueError, match=f"{method} must be called on a model .* 'CAUSAL_LM', or within disable_adap"):
         getattr(model, method)([[5, 6]])
-    monkeypatch.setattr(model.base_model, method, lambda rows: rows)
+    monkeypatch.setattr(model.base_model, method, lambda *rows, **options: rows[0], raising=False)
+    with model.disable_adapter():
+        assert getattr(model, method)([[5, 6]]) == [[5, 6]]
+
+
+@pytest.mark.parametrize("method", CONTINUOUS)
+def test_continuous_batching_with_adapters_needs_a_newer_transformers(method, monkeypatch):
+    model = tiny_model("llama", "deep", "CAUSAL_LM")
+    monkeypatch.setattr(continuous_batching, "SERVED", False)
+    with pytest.raises(ValueError, match=r"must run on transformers 5\.19 or newer; got .* generate serves"):
+        getattr(model, method)([[5, 6]])
+    monkeypatch.setattr(model.base_model, method, lambda *rows, **options: rows[0])
     with model.disable_adapter():
         assert getattr(model, method)([[5, 6]]) == [[5, 6]]
 

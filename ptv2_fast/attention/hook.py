@@ -23,6 +23,7 @@ from transformers.masking_utils import (
 
 from ptv2_fast.attention.autocast import autocast_dtype
 from ptv2_fast.attention.layer import layer_attention
+from ptv2_fast.attention.paged import Pages
 from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
 
 IMPLEMENTATION = "ptv2_fast"
@@ -43,6 +44,7 @@ def attention_forward(
     score_bias: Tensor | None = None,
     ptv2_prompts: PromptBatch | None = None,
     ptv2_record: deque[tuple[Tensor, Tensor]] | None = None,
+    ptv2_pages: Pages | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Serve one attention layer of a transformers model, with the prompt that the call carries.
@@ -56,6 +58,7 @@ def attention_forward(
             of queries and keys that needs its gradient (DeBERTa). At most one of them is given.
         ptv2_prompts: the prompts of this forward pass; None runs the layer without any.
         ptv2_record: to which (key, value) of every layer is appended.
+        ptv2_pages: where the text's keys are; the batch is rows one behind the other then, and needs no mask.
 
     Returns:
         (B, N, H, D) and None, since attention weights are never materialised.
@@ -67,6 +70,10 @@ def attention_forward(
         ptv2_record.append((key, value))
 
     batch = ptv2_prompts or PromptBatch(layers=())
+    if ptv2_pages is not None:
+        numbers: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "window": sliding_window, "softcap": softcap}
+        prompt = _prompt_of(batch, module, key)
+        return ptv2_pages.attend(module.layer_idx, query, key, value, prompt, **numbers), None
     if not batch.windowed and attention_mask is not None and attention_mask.dim() == 4:
         attention_mask = None  # virtual tokens have no padding: the mask could only hold a window
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
@@ -90,9 +97,8 @@ def attention_forward(
     if window is not None and not causal:
         # transformers counts as flash attention does, where a window of 1 is the token itself on either side.
         window -= 1
-    prompt = batch.of(module)
-    index = batch.index if prompt is not None else None
-    prompt = _cast(prompt, dtype) if prompt is not None else _empty_prompt(key)
+    prompt = _prompt_of(batch, module, key)
+    index = batch.index if prompt.keys.dim() == 4 else None
     out = layer_attention(
         query,
         key,
@@ -231,6 +237,12 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+
+
+def _prompt_of(batch: PromptBatch, module: nn.Module, key: Tensor) -> LayerPrompt:
+    """The prompt of an attention module in the dtype of its keys; an empty one where it has none."""
+    prompt = batch.of(module)
+    return _empty_prompt(key) if prompt is None else _cast(prompt, key.dtype)
 
 
 def _cast(prompt: LayerPrompt, dtype: torch.dtype) -> LayerPrompt:

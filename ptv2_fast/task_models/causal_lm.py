@@ -29,11 +29,12 @@ from ptv2_fast.step.labelled_rows import (
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 from ptv2_fast.step.packed import PackedBatch
 from ptv2_fast.task_models.captured import CapturedModel
+from ptv2_fast.task_models.continuous_batching import ContinuousBatching
 from ptv2_fast.task_models.other_forward import with_prompted_backbone
 from ptv2_fast.task_models.task_model import for_tasks, text_inputs
 
 
-class PTuningV2ModelForCausalLM(CapturedModel):
+class PTuningV2ModelForCausalLM(ContinuousBatching, CapturedModel):
     """Prompts for a causal language model (task_type CAUSAL_LM)."""
 
     task_type = "CAUSAL_LM"

@@ -83,7 +83,7 @@ def test_the_python_examples_run(hub, names, capsys):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config = transformers.LlamaConfig(vocab_size=len(WORDS), bos_token_id=None, eos_token_id=4, **sizes)
     transformers.LlamaForCausalLM(config).save_pretrained("tiny-lm")
-    first, second, frozen, options, runner = _blocks("python")[1:6]
+    first, second, frozen, batching, options, runner = _blocks("python")[1:7]
     assert len([line for line in first.splitlines() if line]) <= 15
     exec(first, names)
     assert names["logits"].shape == (1, 4, 9)
@@ -94,6 +94,8 @@ def test_the_python_examples_run(hub, names, capsys):
     assert set(names["model"].adapters) == {"sst2", "ner"}
     exec(frozen, {**names, "requests": [names["texts"]] * 2})
     assert not names["lm"]._kept.is_open
+    exec(batching, names)
+    assert len(eval(capsys.readouterr().out.splitlines()[-1])) <= 30
     exec(options, names)
     assert names["model"].step_options.unpad
     names["model"].set_adapter("ner")

@@ -1,0 +1,246 @@
+"""transformers' manager of continuous batching, with an adapter for each request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+
+from ptv2_fast.adapter import Adapter
+from ptv2_fast.attention.prompt_batch import PromptBatch
+from ptv2_fast.backbone.view import in_eval, view_of
+from ptv2_fast.forward.paged import run_paged
+from ptv2_fast.forward.row_prompts import new_account
+from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.prompts.encoder import PromptEncoder
+from ptv2_fast.prompts.kept_bank import KeptBank
+from ptv2_fast.prompts.source import PromptSource
+from ptv2_fast.task_models.bound_requests import (
+    CHILD,
+    BoundRequest,
+    BoundRequests,
+    check_pages,
+    names_of_requests,
+    new_tokens,
+)
+from ptv2_fast.task_models.shared_blocks import SharedBlocks
+
+
+class KeptManager:
+    """Where a model keeps the manager that its next session goes on with; a copy of the model has none."""
+
+    def __init__(self) -> None:
+        self.manager: AdapterBatchingManager | None = None
+
+    def __reduce__(self) -> tuple[type[KeptManager], tuple[()]]:
+        return KeptManager, ()
+
+
+class _Router(OutputRouter):
+    """Notes which requests have their final result."""
+
+    def __init__(self, requests: BoundRequests) -> None:
+        super().__init__()
+        self._requests = requests
+
+    def deliver(self, output: Any) -> None:
+        self._note(output)
+        super().deliver(output)
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            self._note(output)
+        super().deliver_batch(outputs)
+
+    def _note(self, output: Any) -> None:
+        if output.is_finished():
+            self._requests.finished(output.request_id)
+
+
+class AdapterBatchingManager(ContinuousBatchingManager):
+    """transformers' manager whose requests each have an adapter of one model; see `init_continuous_batching` there.
+
+    An adapter that is added while others run is there for the next request. What is written to an adapter's
+    parameters in place is read from the next step on. Who deletes an adapter fails the requests that have it, those
+    alone, with the reason as their error; another one of that name serves requests that are added after it.
+    """
+
+    def __init__(
+        self, model: PTuningV2Model, kept: KeptManager, generation_config: Any, config: Any, workload_hints: Any
+    ) -> None:
+        self._adapters_of, self._kept = model, kept
+        self._bound = BoundRequests()
+        base = model._follow_backbone()
+
+        def source_of(encoder: PromptEncoder) -> PromptSource:
+            return PromptSource(in_eval(encoder), base.backbone, base.family, base.hooked)
+
+        self._bank = KeptBank(source_of, base.sizes.num_layers)
+
+        def forward(original: Callable[..., Any], **inputs: Any) -> Any:
+            rows = self._rows()
+            offsets = [row.offset for row in rows]
+            return run_paged(base, original, inputs, lambda device: self._prompts(rows, device), offsets)
+
+        view: Any = view_of(in_eval(base.hooked.whole(base.model)), forward=forward)
+        super().__init__(view, generation_config, config, workload_hints)
+        if self.distributed_helper.tp_size > 1:
+            raise ValueError("continuous batching must run in one process with adapters on; the base is sharded")
+        self.output_router = _Router(self._bound)
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """The view's attention is ours."""
+
+    def _create_batch_processor(self) -> Any:
+        """As transformers' own, whose cache shares blocks between requests of one adapter alone."""
+        known, processor = self.batch_processor, super()._create_batch_processor()
+        if processor is not known:
+            SharedBlocks(lambda request_id: self._bound[request_id].prompt).install(processor.cache)
+        return processor
+
+    def stop(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        keep_for_next_session: bool = False,
+        hard_stop: bool = False,
+    ) -> None:
+        """As transformers' own; what is kept for the next session is kept by the model."""
+        super().stop(block, timeout, keep_for_next_session, hard_stop)
+        if keep_for_next_session:
+            self._kept.manager = self
+
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        *,
+        adapter_name: str | None = None,
+        **logit_processor_kwargs: Any,
+    ) -> str | None:
+        """Add a request; as transformers' own, and with an adapter.
+
+        Args:
+            input_ids: one or more ids.
+            max_new_tokens: where neither this nor the generation configuration says it, a text whose positions end
+                somewhere ends there.
+            adapter_name: the request's adapter; "__base__" for none. None means the one that is active now.
+
+        Returns:
+            The request's id; None where the manager takes no more requests.
+
+        Raises:
+            ValueError: an unknown adapter, ids that are no text of the model, more tokens than it has positions or the
+                pages have places, or an id that another request has. Nothing is queued then.
+        """
+        request = self.bind(input_ids, adapter_name, max_new_tokens)
+        if request_id is None:
+            with self._request_lock:
+                request_id = f"req_{self._request_counter}"
+                self._request_counter += 1
+        self._bound.add(request_id, request, self.num_return_sequences)
+        added = None
+        try:
+            added = super().add_request(
+                input_ids,
+                request_id,
+                request.max_new_tokens,
+                streaming,
+                record_timestamps,
+                eos_token_id,
+                **logit_processor_kwargs,
+            )
+        finally:
+            if added is None:
+                self._bound.finished(request_id, self.num_return_sequences)
+        return added
+
+    def add_requests(
+        self,
+        inputs: list[list[int]],
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        *,
+        adapter_names: Sequence[str | None] | None = None,
+        **logit_processor_kwargs: Any,
+    ) -> list[str]:
+        """`add_request` of each of `inputs`, in their order, with the adapter that is named for it.
+
+        Raises:
+            ValueError: as `add_request`, or not as many names as inputs. Nothing is queued then.
+        """
+        names = names_of_requests(adapter_names, len(inputs))
+        for input_ids, name in zip(inputs, names, strict=True):
+            self.bind(input_ids, name, max_new_tokens)
+        added = [
+            self.add_request(
+                input_ids,
+                max_new_tokens=max_new_tokens,
+                streaming=streaming,
+                record_timestamps=record_timestamps,
+                adapter_name=name,
+                **logit_processor_kwargs,
+            )
+            for input_ids, name in zip(inputs, names, strict=True)
+        ]
+        return [request_id for request_id in added if request_id is not None]
+
+    def cancel_request(self, request_id: str) -> None:
+        """End a request; there is no result of it."""
+        super().cancel_request(request_id)
+        self._bound.cancelled(request_id)
+
+    def bind(self, input_ids: Sequence[int], adapter_name: str | None, max_new_tokens: int | None) -> BoundRequest:
+        """What a request would have if it was added now.
+
+        Raises:
+            ValueError: as `add_request`.
+        """
+        most = new_tokens(self.generation_config, max_new_tokens)
+        request = BoundRequest.of(self._adapters_of, input_ids, adapter_name, most)
+        check_pages(self.continuous_batching_config, input_ids)
+        return request
+
+    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        """A step; before it what has lost its adapter fails, after it what was cancelled is forgotten."""
+        scheduler = batch_processor.scheduler
+        if any(map(self._has_lost_its_adapter, self._bound.all())):
+            for state in [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]:
+                if self._has_lost_its_adapter(self._bound[state.request_id]):
+                    self._fail(batch_processor, state)
+        goes_on: bool = super()._generation_loop_body(batch_processor, bootstrapping)
+        self._bound.sweep(scheduler.active_requests.keys() | scheduler.waiting_requests.keys())
+        return goes_on
+
+    def _has_lost_its_adapter(self, request: BoundRequest) -> bool:
+        return request.adapter is not self._adapters_of.adapters._modules.get(request.name)
+
+    def _fail(self, batch_processor: Any, state: Any) -> None:
+        """Fail a request, and those that would be forked of it; the next step frees its pages."""
+        request_id, children = state.request_id, state.num_children
+        error = ValueError(f"adapter {self._bound[request_id].name!r} was deleted while the request waited or ran")
+        batch_processor.scheduler.set_request_cancellation(request_id)
+        for failed_id in [request_id, *(f"{request_id}{CHILD}{child}" for child in range(children))]:
+            state.request_id = failed_id
+            self.output_router.fail_and_deliver(state, error)
+        state.request_id = request_id
+
+    def _rows(self) -> list[BoundRequest]:
+        """The requests of the step that runs, in the order of its rows."""
+        processor: Any = self.batch_processor
+        return [self._bound[row.state.request_id] for row in processor.inputs_and_outputs.requests_in_batch]
+
+    def _prompts(self, rows: Sequence[BoundRequest], device: torch.device) -> PromptBatch:
+        active = self._adapters_of.adapters._modules.get(self._adapters_of.active_adapter)
+        backend = active.config.backend if isinstance(active, Adapter) else "auto"
+        in_use = {request.encoder for request in self._bound.all()}
+        layers, entries = self._bank.of([row.encoder for row in rows], in_use, backend)
+        index = None if entries is None else torch.tensor(entries, device=device)
+        return PromptBatch(layers, index, backend=backend, asked=new_account())
