@@ -1,0 +1,477 @@
+"""examples/serve.py over real sockets, asked by OpenAI's own client: answers are those of the model alone."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
+from ptv2_fast.task_models.continuous_batching import SERVED
+from tiny_folders import FILLERS, PEOPLE, llama_folder, tiny_llama, tiny_tokenizer
+
+httpx = pytest.importorskip("httpx2", reason="the client of openai's package")
+openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+pytestmark = pytest.mark.skipif(not SERVED, reason="this transformers' pages cannot be read beside prompts")
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "serve.py"
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}?"
+TAGS, CLASSES = ["O", "B-PER", "I-PER", "B-LOC"], ["ham", "spam"]
+TEXT = "Anna met Lee in Oslo, the film was good."
+LONG = 1500  # tokens: seconds of work
+
+
+def write_adapters(folder: Path, seed: int = 0) -> None:
+    """A sub-folder for each of four adapters, whose prompts are strong enough to change every answer."""
+    base = tiny_llama()
+    torch.manual_seed(seed)
+    strong = {"num_virtual_tokens": 3, "init_std": 1.0}
+    configs = {
+        "chat": PTuningV2Config("CAUSAL_LM", injection="prefix", **strong),
+        "letters": PTuningV2Config("CAUSAL_LM", **strong),
+        "ner": PTuningV2Config("TOKEN_CLS", heads={"ner": HeadConfig("TOKEN_CLS", 4, labels=TAGS)}, **strong),
+        "spam": PTuningV2Config("SEQ_CLS", heads={"spam": HeadConfig("SEQ_CLS", 2, "mean", labels=CLASSES)}, **strong),
+    }
+    model = get_ptv2_model(base, configs["chat"], "chat")
+    for name in list(configs)[1:]:
+        model.add_adapter(name, configs[name])
+    with torch.no_grad():
+        for name in ("ner", "spam"):
+            for parameter in model.adapters[name].heads.parameters():
+                parameter.normal_()
+    model.save_pretrained(folder)
+
+
+def script():
+    """examples/serve.py as a module."""
+    if "serve_example" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("serve_example", SCRIPT)
+        sys.modules["serve_example"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules["serve_example"]
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, engine, port: int, adapters: Path) -> None:
+        self.engine, self.adapters, self.url = engine, adapters, f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        self.alone = PTuningV2Model.from_pretrained(tiny_llama(), adapters)
+
+    def client(self):
+        """OpenAI's client for coroutines, which belongs to one event loop."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def metric(self, name: str) -> float:
+        """The value of a metric, 0 where there is none."""
+        found = re.search(rf"^{re.escape(name)} (\S+)$", self.http.get("/metrics").text, flags=re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def active(self) -> int:
+        """How many requests the model's manager has."""
+        scheduler = self.engine.manager.batch_processor.scheduler
+        return len(scheduler.active_requests) + len(scheduler.waiting_requests) + len(self.engine.jobs)
+
+    def scanned(self) -> None:
+        """Wait for the next whole look into the folder."""
+        time.sleep(4 * self.engine.options.poll)
+
+
+@contextmanager
+def running(folder: Path, *arguments: object):
+    llama_folder(folder / "llama")
+    tokenizer = tiny_tokenizer(causal=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "llama")
+    write_adapters(folder / "adapters")
+    with pytest.MonkeyPatch.context() as patch:
+        settings = ("--model", folder / "llama", "--adapters", folder / "adapters", "--poll", 0.1, "--max-tokens", LONG)
+        patch.setattr(sys, "argv", ["serve.py", *map(str, (*settings, "--max-prompt", 40, *arguments))])
+        app = script().app_of(script().options_of())
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.02)
+        yield Running(app.state.engine, server.servers[0].sockets[0].getsockname()[1], folder / "adapters")
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not app.state.engine.manager.is_running() and not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("serve")) as found:
+        yield found
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """A server of its own, whose folder a test changes."""
+    with running(tmp_path) as found:
+        yield found
+
+
+def generated(model, name: str, text: str, most: int) -> tuple[str, str, int]:
+    """What the model alone goes on with: the text, why it ends and how many tokens it has."""
+    tokenizer = tiny_tokenizer(causal=True)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    row = "__base__" if name == "base" else name
+    tokens = model.generate(ids, max_new_tokens=most, do_sample=False, adapter_names=[row])[0, ids.shape[1] :]
+    reason = "stop" if tokens[-1] == tokenizer.eos_token_id else "length"
+    return tokenizer.decode(tokens, skip_special_tokens=True), reason, len(tokens)
+
+
+def endless(model, name: str, most: int = 60) -> str:
+    """A text that an adapter goes on with for long."""
+    return next(text for text in (*FILLERS, *PEOPLE) if generated(model, name, text, most)[1] == "length")
+
+
+def messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+async def answers(client, name: str, text: str, most: int, chat: bool, stream: bool):
+    """What a server gives, in the form of `generated`."""
+    call = client.chat.completions if chat else client.completions
+    given = {"messages": messages(text)} if chat else {"prompt": text}
+    given |= {"model": name, "max_tokens": most}
+    if not stream:
+        answer = await call.create(**given)
+        choice = answer.choices[0]
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+        return choice.message.content if chat else choice.text, choice.finish_reason, answer.usage.completion_tokens
+    parts, reason, usage = [], None, None
+    async for event in await call.create(**given, stream=True, stream_options={"include_usage": True}):
+        usage = event.usage or usage
+        for choice in event.choices:
+            assert reason is None, "something follows the end"
+            parts.append(choice.delta.content if chat else choice.text)
+            reason = choice.finish_reason
+    return "".join(parts), reason, usage.completion_tokens
+
+
+def test_the_base_and_every_adapter_are_listed(server):
+    listed = {model.id: model.task for model in server.openai.models.list()}
+    assert listed == {
+        "base": "CAUSAL_LM", "chat": "CAUSAL_LM", "letters": "CAUSAL_LM", "ner": "TOKEN_CLS", "spam": "SEQ_CLS",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_requests_of_all_adapters_at_once_get_the_text_of_the_model_alone(server, stream):
+    cases = [
+        (name, text, most, chat)
+        for chat in (False, True)
+        for name in ("base", "chat", "letters")
+        for text, most in (("anna met", 7), ("the film was very good in", 1), ("where is bob", 12), ("of", 24))
+    ]
+
+    async def together():
+        async with server.client() as client:
+            return await asyncio.gather(*(answers(client, *case, stream) for case in cases))
+
+    found = asyncio.run(together())
+    expected = [generated(server.alone, name, f"{text} ?" if chat else text, n) for name, text, n, chat in cases]
+    assert found == expected
+    assert len(set(found)) > len(cases) // 2, "adapters change too little: the test could not fail"
+
+
+def test_texts_are_classified_as_by_the_model_alone(server):
+    texts = [TEXT, "the film", "bob saw a poor river"]
+    answer = server.http.post("/v1/classify", json={"model": "spam", "input": texts}).json()
+    assert [set(one["scores"]) for one in answer["data"]] == [set(CLASSES)] * 3
+    for text, one in zip(texts, answer["data"], strict=True):
+        ids = tiny_tokenizer(causal=True)(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = server.alone(input_ids=ids, adapter_names=["spam"]).logits[0].softmax(-1)
+        assert list(one["scores"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
+        assert one["label"] == CLASSES[int(expected.argmax())] and one["score"] == one["scores"][one["label"]]
+    single = server.http.post("/v1/classify", json={"model": "spam", "input": texts[1]}).json()
+    assert single["data"][0]["scores"] == pytest.approx(answer["data"][1]["scores"], abs=1e-5)
+
+
+def test_texts_are_tagged_as_by_the_model_alone_with_the_places_of_their_words(server):
+    texts = [TEXT, "  bob  saw\nparis", "the"]
+    answer = server.http.post("/v1/tag", json={"model": "ner", "input": texts}).json()
+    assert any(one["entities"] for one in answer["data"])
+    for text, one in zip(texts, answer["data"], strict=True):
+        encoded = tiny_tokenizer(causal=True)(text, return_tensors="pt", return_offsets_mapping=True)
+        with torch.no_grad():
+            logits = server.alone(input_ids=encoded["input_ids"], adapter_names=["ner"]).logits[0]
+        kinds = [TAGS[tag].rpartition("-")[2] for tag in logits.argmax(-1)]
+        # A token of this tokenizer is a word.
+        words = dict(zip(map(tuple, encoded["offset_mapping"][0].tolist()), kinds, strict=True))
+        tagged = {(start, end): kind for (start, end), kind in words.items() if kind != "O"}
+        for entity in one["entities"]:
+            assert entity["text"] == text[entity["start"] : entity["end"]] and 0 < entity["score"] <= 1
+            inside = [at for at in tagged if entity["start"] <= at[0] and at[1] <= entity["end"]]
+            assert inside and {tagged.pop(at) for at in inside} == {entity["label"]}
+        assert not tagged
+
+
+def test_entities_join_words_that_go_on_and_part_at_a_beginning():
+    words = "New York and Ada Lovelace Bob O'Neil".split()
+    tags = ["B-LOC", "I-LOC", "O", "B-PER", "I-PER", "B-PER", "I-PER"]
+    text, labels = " ".join(words), ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    # Each word in two pieces, of which the first one has another tag.
+    offsets, rows = [(0, 0)], [0]
+    for match, tag in zip(re.finditer(r"\S+", text), tags, strict=True):
+        offsets += [(match.start(), match.start() + 1), (match.start() + 1, match.end())]
+        rows += [0, labels.index(tag)]
+    job = type("Job", (), {})()
+    job.text, job.served, job.encoded = text, type("Served", (), {"labels": labels}), type("Encoded", (), {})
+    job.encoded.offset_mapping = offsets
+    found = script().entities(job, 9.0 * torch.nn.functional.one_hot(torch.tensor(rows), 5))
+    assert [(one["text"], one["label"]) for one in found] == [
+        ("New York", "LOC"), ("Ada Lovelace", "PER"), ("Bob O'Neil", "PER"),
+    ]  # fmt: skip
+
+
+def test_a_stop_ends_the_text_before_it(server):
+    whole, _, _ = generated(server.alone, "letters", "anna met", 24)
+    words = whole.split()
+    stop = f"{words[2]} {words[3]}"
+    before = whole[: whole.index(stop)]
+    given = {"model": "letters", "prompt": "anna met", "max_tokens": 24}
+    answer = server.openai.completions.create(**given, stop=[stop, "never there"])
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (before, "stop")
+    parts = list(server.openai.completions.create(**given, stop=stop, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == before
+    assert parts[-1].choices[0].finish_reason == "stop"
+    _until(lambda: server.active() == 0)
+
+
+def test_a_stream_is_events_in_openais_form(server):
+    body = {"model": "chat", "messages": messages("anna"), "max_tokens": 3, "stream": True}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = answer.text.strip().split("\n\n")
+    assert events[-1] == "data: [DONE]" and all(event.startswith("data: {") for event in events[:-1])
+    assert '"usage"' not in answer.text and '"object": "chat.completion.chunk"' in events[0]
+
+
+GOOD = {"model": "chat", "prompt": "anna", "max_tokens": 2}
+REFUSED = {
+    "an unknown model": ("/v1/completions", GOOD | {"model": "nobody"}, 404, "chat, letters"),
+    "an unknown route": ("/v1/embeddings", {}, 404, "Not Found"),
+    "another task's route": ("/v1/completions", GOOD | {"model": "ner"}, 400, "/v1/tag"),
+    "another task's adapter": ("/v1/tag", {"model": "chat", "input": "anna"}, 400, "/v1/completions"),
+    "a long prompt": ("/v1/completions", GOOD | {"prompt": "anna " * 41}, 400, "1 to 40 tokens"),
+    "a prompt that nobody splits": ("/v1/completions", GOOD | {"prompt": "a" * 5000}, 400, "1 to 40 tokens"),
+    "no prompt": ("/v1/completions", GOOD | {"prompt": ""}, 400, "1 to 40 tokens"),
+    "no input": ("/v1/classify", {"model": "spam", "input": []}, 400, "input"),
+    "many tokens": ("/v1/completions", GOOD | {"max_tokens": LONG + 1}, 400, f"at most {LONG}"),
+    "no tokens": ("/v1/completions", GOOD | {"max_tokens": 0}, 400, "max_tokens"),
+    "a temperature": ("/v1/completions", GOOD | {"temperature": 0.7}, 400, "greedy"),
+    "several answers": ("/v1/completions", GOOD | {"n": 2}, 400, "n:"),
+    "what is not served": ("/v1/completions", GOOD | {"logit_bias": {}}, 400, "logit_bias"),
+    "no conversation": ("/v1/chat/completions", {"model": "chat", "messages": []}, 400, "messages"),
+    "no JSON": ("/v1/completions", None, 400, "JSON"),
+}
+
+
+@pytest.mark.parametrize("route, body, status, message", REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_is_said_in_openais_form(server, route, body, status, message):
+    before = server.metric(f'ptv2_refused_total{{status="{status}"}}')
+    sent = {"content": "{", "headers": {"content-type": "application/json"}} if body is None else {"json": body}
+    answer = server.http.post(route, **sent)
+    assert answer.status_code == status
+    assert set(answer.json()) == {"error"} and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert message in answer.json()["error"]["message"]
+    assert server.metric(f'ptv2_refused_total{{status="{status}"}}') == before + 1
+    assert server.active() == 0
+
+
+def test_openais_client_raises_its_own_errors(server):
+    with pytest.raises(openai.NotFoundError, match="must be one of base"):
+        server.openai.completions.create(**GOOD | {"model": "nobody"})
+    with pytest.raises(openai.BadRequestError, match="greedy"):
+        server.openai.completions.create(**GOOD, temperature=1.0)
+
+
+def _until(fits, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not fits():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_client_that_hangs_up_frees_its_place(server, stream):
+    name = 'ptv2_requests_total{adapter="letters",task="CAUSAL_LM",end="cancelled"}'
+    before = server.metric(name)
+    body = {"model": "letters", "prompt": endless(server.alone, "letters"), "max_tokens": LONG, "stream": stream}
+
+    async def hang_up():
+        async with httpx.AsyncClient(base_url=server.url) as client:
+            if not stream:
+                with pytest.raises(httpx.ReadTimeout):
+                    await client.post("/v1/completions", json=body, timeout=0.3)
+                return
+            async with client.stream("POST", "/v1/completions", json=body) as answer:
+                async for line in answer.aiter_lines():
+                    assert line.startswith("data: {")
+                    assert server.active()
+                    return
+
+    asyncio.run(hang_up())
+    _until(lambda: server.active() == 0, seconds=2.0)
+    assert server.metric(name) == before + 1
+    assert not server.engine.manager.output_router.result_handlers
+
+
+def test_more_requests_than_the_queue_holds_are_told_to_come_again(server, monkeypatch):
+    monkeypatch.setattr(server.engine.options, "max_queue", 2)
+    body = {"model": "letters", "prompt": endless(server.alone, "letters"), "max_tokens": LONG, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as first:
+        next(first.iter_lines())
+        refused = server.http.post("/v1/classify", json={"model": "spam", "input": ["anna", "bob"]})
+        assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        # Nothing of it is left in the queue: one place is free.
+        answer = server.http.post("/v1/completions", json=GOOD)
+        assert answer.json()["choices"][0]["text"] == generated(server.alone, "chat", "anna", 2)[0]
+        with pytest.raises(openai.RateLimitError), server.http.stream("POST", "/v1/completions", json=body) as second:
+            next(second.iter_lines())
+            server.openai.completions.create(**GOOD)
+    _until(lambda: server.active() == 0)
+
+
+def test_metrics_count_requests_tokens_and_seconds(server):
+    tags = 'adapter="chat",task="CAUSAL_LM",end="ok"'
+    names = [
+        f"ptv2_requests_total{{{tags}}}",
+        'ptv2_tokens_total{task="CAUSAL_LM",kind="prompt"}',
+        'ptv2_tokens_total{task="CAUSAL_LM",kind="generated"}',
+        'ptv2_request_seconds_count{task="CAUSAL_LM"}',
+        'ptv2_request_seconds_bucket{task="CAUSAL_LM",le="+Inf"}',
+        'ptv2_request_seconds_sum{task="CAUSAL_LM"}',
+    ]
+    before = [server.metric(name) for name in names]
+    start = time.perf_counter()
+    tokens = sum(server.openai.completions.create(**GOOD).usage.completion_tokens for _ in range(3))
+    seconds = time.perf_counter() - start
+    grown = [server.metric(name) - old for name, old in zip(names, before, strict=True)]
+    assert grown[:5] == [3, 3, tokens, 3, 3] and 0 < grown[5] < seconds
+    text = server.http.get("/metrics").text
+    assert (server.metric("ptv2_queue_requests"), server.metric("ptv2_batch_requests")) == (0, 0)
+    families = re.findall(r"^# TYPE (\w+) (counter|gauge|histogram)$", text, flags=re.MULTILINE)
+    assert len(families) == len(set(families)) == 6
+    rows = re.findall(r"^(?!#)(.+)$", text, flags=re.MULTILINE)
+    assert all(re.fullmatch(r'\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? \d\S*', row) for row in rows)
+    buckets = [float(n) for n in re.findall(r'seconds_bucket\{task="CAUSAL_LM",le="\S+"\} (\S+)', text)]
+    assert buckets == sorted(buckets) and len(buckets) == 9
+
+
+def test_an_adapter_is_replaced_while_requests_run_on_the_old_one(changed):
+    old = changed.alone
+    write_adapters(changed.adapters.parent / "other", seed=5)
+    new = PTuningV2Model.from_pretrained(tiny_llama(), changed.adapters.parent / "other")
+    long, texts = endless(old, "chat", 400), ("anna met", "where is bob", "of")
+    expected = generated(old, "chat", long, 400)
+
+    async def replaced():
+        async with changed.client() as client:
+            running = asyncio.create_task(answers(client, "chat", long, 400, False, True))
+            others = asyncio.create_task(answers(client, "letters", texts[0], 200, False, True))
+            await asyncio.sleep(0.1)
+            shutil.copytree(changed.adapters.parent / "other" / "chat", changed.adapters / "chat", dirs_exist_ok=True)
+            first = changed.engine.served["chat"].version
+            while changed.engine.served["chat"].version == first:
+                await asyncio.sleep(0.02)
+            assert not running.done(), "the request must run on after its adapter was replaced"
+            later = [await answers(client, "chat", text, 12, False, False) for text in texts]
+            return await running, await others, later
+
+    running_, others, later = asyncio.run(replaced())
+    assert running_ == expected
+    assert others == generated(old, "letters", texts[0], 200)
+    assert later == [generated(new, "chat", text, 12) for text in texts]
+    assert later != [generated(old, "chat", text, 12) for text in texts]
+    # Nothing of the old one is left.
+    _until(lambda: len(changed.engine.model.adapters) == 5)
+    assert not changed.engine.replaced
+
+
+def test_folders_come_and_go_and_a_damaged_one_changes_nothing(changed, caplog):
+    answer = changed.openai.completions.create(**GOOD).choices[0].text
+    weights = changed.adapters / "chat" / "ptv2_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    (changed.adapters / "notes").mkdir()
+    shutil.copytree(changed.adapters / "letters", changed.adapters / "more")
+    shutil.rmtree(changed.adapters / "spam")
+    changed.scanned()
+    assert [one for one in caplog.messages if "chat is not loaded" in one] == [caplog.messages[0]]
+    assert changed.openai.completions.create(**GOOD).choices[0].text == answer
+    assert {model.id for model in changed.openai.models.list()} == {"base", "chat", "letters", "more", "ner"}
+    found = changed.openai.completions.create(model="more", prompt="anna met", max_tokens=9).choices[0].text
+    assert found == generated(changed.alone, "letters", "anna met", 9)[0]
+    assert changed.http.post("/v1/classify", json={"model": "spam", "input": "anna"}).status_code == 404
+    weights.write_bytes(whole)
+    changed.scanned()
+    assert changed.engine.served["chat"].version != "chat-1"
+    assert changed.openai.completions.create(**GOOD).choices[0].text == answer
+    for folder in changed.adapters.iterdir():
+        shutil.rmtree(folder)
+    changed.scanned()
+    assert [model.id for model in changed.openai.models.list()] == ["base"]
+    assert changed.openai.completions.create(**GOOD | {"model": "base"}).choices[0].text
+
+
+def test_a_server_that_samples_serves_both(tmp_path):
+    with running(tmp_path, "--sample") as server:
+        expected = generated(server.alone, "letters", "anna met", 12)[0]
+        given = {"model": "letters", "prompt": "anna met", "max_tokens": 12}
+
+        def texts(**how):
+            return {server.openai.completions.create(**given, **how).choices[0].text for _ in range(6)}
+
+        assert texts(temperature=0) == texts(top_p=1e-6) == texts(temperature=1e-4) == {expected}
+        assert len(texts(temperature=2.0)) > 1 and len(texts()) > 1
+
+
+def test_a_signal_lets_requests_end(tmp_path):
+    llama_folder(tmp_path / "llama")
+    write_adapters(tmp_path / "adapters")
+    alone = PTuningV2Model.from_pretrained(tiny_llama(), tmp_path / "adapters")
+    folders = ["--model", str(tmp_path / "llama"), "--adapters", str(tmp_path / "adapters")]
+    command = [sys.executable, str(SCRIPT), *folders, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"running on (http://\S+)", line):
+                break
+        else:
+            pytest.fail("".join(lines))
+        threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
+        text = endless(alone, "letters", 300)
+        body = {"model": "letters", "prompt": text, "max_tokens": 300, "stream": True}
+        client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none")
+        parts = []
+        for event in client.completions.create(**body):
+            if not parts:
+                process.send_signal(signal.SIGTERM)
+            parts.append(event.choices[0])
+        process.wait(30)
+    assert ("".join(part.text for part in parts), parts[-1].finish_reason) == generated(alone, "letters", text, 300)[:2]
+    assert any("shutdown complete" in line for line in lines)
