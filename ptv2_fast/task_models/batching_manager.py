@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention.prompt_batch import PromptBatch
+from ptv2_fast.backbone.locate import backbone_of, with_backbone
 from ptv2_fast.backbone.view import in_eval, view_of
 from ptv2_fast.forward.paged import run_paged
 from ptv2_fast.forward.row_prompts import new_account
@@ -22,9 +24,11 @@ from ptv2_fast.task_models.bound_requests import (
     BoundRequest,
     BoundRequests,
     check_pages,
+    check_sequences,
     names_of_requests,
     new_tokens,
 )
+from ptv2_fast.task_models.read_requests import noting_states
 from ptv2_fast.task_models.shared_blocks import SharedBlocks
 
 
@@ -39,28 +43,30 @@ class KeptManager:
 
 
 class _Router(OutputRouter):
-    """Notes which requests have their final result."""
+    """Gives results their form, and notes which requests have their final one."""
 
     def __init__(self, requests: BoundRequests) -> None:
         super().__init__()
         self._requests = requests
 
     def deliver(self, output: Any) -> None:
-        self._note(output)
-        super().deliver(output)
+        super().deliver(self._noted(output))
 
     def deliver_batch(self, outputs: list[Any]) -> None:
-        for output in outputs:
-            self._note(output)
-        super().deliver_batch(outputs)
+        super().deliver_batch([self._noted(output) for output in outputs])
 
-    def _note(self, output: Any) -> None:
+    def _noted(self, output: Any) -> Any:
+        request = self._requests.get(output.request_id)
         if output.is_finished():
             self._requests.finished(output.request_id)
+        return output if request is None or request.reading is None else request.reading.output(output)
 
 
 class AdapterBatchingManager(ContinuousBatchingManager):
     """transformers' manager whose requests each have an adapter of one model; see `init_continuous_batching` there.
+
+    A request of an adapter with a head of its own, or of one that gives states, generates nothing: its result is a
+    `HeadOutput`, and comes when the last part of its text has been read.
 
     An adapter that is added while others run is there for the next request. What is written to an adapter's
     parameters in place is read from the next step on. Who deletes an adapter fails the requests that have it, those
@@ -80,11 +86,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._bank = KeptBank(source_of, base.sizes.num_layers)
 
         def forward(original: Callable[..., Any], **inputs: Any) -> Any:
-            rows = self._rows()
-            offsets = [row.offset for row in rows]
-            return run_paged(base, original, inputs, lambda device: self._prompts(rows, device), offsets)
+            return self._step(lambda **given: run_paged(base, original, **given), inputs)
 
-        view: Any = view_of(in_eval(base.hooked.whole(base.model)), forward=forward)
+        whole = in_eval(base.hooked.whole(base.model))
+        noting = with_backbone(whole, view_of(backbone_of(whole), forward=noting_states))
+        view: Any = view_of(noting, forward=forward)
         super().__init__(view, generation_config, config, workload_hints)
         if self.distributed_helper.tp_size > 1:
             raise ValueError("continuous batching must run in one process with adapters on; the base is sharded")
@@ -94,10 +100,19 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """The view's attention is ours."""
 
     def _create_batch_processor(self) -> Any:
-        """As transformers' own, whose cache shares blocks between requests of one adapter alone."""
+        """As transformers' own, whose blocks are shared within an adapter alone and whose requests must have theirs."""
         known, processor = self.batch_processor, super()._create_batch_processor()
         if processor is not known:
             SharedBlocks(lambda request_id: self._bound[request_id].prompt).install(processor.cache)
+            # What is cancelled is cleared between taking requests and scheduling them.
+            scheduler: Any = processor.scheduler
+            clear = scheduler.clear_cancelled_requests
+
+            def clear_lost() -> Any:
+                self._fail_lost(scheduler)
+                return clear()
+
+            scheduler.clear_cancelled_requests = clear_lost
         return processor
 
     def stop(
@@ -122,6 +137,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         eos_token_id: int | list[int] | None = None,
         *,
         adapter_name: str | None = None,
+        task: str | None = None,
         **logit_processor_kwargs: Any,
     ) -> str | None:
         """Add a request; as transformers' own, and with an adapter.
@@ -131,15 +147,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             max_new_tokens: where neither this nor the generation configuration says it, a text whose positions end
                 somewhere ends there.
             adapter_name: the request's adapter; "__base__" for none. None means the one that is active now.
+            task: the head that reads the text, where the adapter has several. What is said of tokens is not looked at
+                where a head reads.
 
         Returns:
             The request's id; None where the manager takes no more requests.
 
         Raises:
-            ValueError: an unknown adapter, ids that are no text of the model, more tokens than it has positions or the
-                pages have places, or an id that another request has. Nothing is queued then.
+            ValueError: an unknown adapter or head, ids that are no text of the model, more tokens than it has positions
+                or the pages have places, or an id that another request has. Nothing is queued then.
         """
-        request = self.bind(input_ids, adapter_name, max_new_tokens)
+        request = self.bind(input_ids, adapter_name, max_new_tokens, task)
         if request_id is None:
             with self._request_lock:
                 request_id = f"req_{self._request_counter}"
@@ -197,45 +215,65 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         super().cancel_request(request_id)
         self._bound.cancelled(request_id)
 
-    def bind(self, input_ids: Sequence[int], adapter_name: str | None, max_new_tokens: int | None) -> BoundRequest:
+    def bind(
+        self,
+        input_ids: Sequence[int],
+        adapter_name: str | None,
+        max_new_tokens: int | None = None,
+        task: str | None = None,
+    ) -> BoundRequest:
         """What a request would have if it was added now.
 
         Raises:
             ValueError: as `add_request`.
         """
         most = new_tokens(self.generation_config, max_new_tokens)
-        request = BoundRequest.of(self._adapters_of, input_ids, adapter_name, most)
+        request = BoundRequest.of(self._adapters_of, input_ids, adapter_name, most, task)
         check_pages(self.continuous_batching_config, input_ids)
+        check_sequences(self.num_return_sequences, request)
         return request
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
-        """A step; before it what has lost its adapter fails, after it what was cancelled is forgotten."""
-        scheduler = batch_processor.scheduler
-        if any(map(self._has_lost_its_adapter, self._bound.all())):
-            for state in [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]:
-                if self._has_lost_its_adapter(self._bound[state.request_id]):
-                    self._fail(batch_processor, state)
+        """A step; after it what was cancelled is forgotten."""
         goes_on: bool = super()._generation_loop_body(batch_processor, bootstrapping)
+        scheduler = batch_processor.scheduler
         self._bound.sweep(scheduler.active_requests.keys() | scheduler.waiting_requests.keys())
         return goes_on
 
-    def _has_lost_its_adapter(self, request: BoundRequest) -> bool:
+    def _fail_lost(self, scheduler: Any) -> None:
+        """Fail the requests whose adapter is not there any more, and those that would be forked of them."""
+        if not any(map(self._is_lost, self._bound.all())):
+            return
+        for state in [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]:
+            request_id, request = state.request_id, self._bound[state.request_id]
+            if not self._is_lost(request):
+                continue
+            error = ValueError(f"adapter {request.name!r} was deleted while the request waited or ran")
+            scheduler.set_request_cancellation(request_id)
+            children = [f"{request_id}{CHILD}{child}" for child in range(state.num_children)]
+            for state.request_id in (*children, request_id):
+                self.output_router.fail_and_deliver(state, error)
+
+    def _is_lost(self, request: BoundRequest) -> bool:
         return request.adapter is not self._adapters_of.adapters._modules.get(request.name)
 
-    def _fail(self, batch_processor: Any, state: Any) -> None:
-        """Fail a request, and those that would be forked of it; the next step frees its pages."""
-        request_id, children = state.request_id, state.num_children
-        error = ValueError(f"adapter {self._bound[request_id].name!r} was deleted while the request waited or ran")
-        batch_processor.scheduler.set_request_cancellation(request_id)
-        for failed_id in [request_id, *(f"{request_id}{CHILD}{child}" for child in range(children))]:
-            state.request_id = failed_id
-            self.output_router.fail_and_deliver(state, error)
-        state.request_id = request_id
-
-    def _rows(self) -> list[BoundRequest]:
-        """The requests of the step that runs, in the order of its rows."""
+    def _step(self, run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """A forward of the model for the requests of the step, in the order of its rows."""
         processor: Any = self.batch_processor
-        return [self._bound[row.state.request_id] for row in processor.inputs_and_outputs.requests_in_batch]
+        batch = processor.inputs_and_outputs.requests_in_batch
+        rows = [self._bound[row.state.request_id] for row in batch]
+        states: list[Tensor] = []
+        if any(row.reading is not None for row in rows):
+            inputs = {**inputs, "ptv2_states": states}
+        output = run(
+            inputs=inputs, prompts=lambda device: self._prompts(rows, device), offsets=[r.offset for r in rows]
+        )
+        if states:
+            parts = states[0][0].split([row.query_length for row in batch])
+            for request, row, part in zip(rows, batch, parts, strict=True):
+                if request.reading is not None:
+                    request.reading.take(row.state.position_offset - row.query_length, part, row.has_new_token)
+        return output
 
     def _prompts(self, rows: Sequence[BoundRequest], device: torch.device) -> PromptBatch:
         active = self._adapters_of.adapters._modules.get(self._adapters_of.active_adapter)

@@ -15,6 +15,7 @@ from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.kept_bank import versions
 from ptv2_fast.prompts.placement import text_offset
+from ptv2_fast.task_models.read_requests import Reading
 
 # What transformers puts behind a request's id for those that it forks of it.
 CHILD = "__child#"
@@ -27,8 +28,10 @@ class BoundRequest:
     Attributes:
         name, adapter: its adapter; None is the bare base.
         offset: how far its text's positions are shifted.
-        prompt: what its keys depend on beside its tokens: requests with the same may share them.
+        prompt: what its keys depend on beside its tokens: requests with the same may share them. None where this one
+            shares none, since all its text is to be read.
         max_new_tokens: how many tokens it may get; None where there is no limit.
+        reading: what is read of a request that generates nothing; None of one that does.
     """
 
     name: str
@@ -36,15 +39,21 @@ class BoundRequest:
     offset: int
     prompt: Hashable
     max_new_tokens: int | None
+    reading: Reading | None = None
 
     @classmethod
     def of(
-        cls, model: PTuningV2Model, input_ids: Sequence[int], name: str | None, max_new_tokens: int | None
+        cls,
+        model: PTuningV2Model,
+        input_ids: Sequence[int],
+        name: str | None,
+        max_new_tokens: int | None,
+        task: str | None = None,
     ) -> BoundRequest:
         """Bind a request to the adapter of a name, or to the active one; inside `disable_adapter` to none.
 
         Raises:
-            ValueError: there is no such adapter, the ids are no text of the model, or it has no place for them.
+            ValueError: there is no such adapter or head, the ids are no text of the model, or it has no place for them.
         """
         if name is None:
             name = BASE_ROW if model._disabled else model.active_adapter
@@ -54,6 +63,9 @@ class BoundRequest:
         size = model.base_model.get_input_embeddings().num_embeddings
         if not len(input_ids) or not 0 <= min(input_ids) <= max(input_ids) < size:
             raise ValueError(f"input_ids must be one or more ids below {size}; got {list(input_ids)[:10]}")
+        reading = Reading.of(adapter, name, task)
+        if reading is not None:
+            max_new_tokens = 1  # which ends it with the last part of its text
         offset = 0 if adapter is None else text_offset(adapter.config, model._family)
         limit = text_limit(model.backbone, model._family)
         if limit is not None:
@@ -65,8 +77,10 @@ class BoundRequest:
                     f"the offset of adapter {name!r}; got {len(input_ids)} ids and {max_new_tokens} new tokens"
                 )
             max_new_tokens = room if max_new_tokens is None else max_new_tokens
-        prompt = None if adapter is None else (_number_of(adapter.encoder), versions(adapter.encoder))
-        return cls(name, adapter, offset, prompt, max_new_tokens)
+        prompt: Hashable = None
+        if reading is None:
+            prompt = () if adapter is None else (_number_of(adapter.encoder), versions(adapter.encoder))
+        return cls(name, adapter, offset, prompt, max_new_tokens, reading)
 
     @property
     def encoder(self) -> PromptEncoder | None:
@@ -107,6 +121,10 @@ class BoundRequests:
     def __getitem__(self, request_id: str) -> BoundRequest:
         """What a request has, or the one that it was forked of."""
         return self._bound[self._root(request_id)]
+
+    def get(self, request_id: str) -> BoundRequest | None:
+        """The same; None where it is known no more."""
+        return self._bound.get(self._root(request_id))
 
     def all(self) -> Collection[BoundRequest]:
         """All of them, as they are now."""
@@ -157,6 +175,19 @@ def check_pages(config: Any, input_ids: Sequence[int]) -> None:
     if config.num_blocks and len(input_ids) > config.num_blocks * config.page_size:
         raise ValueError(
             f"input_ids must fit into {config.num_blocks} blocks of {config.page_size} tokens; got {len(input_ids)}"
+        )
+
+
+def check_sequences(count: int, request: BoundRequest) -> None:
+    """Refuse several sequences of a request that generates none.
+
+    Raises:
+        ValueError: a head, or nobody, reads its text.
+    """
+    if request.reading is not None and count > 1:
+        raise ValueError(
+            f"num_return_sequences must be 1 in the generation configuration where an adapter generates nothing; got "
+            f"{count} for {request.name!r}"
         )
 
 

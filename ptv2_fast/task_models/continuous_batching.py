@@ -14,7 +14,13 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.task_models.batching_manager import AdapterBatchingManager, KeptManager
-from ptv2_fast.task_models.bound_requests import BoundRequest, check_pages, names_of_requests, new_tokens
+from ptv2_fast.task_models.bound_requests import (
+    BoundRequest,
+    check_pages,
+    check_sequences,
+    names_of_requests,
+    new_tokens,
+)
 
 # The first version that reads pages by a function of one form for every kind of layer (`PagedAttentionCache.update`).
 SINCE = (5, 19)
@@ -111,7 +117,8 @@ class ContinuousBatching(PTuningV2Model):
             adapter_names: one for each text, "__base__" for none; None is the active adapter.
 
         Returns:
-            A `GenerationOutput` for each request's id, in the order of `inputs`.
+            A `GenerationOutput` for each request's id, in the order of `inputs`; a `HeadOutput` where the adapter has a
+            head, or gives states.
 
         Raises:
             ValueError: as `init_continuous_batching` and `AdapterBatchingManager.add_request`, before anything runs.
@@ -126,7 +133,8 @@ class ContinuousBatching(PTuningV2Model):
         names = names_of_requests(adapter_names, len(inputs))
         most = new_tokens(generation_config or self.generation_config, kwargs.get("max_new_tokens"))
         for input_ids, name in zip(inputs, names, strict=True):
-            BoundRequest.of(self, input_ids, name, most)
+            request = BoundRequest.of(self, input_ids, name, most)
+            check_sequences((generation_config or self.generation_config).num_return_sequences or 1, request)
             if continuous_batching_config is not None:
                 check_pages(continuous_batching_config, input_ids)
         this: Any = _WithNames(self, names)

@@ -14,21 +14,34 @@ class SharedBlocks:
     """
 
     def __init__(self, adapter_of: Callable[[str], Hashable]) -> None:
-        """Args: adapter_of: what a request's keys depend on beside its tokens, by the request's id."""
+        """Args: adapter_of: what a request's keys depend on beside its tokens, by its id; None where it shares none."""
         self._adapter_of = adapter_of
         self._numbers: dict[tuple[Hashable, int], int] = {}
 
     def install(self, cache: Any) -> None:
         """Make a `PagedAttentionCache` of one manager share its blocks so; nobody else's is touched."""
         search = cache.search_prefix_match
-        cache.search_prefix_match = lambda request_id, ids: search(request_id, self._numbered(request_id, ids))
+
+        def found(request_id: str, ids: list[int]) -> int:
+            numbered = self._numbered(request_id, ids)
+            return 0 if numbered is None else search(request_id, numbered)
+
+        cache.search_prefix_match = found
         for allocator in cache.cache_allocators.values():
             allocator.mark_complete_blocks = self._marking(allocator.mark_complete_blocks)
 
     def _marking(self, mark: Callable[..., None]) -> Callable[[str, list[int], int], None]:
-        return lambda request_id, ids, count: mark(request_id, self._numbered(request_id, ids), count)
+        def marked(request_id: str, ids: list[int], count: int) -> None:
+            numbered = self._numbered(request_id, ids)
+            if numbered is not None:
+                mark(request_id, numbered, count)
 
-    def _numbered(self, request_id: str, ids: list[int]) -> list[int]:
-        """A text's ids with a number in the place of the first one: negative, which no id is."""
-        first = (self._adapter_of(request_id), ids[0])
-        return [self._numbers.setdefault(first, -1 - len(self._numbers)), *ids[1:]]
+        return marked
+
+    def _numbered(self, request_id: str, ids: list[int]) -> list[int] | None:
+        """A text's ids with a number in the place of the first one, negative, which no id is; None where it shares
+        none."""
+        adapter = self._adapter_of(request_id)
+        if adapter is None:
+            return None
+        return [self._numbers.setdefault((adapter, ids[0]), -1 - len(self._numbers)), *ids[1:]]
