@@ -139,8 +139,8 @@ def generated(model, name: str, text: str, most: int) -> tuple[str, str, int]:
     return tokenizer.decode(tokens, skip_special_tokens=True), reason, len(tokens)
 
 
-def endless(model, name: str, most: int = 60) -> str:
-    """A text that an adapter goes on with for long."""
+def endless(model, name: str, most: int = 400) -> str:
+    """A text that an adapter goes on with for long: greedy texts that did not end by then repeat themselves."""
     return next(text for text in (*FILLERS, *PEOPLE) if generated(model, name, text, most)[1] == "length")
 
 
@@ -342,16 +342,18 @@ def test_more_requests_than_the_queue_holds_are_told_to_come_again(server, monke
     monkeypatch.setattr(server.engine.options, "max_queue", 2)
     body = {"model": "letters", "prompt": endless(server.alone, "letters"), "max_tokens": LONG, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as first:
-        next(first.iter_lines())
+        lines = first.iter_lines()
+        next(lines)
         refused = server.http.post("/v1/classify", json={"model": "spam", "input": ["anna", "bob"]})
         assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
         assert refused.json()["error"]["type"] == "rate_limit_error"
         # Nothing of it is left in the queue: one place is free.
-        answer = server.http.post("/v1/completions", json=GOOD)
-        assert answer.json()["choices"][0]["text"] == generated(server.alone, "chat", "anna", 2)[0]
-        with pytest.raises(openai.RateLimitError), server.http.stream("POST", "/v1/completions", json=body) as second:
-            next(second.iter_lines())
-            server.openai.completions.create(**GOOD)
+        assert server.openai.completions.create(**GOOD).choices[0].text == generated(server.alone, "chat", "anna", 2)[0]
+        with server.http.stream("POST", "/v1/completions", json=body) as second:
+            others = second.iter_lines()
+            next(others)
+            with pytest.raises(openai.RateLimitError, match="2 requests"):
+                server.openai.completions.create(**GOOD)
     _until(lambda: server.active() == 0)
 
 
@@ -385,7 +387,7 @@ def test_an_adapter_is_replaced_while_requests_run_on_the_old_one(changed):
     old = changed.alone
     write_adapters(changed.adapters.parent / "other", seed=5)
     new = PTuningV2Model.from_pretrained(tiny_llama(), changed.adapters.parent / "other")
-    long, texts = endless(old, "chat", 400), ("anna met", "where is bob", "of")
+    long, texts = endless(old, "chat"), ("anna met", "where is bob", "of")
     expected = generated(old, "chat", long, 400)
 
     async def replaced():
@@ -464,7 +466,7 @@ def test_a_signal_lets_requests_end(tmp_path):
         else:
             pytest.fail("".join(lines))
         threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
-        text = endless(alone, "letters", 300)
+        text = endless(alone, "letters")
         body = {"model": "letters", "prompt": text, "max_tokens": 300, "stream": True}
         client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none")
         parts = []
