@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -54,7 +55,10 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--cache-tokens", type=int, default=16384, help="tokens that the pages hold, of all requests")
     parser.add_argument("--batch-tokens", type=int, default=512, help="tokens that one step reads")
     parser.add_argument("--poll", type=float, default=2.0, help="seconds between two looks into --adapters")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.max_prompt + options.max_tokens > options.cache_tokens:
+        parser.error("--cache-tokens must hold --max-prompt and --max-tokens together")
+    return options
 
 
 class Read(BaseModel, extra="forbid"):  # what is not served is refused
@@ -163,7 +167,7 @@ class Engine:
             raise HTTPException(400, f"a prompt must have 1 to {most} tokens")
         if len(self.jobs) >= self.options.max_queue:
             raise HTTPException(429, f"{len(self.jobs)} requests wait or run already", {"Retry-After": "1"})
-        job = SimpleNamespace(id=f"ptv2-{next(self.numbers)}", served=served, text=text, encoded=encoded, tokens=[])
+        job = SimpleNamespace(id=f"ptv2-{uuid.uuid4().hex}", served=served, text=text, encoded=encoded, tokens=[])
         job.started, job.outputs, self.jobs[job.id] = time.perf_counter(), asyncio.Queue(), job
         self.manager.register_result_handler(job.id, lambda output: self.take(job, output))
         try:
@@ -386,4 +390,6 @@ def app_of(options: argparse.Namespace) -> FastAPI:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     options = options_of()
-    uvicorn.run(app_of(options), host=options.host, port=options.port, timeout_graceful_shutdown=30)
+    # Idle connections stay longer than clients keep theirs: none is closed while a request is on its way.
+    waits = {"timeout_keep_alive": 75, "timeout_graceful_shutdown": 30}
+    uvicorn.run(app_of(options), host=options.host, port=options.port, **waits)

@@ -99,8 +99,8 @@ def running(folder: Path, *arguments: object):
     tokenizer.save_pretrained(folder / "llama")
     write_adapters(folder / "adapters")
     with pytest.MonkeyPatch.context() as patch:
-        settings = ("--model", folder / "llama", "--adapters", folder / "adapters", "--poll", 0.1, "--max-tokens", LONG)
-        patch.setattr(sys, "argv", ["serve.py", *map(str, (*settings, "--max-prompt", 40, *arguments))])
+        settings = ("--model", folder / "llama", "--adapters", folder / "adapters", "--poll", 0.1, "--max-prompt", 40)
+        patch.setattr(sys, "argv", ["serve.py", *map(str, (*settings, "--max-tokens", LONG, *arguments))])
         app = script().app_of(script().options_of())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
@@ -449,6 +449,27 @@ def test_a_server_that_samples_serves_both(tmp_path):
 
         assert texts(temperature=0) == texts(top_p=1e-6) == texts(temperature=1e-4) == {expected}
         assert len(texts(temperature=2.0)) > 1 and len(texts()) > 1
+
+
+def test_pages_that_a_single_request_could_outgrow_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--model", "m", "--adapters", "a", "--cache-tokens", "2559"])
+    with pytest.raises(SystemExit):
+        script().options_of()
+    assert "--cache-tokens must hold" in capsys.readouterr().err
+
+
+def test_requests_that_outgrow_the_pages_together_wait_for_one_another(tmp_path):
+    sizes = ("--cache-tokens", 128, "--max-tokens", 64, "--batch-tokens", 32)
+    with running(tmp_path, *sizes) as server:
+        cases = [
+            (name, text, 50) for name in ("base", "chat", "letters") for text in ("anna met", "of", "where is bob")
+        ]
+
+        async def together():
+            async with server.client() as client:
+                return await asyncio.gather(*(answers(client, *case, False, True) for case in cases))
+
+        assert asyncio.run(together()) == [generated(server.alone, *case) for case in cases]
 
 
 def test_a_signal_lets_requests_end(tmp_path):
