@@ -102,9 +102,7 @@ def _padded(index: Tensor, lengths: Sequence[int], longest: int) -> tuple[Tensor
     are the rows' own, (rows, longest) bool. What stands at place 0 is hidden: it may be anything."""
     sizes = torch.tensor(lengths, device=index.device)[:, None]
     mask = torch.arange(longest, device=index.device) >= longest - sizes
-    places = index.new_zeros(mask.shape)
-    places[mask] = index
-    return places.flatten(), mask
+    return index.new_zeros(mask.shape).masked_scatter_(mask, index).flatten(), mask
 
 
 @dataclass(frozen=True)

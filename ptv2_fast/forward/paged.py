@@ -42,8 +42,8 @@ def run_paged(
     batch = prompts(ids.device)
     positions = inputs["position_ids"] + base.family.first_position(base.backbone)
     if any(offsets):
-        shifts = torch.tensor(offsets, device=ids.device)
-        positions = positions + shifts.repeat_interleave(torch.tensor(queries, device=ids.device))
+        shifts = [offset for offset, count in zip(offsets, queries, strict=True) for _ in range(count)]
+        positions = positions + torch.tensor(shifts, device=ids.device)
     given = {name: value for name, value in inputs.items() if name not in (*_OF_PAGES, "cache")}
     given["position_ids"] = positions
     # With a mask at hand transformers does not look for packed rows itself, and builds none.

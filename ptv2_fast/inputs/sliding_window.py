@@ -15,6 +15,12 @@ def smallest_window(backbone: PreTrainedModel) -> int | None:
     return window if window is None or kinds is None or "sliding_attention" in kinds else None
 
 
+def common_window(backbone: PreTrainedModel) -> int | None:
+    """The distance at which every layer of the backbone stops seeing its text; None where one sees all of it."""
+    kinds = getattr(backbone.config, "layer_types", None)
+    return smallest_window(backbone) if kinds is None or set(kinds) == {"sliding_attention"} else None
+
+
 def check_cached_padding(backbone: PreTrainedModel, mask: Tensor) -> None:
     """Refuse cached text with padding between its tokens: a sliding window would count it, and nothing can move.
 

@@ -11,7 +11,6 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention.prompt_batch import PromptBatch
-from ptv2_fast.backbone.locate import backbone_of, with_backbone
 from ptv2_fast.backbone.view import in_eval, view_of
 from ptv2_fast.forward.paged import run_paged
 from ptv2_fast.forward.row_prompts import new_account
@@ -28,7 +27,7 @@ from ptv2_fast.task_models.bound_requests import (
     names_of_requests,
     new_tokens,
 )
-from ptv2_fast.task_models.read_requests import noting_states
+from ptv2_fast.task_models.read_requests import noted, noting_states
 from ptv2_fast.task_models.shared_blocks import SharedBlocks
 
 
@@ -88,9 +87,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         def forward(original: Callable[..., Any], **inputs: Any) -> Any:
             return self._step(lambda **given: run_paged(base, original, **given), inputs)
 
-        whole = in_eval(base.hooked.whole(base.model))
-        noting = with_backbone(whole, view_of(backbone_of(whole), forward=noting_states))
-        view: Any = view_of(noting, forward=forward)
+        view: Any = view_of(noting_states(in_eval(base.hooked.whole(base.model)), base.family), forward=forward)
         super().__init__(view, generation_config, config, workload_hints)
         if self.distributed_helper.tp_size > 1:
             raise ValueError("continuous batching must run in one process with adapters on; the base is sharded")
@@ -229,8 +226,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """
         most = new_tokens(self.generation_config, max_new_tokens)
         request = BoundRequest.of(self._adapters_of, input_ids, adapter_name, most, task)
-        check_pages(self.continuous_batching_config, input_ids)
-        check_sequences(self.num_return_sequences, request)
+        check_pages(self._adapters_of, self.continuous_batching_config, input_ids)
+        check_sequences(self.num_return_sequences, request, input_ids)
         return request
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
@@ -268,8 +265,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         output = run(
             inputs=inputs, prompts=lambda device: self._prompts(rows, device), offsets=[r.offset for r in rows]
         )
-        if states:
-            parts = states[0][0].split([row.query_length for row in batch])
+        if "ptv2_states" in inputs:
+            parts = noted(states)[0].split([row.query_length for row in batch])
             for request, row, part in zip(rows, batch, parts, strict=True):
                 if request.reading is not None:
                     request.reading.take(row.state.position_offset - row.query_length, part, row.has_new_token)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ptv2_fast.adapter import BASE_ROW, Adapter
 from ptv2_fast.inputs.max_length import text_limit
+from ptv2_fast.inputs.sliding_window import common_window
 from ptv2_fast.model import PTuningV2Model
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.kept_bank import versions
@@ -166,29 +167,33 @@ def new_tokens(generation_config: Any, max_new_tokens: int | None) -> int | None
     return most
 
 
-def check_pages(config: Any, input_ids: Sequence[int]) -> None:
+def check_pages(model: PTuningV2Model, config: Any, input_ids: Sequence[int]) -> None:
     """Refuse a text that no step could write into the pages, which would end them all.
 
     Raises:
-        ValueError: it is longer than all blocks together, where their number is known.
+        ValueError: what layers keep of it is more than all blocks together, where their number is known.
     """
-    if config.num_blocks and len(input_ids) > config.num_blocks * config.page_size:
+    kept = min(len(input_ids), common_window(model.backbone) or len(input_ids))
+    if config.num_blocks and kept > config.num_blocks * config.page_size:
         raise ValueError(
             f"input_ids must fit into {config.num_blocks} blocks of {config.page_size} tokens; got {len(input_ids)}"
         )
 
 
-def check_sequences(count: int, request: BoundRequest) -> None:
-    """Refuse several sequences of a request that generates none.
+def check_sequences(count: int, request: BoundRequest, input_ids: Sequence[int]) -> None:
+    """Refuse several sequences of a request that generates none, or that transformers could not fork.
 
     Raises:
-        ValueError: a head, or nobody, reads its text.
+        ValueError: a head, or nobody, reads its text; or that is a single id, which is not read before the fork: a step
+            without any token would end them all.
     """
-    if request.reading is not None and count > 1:
+    if count > 1 and request.reading is not None:
         raise ValueError(
             f"num_return_sequences must be 1 in the generation configuration where an adapter generates nothing; got "
             f"{count} for {request.name!r}"
         )
+    if count > 1 and len(input_ids) < 2:
+        raise ValueError(f"input_ids must be two or more where num_return_sequences is {count}; got {list(input_ids)}")
 
 
 def names_of_requests(adapter_names: Sequence[str | None] | None, count: int) -> list[str | None]:

@@ -134,9 +134,9 @@ class ContinuousBatching(PTuningV2Model):
         most = new_tokens(generation_config or self.generation_config, kwargs.get("max_new_tokens"))
         for input_ids, name in zip(inputs, names, strict=True):
             request = BoundRequest.of(self, input_ids, name, most)
-            check_sequences((generation_config or self.generation_config).num_return_sequences or 1, request)
+            check_sequences((generation_config or self.generation_config).num_return_sequences or 1, request, input_ids)
             if continuous_batching_config is not None:
-                check_pages(continuous_batching_config, input_ids)
+                check_pages(self, continuous_batching_config, input_ids)
         this: Any = _WithNames(self, names)
         return ContinuousMixin.generate_batch(this, inputs, generation_config, continuous_batching_config, **kwargs)
 

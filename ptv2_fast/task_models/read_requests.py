@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from ptv2_fast.adapter import Adapter
-from ptv2_fast.backbone.view import in_eval
+from ptv2_fast.backbone.locate import backbone_of, part_at, with_backbone
+from ptv2_fast.backbone.view import in_eval, view_of, with_modules
+from ptv2_fast.families.family import Family
 from ptv2_fast.heads import Head
 from ptv2_fast.task_types import TASKS
 
@@ -97,10 +100,29 @@ class Reading:
         return HeadOutput(**kept, logits=self._found)
 
 
-def noting_states(
-    original: Callable[..., Any], *args: Any, ptv2_states: list[Tensor] | None = None, **inputs: Any
-) -> Any:
-    """The forward of a backbone's view, which appends the last states (1, T, D) to `ptv2_states`."""
+def noting_states(target: PreTrainedModel, family: Family) -> PreTrainedModel:
+    """A view of a model that appends its backbone's last states (1, T, D) to the keyword argument `ptv2_states`.
+
+    Some models call their backbone, others (OPT) the part of it that has the layers.
+    """
+    backbone, path = backbone_of(target), family.layers_path.rpartition(".")[0]
+    if path:
+        backbone = with_modules(backbone, {path: view_of(part_at(backbone, path), forward=_noting)})
+    return with_backbone(target, view_of(backbone, forward=_noting))
+
+
+def noted(states: list[Tensor]) -> Tensor:
+    """The last states that a step noted.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    if not states:
+        raise RuntimeError("base must hand the keyword argument ptv2_states on to its backbone; nothing was noted")
+    return states[-1]
+
+
+def _noting(original: Callable[..., Any], *args: Any, ptv2_states: list[Tensor] | None = None, **inputs: Any) -> Any:
     output = original(*args, **inputs)
     if ptv2_states is not None:
         ptv2_states.append(output.last_hidden_state)

@@ -57,7 +57,7 @@ def test_requests_that_arrive_while_others_run(model):
 def test_children_keep_the_adapter_of_their_parent(model, room):
     """Several sequences of a request; with one candidate a step sampling is greedy."""
     config = settings(num_return_sequences=3, do_sample=True, top_k=1)
-    inputs = texts(7, 1, 11)
+    inputs = texts(7, 2, 11)
     found = model.generate_batch(
         inputs, config, pages(num_blocks=room), adapter_names=["prefix", "__base__", "shallow"]
     )
@@ -65,6 +65,15 @@ def test_children_keep_the_adapter_of_their_parent(model, room):
     tokens = [result.generated_tokens for result in found.values()]
     for index, (ids, name) in enumerate(zip(inputs, ["prefix", "__base__", "shallow"], strict=True)):
         assert tokens[3 * index : 3 * index + 3] == [alone(model, ids, name)] * 3
+
+
+def test_a_text_of_one_token_has_no_children(model):
+    """transformers forks before the last token has been read; a step without any would end its loop."""
+    config = settings(num_return_sequences=2, do_sample=True)
+    with pytest.raises(ValueError, match=r"input_ids must be two or more where num_return_sequences is 2; got \[7\]"):
+        model.init_continuous_batching(config, pages()).add_request([7])
+    with pytest.raises(ValueError, match=r"input_ids must be two or more where num_return_sequences is 2; got \[7\]"):
+        model.generate_batch([[5, 6], [7]], config, pages())
 
 
 def test_sampling_draws_from_the_distribution_of_each_adapter(model):
@@ -273,6 +282,19 @@ def test_bad_requests_are_refused_before_anything_is_queued(model, name):
     with pytest.raises(ValueError, match=message):
         model.generate_batch(given.pop("inputs"), settings(), pages(), **given)
     assert manager.input_queue.empty() and not manager._bound.all()
+
+
+@pytest.mark.parametrize(("family", "fits"), [("mistral", True), ("gemma2", False)])
+def test_a_text_that_windows_keep_the_end_of_needs_no_more_pages(family, fits):
+    """Where every layer has a window; one that sees the whole text keeps it."""
+    model, ids = adapted(family), texts(50)[0]
+    few = pages(num_blocks=8)
+    if not fits:
+        with pytest.raises(ValueError, match="input_ids must fit into 8 blocks of 4 tokens; got 50"):
+            model.generate_batch([ids], settings(), few)
+        return
+    found = model.generate_batch([ids], settings(), few, adapter_names=["prefix"])
+    assert found["req_0"].generated_tokens == alone(model, ids, "prefix")
 
 
 def test_an_id_that_a_request_has_is_refused(model):

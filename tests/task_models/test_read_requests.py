@@ -53,7 +53,7 @@ def model():
     return reading()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
 def test_requests_that_read_and_that_generate_share_batches(family):
     """In several parts or one, with few pages, while others generate."""
     model = reading(family)
