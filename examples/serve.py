@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import bisect
-import itertools
 import json
 import logging
 import re
@@ -37,6 +36,7 @@ from ptv2_fast import PTuningV2Config, get_ptv2_model
 BASE = "base"  # the name of the model without an adapter
 ROUTES = {"CAUSAL_LM": "/v1/completions", "SEQ_CLS": "/v1/classify", "TOKEN_CLS": "/v1/tag"}
 SCORES = {"regression": torch.Tensor.float, "multi_label_classification": torch.sigmoid}
+KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 SECONDS = ("0.01", "0.03", "0.1", "0.3", "1", "3", "10", "30", "+Inf")
 # Words as tagged corpora split them: inner apostrophes, hyphens and points belong to them, other signs stand alone.
 WORD = re.compile(r"\w+(?:['’\-.,]\w+)*|[^\w\s]")
@@ -72,19 +72,23 @@ class Generate(BaseModel, extra="forbid"):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    stop: str | list[str] = []
+    stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] = {}
     n: Literal[1] = 1
-    user: str | None = None  # read by nobody
 
 
 class Completion(Generate):
     prompt: str
 
 
+class Message(BaseModel, extra="forbid"):
+    role: str
+    content: str
+
+
 class Chat(Generate):
-    messages: list[dict[Literal["role", "content"], str]] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1)
 
 
 class Engine:
@@ -101,16 +105,14 @@ class Engine:
         # Each request brings its own temperature and top_p; these say that there are such.
         sampled = {"do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 0} if options.sample else {}
         config = hf.GenerationConfig(**{"do_sample": False, "eos_token_id": ends, **sampled})
-        sizes = {"page_size": 32, "num_blocks": options.cache_tokens // 32, "max_batch_tokens": options.batch_tokens}
+        blocks = -(-options.cache_tokens // 32)
+        sizes = {"page_size": 32, "num_blocks": blocks, "max_batch_tokens": options.batch_tokens}
         pages = hf.ContinuousBatchingConfig(**sizes, per_request_processors=options.sample)
         self.manager = self.model.init_continuous_batching(config, pages)
         # By its folder's name, each adapter's name in the model: every load has a new one.
         self.served = {BASE: SimpleNamespace(name=BASE, version="__base__", task="CAUSAL_LM")}
         self.seen: dict[str, Any] = {}  # of each folder the state that was loaded, or could not be
-        self.replaced: set[str] = set()
-        self.jobs: dict[str, SimpleNamespace] = {}
-        self.counts: Counter[str] = Counter()
-        self.numbers = itertools.count(1)
+        self.jobs, self.replaced, self.counts = {}, set(), Counter()
 
     async def watch(self) -> None:
         """Follow the folder. A request ends on the adapter that it began with, which is deleted after the last one."""
@@ -129,6 +131,7 @@ class Engine:
         for path in sorted(self.options.adapters.glob("*/ptv2_*")):
             with suppress(OSError):
                 states.setdefault(path.parent.name, []).append((path.stat().st_mtime_ns, path.stat().st_size))
+        states.pop(BASE, None)
         for name in [name for name in self.seen | states if self.seen.get(name) != states.get(name)]:
             self.seen[name], new = states.get(name), None
             try:
@@ -142,9 +145,7 @@ class Engine:
             logging.info("adapter %s is %s", name, "replaced" if new and old else "loaded" if new else "removed")
 
     def load(self, name: str) -> SimpleNamespace:
-        version = f"{name}-{next(self.numbers)}"
-        if name == BASE:
-            raise ValueError("the model without an adapter has this name")
+        version = f"{name}-{uuid.uuid4().hex}"
         self.model.load_adapter(self.options.adapters / name, version)
         config = self.model.ptv2_config[version]
         served = SimpleNamespace(name=name, version=version, task=config.task_type)
@@ -153,26 +154,24 @@ class Engine:
             served.scores = SCORES.get(head.problem_type, lambda logits: logits.softmax(-1))
         return served
 
-    def submit(self, model: str, task: str, text: str, **how: Any) -> SimpleNamespace:
+    def submit(self, model: str, task: str, text: str, special: bool = True, **how: Any) -> SimpleNamespace:
         """Begin a request, or refuse it."""
         most, served = self.options.max_prompt, self.served.get(model)
         if served is None:
             raise HTTPException(404, f"model must be one of {', '.join(self.served)}; got {model!r}")
         if served.task != task:
             raise HTTPException(400, f"model {model!r} is for {served.task} ({ROUTES.get(served.task, 'not served')})")
-        special = {"add_special_tokens": how.pop("add_special_tokens", True)}
-        # Nobody splits a text that is too long anyway.
-        encoded = self.tokenizer(text[: 32 * most], return_offsets_mapping=True, **special)
-        if not 0 < len(encoded.input_ids) <= most or len(text) > 32 * most:
-            raise HTTPException(400, f"a prompt must have 1 to {most} tokens")
+        fits = len(text) <= 32 * most and not re.search("[\ud800-\udfff]", text)  # or nobody splits it
+        encoded = self.tokenizer(text if fits else "", return_offsets_mapping=True, add_special_tokens=special)
+        if not fits or not 0 < len(encoded.input_ids) <= most:
+            raise HTTPException(400, f"a prompt must be Unicode, of 1 to {most} tokens")
         if len(self.jobs) >= self.options.max_queue:
             raise HTTPException(429, f"{len(self.jobs)} requests wait or run already", {"Retry-After": "1"})
         job = SimpleNamespace(id=f"ptv2-{uuid.uuid4().hex}", served=served, text=text, encoded=encoded, tokens=[])
         job.started, job.outputs, self.jobs[job.id] = time.perf_counter(), asyncio.Queue(), job
         self.manager.register_result_handler(job.id, lambda output: self.take(job, output))
         try:
-            how = {"adapter_name": served.version, "request_id": job.id, **how}
-            if self.manager.add_request(encoded.input_ids, **how) is None:
+            if self.manager.add_request(encoded.input_ids, job.id, adapter_name=served.version, **how) is None:
                 raise HTTPException(503, "the model has stopped")
         except Exception as error:
             self.end(job, "refused")
@@ -237,9 +236,9 @@ class Engine:
 
     async def read(self, body: Read, request: Request, task: str) -> list[tuple[SimpleNamespace, torch.Tensor]]:
         """What an adapter's head gives for each text."""
-        jobs: list[SimpleNamespace] = []
+        jobs, texts = [], [body.input] if isinstance(body.input, str) else body.input
         try:
-            for text in [body.input] if isinstance(body.input, str) else body.input:
+            for text in texts:
                 jobs.append(self.submit(body.model, task, text))
             return [(job, output.logits.float()) for job in jobs async for output in self.outputs(job, request)]
         finally:
@@ -251,12 +250,12 @@ class Engine:
         processor = self.manager.batch_processor
         active = len(processor.scheduler.active_requests) if processor else 0
         gauges = {"batch_requests": active, "queue_requests": max(0, len(self.jobs) - active)}
-        families = {"requests_total": "counter", "refused_total": "counter", "tokens_total": "counter"}
-        lines: list[str] = []
-        for family, kind in {**families, "request_seconds": "histogram", **dict.fromkeys(gauges, "gauge")}.items():
+        kinds = dict.fromkeys(("requests_total", "refused_total", "tokens_total"), "counter")
+        text = ""
+        for family, kind in {**kinds, "request_seconds": "histogram", **dict.fromkeys(gauges, "gauge")}.items():
             rows = [row for row in {**self.counts, **gauges}.items() if row[0].startswith(family)]
-            lines += [f"# TYPE ptv2_{family} {kind}", *(f"ptv2_{name} {value:.9g}" for name, value in rows)]
-        return "\n".join(lines) + "\n"
+            text += f"# TYPE ptv2_{family} {kind}\n" + "".join(f"ptv2_{name} {value:.9g}\n" for name, value in rows)
+        return text
 
 
 def entities(job: SimpleNamespace, logits: torch.Tensor) -> list[dict[str, Any]]:
@@ -269,8 +268,7 @@ def entities(job: SimpleNamespace, logits: torch.Tensor) -> list[dict[str, Any]]
         if kind != "O" and (kind != last or side in ("B", "S")):
             found.append({"start": word.start(), "label": kind, "scores": []})
         if kind != "O":
-            found[-1]["end"] = word.end()
-            found[-1]["scores"].append(float(score))
+            found[-1] |= {"end": word.end(), "scores": [*found[-1]["scores"], float(score)]}
         last = kind
     for one in found:
         scores = one.pop("scores")
@@ -278,11 +276,10 @@ def entities(job: SimpleNamespace, logits: torch.Tensor) -> list[dict[str, Any]]
     return found
 
 
-def described(error: HTTPException) -> dict[str, Any]:
+def described(status: int, message: str) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    kind = "rate_limit_error" if error.status_code == 429 else "invalid_request_error"
-    kind = "server_error" if error.status_code >= 500 else kind
-    return {"error": {"message": str(error.detail), "type": kind, "param": None, "code": error.status_code}}
+    kind = KINDS.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
 def app_of(options: argparse.Namespace) -> FastAPI:
@@ -305,19 +302,25 @@ def app_of(options: argparse.Namespace) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         engine.counts[f'refused_total{{status="{error.status_code}"}}'] += 1
-        return JSONResponse(described(error), error.status_code, error.headers)
+        return JSONResponse(described(error.status_code, str(error.detail)), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         return await refused(request, HTTPException(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"))
 
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return await refused(request, HTTPException(500, "the server failed; its log says why"))
+
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(engine.metrics(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(engine.metrics())
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
+        if not engine.manager.is_running():
+            raise HTTPException(503, "the model has stopped")
         about = {"object": "model", "created": 0, "owned_by": "ptv2_fast"}
         return {"object": "list", "data": [{"id": s.name, **about, "task": s.task} for s in engine.served.values()]}
 
@@ -340,11 +343,12 @@ def app_of(options: argparse.Namespace) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(body: Chat, request: Request) -> Any:
+        messages = [one.model_dump() for one in body.messages]
         try:
-            text = engine.tokenizer.apply_chat_template(body.messages, tokenize=False, add_generation_prompt=True)
+            text = engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever a model's own template raises
             raise HTTPException(400, f"messages do not fit the model's chat template: {error}") from error
-        return await generate(body, request, "chat.completion", text, add_special_tokens=False)
+        return await generate(body, request, "chat.completion", text, special=False)
 
     async def generate(body: Generate, request: Request, kind: str, text: str, **how: Any) -> Any:
         if not options.sample and (body.temperature or body.top_p not in (None, 1)):
@@ -356,7 +360,8 @@ def app_of(options: argparse.Namespace) -> FastAPI:
         if most > options.max_tokens:
             raise HTTPException(400, f"max_tokens must be at most {options.max_tokens}; got {most}")
         job = engine.submit(body.model, "CAUSAL_LM", text, max_new_tokens=most, streaming=True, **how)
-        pieces = engine.pieces(job, request, [body.stop] if isinstance(body.stop, str) else body.stop)
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        pieces = engine.pieces(job, request, [stop for stop in stops if stop])
         head = {"id": job.id, "object": kind, "created": int(time.time()), "model": body.model}
 
         def choices(text: str, reason: str | None, key: str = "delta") -> dict[str, Any]:
@@ -364,8 +369,8 @@ def app_of(options: argparse.Namespace) -> FastAPI:
             return {"choices": [{"index": 0, **content, "logprobs": None, "finish_reason": reason}]}
 
         def usage() -> dict[str, Any]:
-            prompt, new = len(job.encoded.input_ids), len(job.tokens)
-            return {"usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}}
+            old, new = len(job.encoded.input_ids), len(job.tokens)
+            return {"usage": {"prompt_tokens": old, "completion_tokens": new, "total_tokens": old + new}}
 
         if not body.stream:
             parts = [piece async for piece in pieces]
@@ -377,7 +382,7 @@ def app_of(options: argparse.Namespace) -> FastAPI:
                 async for piece in pieces:
                     yield f"data: {json.dumps({**head, **choices(*piece)})}\n\n"
             except HTTPException as error:
-                yield f"data: {json.dumps(described(error))}\n\n"
+                yield f"data: {json.dumps(described(error.status_code, error.detail))}\n\n"
             if body.stream_options.get("include_usage"):
                 yield f"data: {json.dumps({**head, 'choices': [], **usage()})}\n\n"
             yield "data: [DONE]\n\n"
@@ -389,7 +394,6 @@ def app_of(options: argparse.Namespace) -> FastAPI:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    options = options_of()
     # Idle connections stay longer than clients keep theirs: none is closed while a request is on its way.
-    waits = {"timeout_keep_alive": 75, "timeout_graceful_shutdown": 30}
+    options, waits = options_of(), {"timeout_keep_alive": 75, "timeout_graceful_shutdown": 30}
     uvicorn.run(app_of(options), host=options.host, port=options.port, **waits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import json
 import re
 import shutil
 import signal
@@ -11,109 +11,33 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
-from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
+from ptv2_fast import PTuningV2Model
 from ptv2_fast.task_models.continuous_batching import SERVED
-from tiny_folders import FILLERS, PEOPLE, llama_folder, tiny_llama, tiny_tokenizer
+from served_adapters import (
+    CLASSES,
+    LONG,
+    SCRIPT,
+    TAGS,
+    answers,
+    endless,
+    generated,
+    httpx,
+    messages,
+    openai,
+    running,
+    script,
+    until,
+    write_adapters,
+)
+from tiny_folders import llama_folder, tiny_llama, tiny_tokenizer
 
-httpx = pytest.importorskip("httpx2", reason="the client of openai's package")
-openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")
-pytest.importorskip("fastapi")
 pytestmark = pytest.mark.skipif(not SERVED, reason="this transformers' pages cannot be read beside prompts")
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "serve.py"
-TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}?"
-TAGS, CLASSES = ["O", "B-PER", "I-PER", "B-LOC"], ["ham", "spam"]
 TEXT = "Anna met Lee in Oslo, the film was good."
-LONG = 1500  # tokens: seconds of work
-
-
-def write_adapters(folder: Path, seed: int = 0) -> None:
-    """A sub-folder for each of four adapters, whose prompts are strong enough to change every answer."""
-    base = tiny_llama()
-    torch.manual_seed(seed)
-    strong = {"num_virtual_tokens": 3, "init_std": 1.0}
-    configs = {
-        "chat": PTuningV2Config("CAUSAL_LM", injection="prefix", **strong),
-        "letters": PTuningV2Config("CAUSAL_LM", **strong),
-        "ner": PTuningV2Config("TOKEN_CLS", heads={"ner": HeadConfig("TOKEN_CLS", 4, labels=TAGS)}, **strong),
-        "spam": PTuningV2Config("SEQ_CLS", heads={"spam": HeadConfig("SEQ_CLS", 2, "mean", labels=CLASSES)}, **strong),
-    }
-    model = get_ptv2_model(base, configs["chat"], "chat")
-    for name in list(configs)[1:]:
-        model.add_adapter(name, configs[name])
-    with torch.no_grad():
-        for name in ("ner", "spam"):
-            for parameter in model.adapters[name].heads.parameters():
-                parameter.normal_()
-    model.save_pretrained(folder)
-
-
-def script():
-    """examples/serve.py as a module."""
-    if "serve_example" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("serve_example", SCRIPT)
-        sys.modules["serve_example"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["serve_example"]
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, engine, port: int, adapters: Path) -> None:
-        self.engine, self.adapters, self.url = engine, adapters, f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-        self.alone = PTuningV2Model.from_pretrained(tiny_llama(), adapters)
-
-    def client(self):
-        """OpenAI's client for coroutines, which belongs to one event loop."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def metric(self, name: str) -> float:
-        """The value of a metric, 0 where there is none."""
-        found = re.search(rf"^{re.escape(name)} (\S+)$", self.http.get("/metrics").text, flags=re.MULTILINE)
-        return float(found[1]) if found else 0.0
-
-    def active(self) -> int:
-        """How many requests the model's manager has."""
-        scheduler = self.engine.manager.batch_processor.scheduler
-        return len(scheduler.active_requests) + len(scheduler.waiting_requests) + len(self.engine.jobs)
-
-    def scanned(self) -> None:
-        """Wait for the next whole look into the folder."""
-        time.sleep(4 * self.engine.options.poll)
-
-
-@contextmanager
-def running(folder: Path, *arguments: object):
-    llama_folder(folder / "llama")
-    tokenizer = tiny_tokenizer(causal=True)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "llama")
-    write_adapters(folder / "adapters")
-    with pytest.MonkeyPatch.context() as patch:
-        settings = ("--model", folder / "llama", "--adapters", folder / "adapters", "--poll", 0.1, "--max-prompt", 40)
-        patch.setattr(sys, "argv", ["serve.py", *map(str, (*settings, "--max-tokens", LONG, *arguments))])
-        app = script().app_of(script().options_of())
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.02)
-        yield Running(app.state.engine, server.servers[0].sockets[0].getsockname()[1], folder / "adapters")
-    finally:
-        server.should_exit = True
-        thread.join(30)
-    assert not app.state.engine.manager.is_running() and not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -127,45 +51,6 @@ def changed(tmp_path):
     """A server of its own, whose folder a test changes."""
     with running(tmp_path) as found:
         yield found
-
-
-def generated(model, name: str, text: str, most: int) -> tuple[str, str, int]:
-    """What the model alone goes on with: the text, why it ends and how many tokens it has."""
-    tokenizer = tiny_tokenizer(causal=True)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    row = "__base__" if name == "base" else name
-    tokens = model.generate(ids, max_new_tokens=most, do_sample=False, adapter_names=[row])[0, ids.shape[1] :]
-    reason = "stop" if tokens[-1] == tokenizer.eos_token_id else "length"
-    return tokenizer.decode(tokens, skip_special_tokens=True), reason, len(tokens)
-
-
-def endless(model, name: str, most: int = 400) -> str:
-    """A text that an adapter goes on with for long: greedy texts that did not end by then repeat themselves."""
-    return next(text for text in (*FILLERS, *PEOPLE) if generated(model, name, text, most)[1] == "length")
-
-
-def messages(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
-async def answers(client, name: str, text: str, most: int, chat: bool, stream: bool):
-    """What a server gives, in the form of `generated`."""
-    call = client.chat.completions if chat else client.completions
-    given = {"messages": messages(text)} if chat else {"prompt": text}
-    given |= {"model": name, "max_tokens": most}
-    if not stream:
-        answer = await call.create(**given)
-        choice = answer.choices[0]
-        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-        return choice.message.content if chat else choice.text, choice.finish_reason, answer.usage.completion_tokens
-    parts, reason, usage = [], None, None
-    async for event in await call.create(**given, stream=True, stream_options={"include_usage": True}):
-        usage = event.usage or usage
-        for choice in event.choices:
-            assert reason is None, "something follows the end"
-            parts.append(choice.delta.content if chat else choice.text)
-            reason = choice.finish_reason
-    return "".join(parts), reason, usage.completion_tokens
 
 
 def test_the_base_and_every_adapter_are_listed(server):
@@ -248,7 +133,7 @@ def test_entities_join_words_that_go_on_and_part_at_a_beginning():
 def test_a_stop_ends_the_text_before_it(server):
     whole, _, _ = generated(server.alone, "letters", "anna met", 24)
     words = whole.split()
-    stop = f"{words[2]} {words[3]}"
+    stop = f"{words[2]} {words[3]}"  # of two tokens: the first one waits for the second
     before = whole[: whole.index(stop)]
     given = {"model": "letters", "prompt": "anna met", "max_tokens": 24}
     answer = server.openai.completions.create(**given, stop=[stop, "never there"])
@@ -256,7 +141,15 @@ def test_a_stop_ends_the_text_before_it(server):
     parts = list(server.openai.completions.create(**given, stop=stop, stream=True))
     assert "".join(part.choices[0].text for part in parts) == before
     assert parts[-1].choices[0].finish_reason == "stop"
-    _until(lambda: server.active() == 0)
+    until(lambda: server.active() == 0)
+
+
+def test_what_nobody_expected_is_said_in_openais_form(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "submit", None)
+    with httpx.Client(base_url=server.url) as client:
+        answer = client.post("/v1/completions", json=GOOD)
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert server.active() == 0
 
 
 def test_a_stream_is_events_in_openais_form(server):
@@ -284,6 +177,13 @@ REFUSED = {
     "several answers": ("/v1/completions", GOOD | {"n": 2}, 400, "n:"),
     "what is not served": ("/v1/completions", GOOD | {"logit_bias": {}}, 400, "logit_bias"),
     "no conversation": ("/v1/chat/completions", {"model": "chat", "messages": []}, 400, "messages"),
+    "no content": (
+        "/v1/chat/completions",
+        {"model": "chat", "messages": [{"role": "user"}]},
+        400,
+        "messages.0.content",
+    ),
+    "half a character": ("/v1/completions", GOOD | {"prompt": "\ud800"}, 400, "Unicode"),
     "no JSON": ("/v1/completions", None, 400, "JSON"),
 }
 
@@ -291,8 +191,8 @@ REFUSED = {
 @pytest.mark.parametrize("route, body, status, message", REFUSED.values(), ids=REFUSED)
 def test_what_is_refused_is_said_in_openais_form(server, route, body, status, message):
     before = server.metric(f'ptv2_refused_total{{status="{status}"}}')
-    sent = {"content": "{", "headers": {"content-type": "application/json"}} if body is None else {"json": body}
-    answer = server.http.post(route, **sent)
+    content = "{" if body is None else json.dumps(body)
+    answer = server.http.post(route, content=content, headers={"content-type": "application/json"})
     assert answer.status_code == status
     assert set(answer.json()) == {"error"} and set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert message in answer.json()["error"]["message"]
@@ -305,13 +205,6 @@ def test_openais_client_raises_its_own_errors(server):
         server.openai.completions.create(**GOOD | {"model": "nobody"})
     with pytest.raises(openai.BadRequestError, match="greedy"):
         server.openai.completions.create(**GOOD, temperature=1.0)
-
-
-def _until(fits, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not fits():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -333,7 +226,7 @@ def test_a_client_that_hangs_up_frees_its_place(server, stream):
                     return
 
     asyncio.run(hang_up())
-    _until(lambda: server.active() == 0, seconds=2.0)
+    until(lambda: server.active() == 0, seconds=2.0)
     assert server.metric(name) == before + 1
     assert not server.engine.manager.output_router.result_handlers
 
@@ -354,7 +247,7 @@ def test_more_requests_than_the_queue_holds_are_told_to_come_again(server, monke
             next(others)
             with pytest.raises(openai.RateLimitError, match="2 requests"):
                 server.openai.completions.create(**GOOD)
-    _until(lambda: server.active() == 0)
+    until(lambda: server.active() == 0)
 
 
 def test_metrics_count_requests_tokens_and_seconds(server):
@@ -409,12 +302,12 @@ def test_an_adapter_is_replaced_while_requests_run_on_the_old_one(changed):
     assert later == [generated(new, "chat", text, 12) for text in texts]
     assert later != [generated(old, "chat", text, 12) for text in texts]
     # Nothing of the old one is left.
-    _until(lambda: len(changed.engine.model.adapters) == 5)
+    until(lambda: len(changed.engine.model.adapters) == 5)
     assert not changed.engine.replaced
 
 
 def test_folders_come_and_go_and_a_damaged_one_changes_nothing(changed, caplog):
-    answer = changed.openai.completions.create(**GOOD).choices[0].text
+    answer, first = changed.openai.completions.create(**GOOD).choices[0].text, changed.engine.served["chat"].version
     weights = changed.adapters / "chat" / "ptv2_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -430,7 +323,7 @@ def test_folders_come_and_go_and_a_damaged_one_changes_nothing(changed, caplog):
     assert changed.http.post("/v1/classify", json={"model": "spam", "input": "anna"}).status_code == 404
     weights.write_bytes(whole)
     changed.scanned()
-    assert changed.engine.served["chat"].version != "chat-1"
+    assert changed.engine.served["chat"].version != first
     assert changed.openai.completions.create(**GOOD).choices[0].text == answer
     for folder in changed.adapters.iterdir():
         shutil.rmtree(folder)
@@ -470,6 +363,32 @@ def test_requests_that_outgrow_the_pages_together_wait_for_one_another(tmp_path)
                 return await asyncio.gather(*(answers(client, *case, False, True) for case in cases))
 
         assert asyncio.run(together()) == [generated(server.alone, *case) for case in cases]
+        assert server.http.get("/v1/models").status_code == 200
+
+
+def test_a_request_may_fill_the_pages_to_the_last(tmp_path):
+    sizes = ("--cache-tokens", 70, "--max-prompt", 30, "--max-tokens", 40)
+    with running(tmp_path, *sizes) as server:
+        text = " ".join([endless(server.alone, "letters")] * 30)
+        expected = generated(server.alone, "letters", text, 40)
+        for _ in range(2):
+            answer = server.openai.completions.create(model="letters", prompt=text, max_tokens=40)
+            assert answer.choices[0].text == expected[0] and answer.usage.completion_tokens == expected[2]
+
+
+def test_a_server_whose_model_has_stopped_says_so(tmp_path, monkeypatch):
+    with running(tmp_path) as server:
+
+        def broken(*args, **kwargs):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(server.engine.manager.batch_processor, "_generation_step", broken)
+        with pytest.raises(openai.InternalServerError, match="out of memory"):
+            server.openai.completions.create(**GOOD)
+        until(lambda: server.http.get("/v1/models").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="stopped"):
+            server.openai.completions.create(**GOOD)
+        assert not server.engine.jobs
 
 
 def test_a_signal_lets_requests_end(tmp_path):
