@@ -53,7 +53,7 @@ def layout(queries: Sequence[int], keys: Sequence[int], read_index: Tensor, batc
     """Group rows so that few calls of attention serve them, and none reads another row's keys.
 
     Rows with one query are one dense batch, their keys padded in front; rows without anything in the pages yet are
-    packed; a part of a text behind other parts of it stands alone.
+    packed; a part of a text behind other parts of it stands alone; rows without a query are left out.
 
     Args:
         queries, keys: how many tokens each of S rows has, and how many it sees, what is in the pages among them.
@@ -87,13 +87,15 @@ def _neighbours(queries: Sequence[int], keys: Sequence[int], reads: bool) -> lis
     """Runs of rows that are served together."""
 
     def kind(row: int) -> int:
+        if queries[row] == 0:
+            return -3
         if not reads:
             return -1
         if queries[row] == 1:
             return -2
         return -1 if queries[row] == keys[row] else row
 
-    runs = (list(run) for _, run in groupby(range(len(queries)), kind))
+    runs = (list(run) for of, run in groupby(range(len(queries)), kind) if of != -3)
     return [range(run[0], run[-1] + 1) for run in runs]
 
 

@@ -100,7 +100,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """As transformers' own, whose blocks are shared within an adapter alone and whose requests must have theirs."""
         known, processor = self.batch_processor, super()._create_batch_processor()
         if processor is not known:
-            SharedBlocks(lambda request_id: self._bound[request_id].prompt).install(processor.cache)
+            # A text whose blocks are all there but for its last token would be forked in a step without any.
+            forks = self.num_return_sequences > 1
+            SharedBlocks(lambda name: None if forks else self._bound[name].prompt).install(processor.cache)
             # What is cancelled is cleared between taking requests and scheduling them.
             scheduler: Any = processor.scheduler
             clear = scheduler.clear_cancelled_requests

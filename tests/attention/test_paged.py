@@ -18,6 +18,7 @@ ROWS = {
     "single queries of one length": [(1, 6), (1, 6), (1, 6)],
     "single queries of any length": [(1, 3), (1, 9), (1, 1)],
     "parts behind others": [(4, 9), (3, 11)],
+    "rows without a query": [(0, 0), (5, 5), (0, 4), (4, 4), (1, 3), (0, 2), (1, 6), (0, 0)],
     "everything": [(1, 4), (1, 7), (5, 5), (3, 3), (1, 2), (6, 8), (1, 1), (4, 4)],
 }
 

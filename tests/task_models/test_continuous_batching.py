@@ -67,6 +67,16 @@ def test_children_keep_the_adapter_of_their_parent(model, room):
         assert tokens[3 * index : 3 * index + 3] == [alone(model, ids, name)] * 3
 
 
+def test_children_of_a_text_that_came_before(model):
+    """Nine tokens, two blocks of which are there and whose last one is read by each child."""
+    ids, config = texts(9)[0], settings(num_return_sequences=2, do_sample=True, top_k=1)
+    with model.continuous_batching_context_manager(config, continuous_batching_config=pages()) as manager:
+        for _ in range(2):
+            manager.add_request(ids, adapter_name="prefix")
+            found = results(manager, 2)
+            assert [result.generated_tokens for result in found.values()] == [alone(model, ids, "prefix")] * 2
+
+
 def test_a_text_of_one_token_has_no_children(model):
     """transformers forks before the last token has been read; a step without any would end its loop."""
     config = settings(num_return_sequences=2, do_sample=True)
