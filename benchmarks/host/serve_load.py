@@ -31,8 +31,12 @@ import torch
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "serve.py"
 ASKED = (
-    "When do you open?", "The capital of France is", "Where can I park?", "One, two, three,", "Do you sell bread?",
-    "Is there a train to Rome tonight?",
+    "When do you open?", "Where can I park?", "Do you sell bread?", "Is there a train to Rome tonight?", "Who are you?",
+    "What is the capital of France?",
+)  # fmt: skip
+BEGUN = (
+    "The capital of France is", "One, two, three,", "Once upon a time there was", "The recipe needs flour,",
+    "In the morning we", "She opened the door and",
 )  # fmt: skip
 READ = (
     "Ada Lovelace met Charles in Paris .", "Claim your free prize today", "The meeting in London is on Monday .",
@@ -78,10 +82,10 @@ class Alone:
         self.model = PTuningV2Model.from_pretrained(base, adapters / "chat", adapter_name="chat")
         for name in ("ner", "spam"):
             self.model.load_adapter(adapters / name, name)
-        # Another version of chat: half as strong.
+        # Another version of chat: a quarter as strong.
         with torch.no_grad():
             for parameter in self.model.adapters["chat"].parameters():
-                parameter.mul_(0.5)
+                parameter.mul_(0.25)
         self.model.save_pretrained(other, adapter_names=["chat"])
         self.model.load_adapter(other, "other")
         self.model.delete_adapter("chat")
@@ -91,9 +95,9 @@ class Alone:
         """(adapter, text, whether as a chat) -> what comes, and the least margin between the first two logits."""
         found = {}
         for name in ("base", "chat", "other"):
-            for text in ASKED:
-                for chat in (False, True):
-                    found[name, text, chat] = self._generated("__base__" if name == "base" else name, text, chat)
+            for text in (*ASKED, *BEGUN):
+                row = "__base__" if name == "base" else name
+                found[name, text, text in ASKED] = self._generated(row, text, text in ASKED)
         return found
 
     def _generated(self, name: str, text: str, chat: bool) -> tuple[str, float]:
@@ -155,7 +159,11 @@ class Load:
                 self.seconds.setdefault(kind, []).append(time.monotonic() - start)
 
     async def generates(self, kind: str, draw: random.Random) -> str:
-        chat, name, text = kind.startswith("chat"), draw.choice(("base", "chat")), draw.choice(ASKED)
+        chat, name, text = (
+            kind.startswith("chat"),
+            draw.choice(("base", "chat")),
+            draw.choice(ASKED if kind.startswith("chat") else BEGUN),
+        )
         call = self.openai.chat.completions if chat else self.openai.completions
         given: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
         given |= {"model": name, "max_tokens": NEW_TOKENS}
@@ -266,6 +274,12 @@ async def measured(load: Load, process: subprocess.Popen, places: dict[str, Path
         "seconds": round(seconds, 1),
         "requests a second": round(len(answered) / seconds, 2),
         "ends": dict(load.ends),
+        "expected texts": {
+            "all": len(load.texts), "not empty": sum(bool(text) for text, _ in load.texts.values()),
+            "of chat, told from its other version": told_apart(load.texts, "chat", "other"),
+            "of chat, told from the base": told_apart(load.texts, "chat", "base"),
+            "least margin of two logits": round(min(margin for _, margin in load.texts.values()), 5),
+        },
         "latency": {kind: quantiles(found) for kind, found in {**load.seconds, "all": answered}.items()},
         "memory in MiB": {
             "after a minute": round(after_a_minute[0]), "at the end": round(after_a_minute[-1]),
@@ -274,6 +288,12 @@ async def measured(load: Load, process: subprocess.Popen, places: dict[str, Path
         "left in the server": dict(gauges),
         "wrong": load.wrong[:10],
     }  # fmt: skip
+
+
+def told_apart(texts: dict[tuple[str, str, bool], tuple[str, float]], first: str, second: str) -> int:
+    """How many texts two adapters go on with differently."""
+    asked = {key[1:] for key in texts}
+    return sum(texts[(first, *key)][0] != texts[(second, *key)][0] for key in asked)
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
