@@ -80,7 +80,7 @@ class Running:
         return len(scheduler.active_requests) + len(scheduler.waiting_requests) + len(self.engine.jobs)
 
     def scanned(self) -> None:
-        """Wait for the next whole look into the folder."""
+        """Wait for some more looks into the folder."""
         time.sleep(4 * self.engine.options.poll)
 
 
@@ -148,7 +148,7 @@ async def answers(client, name: str, text: str, most: int, chat: bool, stream: b
     return "".join(parts), reason, usage.completion_tokens
 
 
-def until(fits, seconds: float = 5.0) -> None:
+def until(fits, seconds: float = 20.0) -> None:
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not fits():
