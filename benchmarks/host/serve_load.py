@@ -62,6 +62,8 @@ def options_of() -> argparse.Namespace:
 
 def serve_module() -> ModuleType:
     """examples/serve.py as a module."""
+    # As `python examples/serve.py` has it.
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("serve_example", SCRIPT)
     assert spec is not None and spec.loader is not None
     sys.modules["serve_example"] = module = importlib.util.module_from_spec(spec)

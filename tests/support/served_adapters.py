@@ -50,6 +50,8 @@ def write_adapters(folder: Path, seed: int = 0) -> None:
 def script():
     """examples/serve.py as a module."""
     if "serve_example" not in sys.modules:
+        # As `python examples/serve.py` has it.
+        sys.path.insert(0, str(SCRIPT.parent))
         spec = importlib.util.spec_from_file_location("serve_example", SCRIPT)
         sys.modules["serve_example"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
