@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.requests import RequestStatus
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention.prompt_batch import PromptBatch
@@ -109,7 +110,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
             def clear_lost() -> Any:
                 self._fail_lost(scheduler)
-                return clear()
+                cleared = clear()
+                for state in cleared:
+                    if state.status != RequestStatus.FAILED:  # whose result is out
+                        self._bound.finished(state.request_id, 1 + state.num_children)
+                return cleared
 
             scheduler.clear_cancelled_requests = clear_lost
         return processor
@@ -209,11 +214,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         ]
         return [request_id for request_id in added if request_id is not None]
 
-    def cancel_request(self, request_id: str) -> None:
-        """End a request; there is no result of it."""
-        super().cancel_request(request_id)
-        self._bound.cancelled(request_id)
-
     def bind(
         self,
         input_ids: Sequence[int],
@@ -231,13 +231,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         check_pages(self._adapters_of, self.continuous_batching_config, input_ids)
         check_sequences(self.num_return_sequences, request, input_ids)
         return request
-
-    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
-        """A step; after it what was cancelled is forgotten."""
-        goes_on: bool = super()._generation_loop_body(batch_processor, bootstrapping)
-        scheduler = batch_processor.scheduler
-        self._bound.sweep(scheduler.active_requests.keys() | scheduler.waiting_requests.keys())
-        return goes_on
 
     def _fail_lost(self, scheduler: Any) -> None:
         """Fail the requests whose adapter is not there any more, and those that would be forked of them."""

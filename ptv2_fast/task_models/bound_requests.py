@@ -106,7 +106,6 @@ class BoundRequests:
         self._lock = threading.Lock()
         self._bound: dict[str, BoundRequest] = {}
         self._left: dict[str, int] = {}  # how many final results are to come, those of forked requests among them
-        self._cancelled: set[str] = set()
 
     def add(self, request_id: str, request: BoundRequest, results: int) -> None:
         """Note a request.
@@ -133,29 +132,13 @@ class BoundRequests:
             return list(self._bound.values())
 
     def finished(self, request_id: str, results: int = 1) -> None:
-        """A final result is out: nothing is kept of a request whose last one that is."""
+        """Final results are out, or will never be: nothing is kept of a request whose last ones they are."""
         root = self._root(request_id)
         with self._lock:
             if root in self._left:
                 self._left[root] -= results
                 if self._left[root] <= 0:
                     del self._bound[root], self._left[root]
-
-    def cancelled(self, request_id: str) -> None:
-        """A request will have no result; it is forgotten by `sweep`."""
-        self._cancelled.add(request_id)
-
-    def sweep(self, alive: Collection[str]) -> None:
-        """Forget what was cancelled, unless it is still among the ids that wait or run."""
-        if not self._cancelled:
-            return
-        roots = {self._root(request_id) for request_id in alive}
-        for request_id in list(self._cancelled):
-            if request_id in alive:
-                continue
-            self._cancelled.discard(request_id)
-            root = self._root(request_id)
-            self.finished(root, 1 if root in roots else self._left.get(root, 0))
 
     def _root(self, request_id: str) -> str:
         return request_id if request_id in self._bound else request_id.rpartition(CHILD)[0] or request_id

@@ -145,6 +145,36 @@ def test_streaming_handlers_and_cancelling(model):
     assert not manager._bound.all()
 
 
+def test_cancelling_ends_nothing_but_what_it_names(model):
+    """Not what a request that runs was forked with, be the name one that is over, cancelled before or not there yet."""
+    ids = texts(5)[0]
+    expected = alone(model, ids, "prefix", 40)
+    config = settings(max_new_tokens=40, num_return_sequences=2, do_sample=True, top_k=1)
+    with model.continuous_batching_context_manager(config, continuous_batching_config=pages(num_blocks=60)) as manager:
+        with manager.pause():
+            first = manager.add_request(ids, adapter_name="prefix", max_new_tokens=NEW)
+            for name in (f"{first}__child#0", "none of them"):
+                manager.cancel_request(name)
+        found = results(manager, 2)
+        assert [result.generated_tokens for result in found.values()] == [alone(model, ids, "prefix")] * 2
+        for cancelled, left in (("{}__child#0", "{}"), ("{}", "{}__child#0")):
+            parent = manager.add_request(ids, adapter_name="prefix", streaming=True)
+            assert manager.get_result(timeout=30).request_id.startswith(parent)
+            for _ in range(3):
+                manager.cancel_request(cancelled.format(parent))
+                manager.cancel_request(first)
+                with manager.pause():
+                    pass
+            found = results(manager, 1)
+            assert found[left.format(parent)].generated_tokens == expected
+        with manager.pause():
+            whole = manager.add_request(ids, adapter_name="prefix")
+            manager.cancel_request(whole)
+        with manager.pause():
+            pass
+    assert not manager._bound.all()
+
+
 def test_a_deleted_adapter_fails_its_requests_alone():
     """Children that are not forked yet among them; the name may serve another adapter then."""
     model, ids = adapted(), texts(5)[0]
