@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,14 @@ class _Router(OutputRouter):
 
     def deliver_batch(self, outputs: list[Any]) -> None:
         super().deliver_batch([self._noted(output) for output in outputs])
+
+    def fail_and_deliver(self, state: Any, error: Exception) -> None:
+        """As transformers' own; what was to be forked of a request fails with it."""
+        for child in range(state.num_children):
+            forked = copy.copy(state)
+            forked.request_id, forked.num_children = f"{state.request_id}{CHILD}{child}", 0
+            super().fail_and_deliver(forked, error)
+        super().fail_and_deliver(state, error)
 
     def _noted(self, output: Any) -> Any:
         request = self._requests.get(output.request_id)
@@ -233,17 +242,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         return request
 
     def _fail_lost(self, scheduler: Any) -> None:
-        """Fail the requests whose adapter is not there any more, and those that would be forked of them."""
+        """Fail the requests whose adapter is not there any more."""
         if not any(map(self._is_lost, self._bound.all())):
             return
         for state in [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]:
-            request_id, request = state.request_id, self._bound[state.request_id]
-            if not self._is_lost(request):
-                continue
-            error = ValueError(f"adapter {request.name!r} was deleted while the request waited or ran")
-            scheduler.set_request_cancellation(request_id)
-            children = [f"{request_id}{CHILD}{child}" for child in range(state.num_children)]
-            for state.request_id in (*children, request_id):
+            request = self._bound[state.request_id]
+            if self._is_lost(request):
+                error = ValueError(f"adapter {request.name!r} was deleted while the request waited or ran")
+                scheduler.set_request_cancellation(state.request_id)
                 self.output_router.fail_and_deliver(state, error)
 
     def _is_lost(self, request: BoundRequest) -> bool:

@@ -175,6 +175,19 @@ def test_cancelling_ends_nothing_but_what_it_names(model):
     assert not manager._bound.all()
 
 
+def test_what_was_to_be_forked_fails_with_its_request(model):
+    """transformers gives one result of a request whose arguments no processor knows; the id may come again."""
+    config = settings(num_return_sequences=3, do_sample=True, temperature=0.5)
+    few = pages(per_request_processors=True)
+    with model.continuous_batching_context_manager(config, continuous_batching_config=few) as manager:
+        for _ in range(2):
+            manager.add_request([5, 6], request_id="mine", adapter_name="prefix", heat=2.0)
+            found = results(manager, 3)
+            assert set(found) == {"mine", "mine__child#0", "mine__child#1"}
+            assert all("heat" in result.error for result in found.values())
+            assert not manager._bound.all()
+
+
 def test_a_deleted_adapter_fails_its_requests_alone():
     """Children that are not forked yet among them; the name may serve another adapter then."""
     model, ids = adapted(), texts(5)[0]
