@@ -112,7 +112,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if processor is not known:
             # A text whose blocks are all there but for its last token would be forked in a step without any.
             forks = self.num_return_sequences > 1
-            SharedBlocks(lambda name: None if forks else self._bound[name].prompt).install(processor.cache)
+            SharedBlocks(lambda name: None if forks else self._bound[name].shared).install(processor.cache)
             # What is cancelled is cleared between taking requests and scheduling them.
             scheduler: Any = processor.scheduler
             clear = scheduler.clear_cancelled_requests

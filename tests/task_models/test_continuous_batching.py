@@ -229,6 +229,22 @@ def test_what_is_written_into_an_adapter_is_read_by_the_next_request():
     assert found["req_3"].generated_tokens == alone(model, ids, "shallow")
 
 
+def test_what_is_written_into_an_adapter_is_read_by_requests_that_wait():
+    """Blocks of before are none of theirs, and what they write is nobody's: part of it may be of before."""
+    model, ids, config = adapted(), texts(14)[0], pages(max_batch_tokens=32)
+    with model.continuous_batching_context_manager(settings(), continuous_batching_config=config) as manager:
+        manager.add_request(ids, adapter_name="prefix")
+        results(manager, 1)
+        with manager.pause():
+            waiting = manager.add_request(ids, adapter_name="prefix")
+            with torch.no_grad():
+                model.adapters["prefix"].encoder.prompts.mul_(-2)
+        found = results(manager, 1)
+        later = manager.add_request(ids, adapter_name="prefix")
+        found |= results(manager, 1)
+    assert found[waiting].generated_tokens == found[later].generated_tokens == alone(model, ids, "prefix")
+
+
 def test_prompts_are_made_once_and_not_once_a_step(model, monkeypatch):
     made, forward = [], PromptEncoder.forward
     monkeypatch.setattr(PromptEncoder, "forward", lambda self: made.append(self) or forward(self))
