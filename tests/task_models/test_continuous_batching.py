@@ -274,6 +274,17 @@ def test_blocks_are_shared_within_an_adapter_alone():
     assert [said for said, _ in found] == [alone(model, ids, name) for name in names]
 
 
+def test_blocks_whose_number_is_forgotten_are_nobodys(monkeypatch):
+    """As many first tokens are known as there is room for; the texts are read again, by whichever adapter."""
+    monkeypatch.setattr("ptv2_fast.task_models.shared_blocks._KNOWN", 2)
+    model, config = adapted(), pages(num_blocks=60)
+    inputs, names = [*texts(9, 9), texts(9)[0]] * 4, ["prefix", "default", "default", "shallow"] * 3
+    with model.continuous_batching_context_manager(settings(), continuous_batching_config=config) as manager:
+        for ids, name in zip(inputs, names, strict=True):
+            request_id = manager.add_request(ids, adapter_name=name)
+            assert results(manager, 1)[request_id].generated_tokens == alone(model, ids, name)
+
+
 def test_the_base_stays_as_it_is():
     model = adapted().train()
     base = model.base_model
