@@ -79,7 +79,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     An adapter that is added while others run is there for the next request. What is written to an adapter's
     parameters in place is read from the next step on. Who deletes an adapter fails the requests that have it, those
-    alone, with the reason as their error; another one of that name serves requests that are added after it.
+    alone, with the reason as their error; another one of that name serves requests that are added after it. A request
+    that outgrows all pages fails alone too, with the tokens that it has.
     """
 
     def __init__(
@@ -110,23 +111,27 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """As transformers' own, whose blocks are shared within an adapter alone and whose requests must have theirs."""
         known, processor = self.batch_processor, super()._create_batch_processor()
         if processor is not known:
-            # A text whose blocks are all there but for its last token would be forked in a step without any.
-            forks = self.num_return_sequences > 1
-            SharedBlocks(lambda name: None if forks else self._bound[name].shared).install(processor.cache)
-            # What is cancelled is cleared between taking requests and scheduling them.
-            scheduler: Any = processor.scheduler
-            clear = scheduler.clear_cancelled_requests
-
-            def clear_lost() -> Any:
-                self._fail_lost(scheduler)
-                cleared = clear()
-                for state in cleared:
-                    if state.status != RequestStatus.FAILED:  # whose result is out
-                        self._bound.finished(state.request_id, 1 + state.num_children)
-                return cleared
-
-            scheduler.clear_cancelled_requests = clear_lost
+            self._watch(processor)
         return processor
+
+    def _watch(self, processor: Any) -> None:
+        # A text whose blocks are all there but for its last token would be forked in a step without any.
+        forks = self.num_return_sequences > 1
+        SharedBlocks(lambda name: None if forks else self._bound[name].shared).install(processor.cache)
+        # What is cancelled is cleared between taking requests and scheduling them.
+        scheduler, offloading = processor.scheduler, processor.offloading_manager
+        clear, offload = scheduler.clear_cancelled_requests, offloading.offload_requests
+
+        def clear_lost() -> Any:
+            self._fail_lost(scheduler)
+            cleared = clear()
+            for state in cleared:
+                if state.status != RequestStatus.FAILED:  # whose result is out
+                    self._bound.finished(state.request_id, 1 + state.num_children)
+            return cleared
+
+        scheduler.clear_cancelled_requests = clear_lost
+        offloading.offload_requests = lambda: offload() or self._fail_outgrown(scheduler, offloading)
 
     def stop(
         self,
@@ -251,6 +256,30 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 error = ValueError(f"adapter {request.name!r} was deleted while the request waited or ran")
                 scheduler.set_request_cancellation(state.request_id)
                 self.output_router.fail_and_deliver(state, error)
+
+    def _fail_outgrown(self, scheduler: Any, offloading: Any) -> bool:
+        """Fail the request that has no place in the pages though no other one holds any, where that is so.
+
+        transformers would end them all.
+        """
+        active, waiting = scheduler.active_requests, scheduler.waiting_requests
+        if len(active) == 1 and scheduler.starved_requests:
+            state = scheduler.starved_requests[0][0]
+        elif not active and waiting:
+            state = waiting[scheduler.waiting_requests_order[0]]
+        else:
+            return False
+        config, count = self.continuous_batching_config, len(state.initial_tokens) + len(state.generated_tokens)
+        error = ValueError(
+            f"input_ids and the tokens that follow must fit into {config.num_blocks} blocks of {config.page_size} "
+            f"tokens; got {count}"
+        )
+        scheduler.set_request_cancellation(state.request_id)
+        self.output_router.fail_and_deliver(state, error)
+        for cleared in scheduler.clear_cancelled_requests():
+            offloading.free_request_cpu_cache(cleared)
+        scheduler.block_new_requests = False
+        return True
 
     def _is_lost(self, request: BoundRequest) -> bool:
         return request.adapter is not self._adapters_of.adapters._modules.get(request.name)
