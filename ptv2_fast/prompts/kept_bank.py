@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ptv2_fast.prompts.bank import stack_bank
 from ptv2_fast.prompts.cache import Prompts
@@ -68,6 +72,18 @@ def _length(member: Member) -> int:
     return 0 if member is None else member.shape[-2]
 
 
+# A number for each parameter, which no later ones get: Python gives an object the id of one that is gone.
+_numbers = WeakTensorKeyDictionary()
+_next_number = itertools.count()
+
+
 def versions(encoder: PromptEncoder) -> tuple[tuple[int, int | None], ...]:
-    """What is another once somebody has written to one of the parameters."""
-    return tuple((id(one), None if one.is_inference() else one._version) for one in encoder.parameters())
+    """What is another once somebody has written to one of the parameters, or put others in their place."""
+    return tuple((_number_of(one), None if one.is_inference() else one._version) for one in encoder.parameters())
+
+
+def _number_of(parameter: nn.Parameter) -> int:
+    number: int | None = _numbers.get(parameter)
+    if number is None:
+        number = _numbers.setdefault(parameter, next(_next_number))
+    return number

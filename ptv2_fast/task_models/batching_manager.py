@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.requests import RequestStatus
 
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.attention.prompt_batch import PromptBatch
@@ -54,6 +56,14 @@ class _Router(OutputRouter):
     def deliver_batch(self, outputs: list[Any]) -> None:
         super().deliver_batch([self._noted(output) for output in outputs])
 
+    def fail_and_deliver(self, state: Any, error: Exception) -> None:
+        """As transformers' own; what was to be forked of a request fails with it."""
+        for child in range(state.num_children):
+            forked = copy.copy(state)
+            forked.request_id, forked.num_children = f"{state.request_id}{CHILD}{child}", 0
+            super().fail_and_deliver(forked, error)
+        super().fail_and_deliver(state, error)
+
     def _noted(self, output: Any) -> Any:
         request = self._requests.get(output.request_id)
         if output.is_finished():
@@ -69,7 +79,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     An adapter that is added while others run is there for the next request. What is written to an adapter's
     parameters in place is read from the next step on. Who deletes an adapter fails the requests that have it, those
-    alone, with the reason as their error; another one of that name serves requests that are added after it.
+    alone, with the reason as their error; another one of that name serves requests that are added after it. A request
+    that outgrows all pages fails alone too, with the tokens that it has.
     """
 
     def __init__(
@@ -100,19 +111,27 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """As transformers' own, whose blocks are shared within an adapter alone and whose requests must have theirs."""
         known, processor = self.batch_processor, super()._create_batch_processor()
         if processor is not known:
-            # A text whose blocks are all there but for its last token would be forked in a step without any.
-            forks = self.num_return_sequences > 1
-            SharedBlocks(lambda name: None if forks else self._bound[name].prompt).install(processor.cache)
-            # What is cancelled is cleared between taking requests and scheduling them.
-            scheduler: Any = processor.scheduler
-            clear = scheduler.clear_cancelled_requests
-
-            def clear_lost() -> Any:
-                self._fail_lost(scheduler)
-                return clear()
-
-            scheduler.clear_cancelled_requests = clear_lost
+            self._watch(processor)
         return processor
+
+    def _watch(self, processor: Any) -> None:
+        # A text whose blocks are all there but for its last token would be forked in a step without any.
+        forks = self.num_return_sequences > 1
+        SharedBlocks(lambda name: None if forks else self._bound[name].shared).install(processor.cache)
+        # What is cancelled is cleared between taking requests and scheduling them.
+        scheduler, offloading = processor.scheduler, processor.offloading_manager
+        clear, offload = scheduler.clear_cancelled_requests, offloading.offload_requests
+
+        def clear_lost() -> Any:
+            self._fail_lost(scheduler)
+            cleared = clear()
+            for state in cleared:
+                if state.status != RequestStatus.FAILED:  # whose result is out
+                    self._bound.finished(state.request_id, 1 + state.num_children)
+            return cleared
+
+        scheduler.clear_cancelled_requests = clear_lost
+        offloading.offload_requests = lambda: offload() or self._fail_outgrown(scheduler, offloading)
 
     def stop(
         self,
@@ -209,11 +228,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         ]
         return [request_id for request_id in added if request_id is not None]
 
-    def cancel_request(self, request_id: str) -> None:
-        """End a request; there is no result of it."""
-        super().cancel_request(request_id)
-        self._bound.cancelled(request_id)
-
     def bind(
         self,
         input_ids: Sequence[int],
@@ -232,26 +246,40 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         check_sequences(self.num_return_sequences, request, input_ids)
         return request
 
-    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
-        """A step; after it what was cancelled is forgotten."""
-        goes_on: bool = super()._generation_loop_body(batch_processor, bootstrapping)
-        scheduler = batch_processor.scheduler
-        self._bound.sweep(scheduler.active_requests.keys() | scheduler.waiting_requests.keys())
-        return goes_on
-
     def _fail_lost(self, scheduler: Any) -> None:
-        """Fail the requests whose adapter is not there any more, and those that would be forked of them."""
+        """Fail the requests whose adapter is not there any more."""
         if not any(map(self._is_lost, self._bound.all())):
             return
         for state in [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]:
-            request_id, request = state.request_id, self._bound[state.request_id]
-            if not self._is_lost(request):
-                continue
-            error = ValueError(f"adapter {request.name!r} was deleted while the request waited or ran")
-            scheduler.set_request_cancellation(request_id)
-            children = [f"{request_id}{CHILD}{child}" for child in range(state.num_children)]
-            for state.request_id in (*children, request_id):
+            request = self._bound[state.request_id]
+            if self._is_lost(request):
+                error = ValueError(f"adapter {request.name!r} was deleted while the request waited or ran")
+                scheduler.set_request_cancellation(state.request_id)
                 self.output_router.fail_and_deliver(state, error)
+
+    def _fail_outgrown(self, scheduler: Any, offloading: Any) -> bool:
+        """Fail the request that has no place in the pages though no other one holds any, where that is so.
+
+        transformers would end them all.
+        """
+        active, waiting = scheduler.active_requests, scheduler.waiting_requests
+        if len(active) == 1 and scheduler.starved_requests:
+            state = scheduler.starved_requests[0][0]
+        elif not active and waiting:
+            state = waiting[scheduler.waiting_requests_order[0]]
+        else:
+            return False
+        config, count = self.continuous_batching_config, len(state.initial_tokens) + len(state.generated_tokens)
+        error = ValueError(
+            f"input_ids and the tokens that follow must fit into {config.num_blocks} blocks of {config.page_size} "
+            f"tokens; got {count}"
+        )
+        scheduler.set_request_cancellation(state.request_id)
+        self.output_router.fail_and_deliver(state, error)
+        for cleared in scheduler.clear_cancelled_requests():
+            offloading.free_request_cpu_cache(cleared)
+        scheduler.block_new_requests = False
+        return True
 
     def _is_lost(self, request: BoundRequest) -> bool:
         return request.adapter is not self._adapters_of.adapters._modules.get(request.name)

@@ -29,8 +29,7 @@ class BoundRequest:
     Attributes:
         name, adapter: its adapter; None is the bare base.
         offset: how far its text's positions are shifted.
-        prompt: what its keys depend on beside its tokens: requests with the same may share them. None where this one
-            shares none, since all its text is to be read.
+        prompt: what its keys depend on beside its tokens, as it was when the request was added.
         max_new_tokens: how many tokens it may get; None where there is no limit.
         reading: what is read of a request that generates nothing; None of one that does.
     """
@@ -78,15 +77,18 @@ class BoundRequest:
                     f"the offset of adapter {name!r}; got {len(input_ids)} ids and {max_new_tokens} new tokens"
                 )
             max_new_tokens = room if max_new_tokens is None else max_new_tokens
-        prompt: Hashable = None
-        if reading is None:
-            prompt = () if adapter is None else (_number_of(adapter.encoder), versions(adapter.encoder))
-        return cls(name, adapter, offset, prompt, max_new_tokens, reading)
+        return cls(name, adapter, offset, _prompt_of(adapter), max_new_tokens, reading)
 
     @property
     def encoder(self) -> PromptEncoder | None:
         """Its prompts."""
         return None if self.adapter is None else self.adapter.encoder
+
+    @property
+    def shared(self) -> Hashable:
+        """What requests that share keys with this one have in common with it; None where it shares none: all its text
+        is to be read, or somebody has written to its adapter since it was added."""
+        return self.prompt if self.reading is None and self.prompt == _prompt_of(self.adapter) else None
 
 
 # A number for each adapter's prompts, which no later ones get.
@@ -94,9 +96,14 @@ _numbers: weakref.WeakKeyDictionary[PromptEncoder, int] = weakref.WeakKeyDiction
 _next_number = itertools.count()
 
 
-def _number_of(encoder: PromptEncoder) -> int:
-    number = _numbers.get(encoder)
-    return _numbers.setdefault(encoder, next(_next_number)) if number is None else number
+def _prompt_of(adapter: Adapter | None) -> Hashable:
+    """What keys depend on beside tokens, as it is now."""
+    if adapter is None:
+        return ()
+    number = _numbers.get(adapter.encoder)
+    if number is None:
+        number = _numbers.setdefault(adapter.encoder, next(_next_number))
+    return number, versions(adapter.encoder)
 
 
 class BoundRequests:
@@ -106,7 +113,6 @@ class BoundRequests:
         self._lock = threading.Lock()
         self._bound: dict[str, BoundRequest] = {}
         self._left: dict[str, int] = {}  # how many final results are to come, those of forked requests among them
-        self._cancelled: set[str] = set()
 
     def add(self, request_id: str, request: BoundRequest, results: int) -> None:
         """Note a request.
@@ -133,29 +139,13 @@ class BoundRequests:
             return list(self._bound.values())
 
     def finished(self, request_id: str, results: int = 1) -> None:
-        """A final result is out: nothing is kept of a request whose last one that is."""
+        """Final results are out, or will never be: nothing is kept of a request whose last ones they are."""
         root = self._root(request_id)
         with self._lock:
             if root in self._left:
                 self._left[root] -= results
                 if self._left[root] <= 0:
                     del self._bound[root], self._left[root]
-
-    def cancelled(self, request_id: str) -> None:
-        """A request will have no result; it is forgotten by `sweep`."""
-        self._cancelled.add(request_id)
-
-    def sweep(self, alive: Collection[str]) -> None:
-        """Forget what was cancelled, unless it is still among the ids that wait or run."""
-        if not self._cancelled:
-            return
-        roots = {self._root(request_id) for request_id in alive}
-        for request_id in list(self._cancelled):
-            if request_id in alive:
-                continue
-            self._cancelled.discard(request_id)
-            root = self._root(request_id)
-            self.finished(root, 1 if root in roots else self._left.get(root, 0))
 
     def _root(self, request_id: str) -> str:
         return request_id if request_id in self._bound else request_id.rpartition(CHILD)[0] or request_id

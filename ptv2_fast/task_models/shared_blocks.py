@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable
 from typing import Any
+
+# So many first tokens of adapters are known at once.
+_KNOWN = 2**16
 
 
 class SharedBlocks:
@@ -17,6 +21,7 @@ class SharedBlocks:
         """Args: adapter_of: what a request's keys depend on beside its tokens, by its id; None where it shares none."""
         self._adapter_of = adapter_of
         self._numbers: dict[tuple[Hashable, int], int] = {}
+        self._next_number = itertools.count(1)
 
     def install(self, cache: Any) -> None:
         """Make a `PagedAttentionCache` of one manager share its blocks so; nobody else's is touched."""
@@ -44,4 +49,9 @@ class SharedBlocks:
         adapter = self._adapter_of(request_id)
         if adapter is None:
             return None
-        return [self._numbers.setdefault((adapter, ids[0]), -1 - len(self._numbers)), *ids[1:]]
+        number = self._numbers.get((adapter, ids[0]))
+        if number is None:
+            if len(self._numbers) == _KNOWN:
+                self._numbers.clear()  # numbers do not come again: what they stood for is read anew
+            number = self._numbers[adapter, ids[0]] = -next(self._next_number)
+        return [number, *ids[1:]]
