@@ -217,7 +217,8 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
             )
         if suffix not in name:
             raise ValueError(
-                f"base must be of type ...{suffix} for task_type={config.task_type!r} without heads; got {name}"
+                f"base must be of type ...{suffix} for task_type={config.task_type!r} without heads; got {name}, which "
+                'takes a head of our own: heads={"name": number of labels}'
             )
 
 

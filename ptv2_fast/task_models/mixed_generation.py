@@ -1,4 +1,4 @@
-"""`generate` of a batch in which some rows write text and others want a class or tags, of one pass over all prompts."""
+"""`generate` of a batch in which some rows write text and others want a class or tags, of one pass over all texts."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def generate_mixed(
     kwargs: Mapping[str, Any],
     adapter_names: Sequence[str],
 ) -> MixedGeneration:
-    """Run `generate` for the rows that write text; the first pass over their prompts reads the others' too.
+    """Run `generate` for the rows that write text; the first pass over their texts reads the others' too.
 
     In an encoder-decoder that pass is the encoder's, whose states are handed on. Where it has another form (a cache
-    that is not made of whole rows, or one that is filled already; a prompt that is read in chunks; drafts), the others'
-    prompts have a pass of their own.
+    that is not made of whole rows, or one that is filled already; a text that is read in chunks; drafts), the others'
+    texts have a pass of their own.
 
     Args:
         model: as the class that writes text.

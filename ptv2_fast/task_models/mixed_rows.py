@@ -70,7 +70,9 @@ def run_mixed(model: PTuningV2Model, tasks: Sequence[str], given: Mapping[str, A
     if targets:
         raise ValueError(f"{', '.join(targets)} must be None with several adapters in one batch: train one at a time")
     if CACHE in given or given.get("use_cache"):
-        raise ValueError(f"{CACHE} must be None with rows of several tasks: generate reads them in its first pass")
+        raise ValueError(
+            f"{CACHE} and use_cache must be None with rows of several tasks: generate reads them in its first pass"
+        )
     inputs = {name: value for name, value in given.items() if name not in _NOT_SHARED}
     writes = any(TASKS[task].gives == "text" for task in tasks)
     stacks = model._frozen.sizes.decoder_layers > 0

@@ -51,7 +51,7 @@ class TaskModel(PTuningV2Model):
 
         Returns:
             What the base's own `generate` gives; where rows of other tasks stand among them, a `MixedGeneration`: the
-            text of the rows that write some, and what the others' tasks give, of the pass that reads all their prompts.
+            text of the rows that write some, and what the others' tasks give, of the pass that reads all their texts.
 
         Raises:
             ValueError: no row writes text, or an argument asks for what prompts cannot be part of.
@@ -64,7 +64,9 @@ class TaskModel(PTuningV2Model):
         writers = [task for task in tasks if TASKS[task].gives == "text"]
         if not writers:
             active = "adapter_names" if adapter_names else f"the active adapter {self.active_adapter!r}"
-            raise ValueError(f"{active} must be for a task that writes text; got {', '.join(tasks)}")
+            raise ValueError(
+                f"{active} must be for a task that writes text; got {', '.join(tasks)} (call the model itself for that)"
+            )
         model = self.held_as(writers[0])
         if len(tasks) == 1:
             return model._generate(*args, adapter_names=adapter_names, **kwargs)
