@@ -47,14 +47,14 @@ def chat_row(tokenizer, messages: list[dict]) -> dict:
 
 
 def at_words(words: list[str], offsets: list, values: list) -> list:
-    """Of values, one for each token, those at the last token of each word: a decoder has read the whole word there."""
-    at = {int(end): value for (_, end), value in zip(offsets, values, strict=True)}
-    ends = [len(" ".join(words[: count + 1])) for count in range(len(words))]
-    return [at.get(end) for end in ends]
+    """Of values, one for each token, those at the first token of each word, where the command line reads tags too."""
+    starts = [len(" ".join(words[:count])) + (count > 0) for count in range(len(words))]
+    places = [next(place for place, (_, end) in enumerate(offsets) if end > start) for start in starts]
+    return [values[place] for place in places]
 
 
 def tag_row(tokenizer, example: dict, tags: list[str]) -> dict:
-    """Tokens of a sentence; labels at the last token of each word."""
+    """Tokens of a sentence; labels at the first token of each word."""
     encoded = tokenizer(" ".join(example["tokens"]), add_special_tokens=False, return_offsets_mapping=True)
     labels = [-100] * len(encoded["input_ids"])
     places = at_words(example["tokens"], encoded["offset_mapping"], list(range(len(labels))))

@@ -90,6 +90,8 @@ def described(status: int, message: str) -> dict[str, Any]:
 
 def app_of(options: argparse.Namespace) -> FastAPI:
     """The server as an ASGI application; `app.state.engine` has the model."""
+    if not options.adapters.is_dir():
+        raise SystemExit(f"--adapters must be a folder, which may be empty; got {options.adapters}")
     engine = Engine(options)
 
     @asynccontextmanager

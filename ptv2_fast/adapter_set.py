@@ -296,7 +296,7 @@ class AdapterSet(nn.Module):
             )
 
     def _check_name(self, name: str) -> None:
-        if name not in self.adapters:
+        if not isinstance(name, str) or name not in self.adapters:
             raise ValueError(f"adapter must be one of {', '.join(self.adapters)}; got {name!r}")
 
 

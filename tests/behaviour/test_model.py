@@ -117,6 +117,8 @@ def test_adapter_names():
     for call in (model.set_adapter, model.delete_adapter):
         with pytest.raises(ValueError, match="adapter must be one of default; got 'other'"):
             call("other")
+        with pytest.raises(ValueError, match=r"adapter must be one of default; got \['default'\]"):
+            call(["default"])
     assert list(model.adapters) == ["default"]
 
 

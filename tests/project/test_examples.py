@@ -16,6 +16,8 @@ import transformers
 from safetensors.torch import load_file
 
 from ptv2_fast import PTuningV2Model
+from ptv2_fast.training.loading import load_trained
+from ptv2_fast.training.predict import predict
 from tiny_folders import bert_folder, llama_folder, tiny_bert, tiny_tokenizer, toy_examples, toy_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -192,6 +194,10 @@ def test_one_model_chats_tags_and_classifies(chat, tmp_path):
     words = [part.rpartition("/") for part in tagged.split()]
     assert [word for word, _, _ in words] == "Ada Lovelace met Charles in Paris .".split()
     assert {tag for _, _, tag in words} <= set(model.ptv2_config["ner"].heads["ner"].labels)
+    # The command line reads the tagger where the example has trained it.
+    loaded = load_trained(tmp_path / "three-prompts", adapter="ner", model=str(chat))
+    (tags,) = predict(loaded.model, loaded.codec, [{"tokens": [word for word, _, _ in words]}])
+    assert [tag for _, _, tag in words] == list(tags.value)
     tokenizer = transformers.AutoTokenizer.from_pretrained(chat)
     text = "Claim your free prize today"
     model.set_adapter("spam")

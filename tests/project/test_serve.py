@@ -116,11 +116,11 @@ def test_entities_join_words_that_go_on_and_part_at_a_beginning():
     words = "New York and Ada Lovelace Bob O'Neil".split()
     tags = ["B-LOC", "I-LOC", "O", "B-PER", "I-PER", "B-PER", "I-PER"]
     text, labels = " ".join(words), ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
-    # Each word in two pieces, of which the first one has another tag.
+    # Each word in two pieces, of which the second one has another tag.
     offsets, rows = [(0, 0)], [0]
     for match, tag in zip(re.finditer(r"\S+", text), tags, strict=True):
         offsets += [(match.start(), match.start() + 1), (match.start() + 1, match.end())]
-        rows += [0, labels.index(tag)]
+        rows += [labels.index(tag), 0]
     job = type("Job", (), {})()
     job.text, job.served, job.encoded = text, type("Served", (), {"labels": labels}), type("Encoded", (), {})
     job.encoded.offset_mapping = offsets
@@ -416,3 +416,9 @@ def test_a_signal_lets_requests_end(tmp_path):
         process.wait(30)
     assert ("".join(part.text for part in parts), parts[-1].finish_reason) == generated(alone, "letters", text, 300)[:2]
     assert any("shutdown complete" in line for line in lines)
+
+
+def test_a_folder_that_is_none_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--model", "m", "--adapters", "nowhere"])
+    with pytest.raises(SystemExit, match="--adapters must be a folder, which may be empty; got nowhere"):
+        script().app_of(script().options_of())
