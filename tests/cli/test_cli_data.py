@@ -286,7 +286,10 @@ def test_ctrl_c_in_a_real_process_says_how_to_go_on(encoder, tmp_path):
     data = toy_file(tmp_path, "SEQ_CLS", 64)
     command = [sys.executable, "-m", "ptv2_fast.cli", "train", "--model", encoder, "--task", "SEQ_CLS", "--data", data]
     command += ["--output", tmp_path / "out", "--epochs", 100000, "--batch-size", 8]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A shell's background jobs, and all that they start, ignore the signal: this one shall not.
+    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(list(map(str, command)), **pipes, **hears)
     try:
         until = time.monotonic() + 120
         while not list((tmp_path / "out" / "checkpoints").glob("checkpoint-*")):
