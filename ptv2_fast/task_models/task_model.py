@@ -74,7 +74,7 @@ class TaskModel(PTuningV2Model):
 
     def _generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """`generate` of rows that write text, all of them; the classes that do say how."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} writes no text")
 
     def _batching(self, method: str) -> Any:
         """A method of continuous batching, which the class of causal language models has, whatever is active."""
