@@ -14,13 +14,12 @@ from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.backbone.sharded_weights import device_of
 from ptv2_fast.backbone.view import outside_graphs
 from ptv2_fast.forward.gradient_checkpointing import check_checkpointing
-from ptv2_fast.forward.row_prompts import RowPrompts
+from ptv2_fast.forward.row_prompts import ReadyPrompts, RowPrompts
 from ptv2_fast.forward.views import LayersOfStep, ViewsOfCall, prompted
 from ptv2_fast.frozen_base import FrozenBase
 from ptv2_fast.inputs.call import Call, TextCall
 from ptv2_fast.inputs.max_length import check_length
 from ptv2_fast.inputs.sliding_window import counts_padding
-from ptv2_fast.prompts.placement import text_offset
 from ptv2_fast.step.labelled_rows import balances_experts
 from ptv2_fast.step.options import StepPlan
 from ptv2_fast.step.unpad import Packing, can_unpad
@@ -30,7 +29,7 @@ def run_plain(
     base: FrozenBase,
     target: PreTrainedModel,
     call: Call,
-    rows: RowPrompts,
+    rows: RowPrompts | ReadyPrompts,
     plan: StepPlan,
     *,
     training: bool,
@@ -61,7 +60,9 @@ def run_plain(
     return output
 
 
-def _beside_prompts(base: FrozenBase, call: Call, rows: RowPrompts, device: torch.device) -> dict[str, Any]:
+def _beside_prompts(
+    base: FrozenBase, call: Call, rows: RowPrompts | ReadyPrompts, device: torch.device
+) -> dict[str, Any]:
     """The call's keyword arguments, with the positions that a text has beside its rows' prompts.
 
     Raises:
@@ -69,7 +70,7 @@ def _beside_prompts(base: FrozenBase, call: Call, rows: RowPrompts, device: torc
     """
     if not isinstance(call, TextCall):
         return dict(call.inputs)
-    offsets = [0 if one is None else text_offset(one.config, base.family) for one in rows.adapters]
+    offsets = rows.offsets(base)
     length = call.length()
     if length is not None:
         check_length(base.backbone, base.family, length + max(offsets))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from ptv2_fast.attention.prompt_batch import Account, PromptBatch
 from ptv2_fast.frozen_base import FrozenBase
 from ptv2_fast.inputs.text import PackedRows
 from ptv2_fast.prompts.cache import PromptCache, Prompts
+from ptv2_fast.prompts.placement import text_offset
 from ptv2_fast.prompts.source import PromptSource
 
 
@@ -47,6 +48,29 @@ class RowPrompts:
             return PromptBatch(layers, index, backend=self.backend, asked=new_account())
         index = None if index is None else index[packing.row_of]
         return PromptBatch(layers, index, packing.cu_seqlens, packing.longest, self.backend, asked=new_account())
+
+    def offsets(self, base: FrozenBase) -> list[int]:
+        """How far the text of each row is moved; a single one where all rows have the same adapter."""
+        return [0 if one is None else text_offset(one.config, base.family) for one in self.adapters]
+
+
+@dataclass(frozen=True)
+class ReadyPrompts:
+    """Prompts that are made already, beside a text whose positions have been moved for them.
+
+    Attributes:
+        prompts: those of all rows.
+    """
+
+    prompts: PromptBatch
+
+    def batch(self, base: FrozenBase, device: torch.device, packing: PackedRows | None = None) -> PromptBatch:
+        """The prompts of a forward pass over padded rows."""
+        return replace(self.prompts, asked=new_account())
+
+    def offsets(self, base: FrozenBase) -> list[int]:
+        """None is left."""
+        return [0]
 
 
 def new_account() -> Account | None:

@@ -14,8 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ptv2_fast.backbone.view import view_of
 from ptv2_fast.base_methods import refuse_unserved
+from ptv2_fast.forward.captured_decode import CapturedDecode
 from ptv2_fast.inputs.arguments import named_arguments
-from ptv2_fast.inputs.cache import with_cache_name
+from ptv2_fast.inputs.cache import CACHE, with_cache_name
 from ptv2_fast.inputs.text import text_size
 from ptv2_fast.losses import IGNORED_LABEL, causal_loss, check_labels, chosen_loss
 from ptv2_fast.model import PTuningV2Model
@@ -160,15 +161,24 @@ class PTuningV2ModelForCausalLM(ContinuousBatching, CapturedModel):
         refuse_unserved(kwargs.get("generation_config") or self.generation_config, kwargs, seq2seq=False)
         base = self._follow_backbone()
         model, target = self.for_one_call(), base.hooked.whole(base.model)
-
-        def forward(original: Any, *args: Any, **inputs: Any) -> Any:
-            # generate calls with keywords, logits processors with positions too; what they leave out stays out.
-            given = {**named_arguments(original, args), **inputs}
-            output = None if first_pass is None else first_pass(model, adapter_names, given)
-            return model.run(target, given, adapter_names) if output is None else output
-
         assistant = kwargs.get("assistant_model")
         if isinstance(assistant, PTuningV2Model):
             kwargs["assistant_model"] = assistant.for_one_call()
-        with torch.no_grad():
-            return view_of(target, forward=forward).generate(*args, **with_cache_name(kwargs))
+        # Made by the first of several threads.
+        captured = self.__dict__.setdefault("_captured_decode", CapturedDecode())
+        with torch.no_grad(), captured.call(model, base, adapter_names, args, kwargs) as decode:
+
+            def forward(original: Any, *args: Any, **inputs: Any) -> Any:
+                # generate calls with keywords, logits processors with positions too; what they leave out stays out.
+                given = {**named_arguments(original, args), **inputs}
+                output = None if first_pass is None else first_pass(model, adapter_names, given)
+                if output is None and decode is not None:
+                    output = decode(given)
+                return model.run(target, given, adapter_names) if output is None else output
+
+            slots = {} if decode is None else {CACHE: decode.cache}
+            output = view_of(target, forward=forward).generate(*args, **with_cache_name(kwargs), **slots)
+            if decode is not None and not isinstance(output, Tensor):
+                # The next call writes to that memory.
+                output[CACHE] = decode.cache.as_dynamic(base.model.config)
+            return output

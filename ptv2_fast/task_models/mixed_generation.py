@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from ptv2_fast.adapter import BASE_ROW
 from ptv2_fast.inputs.cache import CACHE, cached_tokens
 from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.step.slot_cache import SlotCache
 from ptv2_fast.task_models.mixed_rows import (
     OF_DECODER,
     check_mixable,
@@ -200,7 +201,7 @@ class _Beside:
 
     def _joined(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The keyword arguments of a pass over all rows; None where they do not go together."""
-        if type(inputs.get(CACHE)) is not DynamicCache or cached_tokens(inputs):
+        if type(inputs.get(CACHE)) not in (DynamicCache, SlotCache) or cached_tokens(inputs):
             return None
         given = {name: value for name, value in inputs.items() if value is not None and name != "logits_to_keep"}
         others = dict(self._inputs)

@@ -84,8 +84,9 @@ class TaskModel(PTuningV2Model):
 
     def _apply(self: M, *args: Any, **kwargs: Any) -> M:
         """Move or cast; what was captured, whichever task's steps, is given back first, with its memory."""
-        if "_captured_forward" in self.__dict__:
-            self.__dict__["_captured_forward"].forget()
+        for name in ("_captured_forward", "_captured_decode"):
+            if name in self.__dict__:
+                self.__dict__[name].forget()
         return super()._apply(*args, **kwargs)
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from batches import padded, text_rows
+from benchmarks.stand_in import captured_on_cpu
 from ptv2_fast import PTuningV2Config, get_ptv2_model
 from ptv2_fast.task_models.mixed_generation import MixedGeneration
 from tiny_models import DECODERS, DISTINCT, tiny_base, tiny_prompts
@@ -86,8 +87,8 @@ def test_rows_that_write_are_as_they_are_without_the_others(family):
     ],
     ids=lambda how: "-".join(how) or "greedy",
 )
-def test_the_first_pass_reads_all_rows_once(how, passes):
-    model = _holding()
+def test_the_first_pass_reads_all_rows_once(how, passes, exact=True):
+    model = _holding(exact=exact)
     alone = model.generate(**_rows(WRITERS), adapter_names=[NAMES[row] for row in WRITERS], **GREEDY, **how)
     sequences = alone if isinstance(alone, torch.Tensor) else alone.sequences
     copies = how.get("num_beams", 1)
@@ -105,6 +106,12 @@ def test_the_first_pass_reads_all_rows_once(how, passes):
             assert_equal(theirs[real], own[real])
     passes.clear()
     _check_others(model, found)
+
+
+def test_the_first_pass_reads_all_rows_once_where_steps_are_captured(passes):
+    with captured_on_cpu() as counts:
+        test_the_first_pass_reads_all_rows_once({"num_beams": 3}, passes, exact=False)
+    assert counts.replays
 
 
 @pytest.mark.parametrize(
