@@ -75,7 +75,7 @@ class CapturedDecode:
         return 0 if self._steps is None else self._steps.captured
 
     def forget(self) -> None:
-        """Give all that was captured back, with its memory and the cache's: the model moves."""
+        """Give all that was captured back, with its memory and the cache's: the model moves, trains or may not."""
         self._steps = None
 
     @contextmanager
@@ -93,6 +93,8 @@ class CapturedDecode:
             args, given: its arguments; what they say of the cache comes first.
         """
         device = device_of(base.backbone)
+        if model.step_options.cuda_graphs is False:
+            self.forget()
         off = device.type not in CAPTURES or model.step_options.cuda_graphs is False or torch.compiler.is_compiling()
         settings = None if off else _settings(base.model, args, given)
         # Another thread generates, or somebody within a `generate` does: the cache is one at a time.

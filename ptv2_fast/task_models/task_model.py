@@ -82,6 +82,12 @@ class TaskModel(PTuningV2Model):
             return getattr(self.held_as("CAUSAL_LM"), method)
         return super()._batching(method)
 
+    def train(self: M, mode: bool = True) -> M:
+        """As everywhere; training finds the memory free that captured decode steps have kept."""
+        if mode and "_captured_decode" in self.__dict__:
+            self.__dict__["_captured_decode"].forget()
+        return super().train(mode)
+
     def _apply(self: M, *args: Any, **kwargs: Any) -> M:
         """Move or cast; what was captured, whichever task's steps, is given back first, with its memory."""
         for name in ("_captured_forward", "_captured_decode"):

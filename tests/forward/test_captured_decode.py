@@ -18,6 +18,7 @@ from benchmarks.stand_in import StandIn, captured_on_cpu
 from ptv2_fast import StepOptions
 from ptv2_fast.forward import decode_steps
 from ptv2_fast.inputs.cache import CACHE
+from ptv2_fast.step import slot_cache
 from ptv2_fast.step.capture import WARM_UP_STEPS
 from tiny_models import DECODERS, INJECTIONS, tiny_model, tiny_prompts
 from tolerances import assert_equal
@@ -63,6 +64,8 @@ def test_captured_tokens_are_the_eager_ones(counts, family):
     expected = _eager(model, _batch())
     assert (counts.captures, counts.replays) == (0, 0)
     assert torch.equal(_captured(model, _batch()), expected)
+    if not model.base_model._can_compile_fullgraph:  # ModernBERT's decoder, before transformers 5.17
+        return
     assert (counts.warm_ups, counts.captures, counts.replays) == (WARM_UP_STEPS, 1, REPLAYS)
     options = {"num_beams": 3, "num_return_sequences": 2}
     assert torch.equal(_captured(model, _batch(), **options), _eager(model, _batch(), **options))
@@ -76,6 +79,14 @@ def test_logits_and_sampled_tokens_are_the_eager_ones(counts):
     assert torch.equal(found.sequences, expected.sequences)
     assert_equal(torch.stack(found.logits), torch.stack(expected.logits))
     assert counts.replays == REPLAYS
+
+
+def test_kernels_read_all_slots_as_they_read_the_text(counts):
+    model = tiny_model("llama", "deep", "CAUSAL_LM", base_changes={"head_dim": 16}, backend="triton")
+    options = {"max_new_tokens": WARM_UP_STEPS + 2, "return_dict_in_generate": True, "output_logits": True}
+    found, expected = _captured(model, _batch(), **options), _eager(model, _batch(), **options)
+    assert_equal(torch.stack(found.logits), torch.stack(expected.logits))
+    assert counts.replays == 1
 
 
 def test_a_returned_cache_is_the_callers_own(counts):
@@ -135,15 +146,15 @@ def test_every_row_may_have_its_own_adapter(counts):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_text_outgrows_its_slots(counts, family):
-    model = tiny_model(family, "deep", "CAUSAL_LM", base_changes={"max_position_embeddings": 256})
-    inputs = _batch(58, 40, width=58)
-    for new in (40, 12):
-        assert torch.equal(_captured(model, inputs, max_new_tokens=new), _eager(model, inputs, max_new_tokens=new))
-    # Of 64 and 128 slots, whose memory was taken at once.
+def test_a_text_outgrows_its_slots(counts, family, monkeypatch):
+    """16, 24 and 32 slots, in the place of 128, 192 and 256."""
+    monkeypatch.setattr(slot_cache, "_LEAST", 8)
+    model = tiny_model(family, "deep", "CAUSAL_LM")
+    for new in (12, 6):
+        assert torch.equal(_captured(model, _batch(), max_new_tokens=new), _eager(model, _batch(), max_new_tokens=new))
     assert counts.captures == 2
-    assert torch.equal(_captured(model, inputs, max_new_tokens=90), _eager(model, inputs, max_new_tokens=90))
-    # That of 192 slots is other memory: what reads the old one is gone.
+    assert torch.equal(_captured(model, _batch(), max_new_tokens=20), _eager(model, _batch(), max_new_tokens=20))
+    # Nobody had asked for so much before: the memory is other memory, and what reads the old one is gone.
     assert counts.captures == 3 and model._captured_decode.captured == 1
 
 
@@ -303,16 +314,33 @@ def test_sizes_that_were_not_used_for_long_go(counts, monkeypatch):
     assert counts.captures == 4 and model._captured_decode.captured == 2
 
 
-def test_memory_goes_with_the_model_and_copies_have_none(counts):
+@pytest.mark.parametrize(
+    "give_back",
+    [
+        lambda model: model.train(),
+        lambda model: model.to(torch.float64),
+        lambda model: (setattr(model, "step_options", StepOptions(cuda_graphs=False)), _captured(model, _batch())),
+        lambda model: vars(model).clear(),
+    ],
+    ids=["training", "moving", "switching off", "deleting"],
+)
+def test_memory_is_given_back(counts, give_back):
+    """Without waiting for somebody who looks for cycles."""
+    model = tiny_model("llama", "deep", "CAUSAL_LM")
+    _captured(model, _batch())
+    memory = weakref.ref(model._captured_decode._steps.cache)
+    gc.disable()
+    try:
+        give_back(model)
+        assert memory() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copy_captures_its_own(counts):
     model = tiny_model("llama", "deep", "CAUSAL_LM")
     expected = _captured(model, _batch())
     other = copy.deepcopy(model)
     assert other._captured_decode.captured == 0
     assert torch.equal(_captured(other, _batch()), expected)
-    gone = weakref.ref(model._captured_decode._steps.cache)
-    gc.disable()
-    try:
-        del model
-        assert gone() is None
-    finally:
-        gc.enable()
+    assert counts.captures == 2
