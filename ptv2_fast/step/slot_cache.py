@@ -68,8 +68,10 @@ class SlotCache(Cache):
 
     def make_room(self, tokens: int) -> None:
         """Let every row have slots for so many tokens."""
-        for layer in self._own:
-            layer.lay_out(layer.rows, tokens)
+        # Asked for every token; the layers have the same.
+        if tokens > self._own[0].room:
+            for layer in self._own:
+                layer.lay_out(layer.rows, tokens)
 
     def advance(self) -> None:
         """Count the token that was written in place."""

@@ -14,6 +14,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 
 import tiny_seq2seq
 from batches import padded, text_rows
+from benchmarks.host.counts import python_calls
 from benchmarks.stand_in import StandIn, captured_on_cpu
 from ptv2_fast import StepOptions
 from ptv2_fast.forward import decode_steps
@@ -81,12 +82,34 @@ def test_logits_and_sampled_tokens_are_the_eager_ones(counts):
     assert counts.replays == REPLAYS
 
 
-def test_kernels_read_all_slots_as_they_read_the_text(counts):
-    model = tiny_model("llama", "deep", "CAUSAL_LM", base_changes={"head_dim": 16}, backend="triton")
+def test_kernels_read_all_slots_as_they_read_the_text(counts, monkeypatch):
+    monkeypatch.setattr(slot_cache, "_LEAST", 16)
+    model = tiny_model("llama", "prefix", "CAUSAL_LM", base_changes={"head_dim": 16}, backend="triton")
     options = {"max_new_tokens": WARM_UP_STEPS + 2, "return_dict_in_generate": True, "output_logits": True}
-    found, expected = _captured(model, _batch(), **options), _eager(model, _batch(), **options)
+    inputs = _batch(5, 3, width=5)
+    found, expected = _captured(model, inputs, **options), _eager(model, inputs, **options)
     assert_equal(torch.stack(found.logits), torch.stack(expected.logits))
     assert counts.replays == 1
+
+
+class _Recorded(StandIn):
+    """Runs a call once, and nothing at a replay: what is left is what the host does."""
+
+    def __call__(self, call):
+        kept = call()
+        return lambda: kept
+
+
+def test_a_replayed_token_costs_the_host_less_than_one_of_two_bare_layers():
+    model = tiny_model("llama", "deep", "CAUSAL_LM")
+    with captured_on_cpu(_Recorded):
+        _captured(model, _batch())
+        first, last = (
+            [python_calls(lambda: one.generate(**_batch(), do_sample=False, max_new_tokens=new)) for new in (2, 12)]
+            for one in (model, model.base_model)
+        )
+        assert model._captured_decode.captured == 1
+    assert first[1] - first[0] < 0.5 * (last[1] - last[0])
 
 
 def test_a_returned_cache_is_the_callers_own(counts):
