@@ -64,6 +64,9 @@ PATHS = (
     ),
     Path("the profiler on a device", "steps", _entries(lambda e: bool(e.get("device_ms"))), "the profiler on the CPU"),
     Path("the allocator's audit of a step", "memory", _passed("audit-allocator"), "the audit of operations"),
+    Path(
+        "generation by captured steps", "decode", _timed("ours_captured"), "the same, eager; in the tests by a stand-in"
+    ),
     Path("generation by a compiled step", "decode", _timed("ours_compiled"), "the same, without a code generator"),
     Path(
         "launch configurations chosen by time",

@@ -77,7 +77,14 @@ def decode_providers() -> list[DecodeProvider]:
     ours = "get_ptv2_model(base, PTuningV2Config('CAUSAL_LM', injection='prefix', position_offset=P))"
     joined = "keys and values of the prefix written in front of every row's own, SDPA"
     return [
-        DecodeProvider("ours", f"{ours}.generate(ids, do_sample=False)", _always, _build_ours, ours=True),
+        DecodeProvider(
+            "ours", f"{ours}.generate(ids, do_sample=False, cache_implementation='dynamic'): every step eager", _always,
+            lambda kit: _build_ours(kit, cache_implementation="dynamic"), ours=True,
+        ),
+        DecodeProvider(
+            "ours_captured", f"{ours}.generate(ids, do_sample=False), which captures its steps on CUDA", _always,
+            _build_ours, ours=True,
+        ),
         DecodeProvider(
             "ours_compiled", _COMPILED + f"{ours}(input_ids=, position_ids=, past_key_values=), cache of text alone",
             _always, _build_ours_compiled, ours=True, compiles=True,

@@ -40,7 +40,8 @@ class StepOptions:
             last one, where it computes read rows alone, is left as it is). None: off, since the first step then takes
             as long as the compilation.
         cuda_graphs: the model's own forward captures forward and backward and replays them, in whatever loop it is
-            called; a `GraphRunner` the optimizer's update as well. None: while training on CUDA.
+            called; a `GraphRunner` the optimizer's update as well. None: while training on CUDA. `generate` captures
+            its decode steps on CUDA, unless this is False or a call chooses its cache.
     """
 
     unpad: bool | None = None

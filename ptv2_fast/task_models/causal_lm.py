@@ -14,7 +14,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ptv2_fast.backbone.view import view_of
 from ptv2_fast.base_methods import refuse_unserved
-from ptv2_fast.forward.captured_decode import CapturedDecode
 from ptv2_fast.inputs.arguments import named_arguments
 from ptv2_fast.inputs.cache import CACHE, with_cache_name
 from ptv2_fast.inputs.text import text_size
@@ -30,6 +29,7 @@ from ptv2_fast.step.labelled_rows import (
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
 from ptv2_fast.step.packed import PackedBatch
 from ptv2_fast.task_models.captured import CapturedModel
+from ptv2_fast.task_models.captured_decode import CapturedDecode
 from ptv2_fast.task_models.continuous_batching import ContinuousBatching
 from ptv2_fast.task_models.other_forward import with_prompted_backbone
 from ptv2_fast.task_models.task_model import for_tasks, text_inputs

@@ -14,7 +14,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ptv2_fast.attention.autocast import autocast_dtype
 from ptv2_fast.attention.prompt_batch import LazyPrompt, PromptBatch
 from ptv2_fast.forward.plain import run_plain
-from ptv2_fast.forward.prompt_place import PromptPlace, sizes_of
 from ptv2_fast.forward.row_prompts import ReadyPrompts, RowPrompts
 from ptv2_fast.frozen_base import FrozenBase
 from ptv2_fast.inputs.cache import CACHE
@@ -24,6 +23,7 @@ from ptv2_fast.step.capture import CAPTURES, WARM_UP_STEPS, Capture
 from ptv2_fast.step.held import HeldModules
 from ptv2_fast.step.observers import Observers
 from ptv2_fast.step.options import StepPlan
+from ptv2_fast.step.prompt_place import PromptPlace, sizes_of
 from ptv2_fast.step.slot_cache import SlotCache
 
 # So many sizes are kept; the one that was used least recently goes first.

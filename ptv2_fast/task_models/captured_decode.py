@@ -16,7 +16,6 @@ from transformers.generation import GenerationMode
 
 from ptv2_fast.backbone.sharded_weights import device_of
 from ptv2_fast.families.registry import is_listed
-from ptv2_fast.forward.decode_steps import DecodeCall, DecodeSteps
 from ptv2_fast.forward.route import Route, route_of
 from ptv2_fast.forward.row_prompts import RowPrompts
 from ptv2_fast.frozen_base import FrozenBase
@@ -24,6 +23,7 @@ from ptv2_fast.inputs.cache import CACHE_NAMES
 from ptv2_fast.step.capture import CAPTURES
 from ptv2_fast.step.observers import why_not_now
 from ptv2_fast.step.options import StepOptions, StepPlan, logger
+from ptv2_fast.task_models.decode_steps import DecodeCall, DecodeSteps
 
 # In these `generate` asks for one more token of each row at a time.
 _MODES = (
