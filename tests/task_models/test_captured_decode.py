@@ -11,7 +11,8 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 import tiny_seq2seq
 from batches import padded, text_rows
@@ -81,6 +82,56 @@ def test_logits_and_sampled_tokens_are_the_eager_ones(counts):
     assert torch.equal(found.sequences, expected.sequences)
     assert_equal(torch.stack(found.logits), torch.stack(expected.logits))
     assert counts.replays == REPLAYS
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 1.5},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 3, "eos_token_id": 7},
+        {"do_sample": True, "num_beams": 2, "top_k": 5, "temperature": 2.0},
+        {"prefill_chunk_size": 4},
+        {
+            "generation_config": GenerationConfig(
+                max_length=9 + NEW, pad_token_id=1, num_return_sequences=2, num_beams=2
+            )
+        },
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_other_settings_give_what_they_give_eagerly(counts, options):
+    model = tiny_model("qwen3", "shallow", "CAUSAL_LM")
+    if "generation_config" in options:
+        found = model.generate(_batch()["input_ids"], options["generation_config"])
+        model.generation_config.cache_implementation = "dynamic"
+        expected = model.generate(_batch()["input_ids"], options["generation_config"])
+    else:
+        found, expected = _captured(model, _batch(), **options), _eager(model, _batch(), **options)
+    if not isinstance(found, torch.Tensor):
+        assert_equal(torch.stack(found.hidden_states[-1]), torch.stack(expected.hidden_states[-1]))
+        found, expected = found.sequences, expected.sequences
+    assert torch.equal(found, expected)
+    assert bool(counts.replays) is ("output_hidden_states" not in options)
+
+
+def test_embeddings_instead_of_words_and_a_streamer(counts):
+    model = tiny_model("llama", "deep", "CAUSAL_LM")
+    row = text_rows(6)[0][None]
+    streamed = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value):
+            streamed.append(value.flatten().tolist())
+
+        def end(self):
+            streamed.append("end")
+
+    expected = _eager(model, {"input_ids": row})[:, 6:]
+    found = _captured(model, {"inputs_embeds": model.get_input_embeddings()(row)})
+    assert torch.equal(found, expected) and counts.replays == REPLAYS
+    assert torch.equal(_captured(model, {"input_ids": row}, streamer=Streamer())[:, 6:], expected)
+    assert streamed == [row[0].tolist(), *([token] for token in expected[0].tolist()), "end"]
 
 
 def test_kernels_read_all_slots_as_they_read_the_text(counts, monkeypatch):
