@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ptv2_fast.step.packed import Array, PackedBatch
+from ptv2_fast.step.host_batch import Array
+from ptv2_fast.step.packed import PackedBatch
 
 # Tensors begin at multiples of so many bytes, as they would if each had been allocated: kernels are compiled for that.
 ALIGNMENT = 256

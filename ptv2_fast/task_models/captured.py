@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptv2_fast.backbone.tokens import gather_tokens
 from ptv2_fast.step.captured_forward import CapturedForward
-from ptv2_fast.step.packed import PackedBatch, packed_inputs
+from ptv2_fast.step.packed import PackedBatch, PackedTask, packed_inputs
 from ptv2_fast.task_models.task_model import TaskModel
 
 
@@ -19,16 +19,16 @@ class CapturedModel(TaskModel):
     """What the tasks that can be packed share: training forwards that are captured and replayed."""
 
     @abstractmethod
-    def packed_task(self) -> tuple[str, str]:
-        """The task type and pooling by which a batch is packed for the active adapter."""
+    def packed_task(self) -> PackedTask:
+        """By what a batch is packed for the active adapter."""
 
     @abstractmethod
     def packed_output(self, packed: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """The mean loss of a packed batch, as that of the padded one, and its logits; nothing waits for the device.
 
         Returns:
-            The loss () and the logits (R, C): of each row for SEQ_CLS, of each token, read or not, for TOKEN_CLS; None
-            for CAUSAL_LM.
+            The loss () and the logits: (K, C) of rows, (R, C) of the tokens that are read, (K, W, 2) of the slots of
+            rows with spans; (K, W, D) pooled states; None for CAUSAL_LM.
 
         Raises:
             ValueError: `why_not_packed` says why.
@@ -47,6 +47,24 @@ class CapturedModel(TaskModel):
         output = self.run(self.backbone, packed_inputs(packed), read=packed.tokens)
         states = gather_tokens(output.last_hidden_state, packed.tokens)[0]
         return states * (packed.tokens < packed.input_ids.shape[1])[:, None]
+
+    def packed_rows(self, packed: PackedBatch, pooling: str) -> tuple[Tensor, Tensor | None]:
+        """What a head that pools this way finds of each row that a packed batch reads, in a padded form of its own.
+
+        Returns:
+            States (R, 1, D) of the token that is read, and None; by "mean" (R, n, D) of all tokens, zero behind them,
+            and the mask (R, n) of those. A row without a token has one, of zeros.
+        """
+        if pooling != "mean":
+            return self.packed_states(packed)[:, None], None
+        hidden = self.run(self.backbone, packed_inputs(packed)).last_hidden_state
+        bounds, count = packed.cu_seqlens, packed.tokens.shape[0]
+        row = torch.arange(count, device=bounds.device).clamp(max=bounds.shape[0] - 2)
+        begins, ends = bounds[row, None], bounds[row + 1, None]
+        places = begins + torch.arange(packed.longest, device=bounds.device)
+        states = gather_tokens(hidden, places.flatten())[0].unflatten(0, places.shape)
+        mask = places < ends
+        return states.masked_fill(~mask[..., None], 0), mask | (places == begins)
 
     def _captured(
         self,

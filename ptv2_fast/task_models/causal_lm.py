@@ -27,7 +27,7 @@ from ptv2_fast.step.labelled_rows import (
     why_not_labelled_rows,
 )
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
-from ptv2_fast.step.packed import PackedBatch
+from ptv2_fast.step.packed import PackedBatch, PackedTask
 from ptv2_fast.task_models.captured import CapturedModel
 from ptv2_fast.task_models.continuous_batching import ContinuousBatching
 from ptv2_fast.task_models.other_forward import with_prompted_backbone
@@ -129,9 +129,9 @@ class PTuningV2ModelForCausalLM(ContinuousBatching, CapturedModel):
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
-    def packed_task(self) -> tuple[str, str]:
-        """The task type and pooling by which a batch is packed for the active adapter."""
-        return "CAUSAL_LM", "last"
+    def packed_task(self) -> PackedTask:
+        """By what a batch is packed for the active adapter."""
+        return PackedTask("CAUSAL_LM")
 
     def why_not_packed(self) -> str | None:
         """Why the loss cannot be computed of a `PackedBatch`; None where it can."""
