@@ -13,7 +13,7 @@ def why_not_layers(backbone: PreTrainedModel) -> str | None:
     """Why the host has a part in what a backbone's layers compute; None where it has none."""
     if getattr(backbone, "gradient_checkpointing", False):
         return "gradient checkpointing reads the random state, which a capture forbids"
-    if getattr(backbone.config, "layerdrop", 0.0):
+    if any(getattr(backbone.config, name, 0.0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")):
         return "layers are skipped at random (layerdrop), which the host decides"
     return None
 

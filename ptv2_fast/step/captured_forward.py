@@ -91,7 +91,7 @@ class CapturedForward:
     def __call__(
         self, model: PassModel, inputs: Mapping[str, Any], labels: Any, items: Tensor | int | None = None
     ) -> Outcome | None:
-        """The loss () and the logits of a forward; None where it has to run as any other does.
+        """The loss () of a forward, and what it gives beside it; None where it has to run as any other does.
 
         Args:
             inputs: keyword arguments of the forward, without labels.

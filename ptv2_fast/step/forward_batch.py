@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ptv2_fast.losses import IGNORED_LABEL
-from ptv2_fast.step.host_batch import INPUTS, HostBatch, pack, why_not_as_padded, why_not_labels
-from ptv2_fast.step.packed import Buckets, PackedBatch, PackedTask, Sizes
+from ptv2_fast.step.host_batch import INPUTS, pack, why_not_as_padded, why_not_labels
+from ptv2_fast.step.packed import Buckets, OnHost, PackedTask, StepBatch
+from ptv2_fast.step.padded import PADDED_INPUTS, pad, why_not_padded
 
 # What a call may say beside the batch, if it says this.
 _HARMLESS = {
@@ -35,7 +36,11 @@ class Layout:
     tokens: int
     index: Tensor | None
 
-    def __call__(self, packed: Tensor) -> Tensor:
+    def __call__(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """All that a pass gives beside its loss, as a padded forward has it."""
+        return tuple(map(self._placed, outputs))
+
+    def _placed(self, packed: Tensor) -> Tensor:
         """Logits of at least as many rows, slots or tokens as there are, as a padded forward has them.
 
         (K, ...) of rows -> (B, ...), (K, W, 2) of slots -> (B, N, 2), (T, C) of tokens -> (B, N, C), zero at padding.
@@ -53,22 +58,35 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Where logits of M tokens that are written, and states of N tokens of the text, stand in rows that were filled."""
+
+    written: int
+    tokens: int
+
+    def __call__(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Logits (B, M', V) and states (B, N', D) -> (B, M, V) and (B, N, D)."""
+        logits, states = outputs
+        return logits[:, : self.written], states[:, : self.tokens]
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """What a captured forward needs of its arguments.
 
     Attributes:
         host: the batch on the host.
         sizes: those that it is filled up to, which repeat.
-        layout: of its logits.
+        layout: of what a pass gives beside its loss.
         counted: how many labels of a text stand behind the first column.
     """
 
-    host: HostBatch
-    sizes: Sizes
-    layout: Layout
+    host: OnHost
+    sizes: Hashable
+    layout: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
     counted: int
 
-    def packed(self) -> PackedBatch:
+    def packed(self) -> StepBatch:
         """The batch of its sizes, on the CPU."""
         return self.host.packed(self.sizes)
 
@@ -82,10 +100,12 @@ def why_not_read(inputs: Mapping[str, Any], labels: Any, task: PackedTask) -> st
         inputs: without labels; what is None is not looked at.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
-    for name in sorted(given.keys() - set(INPUTS)):
+    for name in sorted(given.keys() - set(PADDED_INPUTS if task.is_padded else INPUTS)):
         # Compared by identity: a tensor would be compared by its numbers.
         if not any(given[name] is value for value in _HARMLESS.get(name, ())):
             return f"the call has {name}"
+    if task.is_padded:
+        return why_not_padded({**given, "labels": labels})
     batch = {name: given[name] for name in INPUTS if name in given}
     if not all(isinstance(value, Tensor) for value in batch.values()) or "input_ids" not in batch:
         return "the batch is not made of tensors with input_ids among them"
@@ -121,8 +141,13 @@ def read_batch(
         padding: the id by which the base itself finds padding where there is no mask.
         unpads: whether the model's own forward has zeros for the states of padding.
     """
-    names = [name for name in INPUTS if inputs.get(name) is not None]
+    names = [name for name in (PADDED_INPUTS if task.is_padded else INPUTS) if inputs.get(name) is not None]
     host = on_host({**{name: inputs[name] for name in names}, "labels": labels})
+    if task.is_padded:
+        padded = pad(host)
+        return ForwardBatch(
+            padded, padded.filled(buckets, limit), Slots(labels.shape[1], host["input_ids"].shape[1]), 0
+        )
     packed = pack(host, task, whole=True)
     if reason := why_not_as_padded(packed, host, task, padding, unpads):
         return reason
@@ -131,7 +156,7 @@ def read_batch(
     ids, labels = host["input_ids"], host["labels"]
     counted = int((labels[:, 1:] != IGNORED_LABEL).sum()) if task.gives == "text" else 0
     layout = Layout(task.gives, ids.shape[0], ids.shape[-1], index)
-    return ForwardBatch(packed, buckets.sizes(packed.sizes, limit), layout, counted)
+    return ForwardBatch(packed, packed.filled(buckets, limit), layout, counted)
 
 
 def on_host(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

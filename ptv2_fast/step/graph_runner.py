@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,11 +15,11 @@ from ptv2_fast.backbone.sharded_weights import device_of, is_sharded
 from ptv2_fast.step.capturable import why_not_layers, why_not_modules
 from ptv2_fast.step.capture import CAPTURES, WARM_UP_STEPS, Capture
 from ptv2_fast.step.held import HeldGradients, HeldModel, HeldOptimizer, check_gradients, trained_by
-from ptv2_fast.step.host_batch import SPAN, HostBatch
+from ptv2_fast.step.host_batch import SPAN
 from ptv2_fast.step.look import Attributes, Look
 from ptv2_fast.step.observers import Observers, autocast_of, why_not_now
 from ptv2_fast.step.options import StepPlan, logger
-from ptv2_fast.step.packed import Buckets, PackedBatch, Sizes
+from ptv2_fast.step.packed import Buckets, OnHost, StepBatch
 from ptv2_fast.step.padded_batches import moved, packed_batches
 from ptv2_fast.step.staging import Staging
 from ptv2_fast.task_types import TASKS
@@ -145,12 +145,12 @@ class GraphRunner:
         """One step whose forward passes run under autocast of a dtype, or under none."""
         self._state = autocast, torch.are_deterministic_algorithms_enabled()
         look = self._look()
-        packed = look.not_packed if look.task is None else packed_batches(batches, look)
+        packed = look.not_packed if look.task is None else packed_batches(self._model.packable, batches, look)
         if isinstance(packed, str):
             self._log_once(f"this step is neither packed nor captured: {packed}")
             return self._eager([moved(batch, self._device) for batch in batches], self._padded_loss)
         assert packed is not None, "what has no task says why"
-        sized = [(batch, self._buckets.sizes(batch.sizes, look.limit)) for batch in packed]
+        sized = [(batch, batch.filled(self._buckets, look.limit)) for batch in packed]
         reason = look.not_captured or why_not_now(self._device)
         if reason is None and self._observers is not None:
             reason = self._observers.found()
@@ -207,7 +207,7 @@ class GraphRunner:
             return "the adapter's head reads or solves otherwise"
         return "the model's switches changed" if look.relies_on[1] != switches else self._held_model.changed()
 
-    def _captured(self, packed: list[tuple[HostBatch, Sizes]], gradients: HeldGradients) -> Tensor | None:
+    def _captured(self, packed: list[tuple[OnHost, Hashable]], gradients: HeldGradients) -> Tensor | None:
         """One step of passes and an update, each replayed where it has been captured; None where others train now.
 
         Nothing has been updated then, and no gradient of the optimizer's is of use.
@@ -245,11 +245,11 @@ class GraphRunner:
             self._drop(changed)
         return changed is not None
 
-    def _is_replayed(self, sizes: Sizes) -> bool:
+    def _is_replayed(self, sizes: Hashable) -> bool:
         bucket = self._known.get((self._state, sizes))
         return bucket is not None and bucket.replay is not None
 
-    def _pass(self, batch: HostBatch, sizes: Sizes) -> Tensor:
+    def _pass(self, batch: OnHost, sizes: Hashable) -> Tensor:
         """Forward and backward of one batch; its share of the loss."""
         bucket = self._known.get((self._state, sizes))
         if bucket is None:
@@ -270,7 +270,7 @@ class GraphRunner:
         assert loss is not None
         return loss.clone()
 
-    def _accumulate(self, batch: PackedBatch) -> Tensor:
+    def _accumulate(self, batch: StepBatch) -> Tensor:
         loss = self._loss(batch, self._model.packed_loss) * self._share
         loss.backward()
         return loss.detach()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ptv2_fast.losses import IGNORED_LABEL
-from ptv2_fast.step.packed import PackedBatch, PackedTask, Sizes
+from ptv2_fast.step.packed import Buckets, PackedBatch, PackedTask, Sizes
 
 # What a packed batch is made of; anything else in a batch cannot be packed.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
@@ -62,6 +62,10 @@ class HostBatch:
             has_types=self.token_type_ids is not None,
             step=self.step,
         )
+
+    def filled(self, buckets: Buckets, limit: int | None) -> Sizes:
+        """Those that it is filled up to, for a model whose texts have at most `limit` tokens."""
+        return buckets.sizes(self.sizes, limit)
 
     def write(self, sizes: Sizes, places: Mapping[str, Array]) -> None:
         """Write the batch with rows that nobody reads behind its own.

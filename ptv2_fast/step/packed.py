@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ptv2_fast.losses import IGNORED_LABEL
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
 _TENSORS = ("input_ids", "token_type_ids", "cu_seqlens", "tokens", "targets")
@@ -37,6 +39,11 @@ class PackedTask:
     def gives(self) -> str:
         """As `TaskType.gives`."""
         return TASKS[self.task_type].gives
+
+    @cached_property
+    def is_padded(self) -> bool:
+        """Whether rows stay padded, as those of encoder-decoders."""
+        return self.task_type == "SEQ_2_SEQ_LM"
 
     @cached_property
     def in_groups(self) -> bool:
@@ -140,14 +147,45 @@ def packed_inputs(packed: PackedBatch) -> dict[str, Tensor | int]:
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-class Packable(Protocol):
-    """A batch that takes any sizes of at least its own."""
+def packed_labels(packed: PackedBatch) -> Tensor:
+    """(1, T) the targets (R,) beside their tokens, -100 elsewhere."""
+    tokens = packed.input_ids.shape[1]
+    labels = packed.targets.new_full((tokens + 1,), IGNORED_LABEL)
+    return labels.index_copy(0, packed.tokens, packed.targets)[None, :tokens]
+
+
+class StepBatch(Protocol):
+    """A batch as passes compute it, packed or padded."""
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> Hashable:
+        """Two batches of the same sizes run the same kernels."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """The text."""
+
+    def to(self, device: torch.device) -> Any:
+        """On another device."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+
+
+class OnHost(Protocol):
+    """A batch on the host that takes any sizes of at least its own."""
+
+    @property
+    def sizes(self) -> Any:
         """Its own."""
 
-    def packed(self, sizes: Sizes | None = None) -> PackedBatch:
+    def filled(self, buckets: Buckets, limit: int | None) -> Any:
+        """Those that it is filled up to."""
+
+    def write(self, sizes: Any, places: Mapping[str, Any]) -> None:
+        """Write the batch of these sizes into an array of one dimension for each of its tensors."""
+
+    def packed(self, sizes: Any = None) -> Any:
         """The batch of these sizes."""
 
 
@@ -161,11 +199,13 @@ class Buckets:
 
     Attributes:
         tokens, rows, targets: the smallest steps of tokens, of rows, and of tokens that have labels.
+        slots: of the tokens of padded rows, where nothing is packed.
     """
 
     tokens: int = 64
     rows: int = 8
     targets: int = 32
+    slots: int = 16
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -190,9 +230,14 @@ class Buckets:
         width = _power_of_two(own.width) if own.of_slots else own.width
         return Sizes(tokens, rows, longest, examples, width, *own[5:])
 
-    def fill(self, batch: Packable, limit: int | None = None) -> PackedBatch:
+    def slots_of(self, count: int, limit: int | None = None) -> int:
+        """The number of slots that so many are filled up to; `limit` is the most that the model takes."""
+        filled = _next_size(count, self.slots)
+        return filled if limit is None else max(min(filled, limit), count)
+
+    def fill(self, batch: OnHost, limit: int | None = None) -> Any:
         """The batch of its next sizes."""
-        return batch.packed(self.sizes(batch.sizes, limit))
+        return batch.packed(batch.filled(self, limit))
 
 
 def _power_of_two(count: int) -> int:

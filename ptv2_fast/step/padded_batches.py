@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ptv2_fast.step.host_batch import INPUTS, HostBatch, pack, why_not_as_padded, with_labels
+from ptv2_fast.step.host_batch import INPUTS, pack, why_not_as_padded
 from ptv2_fast.step.look import Look
+from ptv2_fast.step.packed import OnHost, PackedTask
+from ptv2_fast.step.padded import PADDED_INPUTS, pad
 
-_NAMES = frozenset(INPUTS)
+_NAMES, _PADDED = frozenset(INPUTS), frozenset(PADDED_INPUTS)
 
 
-def packed_batches(batches: Sequence[Mapping[str, Tensor]], look: Look) -> list[HostBatch] | str:
+def packed_batches(
+    packable: Callable[[Mapping[str, Any], PackedTask], Mapping[str, Any]],
+    batches: Sequence[Mapping[str, Tensor]],
+    look: Look,
+) -> list[OnHost] | str:
     """The batches, each packed; or what they have that packed ones do not.
+
+    Args:
+        packable: gives what is packed of a batch.
 
     Raises:
         ValueError: labels, or a mask, are of another kind or shape than those of the task.
     """
     assert look.task is not None, "asked of what can be packed"
-    found = []
+    found: list[OnHost] = []
     for given in batches:
-        batch = with_labels(given, look.task)
+        batch = packable(given, look.task)
+        if look.task.is_padded:
+            others = {name for name, value in batch.items() if value is not None} - _PADDED
+            if others:
+                return f"the batch has {', '.join(sorted(others))}"
+            found.append(pad(batch))
+            continue
         if not _NAMES.issuperset(batch):
             others = {name for name, value in batch.items() if value is not None} - _NAMES
             if others:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ptv2_fast.backbone.tokens import gather_tokens
 from ptv2_fast.step.captured_forward import CapturedForward
+from ptv2_fast.step.host_batch import with_labels
 from ptv2_fast.step.packed import PackedBatch, PackedTask, packed_inputs
 from ptv2_fast.task_models.task_model import TaskModel
 
@@ -34,13 +35,22 @@ class CapturedModel(TaskModel):
             ValueError: `why_not_packed` says why.
         """
 
-    def packed_loss(self, packed: PackedBatch) -> Tensor:
+    def packed_outputs(self, packed: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss of a batch, and all that the task's forward gives beside it."""
+        loss, logits = self.packed_output(packed)
+        return loss, () if logits is None else (logits,)
+
+    def packable(self, batch: Mapping[str, Any], task: PackedTask) -> Mapping[str, Any]:
+        """A padded batch of the forward's arguments with labels by that name, and what else is derived of them."""
+        return with_labels(batch, task)
+
+    def packed_loss(self, packed: Any) -> Tensor:
         """The mean loss of a packed batch, as that of the padded one; nothing in it waits for the device.
 
         Raises:
             ValueError: `why_not_packed` says why.
         """
-        return self.packed_output(packed)[0]
+        return self.packed_outputs(packed)[0]
 
     def packed_states(self, packed: PackedBatch) -> Tensor:
         """(R, D) the backbone's last states of the tokens that a packed batch reads; zero where it reads none."""
@@ -66,22 +76,26 @@ class CapturedModel(TaskModel):
         mask = places < ends
         return states.masked_fill(~mask[..., None], 0), mask | (places == begins)
 
+    def _may_capture(self) -> bool:
+        """Whether a forward with labels is one of a training step, which may be captured."""
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return trains and not self._disabled
+
     def _captured(
         self,
         inputs: Mapping[str, Any],
         labels: Any,
         adapter_names: Sequence[str] | None,
         items: Tensor | int | None = None,
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """The loss and the logits of a training forward that is captured; None where it runs as any other does.
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """The loss of a forward that `_may_capture`, and what is given beside it, logits first; None where it runs as
+        any other does.
 
         Args:
             inputs: keyword arguments of the forward, without labels.
             items: Trainer's count of labels, of all accumulated batches.
         """
-        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
-            return None
-        if labels is None or self._disabled:
+        if labels is None:
             return None
         if adapter_names is not None:
             inputs = {**inputs, "adapter_names": adapter_names}

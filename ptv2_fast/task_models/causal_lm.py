@@ -71,8 +71,9 @@ class PTuningV2ModelForCausalLM(ContinuousBatching, CapturedModel):
         check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size, text_size(inputs))
         count = kwargs.get("num_items_in_batch")
         beside = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
-        if (captured := self._captured(beside, labels, adapter_names, count)) is not None:
-            return self._as_asked(CausalLMOutputWithPast(*captured), kwargs.get("return_dict"))
+        captured = self._captured(beside, labels, adapter_names, count) if self._may_capture() else None
+        if captured is not None:
+            return self._as_asked(CausalLMOutputWithPast(captured[0]), kwargs.get("return_dict"))
         call = self._predictable({**inputs, "labels": labels})
         plan = self.step_plan()
         if plan.labelled_rows_loss and not self._disabled and why_not_labelled_rows(self.base_model, call) is None:

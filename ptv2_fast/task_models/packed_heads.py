@@ -16,7 +16,7 @@ from ptv2_fast.backbone.view import view_of
 from ptv2_fast.families.family import Family
 from ptv2_fast.families.registry import is_listed
 from ptv2_fast.losses import LOSSES, base_targets, chosen_loss, classification_loss, span_loss
-from ptv2_fast.step.packed import PackedBatch, PackedTask, packed_inputs
+from ptv2_fast.step.packed import PackedBatch, PackedTask, packed_inputs, packed_labels
 from ptv2_fast.task_models.captured import CapturedModel
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
@@ -53,15 +53,16 @@ class PackedHeads(CapturedModel):
             return "the loss is another one than its task's"
         if not TASKS[task.task_type].packs:
             return f"a {task.task_type} batch is no text"
-        if not adapter.heads and task.gives == "row" and (reason := self._why_not_classifier(task)):
-            return reason
-        return super().why_not_packed()
+        reason = None if adapter.heads or task.gives == "token" else self._why_not_known(task)
+        return reason or super().why_not_packed()
 
-    def _why_not_classifier(self, task: PackedTask) -> str | None:
-        """Why it is not known what the base's own classifier reads."""
-        config = self.base_model.config
-        if not is_listed(self.backbone):
-            return f"what {type(self.base_model).__name__} reads of a row is not known: its family is not listed"
+    def _why_not_known(self, task: PackedTask) -> str | None:
+        """Why it is not known what the base's own head reads; None where it is."""
+        base, config = self.base_model, self.base_model.config
+        if not type(base).__module__.startswith("transformers.") or not is_listed(self.backbone):
+            return f"what {type(base).__name__} reads of a row is not known: it is no listed model of transformers"
+        if task.gives == "span":
+            return None
         if task.pooling == "last" and task.padding_id is None:
             return "the base's configuration names no padding token, by which its classifier finds the last one"
         if task.in_groups:
@@ -80,13 +81,12 @@ class PackedHeads(CapturedModel):
             return self._packed_span(packed, adapter)
         if task.gives == "row":
             return self._packed_rows(packed, adapter, task)
-        states = self.packed_states(packed)[None]
         if adapter.heads:
-            logits = adapter.head(None)(states, None)[0]
+            logits = adapter.head(None)(self.packed_states(packed)[None], None)[0]
             return classification_loss(logits, packed.targets), logits
-        labels = {"labels": packed.targets[None]}
-        targets = base_targets(self.base_model, task.task_type, (1, states.shape[1]), labels)
-        output = self._base_head(adapter, states, targets)
+        base, labels = adapter.base_with_head(self.base_model), packed_labels(packed)
+        targets = base_targets(base, task.task_type, (1, labels.shape[1]), {"labels": labels})
+        output = self.run(base, {**packed_inputs(packed), **targets})
         return output.loss, output.logits[0]
 
     def _packed_rows(self, packed: PackedBatch, adapter: Adapter, task: PackedTask) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,9 @@ class PackedHeads(CapturedModel):
             logits = logits.view(-1, packed.width)
         if adapter.heads or task.in_groups:
             return LOSSES[task.problem_type](logits, packed.targets), logits
-        return _BASE_LOSSES[task.problem_type](logits, packed.targets), logits
+        base = adapter.base_with_head(self.base_model)
+        targets = base_targets(base, task.task_type, (logits.shape[0], None), {"labels": packed.targets})["labels"]
+        return _BASE_LOSSES[task.problem_type](logits, targets), logits
 
     def _packed_span(self, packed: PackedBatch, adapter: Adapter) -> tuple[Tensor, Tensor]:
         """The loss of spans and the logits (K, W, 2) of slots: those of padding are of a state of zeros."""

@@ -71,11 +71,12 @@ class PTuningV2ModelForSentenceRetrieval(CapturedModel):
         if kwargs.pop("labels", None) is not None:
             raise ValueError("labels must be None: a text's place in its group says what it is")
         inputs = text_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
-        if return_loss and isinstance(input_ids, Tensor) and input_ids.dim() == 3 and input_ids.shape[1] > 1:
+        grouped = isinstance(input_ids, Tensor) and input_ids.dim() == 3 and input_ids.shape[1] > 1
+        if return_loss and input_ids is not None and grouped and self._may_capture():
             # A query's own text is the first one of its group: there is nothing more to say.
             captured = self._captured(inputs, torch.zeros(input_ids.shape[0], dtype=torch.long), adapter_names)
             if captured is not None:
-                return self._as_asked(SentenceEmbeddingOutput(*captured), kwargs.get("return_dict"))
+                return self._as_asked(SentenceEmbeddingOutput(captured[0], captured[1][0]), kwargs.get("return_dict"))
         groups = None
         if _is_grouped(input_ids, inputs_embeds):
             inputs, groups = flat_rows(inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class PTuningV2ModelWithHeads(PackedHeads):
         targets: Mapping[str, Tensor],
     ) -> Any:
         """The task's output from a captured pass; None where it has to be computed as any other."""
-        if not targets:
+        if not targets or not self._may_capture():
             return None
         adapter = self.adapters[self.active_adapter]
         beside: dict[str, Any] = {} if task is None or list(adapter.heads) == [task] else {"task": task}
@@ -121,9 +121,9 @@ class PTuningV2ModelWithHeads(PackedHeads):
         captured = self._captured({**inputs, **beside}, labels, adapter_names)
         if captured is None:
             return None
-        loss, logits = captured
+        loss, (logits,) = captured
         if packed.gives == "span":
-            start, end = cast(Tensor, logits).unbind(-1)
+            start, end = logits.unbind(-1)
             return _output_class(packed.task_type)(loss, start_logits=start, end_logits=end)
         if self._family.causal and packed.gives == "row" and not adapter.heads:
             return SequenceClassifierOutputWithPast(loss, logits)  # as classifiers of decoders give it

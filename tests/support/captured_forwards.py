@@ -10,7 +10,6 @@ import torch
 from graph_steps import batches_for, model_of, optimizer_of
 from ptv2_fast.step.capture import WARM_UP_STEPS
 from ptv2_fast.step.forward_batch import read_batch
-from ptv2_fast.step.host_batch import with_labels
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.step.packed import Buckets
 from tolerances import assert_same_bits
@@ -35,7 +34,7 @@ def captured(model) -> int:
 
 def packed_loss(model, batch, items=None):
     """The loss of a batch as a captured forward computes it, by an eager pass over the same packed batch."""
-    named = with_labels(batch, model.packed_task())
+    named = model.packable(batch, model.packed_task())
     inputs = {name: value for name, value in named.items() if name != "labels"}
     found = read_batch(inputs, named["labels"], model.packed_task(), Buckets(), model.text_limit())
     return model.packed_loss(found.packed()) * (1.0 if items is None else found.counted / items)

@@ -104,10 +104,15 @@ def optimizer_of(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
+def plain_options(case):
+    """Switches by which nothing of a step is left out that its loss does not miss."""
+    return OFF_FOR_SPANS if CASES[case][2] == "QUESTION_ANS" else OFF
+
+
 def plain_of(case):
     """The model of a case with nothing of a step left out."""
     model = model_of(case)
-    model.step_options = OFF_FOR_SPANS if CASES[case][2] == "QUESTION_ANS" else OFF
+    model.step_options = plain_options(case)
     return model
 
 
