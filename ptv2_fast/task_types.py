@@ -78,7 +78,7 @@ class TaskType:
             raise ValueError(f"problem_type must be {SINGLE_LABEL!r} for {self.name}; got {problem_type!r}")
         problem = next(problem for problem in _PROBLEMS if problem.name == problem_type)
         trained = (problem.predicts, problem.metric) if self.predicts is not None else (None, None)
-        return replace(self, names_labels=problem.names_labels, packs=False, predicts=trained[0], metric=trained[1])
+        return replace(self, names_labels=problem.names_labels, predicts=trained[0], metric=trained[1])
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ _TASKS = (
         class_suffix="ForQuestionAnswering",
         pipelines=("question-answering",),
         has_head=True,
+        packs=True,
         max_length=384,
         predicts="answer",
         metric="answer_f1",
@@ -144,6 +145,7 @@ _TASKS = (
         class_suffix="ForMultipleChoice",
         has_head=True,
         in_groups=True,
+        packs=True,
         max_length=128,
         predicts="choice",
         metric="choice_accuracy",

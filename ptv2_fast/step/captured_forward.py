@@ -9,26 +9,25 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.backbone.sharded_weights import device_of
 from ptv2_fast.families.registry import is_listed
 from ptv2_fast.losses import chosen_loss
+from ptv2_fast.step.capturable import why_not_layers, why_not_modules
 from ptv2_fast.step.capture import CAPTURES, Capture
 from ptv2_fast.step.forward_batch import ForwardBatch, read_batch, why_not_read
 from ptv2_fast.step.forward_passes import ForwardPasses, LossModel, Outcome
 from ptv2_fast.step.look import Attributes, Look
-from ptv2_fast.step.observers import why_not_now
+from ptv2_fast.step.observers import autocast_of, why_not_now
 from ptv2_fast.step.options import StepOptions, StepPlan, logger
-from ptv2_fast.step.packed import Buckets
+from ptv2_fast.step.packed import Buckets, PackedTask
 
 # Sizes beyond so many run eagerly, those of all states together.
 MAX_GRAPHS = 64
 # Gradients that are computed before the loss is scaled might vanish.
 _HALF = "float16 needs a scaled loss"
-# Whose modules keep nothing beside tensors that a forward depends on, or nothing that changes.
-_KNOWN_MAKERS = ("torch", "transformers", "bitsandbytes")
 
 
 class PassModel(LossModel, Protocol):
@@ -50,8 +49,8 @@ class PassModel(LossModel, Protocol):
     def text_limit(self) -> int | None:
         """The most tokens of a text."""
 
-    def packed_task(self) -> tuple[str, str]:
-        """The task type and pooling by which a batch is packed."""
+    def packed_task(self) -> PackedTask:
+        """By what a batch is packed."""
 
     def why_not_packed(self) -> str | None:
         """Why the loss cannot be computed of a `PackedBatch`."""
@@ -92,7 +91,7 @@ class CapturedForward:
     def __call__(
         self, model: PassModel, inputs: Mapping[str, Any], labels: Any, items: Tensor | int | None = None
     ) -> Outcome | None:
-        """The loss () and the logits of a forward; None where it has to run as any other does.
+        """The loss () of a forward, and what it gives beside it; None where it has to run as any other does.
 
         Args:
             inputs: keyword arguments of the forward, without labels.
@@ -149,7 +148,8 @@ class CapturedForward:
         passes = self._passes_of(model, look, known, device)
         if isinstance(passes, str):
             return passes
-        batch = read_batch(inputs, labels, look.task, self._buckets, look.limit, look.padding)
+        assert look.task is not None, "what cannot be packed has been refused"
+        batch = read_batch(inputs, labels, look.task, self._buckets, look.limit, look.padding, unpads=look.plan.unpad)
         if isinstance(batch, str):
             return batch
         self._follow(device)
@@ -165,9 +165,11 @@ class CapturedForward:
         self, look: Look, device: torch.device, inputs: Mapping[str, Any], labels: Any, items: Tensor | int | None
     ) -> str | None:
         """Why a call is not one that can be captured, as far as that is cheap to see."""
-        if reason := self._refused or look.not_packed or why_not_read(inputs, labels, look.task[0]):
+        if look.task is None or self._refused is not None:
+            return self._refused or look.not_packed
+        if reason := why_not_read(inputs, labels, look.task):
             return reason
-        if _autocast(device) is torch.float16:
+        if autocast_of(device) is torch.float16:
             return _HALF
         if isinstance(items, Tensor) and items.dim():
             return f"num_items_in_batch has the shape {tuple(items.shape)}"
@@ -177,7 +179,7 @@ class CapturedForward:
         self, model: PassModel, look: Look, known: ForwardPasses | None, device: torch.device
     ) -> ForwardPasses | str:
         """The passes of the state that a model is in; or why there are none."""
-        autocast = _autocast(device)
+        autocast = autocast_of(device)
         deterministic = torch.are_deterministic_algorithms_enabled()
         parts = (model.base_model, model.adapters)
         # The parts live as long as the passes that are found by their ids.
@@ -192,7 +194,9 @@ class CapturedForward:
             if not self.captured:
                 self._capture = None
         if passes is None:
-            if reason := _why_not_modules(model.base_model, model.adapters[model.active_adapter]):
+            if any(parameter.requires_grad for parameter in model.base_model.parameters()):
+                return "parameters of the base train"
+            if reason := why_not_modules(model.base_model, model.adapters[model.active_adapter]):
                 return reason
             passes = ForwardPasses(parts, model.adapters[model.active_adapter], autocast, device)
         if not passes.trains:
@@ -266,31 +270,11 @@ def _why_not_model(model: PassModel, plan: StepPlan) -> str | None:
         return _HALF
     if chosen_loss(base) is not None:
         return "the loss is another one than the task's"
-    if model.packed_task()[0] == "CAUSAL_LM" and not plan.labelled_rows_loss:
+    if model.packed_task().task_type == "CAUSAL_LM" and not plan.labelled_rows_loss:
         return "step_options.labelled_rows_loss is off: a captured loss comes without logits"
     if config.output_hidden_states or config.output_attentions:
         return "the base's configuration asks for hidden states or attention weights"
-    if getattr(backbone, "gradient_checkpointing", False):
-        return "gradient checkpointing reads the random state, which a capture forbids"
-    if getattr(config, "layerdrop", 0.0):
-        return "layers are skipped at random (layerdrop), which the host decides"
-    return None
-
-
-def _why_not_modules(base: PreTrainedModel, adapter: nn.Module) -> str | None:
-    """Why the modules that a pass runs cannot be captured."""
-    if any(parameter.requires_grad for parameter in base.parameters()):
-        return "parameters of the base train"
-    for owner, part, makers in (("base", base, _KNOWN_MAKERS), ("adapter", adapter, (*_KNOWN_MAKERS, "ptv2_fast"))):
-        for module in part.modules():
-            kind, maker = type(module).__name__, type(module).__module__.split(".")[0]
-            if maker not in makers:
-                return f"the {owner} has a {kind} of {maker}, which may decide by what a replay cannot see"
-            # In the place of a parameter: its gradient leads to others, and the next step has another one.
-            beside = [value for value in vars(module).values() if isinstance(value, Tensor)]
-            if beside and (part is adapter or any(value.requires_grad for value in beside)):
-                return f"the {owner} has a {kind} with a tensor that is no parameter, as one that somebody computes"
-    return None
+    return why_not_layers(backbone)
 
 
 def _share(batch: ForwardBatch, items: Tensor | int | None) -> Tensor | float:
@@ -299,8 +283,3 @@ def _share(batch: ForwardBatch, items: Tensor | int | None) -> Tensor | float:
         return 1.0
     counted = max(batch.counted, 1)
     return counted / items if isinstance(items, Tensor) or items else math.inf
-
-
-def _autocast(device: torch.device) -> torch.dtype | None:
-    """The dtype of the autocast that is on; None where none is."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,20 +16,21 @@ from ptv2_fast.step.capture import WARM_UP_STEPS, Capture
 from ptv2_fast.step.forward_batch import ForwardBatch
 from ptv2_fast.step.held import HeldModules
 from ptv2_fast.step.observers import Observers
-from ptv2_fast.step.packed import PackedBatch, Sizes
+from ptv2_fast.step.packed import StepBatch
 from ptv2_fast.step.pass_loss import PassGradients, logits_of, loss_of
 from ptv2_fast.step.random_state import RandomState
 from ptv2_fast.step.staging import Staging
 
 Share = Tensor | float
-Outcome = tuple[Tensor, Tensor | None]
+# The loss (), and what is given beside it, logits first.
+Outcome = tuple[Tensor, tuple[Tensor, ...]]
 
 
 class LossModel(Protocol):
-    """A model that computes the loss of packed batches."""
+    """A model that computes the loss of batches as steps have them."""
 
-    def packed_output(self, packed: PackedBatch) -> Outcome:
-        """The loss () and the logits (R, C), None where there are none."""
+    def packed_outputs(self, packed: Any) -> Outcome:
+        """The loss (), and what a forward gives beside it."""
 
 
 @dataclass
@@ -40,7 +41,7 @@ class _Size:
     # Which of the trained parameters have gradients.
     used: list[int] = field(default_factory=list)
     staging: Staging | None = None
-    logits: Tensor | None = None
+    beside: tuple[Tensor, ...] = ()
     replay: Callable[[], Tensor | None] | None = None
 
 
@@ -65,11 +66,13 @@ class ForwardPasses:
         self._autocast = autocast
         self._device = device
         self._share = torch.ones((), dtype=torch.float32, device=device)
-        self._sizes: dict[Sizes, _Size] = {}
+        self._sizes: dict[Hashable, _Size] = {}
         # Known after the first pass, which moves weights that are run together.
         self._held: HeldModules | None = None
         # Where replays leave gradients; made at the first capture.
         self._gradients: list[Tensor] = []
+        # Where they leave what is given beside the loss: copied out before the next one, whatever its size.
+        self._rooms: dict[tuple[int, torch.dtype], Tensor] = {}
         self._latest: weakref.ref[PassGradients] | None = None
 
     @property
@@ -90,7 +93,7 @@ class ForwardPasses:
             return "a trained parameter was replaced"
         return self._held.changed() or self._held.others_changed()
 
-    def is_due(self, sizes: Sizes) -> bool:
+    def is_due(self, sizes: Hashable) -> bool:
         """Whether the next pass of these sizes is to be captured first."""
         size = self._sizes.get(sizes)
         return size is not None and size.replay is None and size.passes >= WARM_UP_STEPS
@@ -108,11 +111,10 @@ class ForwardPasses:
         places = [self._gradients[i] for i in size.used]
 
         def run() -> Tensor:
-            loss, logits, found = self._compute(model, staging.batch)
+            loss, beside, found = self._compute(model, staging.batch)
             torch._foreach_copy_(places, [gradient for gradient in found if gradient is not None])
-            if logits is not None:
-                assert size.logits is not None, "an eager pass has given the shape"
-                size.logits.copy_(logits)
+            for place, value in zip(size.beside, beside, strict=True):
+                place.copy_(value)
             return loss
 
         size.replay, size.staging = capture(run), staging
@@ -120,7 +122,7 @@ class ForwardPasses:
     def run(
         self, model: LossModel, batch: ForwardBatch, share: Share, capture: Capture, again_said: Callable[[str], None]
     ) -> Outcome | None:
-        """Loss () and logits of one pass, replayed where its size is captured; both lead to the parameters' gradients.
+        """Loss () and logits of one pass, replayed where its size is captured; all lead to the parameters' gradients.
 
         Args:
             share: what the loss is multiplied by.
@@ -134,12 +136,12 @@ class ForwardPasses:
         size = self._sizes.setdefault(batch.sizes, _Size())
         if size.replay is None:
             on_device = batch.packed().to(self._device)
-            loss, logits, found = capture.warm_up(lambda: self._compute(model, on_device))
+            loss, beside, found = capture.warm_up(lambda: self._compute(model, on_device))
             size.used = [i for i, gradient in enumerate(found) if gradient is not None]
-            size.logits = None if logits is None else torch.empty_like(logits)
+            size.beside = tuple(self._room(i, value) for i, value in enumerate(beside))
             gradients = PassGradients([gradient for gradient in found if gradient is not None])
         else:
-            loss, logits = self._replay(size, batch), size.logits
+            loss, beside = self._replay(size, batch), size.beside
             gradients = PassGradients([self._gradients[i] for i in size.used])
             self._latest = weakref.ref(gradients)
         size.passes += 1
@@ -148,8 +150,18 @@ class ForwardPasses:
         if not size.used:
             return None
         own = [self._trained[i] for i in size.used]
-        placed = None if logits is None else logits_of(batch.layout(logits), again, own)
-        return loss_of(loss, gradients, again, own), placed
+        placed = batch.layout(beside) if beside else ()
+        outputs = tuple(logits_of(value, partial(again.beside, i), own) for i, value in enumerate(placed))
+        return loss_of(loss, gradients, again, own), outputs
+
+    def _room(self, place: int, like: Tensor) -> Tensor:
+        """A tensor like another one, in memory that those of other sizes use too."""
+        room = self._rooms.get((place, like.dtype))
+        if room is None or room.numel() < like.numel():
+            # Powers of two: however many sizes come, each larger than the last, the memory of all is bounded.
+            room = torch.empty(1 << (max(like.numel(), 1) - 1).bit_length(), dtype=like.dtype, device=like.device)
+            self._rooms[place, like.dtype] = room
+        return room[: like.numel()].view(like.shape)
 
     def _replay(self, size: _Size, batch: ForwardBatch) -> Tensor:
         """The loss of a captured pass; its gradients are in the buffers of all."""
@@ -167,13 +179,15 @@ class ForwardPasses:
         else:
             self._share.fill_(share)
 
-    def _compute(self, model: LossModel, batch: PackedBatch) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    def _compute(
+        self, model: LossModel, batch: StepBatch
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Loss, logits and gradients of one pass; the gradients as a backward outside of autocast finds them."""
-        loss, logits = _eager(model, batch, self._share, self._autocast)
+        loss, beside = _eager(model, batch, self._share, self._autocast)
         with torch.autocast(self._device.type, enabled=False):
             nothing: tuple[Tensor | None, ...] = (None,) * len(self._trained)
             found = torch.autograd.grad(loss, self._trained, allow_unused=True) if loss.requires_grad else nothing
-        return loss.detach(), None if logits is None else logits.detach(), found
+        return loss.detach(), tuple(value.detach() for value in beside), found
 
 
 def _trained_places(adapter: nn.Module) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
@@ -186,11 +200,11 @@ def _trained_places(adapter: nn.Module) -> list[tuple[dict[str, Any], str, nn.Pa
     ]
 
 
-def _eager(model: LossModel, batch: PackedBatch, share: Share, autocast: torch.dtype | None) -> Outcome:
+def _eager(model: LossModel, batch: StepBatch, share: Share, autocast: torch.dtype | None) -> Outcome:
     """A pass's loss, times its share, and logits, with their graphs."""
     with _under(batch.input_ids.device, autocast):
-        loss, logits = model.packed_output(batch)
-        return loss * share, logits
+        loss, beside = model.packed_outputs(batch)
+        return loss * share, beside
 
 
 def _under(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager:
@@ -211,10 +225,17 @@ class _Again:
     random: RandomState
     said: Callable[[str], None]
 
-    def __call__(self, why: str) -> tuple[Tensor, Tensor]:
-        """The loss () and the logits, whose graphs lead to the parameters."""
+    def __call__(self, why: str) -> Tensor:
+        """The loss (), whose graph leads to the parameters."""
+        return self._run(why)[0]
+
+    def beside(self, place: int, why: str) -> Tensor:
+        """One of what is given beside the loss, whose graph leads to the parameters."""
+        with torch.enable_grad():
+            return self.batch.layout(self._run(why)[1])[place]
+
+    def _run(self, why: str) -> Outcome:
         self.said(why)
         with torch.enable_grad(), self.random.again():
             packed = self.batch.packed().to(self.random.device)
-            loss, logits = _eager(self.model, packed, self.share, self.autocast)
-            return loss, loss if logits is None else self.batch.layout(logits)
+            return _eager(self.model, packed, self.share, self.autocast)

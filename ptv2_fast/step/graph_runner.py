@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -12,15 +12,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ptv2_fast.backbone.sharded_weights import device_of, is_sharded
+from ptv2_fast.step.capturable import why_not_layers, why_not_modules
 from ptv2_fast.step.capture import CAPTURES, WARM_UP_STEPS, Capture
-from ptv2_fast.step.held import HeldGradients, HeldModel, HeldOptimizer, trained_by
+from ptv2_fast.step.held import HeldGradients, HeldModel, HeldOptimizer, check_gradients, trained_by
+from ptv2_fast.step.host_batch import SPAN
 from ptv2_fast.step.look import Attributes, Look
+from ptv2_fast.step.observers import Observers, autocast_of, why_not_now
 from ptv2_fast.step.options import StepPlan, logger
-from ptv2_fast.step.packed import INPUTS, Buckets, HostBatch, PackedBatch, Sizes, pack
+from ptv2_fast.step.packed import Buckets, OnHost, StepBatch
+from ptv2_fast.step.padded_batches import moved, packed_batches
 from ptv2_fast.step.staging import Staging
+from ptv2_fast.task_types import TASKS
 
 T = TypeVar("T")
-_INPUTS = frozenset(INPUTS)
 
 
 @dataclass
@@ -75,8 +79,7 @@ class GraphRunner:
         Raises:
             ValueError: autocast is float16, which needs a scaled loss.
         """
-        if autocast is torch.float16:
-            raise ValueError("autocast must be torch.bfloat16 or None: float16 needs a scaled loss; got torch.float16")
+        _check_autocast("autocast", autocast)
         self._model = model
         self._optimizer = optimizer
         self._buckets = Buckets() if buckets is None else buckets
@@ -93,10 +96,13 @@ class GraphRunner:
         # Known after the first step.
         self._gradients: HeldGradients | None = None
         self._held_model: HeldModel | None = None
+        self._observers: Observers | None = None
         self._relies_on: tuple | None = None
         # What is known as long as nobody changes the attributes beside it.
         self._looked: tuple[Look, Attributes] | None = None
         self._after_eager = False
+        # The autocast that a step's passes run under, and whether algorithms are deterministic: kernels depend on both.
+        self._state: tuple[torch.dtype | None, bool] = autocast, False
         self._known: dict[tuple, _Bucket] = {}
         self._updates = 0
         self._replay_update: Callable | None = None
@@ -112,24 +118,42 @@ class GraphRunner:
         """One optimizer step on the mean loss of the batches (several are accumulated): that loss, without gradient.
 
         Args:
-            batches: each padded, on the CPU: input_ids, labels, and attention_mask and token_type_ids where the model
-                has them.
+            batches: each padded, on the CPU: input_ids, labels (start_positions and end_positions of spans), and
+                attention_mask and token_type_ids where the model has them.
 
         Raises:
             ValueError: no batch is given, or one lacks labels or has labels that the task cannot read.
-            RuntimeError: the model's adapters are disabled.
+            ValueError: the optimizer has nothing that trains with the active adapter.
+            RuntimeError: the model's adapters are disabled, or gradients are.
         """
-        if not batches or any(batch.get("labels") is None for batch in batches):
+        if not batches or any([batch.get("labels") is None and self._lacks_labels(batch) for batch in batches]):
             raise ValueError(f"batches must be one or more, each with labels; got {len(batches)}")
         if self._model._disabled:
             raise RuntimeError("a step must be taken outside disable_adapter(): within it nothing that trains runs")
+        if not torch.is_grad_enabled():
+            raise RuntimeError("a step must be taken outside no_grad() and inference_mode(): it computes gradients")
+        around = autocast_of(self._device)
+        if around is None:
+            return self._step(batches, self._autocast)
+        if self._autocast is None:
+            _check_autocast("the autocast around a step", around)
+        # Gradients are computed, and parameters updated, outside of it, as in any loop.
+        with torch.autocast(self._device.type, enabled=False):
+            return self._step(batches, self._autocast or around)
+
+    def _step(self, batches: Sequence[Mapping[str, Tensor]], autocast: torch.dtype | None) -> Tensor:
+        """One step whose forward passes run under autocast of a dtype, or under none."""
+        self._state = autocast, torch.are_deterministic_algorithms_enabled()
         look = self._look()
-        if reason := look.not_packed or _why_not_packed(batches):
-            self._log_once(f"this step is neither packed nor captured: {reason}")
-            return self._eager([_moved(batch, self._device) for batch in batches], self._padded_loss)
-        packed = [pack(batch, *look.task) for batch in batches]
-        sized = [(batch, self._buckets.sizes(batch, look.limit)) for batch in packed]
-        reason = look.not_captured
+        packed = look.not_packed if look.task is None else packed_batches(self._model.packable, batches, look)
+        if isinstance(packed, str):
+            self._log_once(f"this step is neither packed nor captured: {packed}")
+            return self._eager([moved(batch, self._device) for batch in batches], self._padded_loss)
+        assert packed is not None, "what has no task says why"
+        sized = [(batch, batch.filled(self._buckets, look.limit)) for batch in packed]
+        reason = look.not_captured or why_not_now(self._device)
+        if reason is None and self._observers is not None:
+            reason = self._observers.found()
         if reason is not None:
             self._log_once(f"steps run eagerly: {reason}")
             if reason == self._failure:
@@ -142,8 +166,19 @@ class GraphRunner:
         if reason is None:
             self._gradients = HeldGradients(self._model, self._optimizer)
             self._held_model = HeldModel(self._model, self._optimizer)
+            self._observers = self._observe()
             self._relies_on = look.relies_on
         return loss
+
+    def _lacks_labels(self, batch: Mapping[str, Tensor]) -> bool:
+        """Whether a batch that has none by that name does not say what its loss compares."""
+        adapter = self._model.adapters[self._model.active_adapter]
+        return not TASKS[adapter.config.task_type].pools_itself and any(batch.get(name) is None for name in SPAN)
+
+    def _observe(self) -> Observers:
+        """Who watches what passes run."""
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        return Observers((*self._model.base_model.modules(), *self._model.adapters.modules()), trained)
 
     def _look(self) -> Look:
         """What the model says of this step; what would be wrong if it were replayed now is dropped."""
@@ -165,12 +200,14 @@ class GraphRunner:
     def _what_changed(self, look: Look) -> str | None:
         """What captured passes rely on and is not what it was; None where all is."""
         assert self._held_model is not None and self._relies_on is not None
-        adapter, switches = self._relies_on
+        adapter, switches, task = self._relies_on
         if look.relies_on[0] != adapter:
             return "another adapter is active"
+        if look.relies_on[2] != task:
+            return "the adapter's head reads or solves otherwise"
         return "the model's switches changed" if look.relies_on[1] != switches else self._held_model.changed()
 
-    def _captured(self, packed: list[tuple[HostBatch, Sizes]], gradients: HeldGradients) -> Tensor | None:
+    def _captured(self, packed: list[tuple[OnHost, Hashable]], gradients: HeldGradients) -> Tensor | None:
         """One step of passes and an update, each replayed where it has been captured; None where others train now.
 
         Nothing has been updated then, and no gradient of the optimizer's is of use.
@@ -208,15 +245,15 @@ class GraphRunner:
             self._drop(changed)
         return changed is not None
 
-    def _is_replayed(self, sizes: Sizes) -> bool:
-        bucket = self._known.get(sizes)
+    def _is_replayed(self, sizes: Hashable) -> bool:
+        bucket = self._known.get((self._state, sizes))
         return bucket is not None and bucket.replay is not None
 
-    def _pass(self, batch: HostBatch, sizes: Sizes) -> Tensor:
+    def _pass(self, batch: OnHost, sizes: Hashable) -> Tensor:
         """Forward and backward of one batch; its share of the loss."""
-        bucket = self._known.get(sizes)
+        bucket = self._known.get((self._state, sizes))
         if bucket is None:
-            bucket = self._known[sizes] = _Bucket()
+            bucket = self._known[self._state, sizes] = _Bucket()
         bucket.passes += 1
         if bucket.replay is None and bucket.passes > WARM_UP_STEPS:
             if self.captured >= self._max_graphs:
@@ -233,7 +270,7 @@ class GraphRunner:
         assert loss is not None
         return loss.clone()
 
-    def _accumulate(self, batch: PackedBatch) -> Tensor:
+    def _accumulate(self, batch: StepBatch) -> Tensor:
         loss = self._loss(batch, self._model.packed_loss) * self._share
         loss.backward()
         return loss.detach()
@@ -251,15 +288,17 @@ class GraphRunner:
             loss = self._loss(batch, loss_of) / len(batches)
             loss.backward()
             losses.append(loss.detach())
+        check_gradients(self._optimizer, self._model.active_adapter)
         self._average_gradients()
         self._update()
         return sum(losses[1:], losses[0])
 
     def _loss(self, batch: Any, loss_of: Callable) -> Tensor:
-        if self._autocast is None:
+        autocast, _ = self._state
+        if autocast is None:
             return loss_of(batch)
         # Under capture nothing cached by autocast may outlive the graph.
-        with torch.autocast(self._device.type, self._autocast, cache_enabled=False):
+        with torch.autocast(self._device.type, autocast, cache_enabled=False):
             return loss_of(batch)
 
     def _clip(self) -> None:
@@ -287,7 +326,7 @@ class GraphRunner:
         if self.captured or self._replay_update is not None:
             logger.info("graph runner: captured steps are dropped: %s", why)
         self._known, self._gradients, self._replay_update, self._updates = {}, None, None, 0
-        self._held_model = self._relies_on = self._looked = None
+        self._held_model = self._observers = self._relies_on = self._looked = None
 
     def _drop_update(self, why: str) -> None:
         """Forget the captured update alone."""
@@ -333,9 +372,8 @@ class GraphRunner:
             return "step_options.cuda_graphs is off, or the model is not training"
         if any("capturable" not in group for group in self._optimizer.param_groups):
             return f"{type(self._optimizer).__name__} cannot be captured"
-        if getattr(self._model.backbone, "gradient_checkpointing", False):
-            return "gradient checkpointing reads the random state, which a capture forbids"
-        return None
+        adapter = self._model.adapters[self._model.active_adapter]
+        return why_not_layers(self._model.backbone) or why_not_modules(self._model.base_model, adapter)
 
     def _log_once(self, line: str) -> None:
         if line not in self._logged:
@@ -343,18 +381,11 @@ class GraphRunner:
             logger.info("graph runner: %s", line)
 
 
-def _why_not_packed(batches: Sequence[Mapping[str, Tensor]]) -> str | None:
-    """What batches have that packed ones do not."""
-    for batch in batches:
-        if not _INPUTS.issuperset(batch):
-            others = {name for one in batches for name, value in one.items() if value is not None} - _INPUTS
-            if others:
-                return f"the batch has {', '.join(sorted(others))}"
-        mask = batch.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            return "attention_mask is not (B, N)"
-    return None
+def _check_autocast(name: str, dtype: torch.dtype | None) -> None:
+    """Refuse float16.
 
-
-def _moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    Raises:
+        ValueError: the dtype is that.
+    """
+    if dtype is torch.float16:
+        raise ValueError(f"{name} must be torch.bfloat16 or None: float16 needs a scaled loss; got torch.float16")

@@ -204,6 +204,22 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def check_gradients(optimizer: torch.optim.Optimizer, adapter: str) -> None:
+    """Refuse a step that would update nothing.
+
+    Args:
+        adapter: the name of the active adapter, whose loss has been differentiated.
+
+    Raises:
+        ValueError: none of the optimizer's parameters has a gradient.
+    """
+    if all(parameter.grad is None for parameter in trained_by(optimizer)):
+        raise ValueError(
+            f"optimizer must have parameters that train with the active adapter {adapter!r}; got none: after "
+            "set_adapter() another GraphRunner is needed, with an optimizer over that adapter's parameters"
+        )
+
+
 def same(left: Sequence[Any], right: Sequence[Any]) -> bool:
     """Whether two sequences hold the very same objects."""
     return len(left) == len(right) and all(map(is_, left, right))

@@ -92,7 +92,7 @@ class StepLayers:
 
     def _find_without(self) -> dict[str, str]:
         if self._family.sizes(self.backbone).decoder_layers:
-            names = [field.name for field in fields(StepOptions)]
+            names = [field.name for field in fields(StepOptions) if field.name != "cuda_graphs"]
             return dict.fromkeys(names, "an encoder-decoder runs its padded rows as they are")
         found = {}
         if self._family.absolute_positions:

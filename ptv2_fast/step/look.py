@@ -8,6 +8,7 @@ from typing import Any
 
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.step.options import StepPlan
+from ptv2_fast.step.packed import PackedTask
 
 
 @dataclass(frozen=True)
@@ -17,19 +18,19 @@ class Look:
     Attributes:
         plan: what a step leaves out.
         not_packed, not_captured: why a step is not; None where it is.
-        task: the task type and pooling by which batches are packed; of no use where they are not.
+        task: by what batches are packed; None where they are not.
         limit: the longest text; None where there is no limit.
         padding: the id whose tokens have no position of their own where there is no mask; None where all have.
-        relies_on: the active adapter and the switches, which what is captured has been captured with.
+        relies_on: the active adapter, the switches and the task, which what is captured has been captured with.
     """
 
     plan: StepPlan
     not_packed: str | None
     not_captured: str | None
-    task: tuple[str, str]
+    task: PackedTask | None
     limit: int | None
     padding: int | None
-    relies_on: tuple[str, StepPlan]
+    relies_on: tuple[str, StepPlan, PackedTask | None]
 
     @classmethod
     def at(cls, model: Any, plan: StepPlan, not_captured: str | None) -> Look:
@@ -42,10 +43,10 @@ class Look:
         not_packed = model.why_not_packed()
         if not_packed is None and plan.weights_owner:
             not_packed = f"only the model's own forward brings the weights: {plan.weights_owner}"
-        task, limit = (model.packed_task(), model.text_limit()) if not_packed is None else (("", ""), None)
+        task, limit = (model.packed_task(), model.text_limit()) if not_packed is None else (None, None)
         first = family_of(model.backbone).first_position(model.backbone)
         padding = first - 1 if first else None
-        relies_on = model.active_adapter, replace(plan, reasons=())
+        relies_on = model.active_adapter, replace(plan, reasons=()), task
         return cls(plan, not_packed, not_captured, task, limit, padding, relies_on)
 
 

@@ -52,6 +52,11 @@ class Observers:
         return None
 
 
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """The dtype of the autocast that is on around this call; None where none is."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def why_not_now(device: torch.device) -> str | None:
     """What goes on around this call that a replay would not take part in; None where nothing does."""
     if nn.modules.module._has_any_global_hook():

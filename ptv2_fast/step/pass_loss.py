@@ -16,8 +16,8 @@ _SAVED = torch.empty(0)
 class Again(Protocol):
     """Runs a pass eagerly, with the gradients and the random numbers that it had: what the stored ones cannot do."""
 
-    def __call__(self, why: str) -> tuple[Tensor, Tensor]:
-        """The loss () and the logits, whose graphs lead to the parameters.
+    def __call__(self, why: str) -> Tensor:
+        """The loss (), or the logits, whose graph leads to the parameters.
 
         Args:
             why: what they are needed for.
@@ -74,7 +74,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         if torch.is_grad_enabled():
-            loss, _ = ctx.again("a loss is differentiated twice")
+            loss = ctx.again("a loss is differentiated twice")
             found = torch.autograd.grad(loss, ctx.parameters, factor, create_graph=True)
         else:
             found = ctx.gradients.times(factor, is_last=not _graph_is_kept())
@@ -95,7 +95,10 @@ class _Logits(torch.autograd.Function):
         # Who wraps all outputs, as DDP does to find unused parameters, hands zeros on for those that no loss reads.
         if not twice and not bool(gradient.any()):
             return None, None, *map(torch.zeros_like, parameters)
-        _, logits = ctx.again("a gradient comes through the logits, as of a loss of one's own")
+        logits = ctx.again("a gradient comes through the logits, as of a loss of one's own")
+        if not logits.requires_grad:
+            # As states of an encoder whose prompts stand in the decoder alone.
+            return None, None, *map(torch.zeros_like, parameters)
         found = torch.autograd.grad(logits, parameters, gradient, create_graph=twice, allow_unused=True)
         return None, None, *found
 

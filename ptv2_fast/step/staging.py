@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ptv2_fast.step.packed import Array, PackedBatch
+from ptv2_fast.step.host_batch import Array
 
 # Tensors begin at multiples of so many bytes, as they would if each had been allocated: kernels are compiled for that.
 ALIGNMENT = 256
@@ -38,18 +38,18 @@ class Staging:
         batch: the batch on the device: views of one allocation, at the same addresses for ever.
     """
 
-    def __init__(self, batch: PackedBatch, device: torch.device) -> None:
+    def __init__(self, batch: Any, device: torch.device) -> None:
         """Make room for batches of these sizes; nothing is copied yet.
 
         Args:
-            batch: on the host.
+            batch: on the host, packed or padded.
             device: where the batches go.
         """
         self._device = device
         self._layout = {name: (tensor.dtype, tensor.shape) for name, tensor in batch.tensors().items()}
         self._bytes, views = self._allocate(device)
         changes: dict[str, Any] = dict(views)
-        self.batch: PackedBatch = replace(batch, **changes)
+        self.batch: Any = replace(batch, **changes)
         # The oldest copy first.
         self._sources: deque[_Source] = deque()
 

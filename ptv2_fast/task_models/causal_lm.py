@@ -27,7 +27,7 @@ from ptv2_fast.step.labelled_rows import (
     why_not_labelled_rows,
 )
 from ptv2_fast.step.linear_cross_entropy import linear_cross_entropy
-from ptv2_fast.step.packed import PackedBatch
+from ptv2_fast.step.packed import PackedBatch, PackedTask
 from ptv2_fast.task_models.captured import CapturedModel
 from ptv2_fast.task_models.captured_decode import CapturedDecode
 from ptv2_fast.task_models.continuous_batching import ContinuousBatching
@@ -72,8 +72,9 @@ class PTuningV2ModelForCausalLM(ContinuousBatching, CapturedModel):
         check_labels("labels", labels, self.base_model.config.get_text_config().vocab_size, text_size(inputs))
         count = kwargs.get("num_items_in_batch")
         beside = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
-        if (captured := self._captured(beside, labels, adapter_names, count)) is not None:
-            return self._as_asked(CausalLMOutputWithPast(*captured), kwargs.get("return_dict"))
+        captured = self._captured(beside, labels, adapter_names, count) if self._may_capture() else None
+        if captured is not None:
+            return self._as_asked(CausalLMOutputWithPast(captured[0]), kwargs.get("return_dict"))
         call = self._predictable({**inputs, "labels": labels})
         plan = self.step_plan()
         if plan.labelled_rows_loss and not self._disabled and why_not_labelled_rows(self.base_model, call) is None:
@@ -130,9 +131,9 @@ class PTuningV2ModelForCausalLM(ContinuousBatching, CapturedModel):
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
-    def packed_task(self) -> tuple[str, str]:
-        """The task type and pooling by which a batch is packed for the active adapter."""
-        return "CAUSAL_LM", "last"
+    def packed_task(self) -> PackedTask:
+        """By what a batch is packed for the active adapter."""
+        return PackedTask("CAUSAL_LM")
 
     def why_not_packed(self) -> str | None:
         """Why the loss cannot be computed of a `PackedBatch`; None where it can."""

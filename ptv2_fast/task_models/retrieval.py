@@ -15,9 +15,11 @@ from ptv2_fast.inputs.arguments import named_arguments
 from ptv2_fast.inputs.pooling import pool, tokens_read
 from ptv2_fast.inputs.text import text_size
 from ptv2_fast.losses import in_batch_negatives_loss
+from ptv2_fast.step.packed import PackedBatch, PackedTask
+from ptv2_fast.task_models.captured import CapturedModel
 from ptv2_fast.task_models.groups import flat_rows, names_of_rows
 from ptv2_fast.task_models.mixed_rows import normalised
-from ptv2_fast.task_models.task_model import TaskModel, for_tasks, text_inputs
+from ptv2_fast.task_models.task_model import for_tasks, text_inputs
 
 
 @dataclass
@@ -36,7 +38,7 @@ class SentenceEmbeddingOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class PTuningV2ModelForSentenceRetrieval(TaskModel):
+class PTuningV2ModelForSentenceRetrieval(CapturedModel):
     """Prompts for finding texts by their meaning (task_type SENTENCE_RETRIEVAL): pooled states, no head.
 
     In training the inputs are (B, G, N): a query, the text that belongs to it, and G - 2 that do not. All rows run in
@@ -69,6 +71,12 @@ class PTuningV2ModelForSentenceRetrieval(TaskModel):
         if kwargs.pop("labels", None) is not None:
             raise ValueError("labels must be None: a text's place in its group says what it is")
         inputs = text_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
+        grouped = isinstance(input_ids, Tensor) and input_ids.dim() == 3 and input_ids.shape[1] > 1
+        if return_loss and input_ids is not None and grouped and self._may_capture():
+            # A query's own text is the first one of its group: there is nothing more to say.
+            captured = self._captured(inputs, torch.zeros(input_ids.shape[0], dtype=torch.long), adapter_names)
+            if captured is not None:
+                return self._as_asked(SentenceEmbeddingOutput(captured[0], captured[1][0]), kwargs.get("return_dict"))
         groups = None
         if _is_grouped(input_ids, inputs_embeds):
             inputs, groups = flat_rows(inputs)
@@ -99,9 +107,18 @@ class PTuningV2ModelForSentenceRetrieval(TaskModel):
         embeddings: Tensor = self(**{**given, "return_loss": False, "return_dict": True}).embeddings
         return embeddings
 
-    def why_not_packed(self) -> str | None:
-        """Why the loss cannot be computed of a `PackedBatch`."""
-        return "a SENTENCE_RETRIEVAL loss compares whole rows"
+    def packed_task(self) -> PackedTask:
+        """By what a batch is packed: every text is compared with every query, so none may be added."""
+        return PackedTask("SENTENCE_RETRIEVAL", self._pooling(self.active_adapter), whole=True)
+
+    def packed_output(self, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+        """As `CapturedModel` says."""
+        if reason := self.why_not_packed():
+            raise ValueError(f"packed must suit the active adapter: {reason}")
+        pooling = self._pooling(self.active_adapter)
+        pooled = pool(*self.packed_rows(packed, pooling), pooling)
+        embeddings = normalised(pooled).unflatten(0, (-1, packed.width))
+        return in_batch_negatives_loss(embeddings), embeddings
 
     def _embedded(
         self, inputs: dict[str, Any], adapter_names: Sequence[str] | None

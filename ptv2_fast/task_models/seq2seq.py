@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from ptv2_fast.base_methods import refuse_unserved
 from ptv2_fast.inputs.cache import with_cache_name
 from ptv2_fast.inputs.right_padding import ENCODER_STATES, change_states
-from ptv2_fast.losses import check_labels
-from ptv2_fast.task_models.task_model import TaskModel, for_tasks
+from ptv2_fast.losses import check_labels, chosen_loss
+from ptv2_fast.step.packed import PackedTask
+from ptv2_fast.task_models.captured import CapturedModel
+from ptv2_fast.task_models.task_model import for_tasks
 
 
-class PTuningV2ModelForSeq2SeqLM(TaskModel):
+class PTuningV2ModelForSeq2SeqLM(CapturedModel):
     """Prompts for an encoder-decoder that writes text (task_type SEQ_2_SEQ_LM)."""
 
     task_type = "SEQ_2_SEQ_LM"
@@ -67,7 +70,45 @@ class PTuningV2ModelForSeq2SeqLM(TaskModel):
             "labels": labels,
             **kwargs,
         }
+        if (captured := self._captured_written(inputs, adapter_names)) is not None:
+            return self._as_asked(captured, kwargs.get("return_dict"))
         return self._as_asked(self.run(self.base_model, inputs, adapter_names), kwargs.get("return_dict"))
+
+    def _captured_written(self, inputs: Mapping[str, Any], adapter_names: Sequence[str] | None) -> Any:
+        """The output of a captured pass; None where the call runs as any other does."""
+        if not isinstance(inputs["labels"], Tensor) or not self._may_capture():
+            return None
+        batch = dict(self.packable(inputs, self.packed_task()))
+        captured = self._captured(batch, batch.pop("labels"), adapter_names)
+        if captured is None:
+            return None
+        loss, (logits, states) = captured
+        return Seq2SeqLMOutput(loss=loss, logits=logits, encoder_last_hidden_state=states)
+
+    def packed_task(self) -> PackedTask:
+        """By what a batch is read: rows stay padded, in sizes that repeat."""
+        return PackedTask("SEQ_2_SEQ_LM")
+
+    def why_not_packed(self) -> str | None:
+        """Why steps are not computed of a `PaddedBatch`; None where they are."""
+        return None if chosen_loss(self.base_model) is None else "the loss is another one than its task's"
+
+    def packable(self, batch: Mapping[str, Any], task: PackedTask) -> Mapping[str, Any]:
+        """A batch with the inputs of the decoder, as the base derives them from labels."""
+        labels = batch.get("labels")
+        if batch.get("decoder_input_ids") is not None or not isinstance(labels, Tensor):
+            return batch
+        return {**batch, "decoder_input_ids": self.base_model.prepare_decoder_input_ids_from_labels(labels=labels)}
+
+    def packed_outputs(self, packed: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The mean loss of a `PaddedBatch`, its logits (B, M, V) and the encoder's states (B, N, D)."""
+        output = self.run(self.base_model, packed.tensors())
+        return output.loss, (output.logits, output.encoder_last_hidden_state)
+
+    def packed_output(self, packed: Any) -> tuple[Tensor, Tensor | None]:
+        """As `CapturedModel` says, of a `PaddedBatch`."""
+        loss, (logits, _) = self.packed_outputs(packed)
+        return loss, logits
 
     def _generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """`generate` of the base with the prompts in its encoder and in every step of its decoder."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import modeling_outputs
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from ptv2_fast.adapter import BASE_ROW, Adapter
 from ptv2_fast.config import ROW_TASKS
@@ -15,16 +16,16 @@ from ptv2_fast.inputs.features import features_read, input_size, reads_text
 from ptv2_fast.inputs.pooling import tokens_read
 from ptv2_fast.inputs.right_padding import HIDDEN_STATES, change_states, reorder_tokens, to_right_padding
 from ptv2_fast.inputs.text import check_inputs
-from ptv2_fast.losses import LOSSES, base_targets, chosen_loss, classification_loss, span_loss
-from ptv2_fast.step.packed import PackedBatch, packed_inputs, packed_labels
-from ptv2_fast.task_models.captured import CapturedModel
+from ptv2_fast.losses import LOSSES, base_targets, chosen_loss, span_loss
+from ptv2_fast.step.host_batch import SPAN, spans
 from ptv2_fast.task_models.groups import flat_rows, names_of_rows, with_groups
 from ptv2_fast.task_models.labelled_config import labelled
 from ptv2_fast.task_models.mixed_rows import MixedOutput, results_of_rows
+from ptv2_fast.task_models.packed_heads import PackedHeads
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
 
-class PTuningV2ModelWithHeads(CapturedModel):
+class PTuningV2ModelWithHeads(PackedHeads):
     """What the tasks with trained heads share: running the head that an adapter has."""
 
     @property
@@ -108,14 +109,25 @@ class PTuningV2ModelWithHeads(CapturedModel):
         targets: Mapping[str, Tensor],
     ) -> Any:
         """The task's output from a captured pass; None where it has to be computed as any other."""
-        if not targets:
+        if not targets or not self._may_capture():
             return None
-        beside: dict[str, Any] = {name: target for name, target in targets.items() if name != "labels"}
-        if task is not None and list(self.adapters[self.active_adapter].heads) != [task]:
-            beside["task"] = task
-        labels = targets.get("labels", next(iter(targets.values())))
+        adapter = self.adapters[self.active_adapter]
+        beside: dict[str, Any] = {} if task is None or list(adapter.heads) == [task] else {"task": task}
+        packed = self.packed_task()
+        of_span = packed.gives == "span" and set(targets) == set(SPAN)
+        if not of_span:
+            beside.update((name, target) for name, target in targets.items() if name != "labels")
+        labels = spans([targets[name] for name in SPAN]) if of_span else targets.get("labels")
         captured = self._captured({**inputs, **beside}, labels, adapter_names)
-        return None if captured is None else _output_class(self.packed_task()[0])(*captured)
+        if captured is None:
+            return None
+        loss, (logits,) = captured
+        if packed.gives == "span":
+            start, end = logits.unbind(-1)
+            return _output_class(packed.task_type)(loss, start_logits=start, end_logits=end)
+        if self._family.causal and packed.gives == "row" and not adapter.heads:
+            return SequenceClassifierOutputWithPast(loss, logits)  # as classifiers of decoders give it
+        return _output_class(packed.task_type)(loss, logits=logits)
 
     def _run_base_head(
         self,
@@ -225,49 +237,6 @@ class PTuningV2ModelWithHeads(CapturedModel):
         if reads_text(self._family):
             return tokens_read(inputs, pooling)
         return features_read(self._family, inputs, self.backbone, pooling)
-
-    def packed_task(self) -> tuple[str, str]:
-        """The task type and pooling by which a batch is packed for the active adapter."""
-        adapter = self.adapters[self.active_adapter]
-        if not adapter.heads:
-            return adapter.config.task_type, "first"
-        head = next(iter(adapter.heads.values())).config
-        return head.task_type, head.pooling
-
-    def why_not_packed(self) -> str | None:
-        """Why the active adapter's loss cannot be computed of a `PackedBatch`; None where it can."""
-        adapter = self.adapters[self.active_adapter]
-        if len(adapter.heads) > 1:
-            return "the adapter has several heads"
-        if adapter.heads and chosen_loss(self.base_model) is not None:
-            return "the loss is another one than its task's"
-        task_type, pooling = self.packed_task()
-        if (problem := _problem_of(adapter)) != SINGLE_LABEL:
-            return f"a {problem} loss is of no classes"
-        if not TASKS[task_type].packs:
-            return f"a {task_type} loss is over whole rows"
-        of_rows = TASKS[task_type].gives == "row"
-        if of_rows and not adapter.heads:
-            return "the base's own classifier reads padded rows"
-        if of_rows and pooling == "mean":
-            return "a mean is over whole rows"
-        return super().why_not_packed()
-
-    def packed_output(self, packed: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """As `CapturedModel` says; logits of the base's own head are of all tokens."""
-        if reason := self.why_not_packed():
-            raise ValueError(f"packed must suit the active adapter: {reason}")
-        adapter = self.adapters[self.active_adapter]
-        if not adapter.heads:
-            labels = packed_labels(packed)
-            output = self._run_base_head(packed_inputs(packed), None, [adapter], {"labels": labels})
-            return output.loss, output.logits[0]
-        head = adapter.head(None)
-        states = self.packed_states(packed)
-        # A pooled row is a text of one token.
-        states = states[:, None] if TASKS[head.config.task_type].gives == "row" else states[None]
-        logits = head(states, None).reshape(-1, head.config.num_labels)
-        return classification_loss(logits, packed.targets), logits
 
 
 def _problem_of(adapter: Adapter) -> str:

@@ -80,15 +80,13 @@ def test_savings_of_a_step_are_off_and_say_why(caplog):
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
-def test_graph_runner_runs_padded_steps(kind, caplog):
+def test_graph_runner_runs_padded_steps(kind):
     model, batch = _model(kind, "deep").train(), {**pair().source.inputs, "labels": pair().labels}
     with torch.no_grad():
         expected = model(**batch).loss
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    with caplog.at_level(logging.INFO, logger="ptv2_fast"):
-        runner = GraphRunner(model, optimizer)
-        assert_equal(runner.step(batch), expected)
-    assert "an encoder-decoder runs its padded rows as they are" in caplog.text
+    runner = GraphRunner(model, optimizer)
+    assert_equal(runner.step(batch), expected)
     assert runner.step(batch) < expected
 
 

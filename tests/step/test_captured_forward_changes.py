@@ -26,7 +26,6 @@ from captured_forwards import (
     warmed,
 )
 from graph_steps import batches_of
-from ptv2_fast import HeadConfig
 from ptv2_fast.step.forward_batch import in_one_copy
 from ptv2_fast.step.options import StepOptions
 from tiny_models import tiny_model, tiny_prompts
@@ -272,9 +271,6 @@ def test_one_model_in_two_threads(counts):
 
 
 REASONS = {
-    "spans": (("bert", "deep", "QUESTION_ANS", {}), {}, "QUESTION_ANS loss is over whole rows"),
-    "base's classifier": (("bert", "deep", "SEQ_CLS", {}), {}, "base's own classifier reads padded rows"),
-    "mean": (("bert", "deep", "SEQ_CLS", {"heads": {"m": HeadConfig("SEQ_CLS", 3, pooling="mean")}}), {}, "mean"),
     "positions": (("llama", "deep", "CAUSAL_LM", {}), {"position_ids": torch.arange(5).expand(2, -1)}, "position_ids"),
     "hidden states": (("llama", "deep", "CAUSAL_LM", {}), {"output_hidden_states": True}, "output_hidden_states"),
     "names": (("llama", "deep", "CAUSAL_LM", {}), {"adapter_names": ["default"] * 2}, "adapter_names"),
@@ -292,10 +288,7 @@ def test_what_cannot_be_captured_runs_as_before_and_says_why(name, counts, said)
     (family, injection, task, config), extra, reason = REASONS[name]
     model = tiny_model(family, injection, task, **config).train()
     model.step_options = OPTIONS
-    batch = {**batches_of("SEQ_CLS" if task == "QUESTION_ANS" else task, count=1)[0], **extra}
-    if task == "QUESTION_ANS":
-        labels = batch.pop("labels")
-        batch.update(start_positions=labels, end_positions=labels)
+    batch = {**batches_of(task, count=1)[0], **extra}
     losses = []
     for options in (OPTIONS, StepOptions(labelled_rows_loss=True, cuda_graphs=False)):
         model.step_options = options

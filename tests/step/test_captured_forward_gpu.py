@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from captured_forwards import UNTIL_CAPTURED, captured, forward_loss, gradients
-from graph_steps import CASES, OFF, batches_of, model_for_kernels, optimizer_of
+from graph_steps import OFF, batches_for, batches_of, model_for_kernels, optimizer_of, plain_options
 from tiny_models import tiny_model
+from tiny_seq2seq import tiny_model as tiny_seq2seq
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,12 +42,30 @@ def _warmed(model, batch) -> None:
     assert captured(model) == 1
 
 
-@pytest.mark.parametrize("case", ["bert rows, first token", "bert tags, base head", "llama text", "deberta tags"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "bert rows, first token", "bert tags, base head", "llama text", "deberta tags", "bert rows, base head",
+        "llama rows, base head", "roberta rows, mean", "bert numbers", "bert spans, base head", "bert choices",
+        "bert vectors",
+    ],
+)  # fmt: skip
 def test_steps_are_the_plain_ones(case):
-    batches = [_on_device(batch) for batch in batches_of(CASES[case][2], count=8)]
+    batches = [_on_device(batch) for batch in batches_for(case, count=3)[:1] * 3 + batches_for(case, count=7)[::3]]
     model, plain = model_for_kernels(case).cuda(), model_for_kernels(case).cuda()
-    plain.step_options = OFF
+    plain.step_options = plain_options(case)
     _close(_losses(model, batches), _losses(plain, batches))
+    assert captured(model) == 1 and captured(plain) == 0
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_steps_of_an_encoder_decoder_are_the_plain_ones(kind):
+    changes = {"d_kv": 16} if kind == "t5" else {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model, plain = (tiny_seq2seq(kind, base_changes=changes).train().cuda() for _ in range(2))
+    plain.step_options = OFF
+    ids = torch.randint(3, 30, (2, 7), generator=torch.Generator().manual_seed(0)).cuda()
+    batch = {"input_ids": ids, "attention_mask": (ids > 5).long(), "labels": ids[:, :5]}
+    _close(_losses(model, [batch] * 6), _losses(plain, [batch] * 6))
     assert captured(model) == 1 and captured(plain) == 0
 
 

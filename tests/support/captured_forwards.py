@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from graph_steps import CASES, batches_of, model_of, optimizer_of
+from graph_steps import batches_for, model_of, optimizer_of
 from ptv2_fast.step.capture import WARM_UP_STEPS
 from ptv2_fast.step.forward_batch import read_batch
 from ptv2_fast.step.options import StepOptions
@@ -34,8 +34,9 @@ def captured(model) -> int:
 
 def packed_loss(model, batch, items=None):
     """The loss of a batch as a captured forward computes it, by an eager pass over the same packed batch."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    found = read_batch(inputs, batch["labels"], model.packed_task(), Buckets(), model.text_limit())
+    named = model.packable(batch, model.packed_task())
+    inputs = {name: value for name, value in named.items() if name != "labels"}
+    found = read_batch(inputs, named["labels"], model.packed_task(), Buckets(), model.text_limit())
     return model.packed_loss(found.packed()) * (1.0 if items is None else found.counted / items)
 
 
@@ -47,7 +48,7 @@ def forward_loss(model, batch):
 def warmed(case: str):
     """A model that has captured the one size of its case's batches, and a batch."""
     model = fresh(case)
-    batch = batches_of(CASES[case][2], count=1)[0]
+    batch = batches_for(case, count=1)[0]
     for _ in range(UNTIL_CAPTURED):
         forward_loss(model, batch).backward()
     model.zero_grad()

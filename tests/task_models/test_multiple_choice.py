@@ -237,9 +237,9 @@ def test_it_is_saved_and_loaded(own, tmp_path):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["base-head", "own-head"])
-def test_it_learns_and_steps_that_are_packed_step_aside(own):
+def test_it_learns(own):
     model = (_own() if own else _model("bert")).train()
-    assert model.why_not_packed() == "a MULTIPLE_CHOICE loss is over whole rows"
+    assert model.why_not_packed() is None
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     losses = []
     for _ in range(12):

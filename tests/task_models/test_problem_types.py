@@ -157,13 +157,6 @@ def test_a_head_of_one_class_is_written_as_before_there_were_others(tmp_path):
     assert _model(SEVERAL, 3).adapters["default"].config.to_dict()["heads"]["own"]["problem_type"] == SEVERAL
 
 
-@pytest.mark.parametrize("problem", [REGRESSION, SEVERAL])
-def test_steps_that_are_packed_step_aside(problem):
-    reason = _model(problem, 1, pooling="first").why_not_packed()
-    assert reason == f"a {problem} loss is of no classes"
-    assert _model(PROBLEM_TYPES[0], 1, pooling="first").why_not_packed() is None
-
-
 @pytest.mark.parametrize(
     ("problem", "count", "function"),
     [(PROBLEM_TYPES[0], 3, lambda x: x.softmax(-1)), (REGRESSION, 1, lambda x: x), (SEVERAL, 3, torch.sigmoid)],

@@ -21,14 +21,15 @@ STEPS = 8
 
 
 def _codec(task_type: str) -> TaskCodec:
-    labels = None if task_type == "CAUSAL_LM" else LabelSet.from_examples(toy_examples(task_type, 64))
-    return TaskCodec(task_type, tiny_tokenizer(causal=labels is None), labels, max_length=32, doc_stride=8)
+    labels = LabelSet.from_examples(toy_examples(task_type, 64)) if task_type in ("SEQ_CLS", "TOKEN_CLS") else None
+    return TaskCodec(task_type, tiny_tokenizer(causal=task_type == "CAUSAL_LM"), labels, max_length=32, doc_stride=8)
 
 
 def _model(task_type: str) -> PTuningV2Model:
     labels = _codec(task_type).labels
     heads = None if labels is None else {"task": HeadConfig(task_type, len(labels.names), labels=labels.names)}
-    base = tiny_llama() if labels is None else tiny_bert()
+    heads = {"task": HeadConfig(task_type, 2)} if task_type == "QUESTION_ANS" else heads
+    base = tiny_llama() if heads is None else tiny_bert()
     torch.manual_seed(0)
     config = PTuningV2Config(task_type, num_virtual_tokens=4, heads=heads, prompt_dropout=0.1)
     # As on CUDA.
@@ -84,7 +85,7 @@ def _assert_same_runs(found, expected) -> None:
         assert_same_bits(found[1][name], value, name)
 
 
-@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"])
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM"])
 def test_a_captured_run_is_the_run_of_eager_passes(task_type, tmp_path):
     with captured_on_cpu() as counts:
         found = _run(task_type, tmp_path / "a")
