@@ -91,7 +91,7 @@ class PromptBatch:
             return None
         index = 0
         if len(self.layers) > 1:
-            own: int | None = getattr(module, "prompt_layer", None)
+            own: int | None = module.__dict__.get("prompt_layer")  # a view's
             index = module.layer_idx if own is None else own
         self._note(index)
         prompt = self.layers[index]
