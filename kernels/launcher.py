@@ -223,18 +223,15 @@ def _is_watched() -> bool:
     """Whether somebody looks at launches or changes how kernels are compiled."""
     knobs = triton.knobs
     runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
         runtime.debug
         or knobs.compilation.instrumentation_mode
         or runtime.add_stages_inspection_hook is not None
-        or _calls(runtime.launch_enter_hook)
-        or _calls(runtime.launch_exit_hook)
+        # An empty chain of hooks does nothing.
+        or (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
     )
-
-
-def _calls(hook: Any) -> bool:
-    """Whether a hook does anything: an empty chain of hooks does not."""
-    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _plain(value: Any) -> Any:

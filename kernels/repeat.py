@@ -8,7 +8,7 @@ else was seen runs the function every time: one that is recorded, interpreted or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ from triton.runtime import driver
 
 from ptv2_fast.kernels import launch, launcher
 
-_Made = tuple[torch.Tensor | None, ...]
+# Tensors, or None in their places.
+_Made = tuple[Any, ...]
 
 # Where each part of the buffer begins: what PyTorch's allocator aligns memory on a GPU to.
 _ALIGNMENT = 512
@@ -47,7 +48,6 @@ class _Tape(NamedTuple):
     Attributes:
         active, number: Triton's driver, and the number of its current device.
         device: of the tensors.
-        environment: what `_environment` gave.
         results: what the call gives; None where it gives None.
         parts: where parts of the buffer begin.
         size: bytes of the buffer.
@@ -59,7 +59,6 @@ class _Tape(NamedTuple):
     active: Any
     number: int
     device: torch.device
-    environment: tuple[Any, ...]
     results: tuple[_Result | None, ...]
     parts: tuple[int, ...]
     size: int
@@ -88,7 +87,8 @@ class Repeated:
         """
         if launch.is_recording():
             return self._function(numbers, *tensors)
-        kinds: list[Any] = [numbers]
+        # What decides of launches beside their arguments: who tunes or tests replaces it.
+        kinds: list[Any] = [numbers, launch.choose_config, launch.architecture, launch.target_programs]
         addresses: list[int | None] = [None]
         for tensor in tensors:
             if tensor is None:
@@ -113,20 +113,10 @@ class Repeated:
         return result
 
 
-def _environment() -> tuple[Any, ...]:
-    """What decides of launches beside their arguments: who tunes or tests replaces it."""
-    return launch.choose_config, launch.architecture, launch.target_programs
-
-
 def _again(tape: _Tape, addresses: list[Any]) -> _Made | None:
     """The call for tensors at other addresses; None where it has to be noted anew."""
     active = driver.active
-    if (
-        active is not tape.active
-        or active.get_current_device() != tape.number
-        or _environment() != tape.environment
-        or not launcher.is_repeatable()
-    ):
+    if active is not tape.active or active.get_current_device() != tape.number or not launcher.is_repeatable():
         return None
     for kernel in tape.kernels:
         if kernel.pre_run_hooks:
@@ -165,33 +155,25 @@ def _again(tape: _Tape, addresses: list[Any]) -> _Made | None:
     return tuple(made)
 
 
-def _tape(notes: launcher.Notes, tensors: tuple[torch.Tensor | None, ...], result: _Made) -> _Tape | None:
+def _tape(notes: launcher.Notes, tensors: tuple[torch.Tensor | None, ...], made: _Made) -> _Tape | None:
     """What repeats a call that was noted; None where nothing does."""
     if notes.missed or not notes.launched:
         return None
-    given = [tensor for tensor in tensors if tensor is not None]
-    # Of two tensors at one address it is not known which one a launch was given.
-    places = {address: place for place, address in enumerate(map(torch.Tensor.data_ptr, given))}
-    if len(places) < len(given):
-        return None
-    numbers = [place for place, tensor in enumerate(tensors, 1) if tensor is not None]
-    found = {address: numbers[place] for address, place in places.items()}
+    present = [(place, tensor) for place, tensor in enumerate(tensors, 1) if tensor is not None]
+    places = {tensor.data_ptr(): place for place, tensor in present}
     own = {tensor.data_ptr(): tensor for tensor in notes.allocated}
-    if any(address % 16 for address in own):
+    # Of two tensors at one address it is not known which one a launch was given.
+    if len(places) < len(present) or any(address % 16 for address in own):
         return None
     results: list[_Result | None] = []
     count = 1 + len(tensors)
-    for tensor in result:
+    for tensor in made:
         whole = None if tensor is None else own.pop(tensor.data_ptr(), None)
-        if tensor is None:
-            results.append(None)
-        elif whole is None or whole.dtype != tensor.dtype or not tensor.numel():
+        if tensor is not None and (whole is None or whole.dtype != tensor.dtype or not tensor.numel()):
             return None
-        else:
-            is_all = whole.numel() == tensor.numel()
-            layout = None if is_all else (tuple(whole.shape), whole.stride())
-            results.append(_Result(tuple(tensor.shape), tensor.stride(), tensor.dtype, layout))
-            found[tensor.data_ptr()] = count
+        results.append(None if whole is None else _result(tensor, whole))
+        if tensor is not None:
+            places[tensor.data_ptr()] = count
             count += 1
     # What is left of the memory lies side by side in the buffer.
     starts: dict[int, int] = {}
@@ -200,32 +182,48 @@ def _tape(notes: launcher.Notes, tensors: tuple[torch.Tensor | None, ...], resul
         starts[address] = size
         size += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
     parts: list[int] = []
-    steps: list[_Step] = []
+    steps = []
     for plan, grid, groups, is_grouped in notes.launched:
-        picks = []
-        for group in groups:
-            chosen = []
-            for tensor in group:
-                if tensor is None:
-                    chosen.append(0)
-                    continue
-                address = tensor.data_ptr()
-                if address not in found:
-                    start = tensor.untyped_storage().data_ptr()
-                    if start not in starts:
-                        return None
-                    found[address] = count
-                    count += 1
-                    parts.append(starts[start] + address - start)
-                chosen.append(found[address])
-            if len(chosen) < 2:
-                return None
-            picks.append(itemgetter(*chosen))
-        steps.append(_Step(plan, grid, tuple(picks), is_grouped))
+        picks = [_pick(group, places, starts, parts, count) for group in groups]
+        if None in picks:
+            return None
+        steps.append(_Step(plan, grid, tuple(filter(None, picks)), is_grouped))
     plans = [step.plan for step in steps]
     used = {(name, id(namespace)): (name, value, namespace) for p in plans for name, value, namespace in p.globals}
     kernels = tuple({id(plan.kernel): plan.kernel for plan in plans}.values())
     return _Tape(
-        notes.active, notes.number, given[0].device, _environment(), tuple(results), tuple(parts), size, tuple(steps),
-        kernels, tuple(used.values()),
+        notes.active, notes.number, present[0][1].device, tuple(results), tuple(parts), size, tuple(steps), kernels,
+        tuple(used.values()),
     )  # fmt: skip
+
+
+def _result(tensor: torch.Tensor, whole: torch.Tensor) -> _Result:
+    """How to allocate a tensor that lies in memory which was allocated as `whole`."""
+    layout = None if whole.numel() == tensor.numel() else (tuple(whole.shape), whole.stride())
+    return _Result(tuple(tensor.shape), tensor.stride(), tensor.dtype, layout)
+
+
+def _pick(
+    group: Any, places: dict[int, int], starts: Mapping[int, int], parts: list[int], first: int
+) -> Callable[[list[Any]], tuple[Any, ...]] | None:
+    """What picks the addresses of a group of tensors; None where one lies in memory that is not known.
+
+    Args:
+        places: address -> its place among the addresses; those of parts are added.
+        starts: where memory was allocated -> where it begins in the buffer.
+        parts: where parts of the buffer begin, which are added too; the first has the place `first`.
+    """
+    chosen = []
+    for tensor in group:
+        if tensor is None:
+            chosen.append(0)
+            continue
+        address = tensor.data_ptr()
+        if address not in places:
+            start = tensor.untyped_storage().data_ptr()
+            if start not in starts:
+                return None
+            places[address] = first + len(parts)
+            parts.append(starts[start] + address - start)
+        chosen.append(places[address])
+    return itemgetter(*chosen) if len(chosen) > 1 else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ def _view(base: FrozenBase, target: PreTrainedModel, inputs: Mapping[str, Any], 
         read = None
     if packing is not None and read is not None:
         read = packing.places(read)
-    views = ViewsOfCall(base, inputs["ptv2_prompts"], layers=replace(step, read=read), packing=packing)
+    views = ViewsOfCall(base, inputs["ptv2_prompts"], layers=LayersOfStep(step.plan, step.fused, read), packing=packing)
     return prompted(target, backbone, views)
 
 
@@ -112,5 +111,4 @@ def _packing(base: FrozenBase, backbone: PreTrainedModel, inputs: Mapping[str, A
     mask = inputs["attention_mask"]
     if not plan.unpad and not counts_padding(backbone, mask):
         return None
-    packing = Packing.of(mask)
-    return packing if packing.has_padding and packing.index.numel() else None
+    return Packing.of(mask)

@@ -116,12 +116,17 @@ class LayerProjections:
 
     def _find(self) -> _Found:
         """The projections of all layers, as they are."""
+        if torch.compiler.is_compiling():  # it follows the family's own code
+            return _Found(self._all())
         found = self._found
-        # The compiler follows the family's own code.
-        if found is None or torch.compiler.is_compiling() or not found.is_so():
-            per_layer = [self._family.projections(self._backbone, layer) for layer in self._layers]
-            found = self._found = _Found(self._backbone, per_layer)
+        if found is None or not found.is_so():
+            found = _Found(self._all())
+            found.look_at(self._backbone)
+            self._found = found
         return found
+
+    def _all(self) -> list[tuple[Projection, Projection]]:
+        return [self._family.projections(self._backbone, layer) for layer in self._layers]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_found": None}
@@ -132,18 +137,25 @@ class _Found:
 
     Attributes:
         per_layer: (of keys, of values) of each layer.
-        can_be_read: whether the kernel can read all weights where they are: it keeps their addresses, so they must be
-            the base's own, of one dtype.
     """
 
-    def __init__(self, backbone: nn.Module, per_layer: list[tuple[Projection, Projection]]) -> None:
+    def __init__(self, per_layer: list[tuple[Projection, Projection]]) -> None:
         self.per_layer = per_layer
-        all_of_them = [projection for pair in per_layer for projection in pair]
-        weights = [p.weight for p in all_of_them if p.weight is not None and p.in_place]
-        self._dtypes = {weight.dtype for weight in weights}
-        self.can_be_read = len(weights) == len(all_of_them) and len(self._dtypes) == 1
-        self._as_found = _as_found(backbone, [p.module for p in all_of_them]) if self.can_be_read else None
+        self._all = [projection for pair in per_layer for projection in pair]
+        # Of all weights, where the kernel can read them.
+        self._dtype: torch.dtype | None = None
+        self._as_found: LinearsAsFound | None = None
         self._tables: list[WeightTable] | None = None
+
+    def look_at(self, backbone: nn.Module) -> None:
+        """Note how they are in the backbone, and whether the kernel can read all weights where they are.
+
+        It keeps their addresses, so they must be the base's own, of one dtype.
+        """
+        dtypes = {None if p.weight is None or not p.in_place else p.weight.dtype for p in self._all}
+        if len(dtypes) == 1 and None not in dtypes:
+            (self._dtype,) = dtypes
+            self._as_found = _as_found(backbone, [p.module for p in self._all])
 
     def is_so(self) -> bool:
         """Whether they are known to be as they were."""
@@ -151,9 +163,9 @@ class _Found:
 
     def serves(self, normed: Tensor, backend: str) -> bool:
         """Whether the kernel takes the states and the weights."""
-        if not _kernel_is_wanted(normed, backend) or not self.can_be_read:
+        if not _kernel_is_wanted(normed, backend):
             return False
-        if normed.dtype not in _KERNEL_DTYPES or normed.dtype not in self._dtypes:
+        if normed.dtype not in _KERNEL_DTYPES or normed.dtype != self._dtype:
             return False
         if backend == "triton":
             check_available(normed.device)
@@ -161,7 +173,7 @@ class _Found:
 
     def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """(L', P, Hkv * d) keys and values from normed states (L', P, D), by the kernel."""
-        from ptv2_fast.kernels.prompt_projection import WeightTable, prompt_projection
+        from ptv2_fast.kernels.prompt_projection import WeightTable, prompt_projections
 
         tables = self._tables
         if tables is None:
@@ -170,8 +182,8 @@ class _Found:
                 biases = [p.bias for p in side] if side[0].bias is not None else None
                 tables.append(WeightTable([p.weight for p in side], biases))
             self._tables = tables
-        of_keys, of_values = tables
-        return prompt_projection(normed, of_keys), prompt_projection(normed, of_values)
+        keys, values = prompt_projections(normed, tables)
+        return keys, values
 
 
 def _as_found(backbone: nn.Module, linears: Sequence[nn.Module]) -> LinearsAsFound | None:

@@ -177,7 +177,7 @@ def test_packing_goes_there_and_back():
     assert packing.pack(values).flatten().tolist() == [1, 2, 6, 8]
     assert packing.cu_seqlens.tolist() == [0, 2, 2, 4] and packing.longest == 2
     assert torch.equal(packing.unpack(packing.pack(values)), values * mask[..., None])
-    assert not Packing.of(torch.ones(2, 3)).has_padding
+    assert Packing.of(torch.ones(2, 3)) is None and Packing.of(torch.zeros(2, 3)) is None
 
 
 def test_the_plan_says_what_is_on_and_why(caplog):
