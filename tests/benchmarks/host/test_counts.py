@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[3]
 STEPS = [f"step-{model}-{injection}" for model in ("bert", "llama") for injection in ("deep", "prefix")]
 # Calls of Python functions in a layer beyond the bare model's, and in a step beside its layers. Other versions of
 # Python and PyTorch enter a few more or fewer.
-MOST_CALLS = {"step": (250, 1200), "token": (55, 650)}
+MOST_CALLS = {"step": (80, 1040), "token": (20, 600)}
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,13 @@ def test_launches_of_a_token(counts):
 @pytest.mark.parametrize("case", STEPS)
 def test_operations_of_a_step(counts, case):
     ours, peft, bare = (counts[case][name]["operations"] for name in ("ours", "peft", "bare"))
-    assert ours["layer"] <= bare["layer"] + 8
-    assert ours["layer"] < peft["layer"]
+    assert ours["layer"] < bare["layer"] < peft["layer"]
     assert ours["besides"] <= 160
 
 
 def test_operations_of_a_token(counts):
     ours, bare = (counts["token-llama-deep"][name]["operations"] for name in ("ours", "bare"))
-    assert ours["layer"] <= bare["layer"] + 4
+    assert ours["layer"] <= bare["layer"]
     assert ours["besides"] <= bare["besides"]
 
 
