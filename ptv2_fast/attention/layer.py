@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptv2_fast.attention import torch_layers
 from ptv2_fast.attention.api import backend_for, prompt_attention
 from ptv2_fast.attention.checks import check_arguments
-from ptv2_fast.attention.prompt_batch import LayerPrompt, PromptBatch
+from ptv2_fast.attention.prompt_batch import Checked, LayerPrompt, PromptBatch
 
 # The arguments of `prompt_attention` that all layers of a pass share, and its numbers.
 _SHARED = ("key_mask", "cu_seqlens", "prompt_index", "prompt_lens")
@@ -49,7 +50,10 @@ def layer_attention(
     # A packed batch has no padding.
     shared = (None if packed else key_mask, batch.cu_seqlens, index, prompt.lens)
     numbers = (batch.max_seqlen, causal, window, softcap, scale, dropout_p)
-    if not torch.compiler.is_compiling() and _by_kernels(q, k, v, prompt, batch, bias, shared, numbers):
+    checked = None if torch.compiler.is_compiling() else _checked(q, k, v, prompt, batch, bias, shared, numbers)
+    if checked is not None and checked.backend == "torch":
+        return torch_layers.layer_attention(q, k, v, prompt, bias, shared, numbers, checked)
+    if checked is not None:
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         numbers = (batch.max_seqlen, causal, window, softcap, scale, dropout_p)
         return _by_triton()(q, k, v, prompt.keys, prompt.values, prompt.bias, bias, shared, numbers)
@@ -78,7 +82,7 @@ def _packed(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(0, 1)
 
 
-def _by_kernels(
+def _checked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -87,30 +91,34 @@ def _by_kernels(
     bias: Tensor | None,
     shared: tuple[Tensor | None, ...],
     numbers: tuple[Any, ...],
-) -> bool:
-    """Whether the kernels serve the layer, its arguments checked if they do.
+) -> Checked | None:
+    """What is known of arguments that are right, where a backend has a way of its own for layers; None where none has.
 
     An earlier layer of this forward pass that had the like answers for it.
     """
     kept = None if batch.asked is None or prompt.bias is not None else batch.asked.checked
     keys, values = prompt.keys, prompt.values
+    empty = not keys.numel()
+    if empty and any(x is not None and x.requires_grad for x in (keys, values, prompt.bias)):
+        return None  # its gradient of zeros is made elsewhere
     # What the layers have in common is the same object; that it is kept keeps its identity its own.
     key = (
         q.shape, k.shape, v.shape, keys.shape, values.shape, q.device, k.device, v.device, keys.device, values.device,
         q.dtype, numbers, *map(id, shared), None if bias is None else (bias.shape, bias.dtype, bias.device),
     )  # fmt: skip
-    if kept is not None and key in kept:
-        return True
-    if backend_for(batch.backend, q) != "triton" or not (q.numel() and k.numel() and keys.numel()):
-        return False
+    known = None if kept is None else kept.get(key)
+    if known is not None:
+        return known
+    backend = backend_for(batch.backend, q)
+    if backend == "reference" or (backend == "triton" and empty) or not (q.numel() and k.numel()):
+        return None
     if batch.cu_seqlens is not None:
         q, k, v = _packed(q), _packed(k), _packed(v)
     others = _named(shared, numbers)
     del others["causal"]
     check_arguments(q, k, v, keys, values, prompt_bias=prompt.bias, bias=bias, **others)
-    if kept is not None:
-        kept[key] = shared
-    return True
+    checked = Checked(backend, shared)
+    return checked if kept is None else kept.setdefault(key, checked)
 
 
 @functools.cache

@@ -53,23 +53,28 @@ class LayerProjections:
         """
         found = self._find()
         per_layer = found.per_layer
-        together = self._normed_together(states, backend)
+        together = self._normed_together(states, found)
         if together is not None and found.serves(together, backend):
             return self._all_finished(found.project(together), entries)
         normed = [
-            self._family.attention_input(self._backbone, layer, state)
-            for layer, state in zip(self._layers, states.unbind(0), strict=True)
+            state if together is not None else self._family.attention_input(self._backbone, layer, state)
+            for layer, state in zip(self._layers, (states if together is None else together).unbind(0), strict=True)
         ]
         if found.serves(normed[0], backend):
             return self._all_finished(found.project(torch.stack(normed)), entries)
         keys, values = [
             [project(x) for x, project in zip(normed, side, strict=True)] for side in zip(*per_layer, strict=True)
         ]
+        if together is not None:
+            return self._all_finished((torch.stack(keys), torch.stack(values)), entries)
         return [self._finished(*flat, entries=entries) for flat in zip(self._layers, keys, values, strict=True)]
 
-    def _normed_together(self, states: Tensor, backend: str) -> Tensor | None:
-        """(L', P, D) what all layers' projections read, for the kernel; None where each layer has to be asked."""
-        if not _kernel_is_wanted(states, backend):
+    def _normed_together(self, states: Tensor, found: _Found) -> Tensor | None:
+        """(L', P, D) what all layers' projections read; None where each layer has to be asked: inside the compiler,
+        under autocast, and where not all weights are where the states are."""
+        if torch.compiler.is_compiling() or autocast_dtype(states.device) is not None:
+            return None
+        if not found.is_on(states.device):
             return None
         return self._family.attention_inputs(self._backbone, self._layers, states)
 
@@ -156,6 +161,10 @@ class _Found:
         if len(dtypes) == 1 and None not in dtypes:
             (self._dtype,) = dtypes
             self._as_found = _as_found(backbone, [p.module for p in self._all])
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether every map is a weight, on this device."""
+        return all(p.weight is not None and p.weight.device == device for p in self._all)
 
     def is_so(self) -> bool:
         """Whether they are known to be as they were."""
