@@ -93,8 +93,8 @@ def _seen_by(group: RowGroup, like: Tensor, prompt_length: int, prompt_index: Te
     # Where attention is causal, what stands behind a row's tokens is seen by none of them.
     attended = None if sight["causal"] else group.attended(like.device)
     seen = visible(like, group.longest, group.longest, prompt_length, index, attended, None, **sight)
-    # Padding holds the row's own last token: there is nothing to hide from the row but a prompt's end.
-    return seen if sight["prompt_lens"] is not None else replace(seen, kept=None)
+    # Padding holds the row's own last token: there is nothing to hide from the row.
+    return replace(seen, text=None)
 
 
 def attend_packed(
@@ -164,15 +164,16 @@ def attend(
 
 def _joined(bank: Tensor, text: Tensor, seen: Visible) -> Tensor:
     """(B, Hkv, P + M, D): each row's prompt, then its text; zeros where a token is not there."""
-    if bank.shape[-2] == 0:
-        if seen.kept is None:
-            return text
-        joined = text.clone()
+    length = bank.shape[-2]
+    hides = seen.prompt is not None or seen.text is not None
+    if length == 0:
+        joined = text.clone() if hides else text
     else:
         # A view of stride 0 where all rows share one.
         prompt = bank.expand(text.shape[0], -1, -1, -1) if seen.index is None else bank[seen.index]
         joined = torch.cat([prompt, text], dim=2)
-    seen.zero_hidden(joined)
+    if hides:
+        seen.zero_hidden(joined, length)
     return joined
 
 

@@ -19,31 +19,37 @@ class Visible:
 
     Attributes:
         index: (B,) int64: each row's entry of the prompt bank; None where all rows share one prompt.
-        kept: (B or 1, 1, P + M, 1), the tokens of [prompt | text] that are there: integers as wide as the queries'
-            dtype, all ones or all zeros, where values can be looked at, else bool; None where all tokens are.
+        prompt, text: (B or 1, 1, P or M, 1), the tokens of each that are there: integers as wide as the queries' dtype,
+            all ones or all zeros, where values can be looked at, else bool; None where all tokens are.
         mask: (B or 1, H or 1, N or 1, P + M), added to scores; None where every query sees every key.
         blind: (B or 1, H or 1, N or 1, 1) bool: queries that see no key and run as if they saw all of them; their
             output is to be zero. None where there is none, as far as looking is free.
     """
 
     index: Tensor | None
-    kept: Tensor | None
+    prompt: Tensor | None
+    text: Tensor | None
     mask: Tensor | None
     blind: Tensor | None
 
-    def zero_hidden(self, joined: Tensor) -> None:
+    def zero_hidden(self, joined: Tensor, prompt_length: int) -> None:
         """Zero the tokens of keys or values (B, Hkv, P + M, D) that are not there: a weight of 0 would not undo a NaN.
 
         Unknown to autograd: weights are 0 there, and so are gradients.
         """
-        if self.kept is None:
-            return
         joined = joined.detach()
-        if self.kept.dtype == torch.bool:
-            joined.masked_fill_(~self.kept, 0.0)
-        else:
-            # masked_fill_ takes ten times as long on a CPU.
-            joined.view(self.kept.dtype).bitwise_and_(self.kept)
+        if self.prompt is not None:
+            _zero_others(joined[:, :, :prompt_length], self.prompt)
+        if self.text is not None:
+            _zero_others(joined[:, :, prompt_length:] if prompt_length else joined, self.text)
+
+
+def _zero_others(part: Tensor, kept: Tensor) -> None:
+    if kept.dtype == torch.bool:
+        part.masked_fill_(~kept, 0.0)
+    else:
+        # masked_fill_ takes ten times as long on a CPU.
+        part.view(kept.dtype).bitwise_and_(kept)
 
 
 def visible(
@@ -78,7 +84,7 @@ def visible(
     if mask is not None and mask.dtype == torch.bool:
         # SDPA would write these numbers anew in every layer.
         mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, float("-inf"))
-    return Visible(index, _kept(real, attended, prompt_length, num_keys, like.dtype), mask, blind)
+    return Visible(index, _kept(real, like.dtype), _kept(attended, like.dtype), mask, blind)
 
 
 def _hiding(tokens: Tensor | None) -> Tensor | None:
@@ -86,21 +92,12 @@ def _hiding(tokens: Tensor | None) -> Tensor | None:
     return None if tokens is None or readable(tokens) and bool(tokens.all()) else tokens
 
 
-def _kept(
-    real: Tensor | None, attended: Tensor | None, prompt_length: int, num_keys: int, dtype: torch.dtype
-) -> Tensor | None:
-    """(B or 1, 1, P + M, 1), the tokens that are there of the prompt, (B or 1, P), and of the text, (B, M)."""
-    sides = _join(
-        None if real is None else real[:, None, None],
-        None if attended is None else attended[:, None, None],
-        prompt_length,
-        num_keys,
-        dtype,
-    )
-    if sides is None:
+def _kept(tokens: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(B or 1, L) bool as (B or 1, 1, L, 1) for tensors of a dtype."""
+    if tokens is None:
         return None
-    kept = sides.transpose(2, 3)
-    return -kept.to(_BITS[dtype.itemsize]) if readable(kept) else kept
+    tokens = tokens[:, None, :, None]
+    return -tokens.to(_BITS[dtype.itemsize]) if readable(tokens) else tokens
 
 
 def _open_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -109,6 +109,6 @@ def _packing(base: FrozenBase, backbone: PreTrainedModel, inputs: Mapping[str, A
     if not can_unpad(inputs) or base.family.absolute_positions or balances_experts(base.model, inputs):
         return None
     mask = inputs["attention_mask"]
-    if not plan.unpad and not counts_padding(backbone, mask):
+    if not plan.unpads(mask, base.sizes.hidden_size) and not counts_padding(backbone, mask):
         return None
     return Packing.of(mask)
