@@ -241,6 +241,11 @@ def record(arch: int) -> Iterator[list[Launch]]:
         _recorder = before
 
 
+def is_recording() -> bool:
+    """Whether launches are collected."""
+    return _recorder is not None
+
+
 def run(
     kernel: Any, grid: tuple[int, ...], device: torch.device, tensors: launcher.Tensors, constants: launcher.Constants
 ) -> None:
@@ -281,14 +286,14 @@ def target_programs(device: torch.device) -> int:
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory for an output; every element is written by the kernel that gets it."""
-    return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return launcher.noted(torch.empty(tuple(shape), dtype=dtype, device=device))
 
 
 def allocate_strided(
     shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """The same, laid out by strides that give every element a place of its own."""
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return launcher.noted(torch.empty_strided(shape, strides, dtype=dtype, device=device))
 
 
 def allocate_statistics(shape: Sequence[int], device: torch.device) -> torch.Tensor:

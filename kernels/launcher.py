@@ -9,8 +9,10 @@ debugging, instrumentation, other backends than CUDA, other versions than those 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -45,7 +47,7 @@ class Constants:
     def __init__(self, values: Mapping[str, Any], groups: tuple[type, ...] = ()) -> None:
         self.values = dict(values)
         self.groups = groups
-        self.plans: dict[tuple[Any, ...], _Plan] = {}
+        self.plans: dict[tuple[Any, ...], Plan] = {}
 
     def arguments(self, kernel: Any, tensors: Tensors) -> dict[str, Any]:
         """All arguments of a launch of `kernel`, by name, and Triton's options."""
@@ -61,7 +63,7 @@ def constants(**values: Any) -> Constants:
     return Constants(values)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What repeats a launch.
 
     Attributes:
@@ -98,6 +100,65 @@ def is_known(version: str) -> bool:
 _is_known = is_known(triton.__version__)
 
 
+class Notes:
+    """What one thread allocates and launches meanwhile.
+
+    Attributes:
+        allocated: memory that nobody has written to yet, kept alive so that no address comes twice.
+        launched: (plan, grid, groups of tensors, whether groups are arguments) of each launch.
+        active, number: Triton's driver, and the number of its current device, in all of them.
+        missed: whether a launch was made of which there is no plan, or on another device than others.
+    """
+
+    def __init__(self) -> None:
+        self.allocated: list[torch.Tensor] = []
+        self.launched: list[tuple[Plan, tuple[int, int, int], Sequence[Any], bool]] = []
+        self.active: Any = None
+        self.number = 0
+        self.missed = False
+
+    def add(self, plan: Plan | None, grid: tuple[int, ...], constants: Constants, tensors: Tensors) -> None:
+        """Note a launch that was just made."""
+        active = driver.active
+        number = active.get_current_device()
+        if plan is None or self.launched and (active is not self.active or number != self.number):
+            self.missed = True
+            return
+        self.active, self.number = active, number
+        width, height, depth = (*grid, 1, 1)[:3]
+        is_grouped = bool(constants.groups)
+        self.launched.append((plan, (width, height, depth), tensors if is_grouped else (tensors,), is_grouped))
+
+
+class _Here(threading.local):
+    notes: Notes | None = None
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[Notes]:
+    """Note what this thread allocates and launches."""
+    before, _here.notes = _here.notes, Notes()
+    try:
+        yield _here.notes
+    finally:
+        _here.notes = before
+
+
+def noted(tensor: torch.Tensor) -> torch.Tensor:
+    """Fresh memory, noted where somebody does."""
+    if _here.notes is not None:
+        _here.notes.allocated.append(tensor)
+    return tensor
+
+
+def is_repeatable() -> bool:
+    """Whether launches may be made without Triton: its version is known, and nobody looks at them."""
+    return _is_known and not _is_watched()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], constants: Constants, tensors: Tensors) -> None:
     """Launch a kernel on the current device and stream, as `kernel[grid](**constants.arguments(kernel, tensors))` does.
 
@@ -107,8 +168,11 @@ def launch(kernel: Any, grid: tuple[int, ...], constants: Constants, tensors: Te
         constants: all other arguments.
         tensors: tensors, None where there is none; a tuple of them for each of the constants' groups if there are any.
     """
-    if not _is_known or type(kernel) is not JITFunction or kernel.pre_run_hooks or _is_watched():
+    notes = _here.notes
+    if type(kernel) is not JITFunction or kernel.pre_run_hooks or not is_repeatable():
         kernel[grid](**constants.arguments(kernel, tensors))
+        if notes is not None:
+            notes.missed = True
         return
     active = driver.active
     device = active.get_current_device()
@@ -134,7 +198,11 @@ def launch(kernel: Any, grid: tuple[int, ...], constants: Constants, tensors: Te
         plan = _plan(kernel, kernel[grid](**constants.arguments(kernel, tensors)), constants, tensors, device)
         if plan is not None:
             remember(constants.plans, key, plan, _MOST_PLANS)
+        if notes is not None:
+            notes.add(plan, grid, constants, tensors)
         return
+    if notes is not None:
+        notes.add(plan, grid, constants, tensors)
     width, height, depth = (*grid, 1, 1)[:3]
     plan.run(
         width,
@@ -155,18 +223,15 @@ def _is_watched() -> bool:
     """Whether somebody looks at launches or changes how kernels are compiled."""
     knobs = triton.knobs
     runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
         runtime.debug
         or knobs.compilation.instrumentation_mode
         or runtime.add_stages_inspection_hook is not None
-        or _calls(runtime.launch_enter_hook)
-        or _calls(runtime.launch_exit_hook)
+        # An empty chain of hooks does nothing.
+        or (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
     )
-
-
-def _calls(hook: Any) -> bool:
-    """Whether a hook does anything: an empty chain of hooks does not."""
-    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _plain(value: Any) -> Any:
@@ -174,7 +239,7 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
 
-def _has_changed(plan: _Plan) -> bool:
+def _has_changed(plan: Plan) -> bool:
     """Whether a constant that was compiled in has another value by now, which Triton refuses."""
     for name, value, namespace in plan.globals:
         if namespace.get(name) is not value:
@@ -182,7 +247,7 @@ def _has_changed(plan: _Plan) -> bool:
     return False
 
 
-def _plan(kernel: Any, compiled: Any, constants: Constants, tensors: Tensors, device: int) -> _Plan | None:
+def _plan(kernel: Any, compiled: Any, constants: Constants, tensors: Tensors, device: int) -> Plan | None:
     """How to repeat a launch that Triton has just made with `compiled`; None where it cannot be."""
     if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
         return None
@@ -198,7 +263,7 @@ def _plan(kernel: Any, compiled: Any, constants: Constants, tensors: Tensors, de
     used = [(name, namespace.get(name), namespace) for (name, _), (_, namespace) in kernel.used_global_vals.items()]
     # A class of NamedTuples is code, as a helper is: neither has a value that could change.
     used = [one for one in used if not isinstance(one[1], type)]
-    return _Plan(
+    return Plan(
         kernel,
         compiled,
         compiled.run,

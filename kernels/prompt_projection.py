@@ -8,6 +8,7 @@ weights stay where the model keeps them: the kernel finds layer l's through a ta
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ptv2_fast.kernels import launch, launcher
+from ptv2_fast.kernels.repeat import Repeated
 from ptv2_fast.kernels.tiles import widen
 
 _POINTER_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -66,6 +68,9 @@ def _layered_matmul_kernel(
         acc += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)
     out = out_ptr + widen(layer) * out_strides[0] + widen(m) * out_strides[1] + widen(n) * out_strides[2]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m < rows) & (n < columns))
+
+
+_How = tuple[bool, int, int, int]
 
 
 def _layered_matmul(
@@ -148,6 +153,10 @@ class WeightTable:
         self.num_layers = len(weights)
         self.shape, self.strides, self.dtype, self.device = first.shape, first.stride(), first.dtype, first.device
         self.aligned = all(weight.data_ptr() % 16 == 0 for weight in weights)
+        (out_features, in_features), (of_row, of_column) = self.shape, self.strides
+        # The last arguments of `_layered_matmul`, for x and for gradients of what is made of it.
+        self.forward: _How = (self.aligned, out_features, of_column, of_row)
+        self.backward: _How = (self.aligned, in_features, of_row, of_column)
         self.weights = self._addresses(weights)
         self.biases = None if biases is None else self._addresses(biases)
 
@@ -156,21 +165,42 @@ class WeightTable:
         return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=tensors[0].device)
 
 
+@Repeated
+def _projected(numbers: tuple[_How, ...], x: torch.Tensor, *tables: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """What each table makes of x: (L, rows, columns); numbers are the last arguments of `_layered_matmul`."""
+    pairs: Any = zip(numbers, tables[::2], tables[1::2], strict=True)
+    return tuple(_layered_matmul(x, weights, biases, *how) for how, weights, biases in pairs)
+
+
+@Repeated
+def _differentiated(numbers: tuple[_How, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the tables make of gradients of what they made, one each."""
+    pairs = zip(numbers, tensors[::2], tensors[1::2], strict=True)
+    return tuple(_layered_matmul(grad, weights, None, *how) for how, grad, weights in pairs)
+
+
 class _PromptProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, table: WeightTable) -> torch.Tensor:
-        ctx.table = table
-        out_features, _ = table.shape
-        return _layered_matmul(
-            x, table.weights, table.biases, table.aligned, out_features, table.strides[1], table.strides[0]
+    def forward(ctx: Any, x: torch.Tensor, tables: tuple[WeightTable, ...]) -> tuple[torch.Tensor, ...]:
+        ctx.tables = tables
+        ctx.set_materialize_grads(False)
+        return _projected(
+            tuple([table.forward for table in tables]),
+            x,
+            *[addresses for table in tables for addresses in (table.weights, table.biases)],
         )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
-        table = ctx.table
-        _, in_features = table.shape
-        return _layered_matmul(grad_output, table.weights, None, table.aligned, in_features, *table.strides), None
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+        asked = [(grad, table) for grad, table in zip(grads, ctx.tables, strict=True) if grad is not None]
+        if not asked:
+            return None, None
+        parts = _differentiated(
+            tuple([table.backward for _, table in asked]),
+            *[tensor for grad, table in asked for tensor in (grad, table.weights)],
+        )
+        return functools.reduce(torch.add, parts), None
 
 
 def prompt_projection(
@@ -189,12 +219,23 @@ def prompt_projection(
         ValueError: layers, sizes, dtypes or devices disagree.
     """
     table = weights if isinstance(weights, WeightTable) else WeightTable(weights, biases)
-    expected = (table.num_layers, table.shape[1])
-    if x.dim() != 3 or (x.shape[0], x.shape[2]) != expected or (x.dtype, x.device) != (table.dtype, table.device):
-        raise ValueError(
-            f"x must be ({expected[0]}, P, {expected[1]}) {table.dtype} on {table.device}; "
-            f"got {tuple(x.shape)} {x.dtype} on {x.device}"
-        )
+    return prompt_projections(x, (table,))[0]
+
+
+def prompt_projections(x: torch.Tensor, tables: Sequence[WeightTable]) -> tuple[torch.Tensor, ...]:
+    """`prompt_projection` of the same prompts by several tables: keys and values are two.
+
+    Raises:
+        ValueError: as there.
+    """
+    for table in tables:
+        expected = (table.num_layers, table.shape[1])
+        if x.dim() != 3 or (x.shape[0], x.shape[2]) != expected or (x.dtype, x.device) != (table.dtype, table.device):
+            raise ValueError(
+                f"x must be ({expected[0]}, P, {expected[1]}) {table.dtype} on {table.device}; "
+                f"got {tuple(x.shape)} {x.dtype} on {x.device}"
+            )
     if x.dtype == torch.bfloat16 and launch.architecture(x.device) == 0:
         raise ValueError("x must be float32 or float16 under Triton's interpreter; got torch.bfloat16")
-    return _PromptProjection.apply(x, table)
+    made: tuple[torch.Tensor, ...] = _PromptProjection.apply(x, tuple(tables))
+    return made

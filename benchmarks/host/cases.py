@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 
 # Rows, tokens and virtual tokens of every cell; a batch of many tasks has a row of each.
 ROWS, TOKENS, PROMPT, TASKS = 4, 32, 16, 16
-KINDS = ("launch", "step", "token", "tasks")
+KINDS = ("launch", "step", "token", "tasks", "cpu-eval", "cpu-step")
+# A whole batch with its padding, or without.
+_PADDED = ("step", "cpu-eval", "cpu-step")
 DEPTHS = {"tiny-bert": 12, "tiny-llama": 24}
 
 
@@ -15,8 +17,8 @@ class HostCase:
     """One thing that the host does.
 
     Attributes:
-        kind: one of `KINDS`: a launch of attention, an eager training step, a generated token, or a step whose rows
-            have as many tasks.
+        kind: one of `KINDS`: a launch of attention, an eager training step, a generated token, a step whose rows have
+            as many tasks; and without a stand-in, a CPU's own forward of evaluation and training step.
         model: key of `step.models.SHAPES`; empty for a launch.
         layers: its depth.
         injection: of our prompts; "forward" or "backward" for a launch.
@@ -38,7 +40,7 @@ class HostCase:
         """A name that no other cell has."""
         if self.kind == "launch":
             return f"launch-{self.injection}"
-        padding = f"-pad{round(100 * self.padding)}" if self.kind == "step" else ""
+        padding = f"-pad{round(100 * self.padding)}" if self.kind in _PADDED else ""
         return f"{self.kind}-{self.model}-L{self.layers}-{self.injection}{padding}"
 
     @property
@@ -70,5 +72,12 @@ def host_cases(tiny: bool = False) -> list[HostCase]:
             HostCase("tasks", model, layers, injection)
             for model, layers in depths.items()
             for injection in ("deep", "prefix")
+        ),
+        *(
+            HostCase(kind, model, layers, injection, padding)
+            for kind in ("cpu-eval", "cpu-step")
+            for model, layers in depths.items()
+            for injection in ("deep", "prefix")
+            for padding in paddings
         ),
     ]  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.host.cases import PROMPT, TASKS, TOKENS, HostCase
@@ -32,6 +33,8 @@ def calls_of(case: HostCase) -> dict[str, Call]:
     batch = make_batch(base, _lengths(case), causal=base.config.model_type == "llama", width=TOKENS)
     if case.kind == "tasks":
         return _tasks(case, base, batch)
+    if case.kind == "cpu-eval":
+        return _evaluations(case, base.eval(), batch)
     if case.kind == "token":
         return _generations(case, base.eval(), batch)
     return {"ours": _our_step(case, base, batch), "peft": _peft_step(base, batch), "bare": _bare_step(base, batch)}
@@ -47,8 +50,9 @@ def _lengths(case: HostCase) -> list[int]:
 
 
 def our_model(case: HostCase, base: nn.Module) -> nn.Module:
-    """Our model over a twin of the base, the triton backend and the defaults on CUDA asked for."""
-    prompts = {"num_virtual_tokens": PROMPT, "injection": case.injection, "backend": "triton"}
+    """Our model over a twin of the base: the triton backend and the defaults on CUDA asked for, or what a CPU has."""
+    own = case.kind.startswith("cpu-")
+    prompts = {"num_virtual_tokens": PROMPT, "injection": case.injection, "backend": "torch" if own else "triton"}
     causal = base.get_output_embeddings() is not None
     if causal:
         config = PTuningV2Config("CAUSAL_LM", **prompts)
@@ -56,7 +60,7 @@ def our_model(case: HostCase, base: nn.Module) -> nn.Module:
         config = PTuningV2Config("FEATURE_EXTRACTION", **prompts)
     else:
         config = PTuningV2Config("SEQ_CLS", heads={"task": HeadConfig("SEQ_CLS", 2)}, **prompts)
-    options = CUDA_EVALUATION if case.kind == "token" else CUDA_DEFAULTS
+    options = StepOptions() if own else CUDA_EVALUATION if case.kind == "token" else CUDA_DEFAULTS
     model = get_ptv2_model(twin(base), config, step_options=options)
     for number in range(1, TASKS if case.kind == "tasks" else 1):
         model.add_adapter(f"task{number}", config)
@@ -131,6 +135,28 @@ def _stepping(loss: Call, model: nn.Module) -> Call:
         loss().backward()
 
     return step
+
+
+# Evaluation
+
+
+def _evaluations(case: HostCase, base: nn.Module, batch: Batch) -> dict[str, Call]:
+    head = head_of(base)
+    peft = _peft_model(base, "CAUSAL_LM" if head is None else "FEATURE_EXTRACTION")
+
+    def evaluating(model: nn.Module, has_head: bool) -> Call:
+        model.eval()
+
+        @torch.no_grad()
+        def call() -> Tensor:
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            return output.logits if has_head else F.linear(output.last_hidden_state[:, 0].float(), head)
+
+        return call
+
+    others = {"peft": peft, "bare": twin(base)}
+    own = {"ours": evaluating(our_model(case, base), has_head=True)}
+    return own | {name: evaluating(model, head is None) for name, model in others.items()}
 
 
 # Generation

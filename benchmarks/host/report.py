@@ -30,6 +30,10 @@ HOST_GOALS = (
         "H6", "operations of a step of 16 tasks over one task's", _kind("tasks"), "ours", 1.2, 1.05,
         ours="ours_tasks16", quantity="operations",
     ),
+    _goal("H7", "a CPU's forward of evaluation over the bare model's", _kind("cpu-eval"), "bare", 1.3, 1.15),
+    _goal("H8", "a CPU's training step over the bare frozen model's", _kind("cpu-step"), "bare", 1.3, 1.15),
+    _goal("H9", "a CPU's forward of evaluation over PEFT's", _kind("cpu-eval"), "peft", 1.0, 0.95),
+    _goal("H10", "a CPU's training step over PEFT's", _kind("cpu-step"), "peft", 1.0, 0.95),
 )  # fmt: skip
 
 

@@ -241,11 +241,9 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _prompt_of(batch: PromptBatch, module: nn.Module, key: Tensor) -> LayerPrompt:
     """The prompt of an attention module in the dtype of its keys; an empty one where it has none."""
-    prompt = batch.of(module)
-    return _empty_prompt(key) if prompt is None else _cast(prompt, key.dtype)
-
-
-def _cast(prompt: LayerPrompt, dtype: torch.dtype) -> LayerPrompt:
+    prompt, dtype = batch.of(module), key.dtype
+    if prompt is None:
+        return _empty_prompt(key)
     if prompt.keys.dtype == dtype and prompt.values.dtype == dtype:
         return prompt
     return LayerPrompt(prompt.keys.to(dtype), prompt.values.to(dtype), prompt.bias, prompt.lens)

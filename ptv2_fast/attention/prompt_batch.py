@@ -35,6 +35,22 @@ class LazyPrompt:
         self.make = make
 
 
+@dataclass
+class Checked:
+    """Arguments of attention that are right, and what a backend has found out about all layers that have the like.
+
+    Attributes:
+        backend: which one serves them.
+        shared: the objects that those have in common: that they are kept keeps their identities theirs.
+        seen: what queries see according to the torch backend, and the version of the key mask that it looked at; None
+            where it has not.
+    """
+
+    backend: str
+    shared: tuple[Any, ...]
+    seen: tuple[Any, int | None] | None = None
+
+
 class Account:
     """What is known of one forward pass; one object for all copies of its batch.
 
@@ -47,7 +63,7 @@ class Account:
     def __init__(self) -> None:
         self.layers: set[int] = set()
         self.times = 0
-        self.checked: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.checked: dict[tuple[Any, ...], Checked] = {}
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,7 @@ class PromptBatch:
             return None
         index = 0
         if len(self.layers) > 1:
-            own: int | None = getattr(module, "prompt_layer", None)
+            own: int | None = module.__dict__.get("prompt_layer")  # a view's
             index = module.layer_idx if own is None else own
         self._note(index)
         prompt = self.layers[index]

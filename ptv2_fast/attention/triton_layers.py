@@ -1,8 +1,8 @@
 """One layer's attention through the Triton kernels, in the layout in which models have it: eager calls alone.
 
 What turns that layout into the kernels' is done where autograd does not look, and undone for the gradients: a model has
-many layers, and each operation that autograd notes costs the host more than one that it does not. Imported only where
-Triton serves.
+many layers, and each operation that autograd notes costs the host more than one that it does not. From layer to layer
+only addresses change, so what a layer does is repeated. Imported only where Triton serves.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from torch import Tensor
 
 from ptv2_fast.attention.triton_backend import by_decode
 from ptv2_fast.kernels import prompt_backward, prompt_decode, prompt_forward
+from ptv2_fast.kernels.repeat import Repeated
 
-_Given = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-_REST = ("key_mask", "cu_seqlens", "prompt_index", "prompt_lens", "seed")
+# What comes after queries, keys, values and the prompt's keys and values, by the names that the kernels have for it.
+_ADDED = ("prompt_bias", "bias")
+_SHARED = ("key_mask", "cu_seqlens", "prompt_index", "prompt_lens")
+_NUMBERS = ("max_seqlen", "causal", "window", "softcap", "scale", "dropout_p")
+_TENSORS = (*_ADDED, *_SHARED, "seed")
+
+_Optional = Tensor | None
 
 
 def layer_attention(
@@ -28,41 +34,42 @@ def layer_attention(
     prompt_v: Tensor,
     prompt_bias: Tensor | None,
     bias: Tensor | None,
-    arguments: dict[str, Any],
+    shared: tuple[_Optional, _Optional, _Optional, _Optional],
+    numbers: tuple[int | None, bool, int | None, float | None, float, float],
 ) -> Tensor:
     """(B, N, H, D), nothing checked and nothing empty.
 
     Args:
         q, k, v: (B, H, N, D) and (B, Hkv, M, D), also where `cu_seqlens` says that the flattened tokens are packed.
         prompt_k, prompt_v, prompt_bias: with or without a bank's first axis.
-        arguments: the others of `kernels.prompt_forward.prompt_attention_forward`, without the seed.
+        shared: key_mask, cu_seqlens, prompt_index and prompt_lens of `kernels.prompt_forward.prompt_attention_forward`.
+        numbers: its max_seqlen, causal, window, softcap, scale and dropout_p.
     """
-    if arguments["dropout_p"] > 0.0:
+    seed = None
+    if numbers[-1] > 0.0:
         # One draw from the device's generator a call: torch.manual_seed and CUDA-graph replay govern it.
-        arguments["seed"] = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
     given = (q, k, v, prompt_k, prompt_v, prompt_bias, bias)
     if torch.is_grad_enabled():
         for tensor in given:
             if tensor is not None and tensor.requires_grad:
-                out: Tensor = _LayerAttention.apply(arguments, *given)
+                out: Tensor = _LayerAttention.apply(numbers, (*shared, seed), *given)
                 return out
-    return _leaving(_attend(_entering(given, arguments), arguments)[0], q, arguments)
+    made: Any = _attended(numbers, *given, *shared, seed)[0]
+    return made
 
 
 class _LayerAttention(torch.autograd.Function):
     """Saves the kernels' inputs, o and lse; backward launches only the passes that are asked for."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: dict[str, Any], *given: Any) -> Tensor:
-        inputs = _entering(given, arguments)
-        output, lse = _attend(inputs, arguments)
-        ctx.save_for_backward(*inputs, output, lse, *[arguments.get(name) for name in _REST])
-        ctx.arguments = arguments
-        # (B, N), and whether the prompt has got an axis.
-        ctx.form = given[0].shape[0], given[0].shape[2], given[3].dim() == 3
+    def forward(ctx: Any, numbers: tuple[Any, ...], rest: tuple[_Optional, ...], *given: Any) -> Tensor:
+        output: Any
+        output, lse = _attended(numbers, *given, *rest)
+        ctx.save_for_backward(*given, *rest, output, lse)
+        ctx.numbers = numbers
         ctx.set_materialize_grads(False)
-        # To autograd this is no view of what was made here.
-        return _leaving(output, given[0], arguments).detach()
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -74,33 +81,72 @@ class _LayerAttention(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 8
-    q, k, v, prompt_k, prompt_v, prompt_bias, bias, output, lse, *rest = ctx.saved_tensors
-    _, of_q, of_k, of_v, of_prompt_k, of_prompt_v, of_prompt_bias, of_bias = ctx.needs_input_grad
-    packed = ctx.arguments["cu_seqlens"] is not None
-    needs = prompt_backward.Needs(of_q, of_k or of_v, of_prompt_k or of_prompt_v, of_prompt_bias, of_bias)
+        return (None,) * 9
+    return None, None, *_differentiated((ctx.numbers, ctx.needs_input_grad[2:]), grad, *ctx.saved_tensors)
+
+
+_refused_twice: Callable[..., Any] = torch.autograd.function.once_differentiable(_gradients)
+
+
+@Repeated
+def _attended(
+    numbers: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, *rest: _Optional
+) -> tuple[Tensor, Tensor]:
+    """o (B, N, H, D) and what the kernels give as lse.
+
+    Args:
+        numbers, rest: by the names `_NUMBERS` and `_TENSORS`.
+    """
+    arguments = _arguments(numbers, rest, prompt_k)
+    inputs = _entering(q, k, v, prompt_k, prompt_v, arguments["cu_seqlens"])
+    few = by_decode(inputs[0], arguments["cu_seqlens"], arguments["dropout_p"])
+    attend = prompt_decode.prompt_attention_decode if few else prompt_forward.prompt_attention_forward
+    output, lse = attend(*inputs, **arguments)
+    packed = arguments["cu_seqlens"] is not None
+    output = output.view(*q.shape[::2], *output.shape[1:]) if packed else output.transpose(1, 2)
+    # To autograd this is no view of what was made here.
+    return output.detach(), lse
+
+
+@Repeated
+def _differentiated(
+    given: tuple[tuple[Any, ...], tuple[bool, ...]],
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    *others: _Optional,
+) -> tuple[_Optional, ...]:
+    """The gradients of q, k, v, prompt_k, prompt_v, prompt_bias and bias; None where nobody asks.
+
+    Args:
+        given: numbers as above, and of which of them a gradient is asked for.
+        grad: of o, (B, N, H, D).
+        others: rest as above, then o and lse.
+    """
+    numbers, (of_q, of_k, of_v, of_prompt_k, of_prompt_v, of_prompt_bias, of_bias) = given
+    *rest, output, lse = others
+    assert output is not None and lse is not None
+    arguments = _arguments(numbers, rest, prompt_k)
+    cu_seqlens = arguments["cu_seqlens"]
+    packed = cu_seqlens is not None
     dq, dk, dv, *dprompt, dbias = prompt_backward.prompt_attention_backward(
         grad.flatten(0, 1) if packed else grad.transpose(1, 2),
-        q,
-        k,
-        v,
-        prompt_k,
-        prompt_v,
-        output,
+        *_entering(q, k, v, prompt_k, prompt_v, cu_seqlens),
+        output.flatten(0, 1) if packed else output.transpose(1, 2),
         lse,
-        needs=needs,
-        prompt_bias=prompt_bias,
-        bias=bias,
-        **{**ctx.arguments, **dict(zip(_REST, rest, strict=True))},
+        needs=prompt_backward.Needs(of_q, of_k or of_v, of_prompt_k or of_prompt_v, of_prompt_bias, of_bias),
+        **arguments,
     )
-    rows, tokens, unbanked = ctx.form
     if packed:
+        rows, tokens = q.shape[0], q.shape[2]
         dq, dk, dv = _in_rows(dq, rows, tokens), _in_rows(dk, rows, tokens), _in_rows(dv, rows, tokens)
-    if unbanked:
+    if prompt_k.dim() == 3:
         dprompt = [None if x is None else x[0] for x in dprompt]
     dprompt_k, dprompt_v, dprompt_bias = dprompt
     return (
-        None,
         dq,
         dk if of_k else None,
         dv if of_v else None,
@@ -111,34 +157,25 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-_refused_twice: Callable[..., Any] = torch.autograd.function.once_differentiable(_gradients)
+def _arguments(numbers: tuple[Any, ...], rest: Any, prompt_k: Tensor) -> dict[str, Any]:
+    """The keyword arguments of the kernels' host functions."""
+    arguments = {**dict(zip(_TENSORS, rest, strict=True)), **dict(zip(_NUMBERS, numbers, strict=True))}
+    if prompt_k.dim() == 3 and arguments["prompt_bias"] is not None:
+        arguments["prompt_bias"] = arguments["prompt_bias"][None]
+    return arguments
+
+
+def _entering(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the kernels take."""
+    if cu_seqlens is not None:
+        q, k, v = q.transpose(1, 2).flatten(0, 1), k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)
+    if prompt_k.dim() == 3:
+        prompt_k, prompt_v = prompt_k[None], prompt_v[None]
+    return q, k, v, prompt_k, prompt_v
 
 
 def _in_rows(gradient: Tensor | None, rows: int, tokens: int) -> Tensor | None:
     """(B, H, N, D) of (T, H, D)."""
     return None if gradient is None else gradient.view(rows, tokens, *gradient.shape[1:]).transpose(1, 2)
-
-
-def _entering(given: Any, arguments: dict[str, Any]) -> _Given:
-    """What the kernels take."""
-    q, k, v, prompt_k, prompt_v, prompt_bias, bias = given
-    if arguments["cu_seqlens"] is not None:
-        q, k, v = q.transpose(1, 2).flatten(0, 1), k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)
-    if prompt_k.dim() == 3:
-        prompt_k, prompt_v = prompt_k[None], prompt_v[None]
-        prompt_bias = None if prompt_bias is None else prompt_bias[None]
-    return q, k, v, prompt_k, prompt_v, prompt_bias, bias
-
-
-def _attend(inputs: _Given, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    q, k, v, prompt_k, prompt_v, prompt_bias, bias = inputs
-    few = by_decode(q, arguments["cu_seqlens"], arguments["dropout_p"])
-    attend = prompt_decode.prompt_attention_decode if few else prompt_forward.prompt_attention_forward
-    return attend(q, k, v, prompt_k, prompt_v, prompt_bias=prompt_bias, bias=bias, **arguments)
-
-
-def _leaving(output: Tensor, q: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """(B, N, H, D) of the kernels' (B, H, N, D) or (T, H, D)."""
-    if arguments["cu_seqlens"] is None:
-        return output.transpose(1, 2)
-    return output.view(q.shape[0], q.shape[2], *output.shape[1:])

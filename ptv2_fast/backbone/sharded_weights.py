@@ -37,14 +37,20 @@ def weights_owner(above: Sequence[nn.Module], layers: nn.ModuleList) -> str | No
     return None
 
 
-def _first_parameter(module: nn.Module) -> nn.Parameter | None:
-    """The first of `module.parameters()`, whose walk costs every step several times as much."""
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            return parameter
-    for child in module._modules.values():
-        if child is not None and (found := _first_parameter(child)) is not None:
-            return found
+def _first_parameter(module: nn.Module, *, floating: bool = False) -> nn.Parameter | None:
+    """The first of `module.parameters()`, whose walk costs every step several times as much.
+
+    Args:
+        floating: it has to be a floating-point one.
+    """
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is not None:
+            for parameter in one._parameters.values():
+                if parameter is not None and (not floating or parameter.is_floating_point()):
+                    return parameter
+            waiting.extend(reversed(one._modules.values()))
     return None
 
 
@@ -54,20 +60,10 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     Raises:
         ValueError: there is none.
     """
-    found = _first_floating(model)
+    found = _first_parameter(model, floating=True)
     if found is None:
         raise ValueError(f"model must have floating-point parameters; got {type(model).__name__} without any")
     return found.dtype
-
-
-def _first_floating(module: nn.Module) -> nn.Parameter | None:
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.is_floating_point():
-            return parameter
-    for child in module._modules.values():
-        if child is not None and (found := _first_floating(child)) is not None:
-            return found
-    return None
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -160,8 +160,9 @@ def _install_hooks_once(model: PreTrainedModel) -> None:
 
 def _shallow_copy(module: M, cls: type[M], read: Mapping[str, Any] | None = None) -> M:
     """An object of `cls` with the attributes of `module`; what copy.copy does, in steps that torch.compile traces."""
+    traced = torch.compiler.is_compiling()
     # What changes from here on is seen to have changed.
-    source = None if torch.compiler.is_compiling() else Source.of(module, *(() if read is None else (read,)))
+    source = None if traced else Source.of(module, *(() if read is None else (read,)))
     copied = object.__new__(cls)
     copied.__dict__.update(module.__dict__)
     if source is not None:
@@ -172,7 +173,7 @@ def _shallow_copy(module: M, cls: type[M], read: Mapping[str, Any] | None = None
         for name in ("forward", "_old_forward"):
             if name in module.__dict__:
                 copied.__dict__[name] = _rebound(module.__dict__[name], module, copied)
-    if torch.compiler.is_compiling():
+    if traced:
         for name in _handed_on(cls):
             function = module.__dict__[name].func if name in module.__dict__ else getattr(type(module), name)
             copied.__dict__[name] = functools.partial(function, copied)

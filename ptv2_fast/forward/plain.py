@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ def _view(base: FrozenBase, target: PreTrainedModel, inputs: Mapping[str, Any], 
         read = None
     if packing is not None and read is not None:
         read = packing.places(read)
-    views = ViewsOfCall(base, inputs["ptv2_prompts"], layers=replace(step, read=read), packing=packing)
+    views = ViewsOfCall(base, inputs["ptv2_prompts"], layers=LayersOfStep(step.plan, step.fused, read), packing=packing)
     return prompted(target, backbone, views)
 
 
@@ -111,7 +110,6 @@ def _packing(base: FrozenBase, backbone: PreTrainedModel, inputs: Mapping[str, A
     if not can_unpad(inputs) or base.family.absolute_positions or balances_experts(base.model, inputs):
         return None
     mask = inputs["attention_mask"]
-    if not plan.unpad and not counts_padding(backbone, mask):
+    if not plan.unpads(mask, base.sizes.hidden_size) and not counts_padding(backbone, mask):
         return None
-    packing = Packing.of(mask)
-    return packing if packing.has_padding and packing.index.numel() else None
+    return Packing.of(mask)

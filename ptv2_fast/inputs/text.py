@@ -148,8 +148,12 @@ def text_positions(
     if position_ids is not None:
         return position_ids + offset
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        counted = attention_mask.long().cumsum(-1)[:, -tokens:] - 1
-        return counted.clamp(min=0) + first + offset
+        counted = attention_mask.long().cumsum(-1)
+        if counted.shape[1] != tokens:
+            counted = counted[:, -tokens:]
+        counted = (counted - 1).clamp(min=0)
+        shift = first + offset
+        return counted + shift if isinstance(shift, Tensor) or shift else counted
     if isinstance(offset, int) and offset == 0:
         return None
     return (torch.arange(tokens, device=device) + first + past_length).expand(rows, -1) + offset

@@ -8,13 +8,13 @@ at memory itself sees the buffer: `safetensors.torch.save_model` wants `release`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import repeat
-from operator import attrgetter, contains, eq, is_
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ptv2_fast.backbone.linears_as_found import LinearsAsFound, way_down
 
 # Children, by their names in transformers, that are given the same input.
 _GROUPS = (
@@ -37,7 +37,7 @@ class FusedProjections:
         self._groups = _groups_of(backbone)
         self._found: dict[str, nn.Module] = {}
         # How the groups were found when they were last gathered, all of them whole.
-        self._left: _Left | None = None
+        self._left: LinearsAsFound | None = None
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -55,7 +55,7 @@ class FusedProjections:
         whole = [group for group in self._groups if group.is_whole()]
         for group in whole:
             group.gather()
-        self._left = _Left(self._backbone, whole) if len(whole) == len(self._groups) else None
+        self._left = _as_found(self._backbone, whole) if len(whole) == len(self._groups) else None
         found: dict[str, nn.Module] = {path: module for group in whole for path, module in group.modules.items()}
         if found.keys() != self._found.keys():
             self._found = found
@@ -71,44 +71,9 @@ class FusedProjections:
             group.release()
 
 
-class _Left:
-    """How groups were left: every step asks whether each is whole and in place, in passes that no Python interrupts."""
-
-    def __init__(self, backbone: nn.Module, groups: Sequence[FusedGroup]):
-        self._linears = [linear for group in groups for linear in group.linears]
-        # From the backbone down: which module each has under which name.
-        places = [place for group in groups for place in group.places(backbone)]
-        unique = {(id(parent), name): (parent, name, child) for parent, name, child in places}
-        self._parents, self._names, self._parts = (
-            map(list, zip(*unique.values(), strict=True)) if unique else ([], [], [])
-        )
-        self._own = [linear.__dict__ for linear in self._linears]
-        self._tensors = self._all_tensors()
-        self._present = [tensor for tensor in self._tensors if tensor is not None]
-        self._addresses = list(map(Tensor.data_ptr, self._present))
-        self._dtypes = list(map(_dtype, self._present))
-
-    def is_so(self) -> bool:
-        """Whether the linear maps are the same and plain, and their tensors the same, frozen and where they were."""
-        return (
-            all(map(is_, map(dict.get, map(_children, self._parents), self._names), self._parts))
-            and all(map(is_, map(type, self._linears), repeat(nn.Linear)))
-            and not any(any(map(hooks, self._linears)) for hooks in _HOOKS)
-            and not any(map(contains, self._own, repeat("forward")))
-            and all(map(is_, self._all_tensors(), self._tensors))
-            and not any(map(_requires_grad, self._present))
-            and all(map(eq, map(Tensor.data_ptr, self._present), self._addresses))
-            and all(map(is_, map(_dtype, self._present), self._dtypes))
-        )
-
-    def _all_tensors(self) -> list[Tensor | None]:
-        parameters = list(map(_parameters, self._linears))
-        return [*map(dict.get, parameters, repeat("weight")), *map(dict.get, parameters, repeat("bias"))]
-
-
-_children, _parameters = attrgetter("_modules"), attrgetter("_parameters")
-_HOOKS = tuple(map(attrgetter, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")))
-_dtype, _requires_grad = attrgetter("dtype"), attrgetter("requires_grad")
+def _as_found(backbone: nn.Module, groups: Sequence[FusedGroup]) -> LinearsAsFound:
+    places = [place for group in groups for place in group.places(backbone)]
+    return LinearsAsFound(places, [linear for group in groups for linear in group.linears])
 
 
 class FusedGroup:
@@ -128,7 +93,7 @@ class FusedGroup:
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         # (input, what the linear maps after the first one make of it), between their calls in one forward.
-        self._kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._kept: tuple[Tensor, list[Tensor]] | None = None
         paths = [f"{path}.{name}" if path else name for name in names]
         self.modules = {path: _FusedLinear(self, position) for position, path in enumerate(paths)}
 
@@ -141,12 +106,8 @@ class FusedGroup:
 
     def places(self, backbone: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
         """(module, name of a child, that child) on the way from the backbone to each linear map."""
-        way, module = [], backbone
-        for name in self.path:
-            child = module.get_submodule(name)
-            way.append((module, name, child))
-            module = child
-        return [*way, *((self.parent, name, linear) for name, linear in zip(self.names, self.linears, strict=True))]
+        own = zip(self.names, self.linears, strict=True)
+        return [*way_down(backbone, self.path), *((self.parent, name, linear) for name, linear in own)]
 
     def is_whole(self) -> bool:
         """Whether the linear maps are still the parent's, and can be fused."""
@@ -173,9 +134,9 @@ class FusedGroup:
 
     def first(self, x: Tensor) -> Tensor:
         """The first linear map of x (..., D); the others' results wait for `next`."""
-        weight = cast(Tensor, self._weight)  # `gather` comes before every forward
-        result, *rest = F.linear(x, weight, self._bias).split(self._sizes, dim=-1)
-        self._kept = (x, tuple(rest))
+        weight: Any = self._weight  # `gather` comes before every forward
+        result, *rest = F.linear(x, weight, self._bias).split_with_sizes(self._sizes, -1)
+        self._kept = (x, rest)
         return result
 
     def next(self, x: Tensor, position: int) -> Tensor:

@@ -18,6 +18,10 @@ _NOT_TRACED = ("unpad", "labelled_rows_loss", "fused_projections", "compile_laye
 # What reads, moves or traces weights outside the forward of the module that has them.
 _NEEDS_WEIGHTS = ("labelled_rows_loss", "fused_projections", "compile_layers", "cuda_graphs")
 
+# Multiply-adds of a layer's maps that dropped padding has to save on a CPU, where nobody asked for it: what packed
+# attention costs besides takes as long (BERT of widths 32 to 384, forward and backward).
+_WORTH_UNPADDING = 16_000_000
+
 logger = logging.getLogger("ptv2_fast")
 
 
@@ -29,7 +33,8 @@ class StepOptions:
 
     Attributes:
         unpad: run the layers over real tokens only; padding is dropped before the first layer and put back, as
-            zeros, after the last. None: while training, on the CPU or with the triton backend.
+            zeros, after the last. None: while training, with the triton backend, or on the CPU where a batch has so
+            much padding that it saves time.
         labelled_rows_loss: causal language models compute logits for labelled tokens only, in chunks, and return
             a loss without logits. None: while training on CUDA.
         fused_projections: queries, keys and values (and gate and up) of the frozen base by one matrix product; their
@@ -65,6 +70,7 @@ class StepPlan:
     Attributes:
         weights_owner: who brings the weights only while their modules run (`backbone.sharded_weights` says); None where
             they stay.
+        worth_unpadding: multiply-adds of a layer that dropped padding has to save.
     """
 
     unpad: bool
@@ -75,6 +81,14 @@ class StepPlan:
     cuda_graphs: bool
     reasons: tuple[str, ...]
     weights_owner: str | None = None
+    worth_unpadding: int = 0
+
+    def unpads(self, mask: torch.Tensor, width: int) -> bool:
+        """Whether padding is dropped from a batch with this mask (B, N), of a model whose states have this width."""
+        if not self.unpad or not self.worth_unpadding:
+            return self.unpad
+        # The maps of a layer have about 12 width^2 weights.
+        return (mask.numel() - int(mask.count_nonzero())) * 12 * width**2 >= self.worth_unpadding
 
     def __str__(self) -> str:
         return "; ".join(self.reasons)
@@ -122,4 +136,5 @@ def plan_step(
         if without and name in without:
             decided[name], why = False, without[name]
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
-    return StepPlan(**decided, reasons=tuple(reasons), weights_owner=weights_owner)
+    worth = _WORTH_UNPADDING if options.unpad is None and not on_cuda else 0
+    return StepPlan(**decided, reasons=tuple(reasons), weights_owner=weights_owner, worth_unpadding=worth)

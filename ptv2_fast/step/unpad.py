@@ -34,18 +34,17 @@ class Packing:
     longest: int
 
     @classmethod
-    def of(cls, mask: Tensor) -> Packing:
-        """Read a mask (B, N), nonzero at real tokens; waits for the device."""
+    def of(cls, mask: Tensor) -> Packing | None:
+        """Read a mask (B, N), nonzero at real tokens; waits for the device. None where there is no padding, or nothing
+        else."""
+        rows, tokens = mask.shape
+        index = mask.flatten().nonzero().flatten()
+        if index.numel() in (0, rows * tokens):
+            return None
         real = mask.bool()
         lengths = real.sum(-1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        longest = int(lengths.max()) if lengths.numel() else 0
-        rows, tokens = mask.shape
-        return cls(rows, tokens, real.flatten().nonzero().flatten(), cu_seqlens, longest)
-
-    @property
-    def has_padding(self) -> bool:
-        return self.index.numel() < self.rows * self.tokens
+        return cls(rows, tokens, index, cu_seqlens, int(lengths.max()))
 
     def places(self, tokens: Tensor) -> Tensor:
         """Where tokens (R,) of the flattened (B, N) stand among the T real tokens; T for padding."""

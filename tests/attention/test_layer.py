@@ -139,3 +139,33 @@ def test_what_the_first_layer_had_is_checked_once(monkeypatch):
     assert len(seen) == 1
     layer_attention(*states, prompt, PromptBatch((prompt,), backend="triton"), **OPTIONS)
     assert len(seen) == 2
+
+
+def test_what_layers_see_is_found_once_and_again_when_a_mask_changes(monkeypatch):
+    from ptv2_fast.attention import torch_layers
+
+    seen = []
+    find = torch_layers.visible
+    monkeypatch.setattr(torch_layers, "visible", lambda *given, **others: (seen.append(1), find(*given, **others))[1])
+    states, prompt = _states(), _prompt()
+    mask = CASES["mask"]["key_mask"].clone()
+    batch = PromptBatch((prompt,), backend="torch", asked=Account())
+    found = [layer_attention(*states, prompt, batch, **{**OPTIONS, "key_mask": mask}) for _ in range(3)]
+    assert len(seen) == 1
+    assert_same_bits(found[2], found[0])
+    layer_attention(*states, prompt, batch, **{**OPTIONS, "key_mask": mask, "window": 3})
+    assert len(seen) == 2
+    mask[1, 2:] = True
+    changed = layer_attention(*states, prompt, batch, **{**OPTIONS, "key_mask": mask})
+    alone = PromptBatch((prompt,), backend="torch")
+    assert_same_bits(changed, layer_attention(*states, prompt, alone, **{**OPTIONS, "key_mask": mask}))
+    assert not torch.equal(changed[1], found[0][1])
+
+
+def test_an_empty_prompt_that_trains_gets_zeros_behind_one_that_does_not():
+    states = _states()
+    empty = [torch.zeros(KV, 0, D, device=DEVICE, requires_grad=trains) for trains in (False, True)]
+    batch = PromptBatch((None,), backend="torch", asked=Account())
+    for keys in empty:
+        out = layer_attention(*states, LayerPrompt(keys, keys), batch, **OPTIONS)
+    assert torch.autograd.grad(out.sum(), empty[1])[0].shape == (KV, 0, D)

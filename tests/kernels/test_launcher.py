@@ -1,4 +1,5 @@
-"""Launches that are repeated are those that Triton would make; the checks are `tests/support/repeated_launches.py`."""
+"""Launches that are repeated are those that Triton would make, and repeated calls make those of their functions; the
+checks are `tests/support/repeated_launches.py` and `repeated_calls.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from ptv2_fast.kernels import launcher
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "tests" / "support" / "repeated_launches.py"
-CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(), re.MULTILINE)
+SCRIPTS = (SCRIPT, SCRIPT.with_name("repeated_calls.py"))
+CHECKS = [check for script in SCRIPTS for check in re.findall(r"^def check_(\w+)", script.read_text(), re.MULTILINE)]
 
 
 @pytest.fixture(scope="module")

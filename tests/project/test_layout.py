@@ -45,7 +45,8 @@ WITHOUT_TRANSFORMERS = {
     "kernels", "choices", "task_types", "config", "storage", "typed_modules", "public", "checkpoint", "export", "hub",
 }  # fmt: skip
 ATTENTION_WITHOUT_TRANSFORMERS = {
-    "api", "checks", "layer", "prompt_batch", "torch_backend", "triton_backend", "triton_layers", "__init__",
+    "api", "checks", "layer", "prompt_batch", "torch_backend", "torch_layers", "triton_backend",
+    "triton_layers", "row_groups", "visible", "__init__",
 }  # fmt: skip
 
 

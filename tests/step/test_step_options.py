@@ -177,7 +177,7 @@ def test_packing_goes_there_and_back():
     assert packing.pack(values).flatten().tolist() == [1, 2, 6, 8]
     assert packing.cu_seqlens.tolist() == [0, 2, 2, 4] and packing.longest == 2
     assert torch.equal(packing.unpack(packing.pack(values)), values * mask[..., None])
-    assert not Packing.of(torch.ones(2, 3)).has_padding
+    assert Packing.of(torch.ones(2, 3)) is None and Packing.of(torch.zeros(2, 3)) is None
 
 
 def test_the_plan_says_what_is_on_and_why(caplog):
@@ -186,6 +186,12 @@ def test_the_plan_says_what_is_on_and_why(caplog):
     assert not plan_step(StepOptions(), training=True, device=torch.device("cuda"), backend="torch").unpad
     assert plan_step(StepOptions(), training=True, device=CPU, backend="torch").unpad
     assert plan_step(StepOptions(unpad=True), training=False, device=CPU, backend="torch").unpad
+    few, many = torch.ones(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.long)
+    few[1, -2:], many[1, -20:] = 0, 0
+    on_cpu = plan_step(StepOptions(), training=True, device=CPU, backend="torch")
+    assert [on_cpu.unpads(mask, width) for mask in (few, many) for width in (32, 384)] == [False, False, False, True]
+    assert plan_step(StepOptions(unpad=True), training=True, device=CPU, backend="torch").unpads(few, 32)
+    assert not plan_step(StepOptions(unpad=False), training=True, device=CPU, backend="torch").unpads(many, 384)
     with pytest.raises(ValueError, match="unpad must be True, False or None; got 'yes'"):
         StepOptions(unpad="yes")
     model = tiny_model("bert", "deep").train()

@@ -20,6 +20,8 @@ CASES = {
     for kind, model, injection in (
         ("step", "bert", "deep"), ("step", "bert", "prefix"), ("step", "llama", "deep"), ("step", "llama", "prefix"),
         ("token", "llama", "deep"), ("tasks", "bert", "deep"), ("tasks", "llama", "prefix"),
+        ("cpu-eval", "bert", "deep"), ("cpu-eval", "llama", "prefix"),
+        ("cpu-step", "bert", "prefix"), ("cpu-step", "llama", "deep"),
     )
 }  # fmt: skip
 DEPTHS = (1, 3)

@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.runtime import driver
 
 import noted_launches
+import repeated_calls
 from noted_launches import agree, counted, draw_call, here, noted, recorded, small, small_kernel
 from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
@@ -336,7 +337,7 @@ CHECKS = {name.removeprefix("check_"): check for name, check in globals().items(
 def main() -> None:
     """Run every check."""
     errors = {}
-    for name, check in CHECKS.items():
+    for name, check in {**CHECKS, **repeated_calls.CHECKS}.items():
         try:
             check()
             errors[name] = None

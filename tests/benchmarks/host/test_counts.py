@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).parents[3]
 STEPS = [f"step-{model}-{injection}" for model in ("bert", "llama") for injection in ("deep", "prefix")]
 # Calls of Python functions in a layer beyond the bare model's, and in a step beside its layers. Other versions of
 # Python and PyTorch enter a few more or fewer.
-MOST_CALLS = {"step": (250, 1200), "token": (55, 650)}
+CPU = ["cpu-eval-bert-deep", "cpu-eval-llama-prefix", "cpu-step-bert-prefix", "cpu-step-llama-deep"]
+MOST_CALLS = {"step": (80, 1040), "token": (20, 600)}
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +45,13 @@ def test_launches_of_a_token(counts):
 @pytest.mark.parametrize("case", STEPS)
 def test_operations_of_a_step(counts, case):
     ours, peft, bare = (counts[case][name]["operations"] for name in ("ours", "peft", "bare"))
-    assert ours["layer"] <= bare["layer"] + 8
-    assert ours["layer"] < peft["layer"]
+    assert ours["layer"] < bare["layer"] < peft["layer"]
     assert ours["besides"] <= 160
 
 
 def test_operations_of_a_token(counts):
     ours, bare = (counts["token-llama-deep"][name]["operations"] for name in ("ours", "bare"))
-    assert ours["layer"] <= bare["layer"] + 4
+    assert ours["layer"] <= bare["layer"]
     assert ours["besides"] <= bare["besides"]
 
 
@@ -61,6 +61,15 @@ def test_sixteen_tasks_cost_no_layer_more_than_one(counts, case):
     assert many["operations"]["layer"] <= one["operations"]["layer"]
     assert many["operations"]["besides"] <= one["operations"]["besides"] + 64
     assert many["launches"]["layer"] <= one["launches"]["layer"] + 1
+
+
+@pytest.mark.parametrize("case", CPU)
+def test_layers_on_a_cpu(counts, case):
+    """What all layers have in common, none of them makes: a mask alone is twelve operations."""
+    ours, bare = counts[case]["ours"], counts[case]["bare"]
+    assert ours["operations"]["layer"] <= bare["operations"]["layer"] + 24
+    assert ours["calls"]["layer"] <= bare["calls"]["layer"] + 45
+    assert ours["operations"]["besides"] <= 130 and ours["calls"]["besides"] <= 1200
 
 
 @pytest.mark.parametrize("case", [*STEPS, "token-llama-deep"])

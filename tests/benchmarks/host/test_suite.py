@@ -19,25 +19,32 @@ CASES = {case.id: case for case in host_cases()}
 
 
 def test_a_run_is_complete(make_context):
-    only = ("launch-forward", "step-tiny-bert-*-deep-*", "token-*-deep", "tasks-tiny-bert-*-prefix")
+    only = (
+        "launch-forward",
+        "step-tiny-bert-*-deep-*",
+        "token-*-deep",
+        "tasks-tiny-bert-*-prefix",
+        "cpu-eval-tiny-bert-*-deep-*",
+    )
     context = make_context(only=only)
     assert host_suite.run(context) == "complete"
     record.check_schema(context.result.data)
     cells = context.result.cells
-    assert [cell["case"]["kind"] for cell in cells] == ["launch", "step", "token", "tasks"]
+    assert [cell["case"]["kind"] for cell in cells] == ["launch", "step", "token", "tasks", "cpu-eval"]
     for cell in cells:
         for entry in cell["peers"].values():
             assert entry["status"] == "timed"
             assert entry["python_calls"] > 0
-    launch, step, token, tasks = (cell["peers"] for cell in cells)
+    launch, step, token, tasks, evaluation = (cell["peers"] for cell in cells)
     assert launch["ours"]["launches"] == launch["plain"]["launches"] == 1
-    assert set(step) == set(token) == {"ours", "peft", "bare"}
+    assert set(step) == set(token) == set(evaluation) == {"ours", "peft", "bare"}
+    assert not evaluation["ours"]["launches"]
     assert step["ours"]["launches"] and not step["peft"]["launches"]
     assert sum(step["ours"]["parts"].values()) == pytest.approx(1.0, abs=0.02)
     assert token["ours"]["launches"] == 4  # a layer's attention and what merges its parts
     assert tasks["ours_tasks16"]["operations"] >= tasks["ours"]["operations"]
     rows = host_report.goals_table(cells, report.table).splitlines()[2:]
-    assert [report.UNMEASURED in row for row in rows] == [False, True, False, False, False, False]
+    assert [report.UNMEASURED in row for row in rows] == [False, True, *[False] * 5, True, False, True]
     assert "step-tiny-bert" in host_report.cells_table(cells, report.table)
     assert all(goal.id in report.summary({**context.result.data, "suite": "host"}) for goal in host_report.HOST_GOALS)
 

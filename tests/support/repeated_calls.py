@@ -1,0 +1,220 @@
+"""Checks of `kernels/repeat.py` on top of `noted_launches.py`; run by `repeated_launches.py`, with its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import driver
+
+import noted_launches
+from noted_launches import draw, draw_heads, noted, small
+from ptv2_fast.kernels import launch, launcher
+from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
+from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
+from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
+from ptv2_fast.kernels.repeat import Repeated
+
+_REST = ("cu_seqlens", "key_mask", "prompt_index", "prompt_lens", "prompt_bias", "seed")
+_Call = tuple[Callable[..., Any], tuple[Any, ...], list[Any]]
+
+
+def _forward(numbers: tuple[Any, ...], *tensors: Any) -> tuple[Any, ...]:
+    few, causal, dropout_p = numbers
+    rest = dict(zip(_REST, tensors[5:], strict=True))
+    attend = prompt_attention_decode if few else prompt_attention_forward
+    return attend(*tensors[:5], causal=causal, dropout_p=dropout_p, **rest)
+
+
+def _backward(numbers: tuple[Any, ...], *tensors: Any) -> tuple[Any, ...]:
+    needs, causal, dropout_p = numbers
+    grad, *inputs, output, lse = tensors
+    rest = dict(zip(_REST, inputs[5:], strict=True))
+    *made, _ = prompt_attention_backward(
+        grad, *inputs[:5], output, lse, needs=Needs(*needs), causal=causal, dropout_p=dropout_p, **rest
+    )
+    return tuple(made)
+
+
+def _draw() -> list[_Call]:
+    """A forward and its backward, or a step of decoding."""
+    dtype, form = random.choice((torch.float16, torch.float32)), random.choice(("dense", "packed", "decode"))
+    rows, kv_heads, heads = 3, 2, random.choice((2, 4))
+    tokens, length, entries = random.choice((17, 48)), random.choice((5, 16)), random.choice((1, 3))
+    packed, few = form == "packed", form == "decode"
+    given = [draw_heads(packed, rows, count, tokens, 16, dtype) for count in (heads, kv_heads, kv_heads)]
+    prompts = [draw((entries, kv_heads, length, 16), dtype) for _ in range(2)]
+    dropout_p = 0.0 if few else random.choice((0.0, 0.1))
+    rest = [
+        draw((rows + 1,), torch.int32) if packed else None,
+        draw((rows, tokens), torch.bool) if not packed and random.random() < 0.5 else None,
+        draw((rows,), torch.int64) if entries > 1 else None,
+        draw((entries,), torch.int32) if random.random() < 0.5 else None,
+        draw((entries, heads, length), dtype) if random.random() < 0.5 else None,
+        draw((1,), torch.int64) if dropout_p else None,
+    ]
+    numbers = (few, random.random() < 0.5, dropout_p)
+    tensors = [*given, *prompts, *rest]
+    calls: list[_Call] = [(_forward, numbers, tensors)]
+    if not few:
+        output, lse = _forward(numbers, *tensors)
+        needs = (*(random.random() < 0.7 for _ in range(3)), rest[4] is not None, False)
+        calls.append((_backward, (needs, *numbers[1:]), [draw_heads(packed, rows, heads, tokens, 16, dtype), *tensors,
+                                                         output, lse]))  # fmt: skip
+    return calls
+
+
+def _moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor of the same kind elsewhere, as far beside a multiple of 16."""
+    if tensor is None:
+        return None
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    offset = tensor.data_ptr() % 16 // tensor.element_size()
+    return torch.zeros(reach + offset, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def _pairs(ours: Any, theirs: Any) -> list[tuple[int, int]]:
+    """The numbers in which two launches differ."""
+    if isinstance(ours, (tuple, list)):
+        assert len(ours) == len(theirs)
+        return [pair for one, other in zip(ours, theirs, strict=True) for pair in _pairs(one, other)]
+    return [] if ours == theirs and type(ours) is type(theirs) else [(ours, theirs)]
+
+
+def _agree(again: Repeated, function: Callable[..., Any], numbers: Any, tensors: list[Any]) -> None:
+    """A call makes the launches of its function, and what it allocates does not overlap."""
+    made: list[Any] = []
+    ours = noted(lambda: made.append(again(numbers, *tensors)))
+    with launcher.noting() as notes:
+        theirs = noted(lambda: made.append(function(numbers, *tensors)))
+    assert len(ours) == len(theirs) > 0
+    places: dict[int, int] = {}
+    for (compiled, *one), (other_compiled, *other) in zip(ours, theirs, strict=True):
+        assert compiled is other_compiled
+        for here, there in _pairs(one, other):
+            assert places.setdefault(here, there) == there, "one address for two"
+    for one, other in zip(*made, strict=True):
+        if other is None:
+            assert one is None
+            continue
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        assert places[one.data_ptr()] == other.data_ptr()
+    # How many bytes lie from each address on.
+    ends = [(own.data_ptr(), own.data_ptr() + own.untyped_storage().nbytes()) for own in notes.allocated]
+    begins = {begin: here for here, there in places.items() for begin, end in ends if there == begin}
+    spans = sorted((here, here + end - begin) for begin, end in ends if (here := begins.get(begin)) is not None)
+    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)), "memory overlaps"
+
+
+def check_a_repeated_call_launches_what_its_function_does() -> None:
+    """For calls of every form, drawn at random, wherever their tensors are."""
+    random.seed(2)
+    for _ in range(60):
+        for function, numbers, tensors in _draw():
+            runs: list[Any] = []
+
+            def counting(*given: Any, function=function, runs=runs) -> Any:
+                runs.append(given)
+                return function(*given)
+
+            again = Repeated(counting)
+            again(numbers, *tensors)
+            for _ in range(2):
+                _agree(again, function, numbers, list(map(_moved, tensors)))
+            assert len(runs) == 1, (function, numbers)
+
+
+def _small(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+    kernel, grid, constants, _ = small()
+    y = launch.allocate((64,), x.dtype, x.device)
+    launch.run(kernel, grid, x.device, (x, y, None), constants)
+    return (y,)
+
+
+def _runs(call: Callable[..., Any], change: Callable[[], Any], back: Callable[[], Any]) -> int:
+    """How often a function that was repeated before runs after a change."""
+    count = 0
+
+    def counting(*given: Any) -> Any:
+        nonlocal count
+        count += 1
+        return call(*given)
+
+    again, x = Repeated(counting), torch.zeros(64)
+    for _ in range(3):
+        noted(lambda: again(0, x))
+    assert count == 1
+    change()
+    try:
+        noted(lambda: again(0, x))
+    finally:
+        back()
+    before = count
+    noted(lambda: [again(0, x), again(0, x)])
+    assert count - before < 2, "not repeated any more"
+    return before
+
+
+def check_a_call_is_noted_anew_where_something_changed() -> None:
+    """The device, the choice of tiles, hooks of launches and of kernels."""
+    active, usual, hook = driver.active, launch.choose_config, lambda *given, **named: None
+    hooks, own = triton.knobs.runtime.launch_enter_hook, noted_launches.small_kernel.pre_run_hooks
+    for change, back in (
+        (lambda: setattr(active, "device", 1), lambda: setattr(active, "device", 0)),
+        (lambda: setattr(launch, "choose_config", lambda *given: usual(*given)),
+         lambda: setattr(launch, "choose_config", usual)),
+        (lambda: hooks.add(hook), lambda: hooks.remove(hook)),
+        (lambda: own.append(hook), lambda: own.remove(hook)),
+    ):  # fmt: skip
+        assert _runs(_small, change, back) == 2
+    assert _runs(_small, lambda: None, lambda: None) == 1
+
+
+def check_a_repeated_call_refuses_a_changed_global() -> None:
+    """As Triton does."""
+    again, x, usual = Repeated(_small), torch.zeros(64), noted_launches.SCALE
+    noted(lambda: [again(0, x), again(0, x)])
+    noted_launches.SCALE = tl.constexpr(3)
+    try:
+        noted(lambda: again(0, x))
+    except RuntimeError as error:
+        assert "SCALE" in str(error)
+    else:
+        raise AssertionError("launched")
+    finally:
+        noted_launches.SCALE = usual
+
+
+def check_what_does_more_than_allocate_and_launch_runs_every_time() -> None:
+    """Memory that is not fresh, results that were made otherwise, two tensors at one place, recording."""
+
+    def clears(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+        kernel, grid, constants, _ = small()
+        y = torch.zeros(64)
+        launch.run(kernel, grid, x.device, (x, y, None), constants)
+        return (launch.allocate((64,), x.dtype, x.device),)
+
+    def adds(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (_small(numbers, x)[0] + 1,)
+
+    def twice(numbers: Any, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+        return _small(numbers, x)
+
+    x = torch.zeros(64)
+    for function, tensors in ((clears, (x,)), (adds, (x,)), (twice, (x, x[:32]))):
+        runs: list[Any] = []
+        again = Repeated(lambda *given, function=function, runs=runs: runs.append(given) or function(*given))
+        noted(lambda again=again, tensors=tensors: [again(0, *tensors) for _ in range(3)])
+        assert len(runs) == 3, function
+    again = Repeated(_small)
+    noted(lambda: [again(0, x), again(0, x)])
+    with launch.record(90) as launches:
+        assert not noted(lambda: again(0, x))
+    assert len(launches) == 1
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
