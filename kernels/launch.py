@@ -286,14 +286,20 @@ def target_programs(device: torch.device) -> int:
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory for an output; every element is written by the kernel that gets it."""
-    return launcher.noted(torch.empty(tuple(shape), dtype=dtype, device=device))
+    made = torch.empty(tuple(shape), dtype=dtype, device=device)
+    if launcher.here.notes is not None:
+        launcher.here.notes.allocated.append(made)
+    return made
 
 
 def allocate_strided(
     shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """The same, laid out by strides that give every element a place of its own."""
-    return launcher.noted(torch.empty_strided(shape, strides, dtype=dtype, device=device))
+    made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    if launcher.here.notes is not None:
+        launcher.here.notes.allocated.append(made)
+    return made
 
 
 def allocate_statistics(shape: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -131,27 +131,22 @@ class Notes:
 
 
 class _Here(threading.local):
+    """The notes that a thread takes, if it does."""
+
     notes: Notes | None = None
 
 
-_here = _Here()
+here = _Here()
 
 
 @contextlib.contextmanager
 def noting() -> Iterator[Notes]:
     """Note what this thread allocates and launches."""
-    before, _here.notes = _here.notes, Notes()
+    before, here.notes = here.notes, Notes()
     try:
-        yield _here.notes
+        yield here.notes
     finally:
-        _here.notes = before
-
-
-def noted(tensor: torch.Tensor) -> torch.Tensor:
-    """Fresh memory, noted where somebody does."""
-    if _here.notes is not None:
-        _here.notes.allocated.append(tensor)
-    return tensor
+        here.notes = before
 
 
 def is_repeatable() -> bool:
@@ -168,8 +163,8 @@ def launch(kernel: Any, grid: tuple[int, ...], constants: Constants, tensors: Te
         constants: all other arguments.
         tensors: tensors, None where there is none; a tuple of them for each of the constants' groups if there are any.
     """
-    notes = _here.notes
-    if type(kernel) is not JITFunction or kernel.pre_run_hooks or not is_repeatable():
+    notes = here.notes
+    if not _is_known or type(kernel) is not JITFunction or kernel.pre_run_hooks or _is_watched():
         kernel[grid](**constants.arguments(kernel, tensors))
         if notes is not None:
             notes.missed = True
