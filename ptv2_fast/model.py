@@ -288,13 +288,15 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
     def step_plan(self) -> StepPlan:
         """What this step leaves out, by `step_options`; logged once, however often it comes back."""
         layers, base = self._frozen.layers, self.base_model
+        config = self.adapters[self.active_adapter].config
         return self._plan.of(
             self.step_options,
             training=self.training,
             device=device_of(backbone_of(base)),
-            backend=self.adapters[self.active_adapter].config.backend,
+            backend=config.backend,
             weights_owner=layers.weights_owner(self, base),
             without=layers.without,
+            reads_padding=config.gives_spans,
         )
 
     def activation_checkpointing_enable(

@@ -102,12 +102,14 @@ def plan_step(
     backend: str,
     weights_owner: str | None = None,
     without: Mapping[str, str] | None = None,
+    reads_padding: bool = False,
 ) -> StepPlan:
     """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA).
 
     Args:
         weights_owner: who brings the weights only while their modules run, as `backbone.sharded_weights` says.
         without: switch -> why it has nothing to save on this model.
+        reads_padding: the loss reads what stands at padding: how much of it there is may not decide what that is.
     """
     on_cuda = device.type == "cuda"
     triton = on_cuda and backend in ("auto", "triton")
@@ -136,5 +138,5 @@ def plan_step(
         if without and name in without:
             decided[name], why = False, without[name]
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
-    worth = _WORTH_UNPADDING if options.unpad is None and not on_cuda else 0
+    worth = 0 if options.unpad is not None or on_cuda or reads_padding else _WORTH_UNPADDING
     return StepPlan(**decided, reasons=tuple(reasons), weights_owner=weights_owner, worth_unpadding=worth)

@@ -192,6 +192,9 @@ def test_the_plan_says_what_is_on_and_why(caplog):
     assert [on_cpu.unpads(mask, width) for mask in (few, many) for width in (32, 384)] == [False, False, False, True]
     assert plan_step(StepOptions(unpad=True), training=True, device=CPU, backend="torch").unpads(few, 32)
     assert not plan_step(StepOptions(unpad=False), training=True, device=CPU, backend="torch").unpads(many, 384)
+    # Whose loss reads padding has it dropped always: what it reads there does not hang on the batch.
+    of_spans = plan_step(StepOptions(), training=True, device=CPU, backend="torch", reads_padding=True)
+    assert of_spans.unpads(few, 32)
     with pytest.raises(ValueError, match="unpad must be True, False or None; got 'yes'"):
         StepOptions(unpad="yes")
     model = tiny_model("bert", "deep").train()
