@@ -112,4 +112,4 @@ def _packing(base: FrozenBase, backbone: PreTrainedModel, inputs: Mapping[str, A
     mask = inputs["attention_mask"]
     if not plan.unpads(mask, base.sizes.hidden_size) and not counts_padding(backbone, mask):
         return None
-    return Packing.of(mask)
+    return Packing.of_padded(mask)

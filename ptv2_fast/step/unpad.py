@@ -34,17 +34,23 @@ class Packing:
     longest: int
 
     @classmethod
-    def of(cls, mask: Tensor) -> Packing | None:
-        """Read a mask (B, N), nonzero at real tokens; waits for the device. None where there is no padding, or nothing
-        else."""
-        rows, tokens = mask.shape
-        index = mask.flatten().nonzero().flatten()
-        if index.numel() in (0, rows * tokens):
-            return None
-        real = mask.bool()
-        lengths = real.sum(-1, dtype=torch.int32)
+    def of(cls, mask: Tensor, index: Tensor | None = None) -> Packing:
+        """Read a mask (B, N), nonzero at real tokens; waits for the device.
+
+        Args:
+            index: where it is nonzero, flattened, if that is known.
+        """
+        lengths = mask.bool().sum(-1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(rows, tokens, index, cu_seqlens, int(lengths.max()))
+        longest = int(lengths.max()) if lengths.numel() else 0
+        rows, tokens = mask.shape
+        return cls(rows, tokens, _nonzero(mask) if index is None else index, cu_seqlens, longest)
+
+    @classmethod
+    def of_padded(cls, mask: Tensor) -> Packing | None:
+        """The same; None where there is no padding, or nothing else."""
+        index = _nonzero(mask)
+        return None if index.numel() in (0, mask.numel()) else cls.of(mask, index)
 
     def places(self, tokens: Tensor) -> Tensor:
         """Where tokens (R,) of the flattened (B, N) stand among the T real tokens; T for padding."""
@@ -62,6 +68,10 @@ class Packing:
         """(1, T, ...) -> (B, N, ...), zero at padding."""
         padded = packed.new_zeros(self.rows * self.tokens, *packed.shape[2:])
         return padded.index_copy(0, self.index, packed[0]).unflatten(0, (self.rows, self.tokens))
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero().flatten()
 
 
 def can_unpad(inputs: Mapping[str, Any]) -> bool:

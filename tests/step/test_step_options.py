@@ -177,7 +177,8 @@ def test_packing_goes_there_and_back():
     assert packing.pack(values).flatten().tolist() == [1, 2, 6, 8]
     assert packing.cu_seqlens.tolist() == [0, 2, 2, 4] and packing.longest == 2
     assert torch.equal(packing.unpack(packing.pack(values)), values * mask[..., None])
-    assert Packing.of(torch.ones(2, 3)) is None and Packing.of(torch.zeros(2, 3)) is None
+    assert Packing.of_padded(torch.ones(2, 3)) is None and Packing.of_padded(torch.zeros(2, 3)) is None
+    assert torch.equal(Packing.of_padded(mask).index, packing.index)
 
 
 def test_the_plan_says_what_is_on_and_why(caplog):
