@@ -204,7 +204,8 @@ def _eager(model: LossModel, batch: StepBatch, share: Share, autocast: torch.dty
     """A pass's loss, times its share, and logits, with their graphs."""
     with _under(batch.input_ids.device, autocast):
         loss, beside = model.packed_outputs(batch)
-        return loss * share, beside
+        # A share is float32; the loss of a base in bfloat16 stays what it is.
+        return (loss * share).to(loss.dtype), beside
 
 
 def _under(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager:

@@ -225,6 +225,8 @@ def with_labels(batch: Mapping[str, Any], task: PackedTask) -> Mapping[str, Any]
     """A batch whose labels go by that name: starts and ends of spans beside each other (B, 2); zeros where examples
     are compared with each other and there is nothing to say of them."""
     if task.whole:
+        if batch.get("input_ids") is None:
+            return batch
         return {**batch, "labels": torch.zeros(batch["input_ids"].shape[0], dtype=torch.long)}
     if task.gives != "span":
         return batch

@@ -46,8 +46,11 @@ def packed_batches(
         mask = batch.get("attention_mask")
         if mask is not None and mask.dim() != batch["input_ids"].dim():
             return "attention_mask is not (B, N)"
-        if look.task.of_numbers and batch["labels"].dtype is torch.float64:
-            return "labels are float64"
+        labels = batch["labels"]
+        # The base's forward settles what its classifier solves by the labels, and takes numbers of other kinds.
+        of_numbers = isinstance(labels, Tensor) and labels.is_floating_point()
+        if look.task.gives == "row" and (of_numbers != look.task.of_numbers or labels.dtype is torch.float64):
+            return f"labels are {labels.dtype}"
         packed = pack(batch, look.task)
         if reason := why_not_as_padded(packed, batch, look.task, look.padding, look.plan.unpad):
             return reason

@@ -16,7 +16,8 @@ from captured_forwards import (
     gradients,
     packed_loss,
 )
-from graph_steps import batches_for, batches_of, plain_of
+from graph_steps import batches_for, batches_of, optimizer_of, plain_of
+from ptv2_fast import GraphRunner
 from ptv2_fast.step.forward_batch import on_host
 from ptv2_fast.step.options import StepOptions
 from tiny_models import DISTINCT, has_head, tiny_model
@@ -212,3 +213,24 @@ def test_what_steps_aside_says_why(name, counts, said):
     assert counts.warm_ups == 0
     (line,) = said("not captured")
     assert reason in line
+
+
+def test_the_loss_of_a_base_in_bfloat16_keeps_its_dtype(counts):
+    model = tiny_model("bert", "deep", "SEQ_CLS").train().to(torch.bfloat16)
+    batch = {**_padded(), "labels": torch.tensor([2, 0])}
+    found = [model(**batch).loss.dtype for _ in range(UNTIL_CAPTURED)]
+    model.step_options = StepOptions(cuda_graphs=False)
+    assert set(found) == {model(**batch).loss.dtype} and counts.replays == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "batch"),
+    [
+        ("SEQ_CLS", {**_padded(), "labels": torch.eye(2, 3)}),
+        ("SENTENCE_RETRIEVAL", {"inputs_embeds": torch.ones(2, 2, 4, 32)}),
+    ],
+)
+def test_a_runner_takes_a_batch_that_the_plain_loop_takes(task, batch, counts):
+    """Numbers before anybody said that rows have several labels; embeddings in the place of a text."""
+    model = tiny_model("bert", "deep", task).train()
+    assert GraphRunner(model, optimizer_of(model)).step(batch).isfinite()
