@@ -108,7 +108,7 @@ class HeldOptimizer:
 
 class HeldModules:
     """Where captured passes find modules: by their names, the addresses of weights and buffers, who trains, and the
-    numbers that modules compute with: a captured pass keeps them as they were.
+    settings that modules compute with: a captured pass keeps them as they were.
 
     Looked at in every step while the device has nothing to do: a few comparisons of whole lists and dictionaries.
     """
@@ -121,9 +121,9 @@ class HeldModules:
         self._weights = _Places([m._parameters for m in modules])
         self._buffers = _Places([m._buffers for m in modules])
         self._addresses = self._weights.addresses(), self._buffers.addresses()
-        found = [(m.__dict__, name) for m in modules for name, value in m.__dict__.items() if _is_number(name, value)]
+        found = [(m.__dict__, name) for m in modules for name in m.__dict__ if _is_setting(m, name)]
         self._owners, self._names = [own for own, _ in found], [name for _, name in found]
-        self._numbers = self._all_numbers()
+        self._noted_settings = self._all_settings()
         self._flags = self._weights.flags()
 
     def changed(self) -> str | None:
@@ -134,12 +134,12 @@ class HeldModules:
             return "weights were moved, cast or replaced"
         if self._buffers.addresses() != self._addresses[1]:
             return "buffers were moved, cast or replaced"
-        if self._all_numbers() != self._numbers:
-            return "modules train, drop or scale otherwise"
+        if self._all_settings() != self._noted_settings:
+            return "modules train, drop or scale otherwise, or have other settings"
         return None
 
-    def _all_numbers(self) -> list[Any]:
-        """Of every module whether it trains, how much it drops, and other fractions that it computes with."""
+    def _all_settings(self) -> list[Any]:
+        """Of every module whether it trains, how much it drops, and what else it computes with that is no tensor."""
         return [*map(dict.get, self._owners, self._names)]
 
     def others_changed(self) -> str | None:
@@ -190,8 +190,15 @@ class _Places:
         return [place[name].requires_grad for place, name in zip(self._dictionaries, self._names, strict=True)]
 
 
-def _is_number(name: str, value: Any) -> bool:
-    """Whether an attribute of a module is a number that people change."""
+def _is_setting(module: nn.Module, name: str) -> bool:
+    """Whether an attribute of a module is something that people change and a captured pass keeps.
+
+    Those of transformers have whole numbers, switches and words among them: how many experts a token goes to. Elsewhere
+    they are sizes, or count calls.
+    """
+    value = module.__dict__[name]
+    if type(module).__module__.startswith("transformers.") and not name.startswith("_"):
+        return isinstance(value, (bool, int, float, str))
     return type(value) is float or (name in ("training", "p") or "drop" in name) and isinstance(value, (bool, int))
 
 

@@ -282,4 +282,11 @@ def _is_step(given: Mapping[str, Any], cache: SlotCache) -> bool:
 def _settings(base: FrozenBase) -> list[dict[str, Any]]:
     """What the configurations of a base say now."""
     configs = {id(one): one for one in (base.model.config, base.model.config.get_text_config(), base.backbone.config)}
-    return [dict(vars(config)) for config in configs.values()]
+    return [_noted(vars(config)) for config in configs.values()]
+
+
+def _noted(value: Any) -> Any:
+    """A setting as it is now, if somebody changes its lists and dictionaries in place."""
+    if isinstance(value, dict):
+        return {name: _noted(one) for name, one in value.items()}
+    return [_noted(one) for one in value] if isinstance(value, list) else value

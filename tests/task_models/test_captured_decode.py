@@ -252,6 +252,28 @@ def test_what_no_step_captured_fits_is_captured_anew(counts, said):
     assert counts.captures == 5 and model._captured_decode.captured == 1
 
 
+def _experts(model):
+    for module in model.base_model.modules():
+        if "top_k" in vars(module):
+            module.top_k = 1
+
+
+def _kinds_of_layers(model):
+    model.base_model.config.layer_types[0] = "full_attention"
+
+
+@pytest.mark.parametrize(("family", "change"), [("mixtral", _experts), ("gemma3_text", _kinds_of_layers)])
+def test_a_setting_that_is_no_fraction_changes_the_next_text(counts, family, change):
+    """To how many experts a token goes, or what stands in a list of the configuration: a graph keeps what it was."""
+    model = tiny_model(family, "deep", "CAUSAL_LM")
+    for _ in range(2):
+        _captured(model, _batch())
+    assert counts.captures == 1
+    change(model)
+    assert torch.equal(_captured(model, _batch()), _eager(model, _batch()))
+    assert counts.captures == 2
+
+
 def test_who_chooses_something_else_gets_it(counts):
     model = tiny_model("llama", "deep", "CAUSAL_LM")
     config = model.base_model.config
