@@ -76,7 +76,8 @@ class LayerProjections:
             return None
         if not found.is_on(states.device):
             return None
-        return self._family.attention_inputs(self._backbone, self._layers, states)
+        # A norm reads them several times; a pass has one way to the parameter, where gradients of passes add up.
+        return self._family.attention_inputs(self._backbone, self._layers, states.view_as(states))
 
     def _all_finished(self, made: tuple[Tensor, ...], entries: int | None) -> list[tuple[Tensor, Tensor]]:
         """`_finished` of all layers' projected keys and values (L', P, Hkv * d), or a bank's (L', P * R, Hkv * d)."""

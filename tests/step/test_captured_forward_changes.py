@@ -105,7 +105,7 @@ CHANGES = {
     "weights": (_replace_weights, "weights were moved, cast or replaced"),
     "prompts": (_replace_prompts, "a trained parameter was replaced"),
     "a layer": (_replace_a_layer, "a module was replaced"),
-    "modes": (lambda model: model.base_model.eval(), "modules train, drop or scale otherwise"),
+    "modes": (lambda model: model.base_model.eval(), "modules train, drop or scale otherwise, or have other settings"),
 }
 
 

@@ -7,9 +7,8 @@ import torch
 
 from captured_forwards import OPTIONS, UNTIL_CAPTURED, assert_same_gradients, captured, gradients, packed_loss
 from graph_steps import OFF, optimizer_of
-from no_waiting import NoWaiting
+from no_waiting import NoWaiting, attend_without_looking
 from ptv2_fast import GraphRunner
-from ptv2_fast.attention import layer
 from ptv2_fast.step.capture import WARM_UP_STEPS
 from ptv2_fast.step.packed import Buckets
 from ptv2_fast.step.padded import pad
@@ -106,8 +105,7 @@ def test_a_runner_takes_the_plain_loops_steps(counts):
 
 @pytest.mark.parametrize(("kind", "injection"), [("t5", "prefix"), ("bart", "shallow"), ("mbart", "deep")])
 def test_a_pass_never_waits_for_the_device(kind, injection, monkeypatch):
-    # The CPU's attention looks at masks, as it is not on CUDA.
-    monkeypatch.setattr(layer, "prompt_attention", lambda q, k, v, pk, pv, **_: q * pk.sum() + pv.sum() + v.mean())
+    attend_without_looking(monkeypatch)
     model = _model(kind, injection)
     packed = Buckets().fill(pad(model.packable(next(_batches()), model.packed_task())))
     with NoWaiting():

@@ -12,6 +12,7 @@ from ptv2_fast.step.options import StepOptions
 
 ASKED = {
     "training": True, "device": torch.device("cpu"), "backend": "torch", "weights_owner": None, "without": {},
+    "reads_padding": False,
 }  # fmt: skip
 
 
@@ -22,7 +23,9 @@ def test_the_same_question_has_the_same_plan():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"training": False}, {"weights_owner": "FSDP2"}, {"device": torch.device("meta")}], ids=str
+    "changes",
+    [{"training": False}, {"weights_owner": "FSDP2"}, {"device": torch.device("meta")}, {"reads_padding": True}],
+    ids=str,
 )
 def test_another_question_has_its_own(changes):
     plans = KeptPlan()
