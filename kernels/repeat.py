@@ -71,8 +71,9 @@ class Repeated:
     """A function of numbers and tensors that gives tensors, or None in their places; may be its decorator.
 
     All that the function decides follows from the numbers, and from the shapes, strides, dtypes and devices of tensors
-    and which of them are None. What it allocates comes from `kernels.launch`, and only launches write to it. Threads
-    may call it at once.
+    and which of them are None. What it allocates comes from `kernels.launch`, and only launches write to it. Of the
+    tensors it launches views that begin where they do: one that began further on could be taken for another tensor
+    that lies there, as queries, keys and values of one buffer do. Threads may call it at once.
     """
 
     def __init__(self, function: Callable[..., _Made]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 _Place = tuple[nn.Module, str, nn.Module]
 
 _children, _parameters = attrgetter("_modules"), attrgetter("_parameters")
-_HOOKS = tuple(map(attrgetter, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")))
+_HOOKS = tuple(map(attrgetter, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")))
 _dtype, _requires_grad = attrgetter("dtype"), attrgetter("requires_grad")
 
 

@@ -156,8 +156,10 @@ class _Found:
     def look_at(self, backbone: nn.Module) -> None:
         """Note how they are in the backbone, and whether the kernel can read all weights where they are.
 
-        It keeps their addresses, so they must be the base's own, of one dtype.
+        It keeps their addresses and gives them no gradient, so they must be the base's own, of one dtype and frozen.
         """
+        if any(parameter.requires_grad for p in self._all for parameter in p.module.parameters()):
+            return
         dtypes = {None if p.weight is None or not p.in_place else p.weight.dtype for p in self._all}
         if len(dtypes) == 1 and None not in dtypes:
             (self._dtype,) = dtypes

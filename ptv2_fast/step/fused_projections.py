@@ -180,7 +180,7 @@ def _can_fuse(modules: Sequence[nn.Module]) -> bool:
     """Whether the modules are plain frozen linear maps of one input size, which nobody hooks, shards or replaces."""
     if any(type(m) is not nn.Linear or "forward" in m.__dict__ for m in modules):
         return False
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules):
         return False
     parameters = [p for m in modules for p in m._parameters.values() if p is not None]
     if any(type(p) is not nn.Parameter or p.requires_grad for p in parameters):

@@ -50,6 +50,18 @@ def test_layers_together_are_layers_one_by_one(family, entries):
         assert_same_bits(actual, expected)
 
 
+def test_a_base_that_trains_gets_its_gradient_through_the_prompts():
+    model = tiny_model("llama", "deep")
+    project, weight = model._source("default")._projections, model.backbone.layers[0].self_attn.k_proj.weight
+    states = torch.randn(2, 5, model.backbone.config.hidden_size)
+    project(states, "triton")  # what was found of a frozen base is not taken for one that trains
+    weight.requires_grad_(True)
+    gradients = [
+        torch.autograd.grad(project(states, backend)[0][0].square().sum(), weight)[0] for backend in ("torch", "triton")
+    ]
+    assert_same_bits(*gradients)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_norm_that_somebody_changed_runs_by_itself(family):
     model = tiny_model(family, "deep")

@@ -256,8 +256,17 @@ def test_maps_that_train_are_hooked_or_are_not_linear_stay_as_they_are():
     assert len(FusedProjections(layer)) == 0
     layer.requires_grad_(False)
     assert len(FusedProjections(layer)) == 1
-    layer.key.register_forward_hook(lambda *_: None)
-    assert len(FusedProjections(layer)) == 0
+    fused = FusedProjections(layer)
+    for register in (
+        layer.key.register_forward_hook,
+        layer.key.register_forward_pre_hook,
+        layer.key.register_full_backward_hook,
+        layer.key.register_full_backward_pre_hook,
+    ):
+        assert len(fused.modules()) == 3
+        hook = register(lambda *_: None)
+        assert len(FusedProjections(layer)) == len(fused.modules()) == 0
+        hook.remove()
     layer.key = Other(4, 4).requires_grad_(False)
     assert len(FusedProjections(layer)) == 0
 
