@@ -287,12 +287,6 @@ class PTuningV2Config:
         return self.heads is not None or TASKS[self.task_type].pools_itself
 
     @property
-    def gives_spans(self) -> bool:
-        """Whether logits of all tokens of a row, those of padding too, are what a loss compares."""
-        kinds = [head.task_type for head in self.heads.values() if isinstance(head, HeadConfig)] if self.heads else []
-        return any(TASKS[kind].gives == "span" for kind in kinds or [self.task_type])
-
-    @property
     def prompted_stacks(self) -> tuple[str, ...]:
         """The stacks of an encoder-decoder that have prompts; "encoder" where virtual tokens stand before its text."""
         if self.stacks is not None:

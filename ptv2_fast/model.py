@@ -296,7 +296,6 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
             backend=config.backend,
             weights_owner=layers.weights_owner(self, base),
             without=layers.without,
-            reads_padding=config.gives_spans,
         )
 
     def activation_checkpointing_enable(

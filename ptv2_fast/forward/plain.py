@@ -95,21 +95,25 @@ def _view(base: FrozenBase, target: PreTrainedModel, inputs: Mapping[str, Any], 
         inputs: the keyword arguments that it is called with.
     """
     backbone, read = backbone_of(target), step.read
-    packing = _packing(base, backbone, inputs, step.plan)
+    packing, zeroed = _padding(base, backbone, inputs, step.plan)
     if inputs.get("output_hidden_states") or backbone.config.output_hidden_states:
         read = None
     if packing is not None and read is not None:
         read = packing.places(read)
-    views = ViewsOfCall(base, inputs["ptv2_prompts"], layers=LayersOfStep(step.plan, step.fused, read), packing=packing)
+    layers = LayersOfStep(step.plan, step.fused, read)
+    views = ViewsOfCall(base, inputs["ptv2_prompts"], layers=layers, packing=packing, zeroed=zeroed)
     return prompted(target, backbone, views)
 
 
-def _packing(base: FrozenBase, backbone: PreTrainedModel, inputs: Mapping[str, Any], plan: StepPlan) -> Packing | None:
-    """Where the call's real tokens stand; None where it runs with its padding, or has none."""
+def _padding(
+    base: FrozenBase, backbone: PreTrainedModel, inputs: Mapping[str, Any], plan: StepPlan
+) -> tuple[Packing | None, Tensor | None]:
+    """Where the call's real tokens stand, if its padding is dropped; its mask, if only outputs are to be zero there."""
     # A loss over the routers' logits reads them for the padded batch.
     if not can_unpad(inputs) or base.family.absolute_positions or balances_experts(base.model, inputs):
-        return None
+        return None, None
     mask = inputs["attention_mask"]
-    if not plan.unpads(mask, base.sizes.hidden_size) and not counts_padding(backbone, mask):
-        return None
-    return Packing.of_padded(mask)
+    if plan.unpads(mask, base.sizes.hidden_size) or counts_padding(backbone, mask):
+        return Packing.of_padded(mask), None
+    # How much padding a batch has must not decide what a loss or a pooler finds there.
+    return None, mask if plan.unpad and 0 < int(mask.count_nonzero()) < mask.numel() else None

@@ -14,7 +14,7 @@ from ptv2_fast.backbone.own_attention import given_prompts
 from ptv2_fast.frozen_base import FrozenBase
 from ptv2_fast.inputs.right_padding import with_right_padding
 from ptv2_fast.step.options import StepPlan
-from ptv2_fast.step.unpad import Packing, unpadded
+from ptv2_fast.step.unpad import Packing, unpadded, zero_at_padding
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class ViewsOfCall:
         virtual: (P, D) virtual tokens that are rows in front of the text; None where prompts are keys and values.
         layers: how the layers run; None for as they are.
         packing: where the real tokens stand, if padding is dropped.
+        zeroed: the mask (B, N), if layers run padding too and outputs are zero there as if it had been dropped.
     """
 
     base: FrozenBase
@@ -49,6 +50,7 @@ class ViewsOfCall:
     virtual: Tensor | None = None
     layers: LayersOfStep | None = None
     packing: Packing | None = None
+    zeroed: Tensor | None = None
 
 
 def _with_hooked_attention(backbone: PreTrainedModel, call: ViewsOfCall) -> PreTrainedModel:
@@ -75,7 +77,9 @@ def _with_right_padding(backbone: PreTrainedModel, call: ViewsOfCall) -> PreTrai
 
 
 def _without_padding(backbone: PreTrainedModel, call: ViewsOfCall) -> PreTrainedModel:
-    return backbone if call.packing is None else unpadded(backbone, call.packing)
+    if call.packing is not None:
+        return unpadded(backbone, call.packing)
+    return backbone if call.zeroed is None else zero_at_padding(backbone, call.zeroed)
 
 
 def _given_prompts(backbone: PreTrainedModel, call: ViewsOfCall) -> PreTrainedModel:

@@ -26,11 +26,10 @@ class KeptPlan:
         backend: str,
         weights_owner: str | None,
         without: Mapping[str, str],
-        reads_padding: bool,
     ) -> StepPlan:
         """What `plan_step` decides for these arguments; `without` never changes for one backbone."""
         traced = torch.compiler.is_compiling()
-        asked = (options, training, device, backend, weights_owner, reads_padding, device.type in CAPTURES)
+        asked = (options, training, device, backend, weights_owner, device.type in CAPTURES)
         if not traced and self._last is not None and self._last[0] == asked:
             return self._last[1]
         plan = plan_step(
@@ -40,7 +39,6 @@ class KeptPlan:
             backend=backend,
             weights_owner=weights_owner,
             without=without,
-            reads_padding=reads_padding,
         )
         if not traced:
             self._last = asked, plan

@@ -33,8 +33,8 @@ class StepOptions:
 
     Attributes:
         unpad: run the layers over real tokens only; padding is dropped before the first layer and put back, as
-            zeros, after the last. None: while training, with the triton backend, or on the CPU where a batch has so
-            much padding that it saves time.
+            zeros, after the last. None: while training, with the triton backend, or on the CPU, where a batch with so
+            little padding that it saves no time runs as it is and has zeros there all the same.
         labelled_rows_loss: causal language models compute logits for labelled tokens only, in chunks, and return
             a loss without logits. None: while training on CUDA.
         fused_projections: queries, keys and values (and gate and up) of the frozen base by one matrix product; their
@@ -102,14 +102,12 @@ def plan_step(
     backend: str,
     weights_owner: str | None = None,
     without: Mapping[str, str] | None = None,
-    reads_padding: bool = False,
 ) -> StepPlan:
     """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA).
 
     Args:
         weights_owner: who brings the weights only while their modules run, as `backbone.sharded_weights` says.
         without: switch -> why it has nothing to save on this model.
-        reads_padding: the loss reads what stands at padding: how much of it there is may not decide what that is.
     """
     on_cuda = device.type == "cuda"
     triton = on_cuda and backend in ("auto", "triton")
@@ -138,5 +136,5 @@ def plan_step(
         if without and name in without:
             decided[name], why = False, without[name]
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
-    worth = 0 if options.unpad is not None or on_cuda or reads_padding else _WORTH_UNPADDING
+    worth = 0 if options.unpad is not None or on_cuda else _WORTH_UNPADDING
     return StepPlan(**decided, reasons=tuple(reasons), weights_owner=weights_owner, worth_unpadding=worth)

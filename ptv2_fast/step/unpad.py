@@ -1,4 +1,4 @@
-"""Padding dropped once before the first layer and put back after the last."""
+"""Padding dropped once before the first layer and put back, as zeros, after the last."""
 
 from __future__ import annotations
 
@@ -87,6 +87,28 @@ def unpadded(backbone: PreTrainedModel, packing: Packing) -> PreTrainedModel:
     It is called like the backbone, with the prompts and (B, N) position ids among its inputs. Its outputs equal those
     of the padded run at every real token.
     """
+    return _with_states(backbone, lambda call: _packed_call(call, packing), packing.unpack)
+
+
+def zero_at_padding(backbone: PreTrainedModel, mask: Tensor) -> PreTrainedModel:
+    """A view of a backbone that runs over padding too, and returns what `unpadded` does.
+
+    Args:
+        mask: (B, N), nonzero at real tokens.
+    """
+    hidden = (mask == 0)[..., None]
+    return _with_states(backbone, lambda call: call, lambda states: states.masked_fill(hidden, 0.0))
+
+
+def _with_states(
+    backbone: PreTrainedModel, given: Callable[[dict[str, Any]], dict[str, Any]], made: Callable[[Tensor], Tensor]
+) -> PreTrainedModel:
+    """A view of a backbone that is called with other arguments and gives other states, which its pooler reads too.
+
+    Args:
+        given: from its own arguments to the backbone's.
+        made: from the backbone's states to (B, N, ...).
+    """
     # A pooler reads whole rows: it runs on the padded output instead.
     pooler = getattr(backbone, "pooler", None)
     inner = view_of(backbone, children={"pooler": None}) if pooler is not None else backbone
@@ -94,13 +116,12 @@ def unpadded(backbone: PreTrainedModel, packing: Packing) -> PreTrainedModel:
     def forward(original: Callable[..., Any], input_ids: Tensor | None = None, **call: Any) -> Any:
         call = {"input_ids": input_ids, **call}
         # The view's own call has run the backbone's hooks.
-        output = original(**_packed_call(call, packing))
-        output.last_hidden_state = packing.unpack(output.last_hidden_state)
+        output = original(**given(call))
+        output.last_hidden_state = made(output.last_hidden_state)
         if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(packing.unpack(state) for state in output.hidden_states)
-        if pooler is not None:
-            output.pooler_output = pooler(output.last_hidden_state)
-        return output
+            output.hidden_states = tuple(made(state) for state in output.hidden_states)
+        # Heads read the pooled output by its place, which an attribute set later does not have.
+        return output if pooler is None else replace(output, pooler_output=pooler(output.last_hidden_state))
 
     return view_of(inner, forward=forward)
 

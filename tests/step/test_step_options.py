@@ -170,6 +170,29 @@ def test_below_the_first_prompted_layer_nothing_has_a_gradient():
     assert [state.requires_grad for state in output.hidden_states] == [False, False, True]
 
 
+# What is read at padding: labels there, the first token of rows that have their padding in front, a row without text.
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_CLS", "QUESTION_ANS"])
+def test_how_much_padding_there_is_changes_no_loss_and_no_output(task):
+    model = tiny_model("bert", "deep", task).train()
+    batch = padded(text_rows(), "left" if task == "FEATURE_EXTRACTION" else "right").inputs
+    if task == "SEQ_CLS":
+        batch["attention_mask"][1] = 0
+    labels = {
+        "TOKEN_CLS": {"labels": torch.ones_like(batch["input_ids"])},
+        "SEQ_CLS": {"labels": torch.arange(3)},
+        "QUESTION_ANS": {"start_positions": torch.zeros(3).long(), "end_positions": torch.ones(3).long()},
+    }.get(task, {})
+    outputs = []
+    for options in (StepOptions(), StepOptions(unpad=True)):  # so little padding is dropped only if asked for
+        model.step_options = options
+        outputs.append(model(**batch, **labels, output_hidden_states=True))
+    for name, wanted in outputs[1].items():
+        several = isinstance(wanted, tuple)
+        pairs = zip(outputs[0][name], wanted, strict=True) if several else [(outputs[0][name], wanted)]
+        for found, expected in pairs:
+            assert_equal(found, expected, name)
+
+
 def test_packing_goes_there_and_back():
     mask = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]])
     packing = Packing.of(mask)
@@ -193,9 +216,6 @@ def test_the_plan_says_what_is_on_and_why(caplog):
     assert [on_cpu.unpads(mask, width) for mask in (few, many) for width in (32, 384)] == [False, False, False, True]
     assert plan_step(StepOptions(unpad=True), training=True, device=CPU, backend="torch").unpads(few, 32)
     assert not plan_step(StepOptions(unpad=False), training=True, device=CPU, backend="torch").unpads(many, 384)
-    # Whose loss reads padding has it dropped always: what it reads there does not hang on the batch.
-    of_spans = plan_step(StepOptions(), training=True, device=CPU, backend="torch", reads_padding=True)
-    assert of_spans.unpads(few, 32)
     with pytest.raises(ValueError, match="unpad must be True, False or None; got 'yes'"):
         StepOptions(unpad="yes")
     model = tiny_model("bert", "deep").train()
