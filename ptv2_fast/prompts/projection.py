@@ -122,7 +122,8 @@ class LayerProjections:
 
     def _find(self) -> _Found:
         """The projections of all layers, as they are."""
-        if torch.compiler.is_compiling():  # it follows the family's own code
+        # The compiler follows the family's own code; what a trace has found of a part of a weight is of that trace.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return _Found(self._all())
         found = self._found
         if found is None or not found.is_so():

@@ -12,7 +12,6 @@ from ptv2_fast.step.options import StepOptions
 
 ASKED = {
     "training": True, "device": torch.device("cpu"), "backend": "torch", "weights_owner": None, "without": {},
-    "reads_padding": False,
 }  # fmt: skip
 
 
@@ -24,7 +23,7 @@ def test_the_same_question_has_the_same_plan():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"training": False}, {"weights_owner": "FSDP2"}, {"device": torch.device("meta")}, {"reads_padding": True}],
+    [{"training": False}, {"weights_owner": "FSDP2"}, {"device": torch.device("meta")}],
     ids=str,
 )
 def test_another_question_has_its_own(changes):
