@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -40,3 +41,19 @@ def pytest_unconfigure():
 def _seed():
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def counts():
+    """Steps are captured, by a stand-in; how often it captured and replayed."""
+    from benchmarks.stand_in import captured_on_cpu
+
+    with captured_on_cpu() as found:
+        yield found
+
+
+@pytest.fixture
+def said(caplog):
+    """What was logged that has some words in it."""
+    with caplog.at_level(logging.INFO, "ptv2_fast"):
+        yield lambda part: [r.getMessage() for r in caplog.records if part in r.getMessage()]

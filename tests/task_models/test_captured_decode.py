@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import threading
 import weakref
 from functools import partial
@@ -30,19 +29,6 @@ NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 # The first token comes of the text itself.
 REPLAYS = NEW - 1 - WARM_UP_STEPS
-
-
-@pytest.fixture
-def counts():
-    with captured_on_cpu() as found:
-        yield found
-
-
-@pytest.fixture
-def said(caplog):
-    """What was logged that has some words in it."""
-    with caplog.at_level(logging.INFO, "ptv2_fast"):
-        yield lambda part: [r.getMessage() for r in caplog.records if part in r.getMessage()]
 
 
 def _batch(*lengths, seed=3, width=9):
