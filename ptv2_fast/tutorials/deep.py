@@ -1,8 +1,8 @@
 """The tutorial "A Deep Dive into P-Tuning v2": its two classes, with prompts that only attention sees.
 
 Where it writes expand, concat, layer and slice, a `ptv2_fast.PTuningV2Model` runs the base: prompts enter as keys and
-values, padding is left out of a training step, and the last layer computes the [CLS] rows alone where they alone are
-read.
+values, padding is left out of a training step where that saves time, and the last layer computes the [CLS] rows alone
+where they alone are read.
 """
 
 from __future__ import annotations
