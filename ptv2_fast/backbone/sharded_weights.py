@@ -26,7 +26,8 @@ def weights_owner(above: Sequence[nn.Module], layers: nn.ModuleList) -> str | No
         above: the backbone, and what stands around it.
         layers: the backbone's.
     """
-    for module in (*above, layers[0], layers[-1]):
+    own = tuple(layers._modules.values())
+    for module in (*above, own[0], own[-1]):
         first = _first_parameter(module)
         if isinstance(module, FSDPModule) or isinstance(first, DTensor):
             return "FSDP2"
@@ -43,14 +44,13 @@ def _first_parameter(module: nn.Module, *, floating: bool = False) -> nn.Paramet
     Args:
         floating: it has to be a floating-point one.
     """
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        one = waiting.pop()
-        if one is not None:
-            for parameter in one._parameters.values():
-                if parameter is not None and (not floating or parameter.is_floating_point()):
-                    return parameter
-            waiting.extend(reversed(one._modules.values()))
+    for parameter in module._parameters.values():
+        if parameter is not None and (not floating or parameter.is_floating_point()):
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child, floating=floating)
+        if found is not None:
+            return found
     return None
 
 

@@ -155,7 +155,7 @@ def read_text(
     others = dict(inputs)
     cache, past_length = others.get(CACHE), cached_tokens(others)
     ids, mask = others.get("input_ids"), others.get("attention_mask")
-    if smallest_window(backbone) and getattr(cache, "is_compileable", False):
+    if getattr(cache, "is_compileable", False) and smallest_window(backbone):
         mask = full_mask(mask, others.get("position_ids"), past_length, ids)
     rows, tokens = check_inputs(ids, others.get("inputs_embeds"), None if mask_of_slots else mask, past_length, prefix)
     check_beside(others, rows, tokens, base, prefix)

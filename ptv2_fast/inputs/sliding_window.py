@@ -11,8 +11,10 @@ def smallest_window(backbone: PreTrainedModel) -> int | None:
     """The shortest distance at which a layer of the backbone stops seeing its text; None where none does."""
     config = backbone.config
     window = getattr(config, "sliding_window", None)
+    if window is None:
+        return None
     kinds = getattr(config, "layer_types", None)
-    return window if window is None or kinds is None or "sliding_attention" in kinds else None
+    return window if kinds is None or "sliding_attention" in kinds else None
 
 
 def common_window(backbone: PreTrainedModel) -> int | None:

@@ -47,7 +47,12 @@ def why_not_labelled_rows(base: PreTrainedModel, inputs: Mapping[str, Any]) -> s
 def balances_experts(base: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
     """Whether the routers' logits are asked for, of all tokens: the loss then has a part that reads them."""
     asked = inputs.get("output_router_logits")
-    return bool(getattr(base.config.get_text_config(), "output_router_logits", False) if asked is None else asked)
+    if asked is None:
+        config = base.config
+        # Every step asks, and to look for the text's part of a configuration is slow: a backbone has its own.
+        config = config if config is backbone_of(base).config else config.get_text_config()
+        asked = getattr(config, "output_router_logits", False)
+    return bool(asked)
 
 
 def predictable_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

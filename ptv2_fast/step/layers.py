@@ -75,10 +75,9 @@ class StepLayers:
         if not plan.last_rows or read is None or "last_rows" in self.without:
             return whole
         # How many rows are read changes with every batch: that layer is not compiled.
-        last = len(self._family.layers(whole)) - 1
-        layer = whole if call is None else with_modules(backbone, fused)
-        path = f"{self._family.layers_path}.{last}"
-        return with_modules(whole, {path: self._family.last_layer_tokens(layer.get_submodule(path), read)})
+        layers = self._family.layers(whole if call is None else with_modules(backbone, fused))
+        path = f"{self._family.layers_path}.{len(layers) - 1}"
+        return with_modules(whole, {path: self._family.last_layer_tokens(layers[-1], read)})
 
     def _changed(
         self, backbone: PreTrainedModel, fused: Mapping[str, nn.Module], call: Callable | None
