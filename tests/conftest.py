@@ -28,9 +28,17 @@ importlib.import_module("other_rounding").install_if_asked()
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: accelerate and torch collect garbage in every run, which looks at all of it."""
+    """What is imported by now stays: transformers, accelerate and torch collect garbage in every run, in all of it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What the tests of a file have imported and cached stays as well."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_unconfigure():
