@@ -234,8 +234,8 @@ def test_packed_training_falls_back_to_eager_steps(tmp_path):
 
 
 def test_vit_prompts_learn_the_digits_that_the_model_has_not_seen(tmp_path):
-    fast = ("--epochs", 6, "--lr", 0.05, "--num-virtual-tokens", 4)
-    output = _run(tmp_path, "vit_prompts", "--first-epochs", 1, "--batch-size", 64, *fast)
+    fast = ("--epochs", 10, "--lr", 0.05, "--num-virtual-tokens", 4)
+    output = _run(tmp_path, "vit_prompts", "--first-epochs", 1, "--batch-size", 128, *fast)
     assert _number("prompts: dev accuracy", output) > 0.4  # of five digits
     assert _number("head: dev accuracy", output) > 0.4
     saved = load_file(tmp_path / "digits-prompt" / "ptv2_model.safetensors")

@@ -39,6 +39,8 @@ def started(command: Sequence[object], said: Path) -> BaseProcess:
     Args:
         said: a folder for the files "stdout" and "stderr".
     """
+    for name in ("stdout", "stderr"):
+        (said / name).touch()
     process = forkserver().Process(target=_command, args=(list(map(str, command)), os.getcwd(), said))
     process.start()
     return process
@@ -48,7 +50,7 @@ def _command(command: list[str], folder: str, said: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(said / name, os.O_WRONLY | os.O_APPEND), stream)
     # A shell's background jobs, and all that they start, ignore the signal: this one shall not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     name, *sys.argv[1:] = command[1:] if command[0] == "-m" else command
