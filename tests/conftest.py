@@ -27,10 +27,22 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 importlib.import_module("other_rounding").install_if_asked()
 
 
+_frozen_modules = 0
+
+
 def pytest_collection_finish():
-    """What is imported by now stays: accelerate and torch collect garbage in every run, which looks at all of it."""
+    """What is imported by now stays: transformers, accelerate and torch collect garbage in every run, in all of it."""
+    global _frozen_modules
     gc.collect()
     gc.freeze()
+    _frozen_modules = len(sys.modules)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What a test has imported, and what the tests of a file have cached, stays as well."""
+    if len(sys.modules) != _frozen_modules or nextitem is None or nextitem.path != item.path:
+        pytest_collection_finish()
 
 
 def pytest_unconfigure():

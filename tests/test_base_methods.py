@@ -153,7 +153,8 @@ def test_a_model_whose_mask_may_blind_a_row_can_be_traced(case):
         for config in (model.config, model.backbone.decoder.config):
             config.use_cache = False
     given = (IDS, MASK, IDS) if seq2seq else (IDS, MASK)
-    traced = torch.jit.trace(model, given, strict=False)
+    # What torch would compare by tracing once more, on the same texts, is compared on others.
+    traced = torch.jit.trace(model, given, strict=False, check_trace=False)
     again = (IDS.flip(0), *given[1:])
     torch.testing.assert_close(traced(*again)["logits"], model(*again).logits)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from processes import started
 from ptv2_fast import PTuningV2Config, get_ptv2_model
 from ptv2_fast.cli import app
 from ptv2_fast.training import runs
@@ -284,21 +284,18 @@ class TestErrors:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_in_a_real_process_says_how_to_go_on(encoder, tmp_path):
     data = toy_file(tmp_path, "SEQ_CLS", 64)
-    command = [sys.executable, "-m", "ptv2_fast.cli", "train", "--model", encoder, "--task", "SEQ_CLS", "--data", data]
-    command += ["--output", tmp_path / "out", "--epochs", 100000, "--batch-size", 8]
-    # A shell's background jobs, and all that they start, ignore the signal: this one shall not.
-    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(list(map(str, command)), **pipes, **hears)
+    command = ["-m", "ptv2_fast.cli", "train", "--model", encoder, "--task", "SEQ_CLS", "--data", data]
+    process = started([*command, "--output", tmp_path / "out", "--epochs", 100000, "--batch-size", 8], tmp_path)
     try:
         until = time.monotonic() + 120
         while not list((tmp_path / "out" / "checkpoints").glob("checkpoint-*")):
-            assert process.poll() is None and time.monotonic() < until, process.communicate()
+            assert process.is_alive() and time.monotonic() < until, (tmp_path / "stderr").read_text()
             time.sleep(0.1)
         os.kill(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    said = (tmp_path / "stderr").read_text()
+    assert process.exitcode == 130, said
     assert said.strip().splitlines()[-1].startswith("ptv2-fast: stopped; the same command with --resume"), said
     assert "Traceback" not in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import shutil
 import subprocess
@@ -65,6 +66,11 @@ def _layer(module: str) -> str:
 MODULES = {_name(source): source for source in SOURCES}
 
 
+@functools.cache
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def _imports(path: Path, *, types: bool = False) -> list[tuple[str, bool]]:
     """Every module that a file imports, and whether it does so when it is itself imported.
 
@@ -89,12 +95,8 @@ def _imports(path: Path, *, types: bool = False) -> list[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
             visit(child, at_import and not lazily)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    visit(_parsed(path.read_text(encoding="utf-8")), True)
     return found
-
-
-def _each(paths):
-    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
 
 
 def test_every_source_has_a_layer():
@@ -103,16 +105,17 @@ def test_every_source_has_a_layer():
     assert [name for name in (_name(path) for path in SOURCES) if _layer(name) == "public"] == ["ptv2_fast"]
 
 
-@pytest.mark.parametrize("path", _each(SOURCES))
-def test_imports_point_down(path):
-    module = _name(path)
-    own = RANK[_layer(module)]
+def test_imports_point_down():
     # The public names are of all rooms, and a type checker has to see where they come from.
-    for imported, _ in _imports(path, types=module != "ptv2_fast"):
-        if not imported.startswith("ptv2_fast") or (module, imported) in LAZY_UPWARDS:
-            continue
-        layer = _layer(imported)
-        assert RANK[layer] < own or layer == _layer(module), f"{module} imports {imported}"
+    arrows = [
+        (module, imported)
+        for module, path in MODULES.items()
+        for imported, _ in _imports(path, types=module != "ptv2_fast")
+        if imported.startswith("ptv2_fast") and (module, imported) not in LAZY_UPWARDS
+    ]
+    layers = [(_layer(module), _layer(imported)) for module, imported in arrows]
+    wrong = [arrow for arrow, (own, to) in zip(arrows, layers, strict=True) if RANK[to] >= RANK[own] and to != own]
+    assert len(arrows) > len(MODULES) and not wrong, "a module imports from above or beside it"
 
 
 def _circles(arrows: dict[str, set[str]]) -> set[str]:
@@ -140,38 +143,44 @@ def test_imports_have_no_circle():
     assert _circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"b", "c"}
 
 
-@pytest.mark.parametrize("path", _each(SOURCES))
-def test_the_reference_is_imported_where_it_is_asked_for_alone(path):
-    module = _name(path)
-    for imported, at_import in _imports(path):
-        if _layer(imported) == "reference" and _layer(module) != "reference":
-            assert module in MAY_IMPORT_REFERENCE and not at_import, f"{module} imports {imported}"
+def test_the_reference_is_imported_where_it_is_asked_for_alone():
+    found = [
+        (module, imported, at_import)
+        for module, path in MODULES.items()
+        for imported, at_import in _imports(path)
+        if _layer(imported) == "reference" and _layer(module) != "reference"
+    ]
+    assert found and not [one for one in found if one[0] not in MAY_IMPORT_REFERENCE or one[2]]
 
 
-@pytest.mark.parametrize("path", _each(KERNELS.glob("*.py")))
-def test_kernels_need_torch_and_triton_alone(path):
-    for imported, at_import in _imports(path):
-        top = imported.split(".")[0]
-        # The interpreter is written in NumPy: what mends it may look at that, when it runs.
-        known = top in ("torch", "triton") or top in sys.stdlib_module_names or (top == "numpy" and not at_import)
-        assert known or imported.startswith("ptv2_fast.kernels"), imported
+def test_kernels_need_torch_and_triton_alone():
+    for path in KERNELS.glob("*.py"):
+        for imported, at_import in _imports(path):
+            top = imported.split(".")[0]
+            # The interpreter is written in NumPy: what mends it may look at that, when it runs.
+            known = top in ("torch", "triton") or top in sys.stdlib_module_names or (top == "numpy" and not at_import)
+            assert known or imported.startswith("ptv2_fast.kernels"), f"{path.name} imports {imported}"
 
 
-@pytest.mark.parametrize("path", _each(SOURCES))
-def test_transformers_stays_above_the_hook(path):
-    module = _name(path)
-    uses = any(name.split(".")[0] == "transformers" for name, _ in _imports(path))
-    low = _layer(module) == "attention" and path.stem in ATTENTION_WITHOUT_TRANSFORMERS
-    if uses:
-        assert _layer(module) not in WITHOUT_TRANSFORMERS and not low, f"{module} imports transformers"
+def _importing(packages: set[str]) -> set[str]:
+    """The modules that import one of some packages."""
+    return {
+        module
+        for module, path in MODULES.items()
+        if any(imported.split(".")[0] in packages for imported, _ in _imports(path))
+    }
 
 
-@pytest.mark.parametrize("path", _each(SOURCES))
-def test_only_training_needs_what_the_train_extra_installs(path):
-    extra = {"accelerate", "sklearn", "seqeval", "matplotlib", "rich", "typer", "datasets", "gguf", "peft"}
-    for imported, _ in _imports(path):
-        if imported.split(".")[0] in extra:
-            assert _layer(_name(path)) in ("training", "cli", "demo"), f"{path} imports {imported}"
+def test_transformers_stays_above_the_hook():
+    low = {f"ptv2_fast.attention.{name}" for name in ATTENTION_WITHOUT_TRANSFORMERS if name != "__init__"}
+    low |= {module for module in MODULES if _layer(module) in WITHOUT_TRANSFORMERS} | {"ptv2_fast.attention"}
+    using = _importing({"transformers"})
+    assert using and low < MODULES.keys() and not using & low
+
+
+def test_only_training_needs_what_the_train_extra_installs():
+    using = _importing({"accelerate", "sklearn", "seqeval", "matplotlib", "rich", "typer", "datasets", "gguf", "peft"})
+    assert using and not [module for module in using if _layer(module) not in ("training", "cli", "demo")]
 
 
 def test_a_lower_layer_is_really_seen(tmp_path):
@@ -187,10 +196,9 @@ def test_a_lower_layer_is_really_seen(tmp_path):
     assert _layer("ptv2_fast.task_models.classes") == "task_models" and RANK["task_models"] > RANK["kernels"]
 
 
-@pytest.mark.parametrize("path", _each(SOURCES))
-def test_files_stay_readable(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= MAX_LINES, f"{len(lines)} lines"
+def test_files_stay_readable():
+    lines = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert lines and not {path: count for path, count in lines.items() if count > MAX_LINES}
 
 
 def test_kernels_is_no_package_of_its_own():
@@ -239,7 +247,7 @@ def test_the_wheel_holds_the_kernels_as_they_are(tmp_path):
     data = {f"ptv2_fast/demo/data/{path.name}" for path in (PACKAGE / "demo" / "data").iterdir()}
     assert data and data <= names
     # Installed, the kernels come from the wheel and not from a folder beside it.
-    code = "import ptv2_fast.kernels.launch as module; print(module.__file__)"
+    code = "from importlib.util import find_spec; print(find_spec('ptv2_fast.kernels.launch').origin)"
     where = {**_environment(), "PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True)

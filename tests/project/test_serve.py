@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
 
 import pytest
 import torch
 
+from processes import started
 from ptv2_fast import PTuningV2Model
 from ptv2_fast.task_models.continuous_batching import SERVED
 from served_adapters import (
@@ -395,27 +395,25 @@ def test_a_signal_lets_requests_end(tmp_path):
     write_adapters(tmp_path / "adapters")
     alone = PTuningV2Model.from_pretrained(tiny_llama(), tmp_path / "adapters")
     folders = ["--model", str(tmp_path / "llama"), "--adapters", str(tmp_path / "adapters")]
-    command = [sys.executable, str(SCRIPT), *folders, "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.search(r"running on (http://\S+)", line):
-                break
-        else:
-            pytest.fail("".join(lines))
-        threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
+    process = started([SCRIPT, *folders, "--port", 0], tmp_path)
+    try:
         text = endless(alone, "letters")
+        address = re.compile(r"running on (http://\S+)")
+        until(lambda: not process.is_alive() or address.search((tmp_path / "stderr").read_text()), seconds=60)
+        found = address.search((tmp_path / "stderr").read_text())
+        assert found, (tmp_path / "stderr").read_text()
         body = {"model": "letters", "prompt": text, "max_tokens": 300, "stream": True}
         client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none")
         parts = []
         for event in client.completions.create(**body):
             if not parts:
-                process.send_signal(signal.SIGTERM)
+                os.kill(process.pid, signal.SIGTERM)
             parts.append(event.choices[0])
-        process.wait(30)
+        process.join(30)
+    finally:
+        process.kill()
     assert ("".join(part.text for part in parts), parts[-1].finish_reason) == generated(alone, "letters", text, 300)[:2]
-    assert any("shutdown complete" in line for line in lines)
+    assert "shutdown complete" in (tmp_path / "stderr").read_text()
 
 
 def test_a_folder_that_is_none_is_refused_before_anything_is_loaded(monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from planted_typos import plant
+from planted_typos import Typo, plant
 from ptv2_fast import forward
 
 pytest.importorskip("mypy")
@@ -51,53 +51,39 @@ def loose(layer):
 
 
 @pytest.mark.timeout(300)
-def test_only_attributes_that_no_module_declares_are_any(tmp_path):
+def test_only_attributes_that_no_module_declares_are_any(said):
     """And the check can fail: a declared attribute keeps its type, and functions need theirs."""
-    sample = tmp_path / "sample.py"
-    sample.write_text(_SAMPLE)
-    done = _mypy(str(sample))
-    lines = [line for line in done.stdout.splitlines() if ": error: " in line]
+    lines = [line for line in said["sample_of_modules"] if ": error: " in line]
     codes = [line.rpartition("[")[2] for line in lines]
-    assert codes == ["return-value]", "no-untyped-def]"], done.stdout + done.stderr
+    assert codes == ["return-value]", "no-untyped-def]"], said
     assert 'got "int", expected "str"' in lines[0]
 
 
 @pytest.mark.timeout(300)
-def test_a_typo_on_the_way_of_a_call_is_seen(tmp_path):
+def test_a_typo_on_the_way_of_a_call_is_seen(said, planted):
     """The files of forward/ are functions of typed arguments: nothing that they name of ours is Any."""
-    planted = {}
-    for module in pkgutil.iter_modules(forward.__path__, f"{forward.__name__}."):
-        text, typos = plant(importlib.import_module(module.name))
-        file = tmp_path / f"{module.name.rpartition('.')[2]}.py"
-        file.write_text(text)
-        planted[file] = typos
-    assert len(planted) > 5 and all(len(typos) > 2 for typos in planted.values()), planted
-    done = _mypy(*map(str, planted))
-    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
-    for file, typos in planted.items():
-        seen = [line.partition(f"{file.name}:")[2] for line in errors if f"{file.name}:" in line]
+    assert len(planted) > 5 and all(len(typos) > 2 for _, typos in planted.values()), planted
+    for name, (_, typos) in planted.items():
+        seen = [line.partition(f"{name}.py:")[2] for line in said[name] if ": error: " in line]
         unseen = [t for t in typos if not any(e.startswith(f"{t.line}: ") and f'"{t.name}"' in e for e in seen)]
-        assert not unseen, (file.name, unseen, done.stdout[-2000:])
+        assert not unseen, (name, unseen, said[name])
 
 
 @pytest.mark.timeout(300)
-def test_public_names_have_their_own_types(tmp_path):
+def test_public_names_have_their_own_types(said):
     """They are loaded when asked for; to a type checker they are what they are, and others are errors."""
     import ptv2_fast
 
     names = sorted(ptv2_fast.__all__)
-    sample = tmp_path / "sample.py"
-    lines = ["import ptv2_fast", *(f"reveal_type(ptv2_fast.{name})" for name in names), "ptv2_fast.get_ptv2_modell"]
-    sample.write_text("\n".join([*lines, "from ptv2_fast import PTuningV2Config, get_ptv2_model", _USE]))
-    done = _mypy(str(sample))
-    revealed = [line.partition("Revealed type is ")[2] for line in done.stdout.splitlines() if "Revealed" in line]
-    assert len(revealed) == len(names), done.stdout + done.stderr
+    lines = said["sample_of_names"]
+    revealed = [line.partition("Revealed type is ")[2] for line in lines if "Revealed" in line]
+    assert len(revealed) == len(names), lines
     for name, kind in zip(names, revealed, strict=True):
         assert kind.startswith('"def (') and kind != '"def (*args: Any, **kwargs: Any) -> Any"', (name, kind)
         if isinstance(getattr(ptv2_fast, name), type):
             assert kind.endswith(f'-> {getattr(ptv2_fast, name).__module__}.{name}"'), (name, kind)
-    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
-    assert ['"get_ptv2_modell"' in line for line in errors] == [True, False], done.stdout
+    errors = [line for line in lines if ": error: " in line]
+    assert ['"get_ptv2_modell"' in line for line in errors] == [True, False], lines
     assert '"PTuningV2Config" has incompatible type "int"' in errors[1]
 
 
@@ -122,17 +108,42 @@ def use(base: PreTrainedModel, q: torch.Tensor) -> None:
 """
 
 
+@pytest.fixture(scope="module")
+def planted() -> dict[str, tuple[str, list[Typo]]]:
+    """The files of forward/ by their names, with typos, and those."""
+    modules = (
+        importlib.import_module(one.name) for one in pkgutil.iter_modules(forward.__path__, "ptv2_fast.forward.")
+    )
+    return {module.__name__.rpartition(".")[2]: plant(module) for module in modules}
+
+
+@pytest.fixture(scope="module")
+def said(planted, tmp_path_factory) -> dict[str, list[str]]:
+    """What is said of each sample; one run for all of them, for most of a run reads what they import."""
+    import ptv2_fast
+
+    names = (f"reveal_type(ptv2_fast.{name})" for name in sorted(ptv2_fast.__all__))
+    lines = ["import ptv2_fast", *names, "ptv2_fast.get_ptv2_modell", "from ptv2_fast import PTuningV2Config", _USE]
+    texts = {name: text for name, (text, _) in planted.items()}
+    texts |= {"sample_of_modules": _SAMPLE, "sample_of_names": "\n".join(lines), "sample_of_a_user": _USER}
+    folder = tmp_path_factory.mktemp("samples")
+    for name, text in texts.items():
+        (folder / f"{name}.py").write_text(text)
+    done = _mypy(*(str(folder / f"{name}.py") for name in texts))
+    found = {name: [line for line in done.stdout.splitlines() if f"{name}.py:" in line] for name in texts}
+    assert all(found.values()), done.stdout + done.stderr
+    return found
+
+
 @pytest.mark.timeout(300)
-def test_a_users_mistakes_are_seen(tmp_path):
-    sample = tmp_path / "sample.py"
-    sample.write_text(_USER)
-    done = _mypy(str(sample))
-    revealed = [line.partition("Revealed type is ")[2].strip('"') for line in done.stdout.splitlines()]
+def test_a_users_mistakes_are_seen(said):
+    lines = said["sample_of_a_user"]
+    revealed = [line.partition("Revealed type is ")[2].strip('"') for line in lines]
     model = "ptv2_fast.model.PTuningV2Model"
-    assert [kind for kind in revealed if kind] == [model, "str | None", model], done.stdout + done.stderr
-    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert [kind for kind in revealed if kind] == [model, "str | None", model], lines
+    errors = [line for line in lines if ": error: " in line]
     parts = ('"unpad" to "StepOptions"', '"window" to "prompt_attention"', "Buckets")
-    assert len(errors) == len(parts), done.stdout
+    assert len(errors) == len(parts), lines
     assert all(part in error for part, error in zip(parts, errors, strict=True)), errors
 
 
@@ -154,9 +165,7 @@ try:
     ptv2_fast.get_ptv2_modell
 except AttributeError as error:
     print(error)
-from ptv2_fast import *
-assert ptv2_fast.StepOptions is StepOptions and StepOptions.__name__ == "StepOptions"
-assert all(globals()[name].__name__ == name for name in ptv2_fast.__all__)
+assert not {"torch", "transformers", "triton"} & set(sys.modules)
 """
 
 
@@ -164,3 +173,8 @@ def test_public_names_are_listed_and_loaded_when_asked_for():
     done = subprocess.run([sys.executable, "-c", _LAZY], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "module 'ptv2_fast' has no attribute 'get_ptv2_modell'"
+    import ptv2_fast
+
+    given: dict[str, object] = {}
+    exec("from ptv2_fast import *", given)
+    assert all(given[name].__name__ == name and given[name] is getattr(ptv2_fast, name) for name in ptv2_fast.__all__)

@@ -1,13 +1,18 @@
-"""Processes that start at once, and two on this machine that talk through gloo."""
+"""Processes that start at once, commands in them, and two on this machine that talk through gloo."""
 
 from __future__ import annotations
 
 import datetime
 import os
+import runpy
+import signal
 import socket
+import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +31,35 @@ def forkserver() -> BaseContext:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED_ONCE)
     return context
+
+
+def started(command: Sequence[object], said: Path) -> BaseProcess:
+    """`python <command>` in a process that has imported what takes long: a file to run, or "-m" and a module.
+
+    Args:
+        said: a folder for the files "stdout" and "stderr".
+    """
+    for name in ("stdout", "stderr"):
+        (said / name).touch()
+    process = forkserver().Process(target=_command, args=(list(map(str, command)), os.getcwd(), said))
+    process.start()
+    return process
+
+
+def _command(command: list[str], folder: str, said: Path) -> None:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(said / name, os.O_WRONLY | os.O_APPEND), stream)
+    # A shell's background jobs, and all that they start, ignore the signal: this one shall not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    name, *sys.argv[1:] = command[1:] if command[0] == "-m" else command
+    sys.argv[0] = name
+    if command[0] == "-m":
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(name).parent)
+        runpy.run_path(name, run_name="__main__")
 
 
 def free_port() -> int:

@@ -121,9 +121,18 @@ def generated(model, name: str, text: str, most: int) -> tuple[str, str, int]:
     return tokenizer.decode(tokens, skip_special_tokens=True), reason, len(tokens)
 
 
-def endless(model, name: str, most: int = 400) -> str:
-    """A text that an adapter goes on with for long: greedy texts that did not end by then repeat themselves."""
-    return next(text for text in (*FILLERS, *PEOPLE) if generated(model, name, text, most)[1] == "length")
+_ENDLESS: dict[str, str] = {}
+
+
+def endless(model, name: str) -> str:
+    """A text that an adapter goes on with for long: greedy texts that did not end by then repeat themselves.
+
+    Looked for once: the first adapters of every server have the same weights.
+    """
+    if name not in _ENDLESS:
+        texts = (*FILLERS, *PEOPLE)
+        _ENDLESS[name] = next(text for text in texts if generated(model, name, text, 400)[1] == "length")
+    return _ENDLESS[name]
 
 
 def messages(text: str) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot, so that no test needs the hub."""
+"""Tokenizers made on the spot, so that no test needs the hub; no picture is drawn that nobody looks at."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from blank_pictures import blank_pictures as blank_pictures
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = (

@@ -15,6 +15,11 @@ HISTORY = [
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.fixture(scope="module")
+def blank_pictures():
+    """Not here: these are looked at."""
+
+
 def test_curves_of_a_trainer_log():
     assert curves_of(HISTORY) == (
         "step",

@@ -198,7 +198,7 @@ def test_a_compiled_step_is_one_graph_for_all_steps(family, task_type, tmp_path)
     """Nothing of a fresh wrapper breaks the graph, and no step of the same shape compiles again."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    model = tiny_model(family, "deep", task_type)
+    model = tiny_model(family, "deep", task_type, base_changes={"num_hidden_layers": 1})
     labels = torch.tensor([0, 1]) if task_type == "SEQ_CLS" else IDS
     rows = rows_of(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=labels)
     settings = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4}
