@@ -353,14 +353,13 @@ def test_own_heads_pool_the_texts_own_tokens(family, injection, pooling):
     model = _backbone_model(family, injection, heads)
     rows = text_rows()
     head = model.adapters["default"].heads["label"].linear
+    pool = {"first": lambda states: states[0], "last": lambda states: states[-1], "mean": lambda states: states.mean(0)}
     with torch.no_grad():
+        alone = [model.run(model.backbone, {"input_ids": row[None]}).last_hidden_state[0] for row in rows]
         for side in ("left", "right", "holes"):
-            batch = padded(rows, side)
-            logits = model(**batch.inputs).logits
-            for index, row in enumerate(rows):
-                states = model.run(model.backbone, {"input_ids": row[None]}).last_hidden_state[0]
-                pooled = {"first": states[0], "last": states[-1], "mean": states.mean(0)}[pooling]
-                assert_equal(logits[index], head(pooled), f"{side}, row {index}")
+            logits = model(**padded(rows, side).inputs).logits
+            for index, states in enumerate(alone):
+                assert_equal(logits[index], head(pool[pooling](states)), f"{side}, row {index}")
 
 
 def _backbone_model(family, injection, heads):

@@ -29,9 +29,9 @@ def _base(family: str, **options):
     return tiny_base(family, "CAUSAL_LM" if family in DECODERS else "TOKEN_CLS", **options)
 
 
-def _model(family: str, injection: str = "deep") -> PTuningV2Model:
+def _model(family: str, injection: str = "deep", **options) -> PTuningV2Model:
     task = "SEQ_2_SEQ_LM" if family in SEQ2SEQ else "CAUSAL_LM" if family in DECODERS else "TOKEN_CLS"
-    return get_ptv2_model(_base(family), tiny_prompts(injection, task)).eval()
+    return get_ptv2_model(_base(family, **options), tiny_prompts(injection, task)).eval()
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def test_what_was_replaced_runs(family, injection, replace):
 
 
 def test_what_was_replaced_generates_is_compiled_and_exported():
-    model = _model("llama")
+    model = _model("llama", num_hidden_layers=1)  # it is compiled three times
     ids = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     compiled = torch.compile(model, backend="eager", fullgraph=TRACES_VIEWS)
     _answer(compiled), model.generate(BATCH.input_ids[:, -2:], **ids)

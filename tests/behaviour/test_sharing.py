@@ -166,7 +166,7 @@ def test_disabled_is_disabled_for_its_task_alone():
 
 
 def test_contexts_that_disable_may_overlap():
-    model = tiny_model("llama", "deep", "CAUSAL_LM")
+    model = tiny_model("llama", "deep", "CAUSAL_LM", base_changes={"num_hidden_layers": 1})
     prompted, bare = _answer(model, "llama"), _answer(model.base_model, "llama")
     compiled = torch.compile(model, backend="eager", fullgraph=TRACES_VIEWS)
     for one in (model, compiled):

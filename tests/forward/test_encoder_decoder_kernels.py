@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
 from tiny_seq2seq import STACKS, pair, tiny_model
 from tolerances import assert_differs, assert_equal
 
-pytestmark = pytest.mark.usefixtures("kernels_without_overflow_checks")
 # Heads of 16, the smallest that the kernels take; the interpreter takes seconds for each layer.
 SIZES = {
     "t5": {"d_kv": 16, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1},

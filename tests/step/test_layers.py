@@ -69,46 +69,36 @@ def test_each_switch_gives_the_plain_losses_and_gradients(family, task, switch, 
 
 
 @pytest.mark.parametrize(
-    ("family", "task", "unpad"),
+    ("family", "task", "unpad", "compiler", "layers"),
     [
-        ("bert", "TOKEN_CLS", True),
-        ("gpt2", "SEQ_CLS", False),
-        ("qwen3", "CAUSAL_LM", True),
-        ("mpnet", "TOKEN_CLS", True),
-        ("deberta-v2", "TOKEN_CLS", True),
+        # PyTorch's attention over packed rows breaks graphs, a dozen a layer and a second each. Once for a layer that
+        # reads states without a gradient and one that reads states with one, once for what autograd makes of the parts.
+        ("bert", "TOKEN_CLS", True, "eager", 2),
+        ("qwen3", "CAUSAL_LM", True, "aot_eager", 1),
+        ("gpt2", "SEQ_CLS", False, "aot_eager", 2),
+        ("mpnet", "TOKEN_CLS", True, "aot_eager", 2),
+        ("deberta-v2", "TOKEN_CLS", True, "aot_eager", 2),
     ],
 )
-def test_compiled_layers_give_the_plain_losses_and_gradients(family, task, unpad):
-    _compare(family, task, "compile_layers", unpad)
+def test_compiled_layers_give_the_plain_losses_and_gradients(family, task, unpad, compiler, layers, monkeypatch):
+    monkeypatch.setattr(step_layers, "COMPILER", compiler)
+    _compare(family, task, "compile_layers", unpad, num_hidden_layers=layers)
 
 
 @pytest.mark.parametrize(("family", "task"), [("bert", "TOKEN_CLS"), ("llama", "CAUSAL_LM")])
 def test_the_compiler_that_users_get_gives_the_plain_loss(family, task, monkeypatch):
-    """Code is generated and built, which takes its time: forward, and no lengths that change."""
+    """Code is generated and built, which takes its time: one layer, forward, and no lengths that change."""
     monkeypatch.setattr(step_layers, "COMPILER", USERS_COMPILER)
-    model, inputs = tiny_model(family, "deep", task).train(), _labelled(task)
+    model = tiny_model(family, "deep", task, base_changes={"num_hidden_layers": 1}).train()
+    inputs = _labelled(task)
     model.step_options = OFF
     expected = model(**inputs).loss
     model.step_options = replace(OFF, compile_layers=True)
     assert_equal(model(**inputs).loss, expected, "loss")
 
 
-@pytest.mark.parametrize("family", ["bert", "mpnet", "deberta-v2"])
-def test_compiled_layers_share_what_is_compiled(family, monkeypatch):
-    monkeypatch.setattr(step_layers, "COMPILER", "eager")
-    graphs = []
-    for layers in (2, 4):
-        torch.compiler.reset()
-        torch._dynamo.utils.counters.clear()
-        model = tiny_model(family, "deep", base_changes={"num_hidden_layers": layers}).train()
-        model.step_options = replace(OFF, compile_layers=True)
-        model(**padded(text_rows(), "right").inputs)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[1] > 0
-
-
-def _compare(family, task, switch, unpad):
-    changes = {} if task == "CAUSAL_LM" else {"classifier_dropout": 0.0}
+def _compare(family, task, switch, unpad, **changes):
+    changes |= {} if task == "CAUSAL_LM" else {"classifier_dropout": 0.0}
     model = tiny_model(family, "deep", task, base_changes=changes).train()
     inputs = _labelled(task)
     plain, expected = _losses_and_grads(model, OFF, inputs)
@@ -281,7 +271,8 @@ def test_maps_with_inputs_of_their_own_are_computed_alone():
     assert_equal(modules["value"](image), layer.value(image), "value of another input")
 
 
-def test_layers_of_one_kind_share_what_was_compiled(monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "bert", "mpnet", "deberta-v2"])
+def test_layers_of_one_kind_share_what_was_compiled(family, monkeypatch):
     graphs = []
 
     def compiler(graph, example_inputs):
@@ -289,13 +280,13 @@ def test_layers_of_one_kind_share_what_was_compiled(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(step_layers, "COMPILER", compiler)
-    model = tiny_model("llama", "deep", base_changes={"num_hidden_layers": 6}).train()
+    model = tiny_model(family, "deep", base_changes={"num_hidden_layers": 4}).train()
     model.step_options = replace(OFF, compile_layers=True)
     inputs = padded(text_rows(), "right").inputs
     for _ in range(2):
         model(**inputs).last_hidden_state.sum().backward()
     # The first layer reads states without a gradient, the others states with one.
-    assert len(graphs) <= 2
+    assert 0 < len(graphs) <= 2
 
 
 def test_a_map_that_is_changed_after_fusing_is_left_alone():
@@ -319,12 +310,14 @@ def test_a_map_that_is_changed_after_fusing_is_left_alone():
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_first_fused_step_through_the_kernels_has_the_plain_gradients(family):
     grads = {}
+    # The interpreter takes its time over every program: one layer, two heads, two rows.
+    changes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    changes |= {"head_dim": 16} if family == "llama" else {}
     for on in (False, True):
         torch.manual_seed(4)
-        heads = {"num_attention_heads": 2} if family == "bert" else {"head_dim": 16}
-        model = tiny_model(family, "deep", backend="triton", base_changes=heads).train()
+        model = tiny_model(family, "deep", backend="triton", base_changes=changes).train()
         model.step_options = replace(OFF, fused_projections=on)
-        output = model(**padded(text_rows(), "right").inputs).last_hidden_state
+        output = model(**padded(text_rows(5, 7), "right").inputs).last_hidden_state
         # What the weights' former memory would hold by the time of the backward pass.
         junk = [torch.full((32, 32), 1e30) for _ in range(64)]
         output.square().mean().backward()

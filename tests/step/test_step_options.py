@@ -297,7 +297,7 @@ def test_a_batch_of_padding_alone_runs(family):
 
 @pytest.mark.parametrize(("family", "task"), [("bert", "TOKEN_CLS"), ("llama", "CAUSAL_LM")])
 def test_inside_the_compiler_sizes_do_not_depend_on_data(family, task):
-    model = tiny_model(family, "deep", task).train()
+    model = tiny_model(family, "deep", task, base_changes={"num_hidden_layers": 1}).train()
     batch = padded(text_rows(), "right")
     labels = (batch.input_ids % LABELS).masked_fill(batch.attention_mask == 0, -100)
     inputs = {**batch.inputs, "labels": labels}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -18,6 +17,9 @@ def install() -> None:
     It does so for each @jit function that a kernel calls, which takes half of its time: it looks at all members of the
     language again and finds them replaced. It also makes a table of all dtypes to look one up, and describes the shape
     of every tensor anew. A version of Triton that does this otherwise is left alone.
+
+    And it computes whether integers overflow, in 64 bits, to assert that they do not: without debugging, which the
+    interpreter does not switch on, `device_assert` forgets what was computed.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -53,6 +55,10 @@ def install() -> None:
             known[element] = numpy_dtype(element)
         return known[element]
 
+    builder = getattr(interpreter, "interpreter_builder", None)
+    options = getattr(builder, "options", None)
+    if getattr(options, "sanitize_overflow", False) and not getattr(options, "debug", True):
+        builder.options = dataclasses.replace(options, sanitize_overflow=False)
     _describe_shapes_once(tl.core)
     interpreter._get_np_dtype = numpy_dtype_once
     interpreter._patch_lang = patch_once
@@ -89,28 +95,6 @@ def _describe_shapes_once(core) -> None:
     core.block_type.__init__, core.tensor.__init__ = block_once, tensor_once
 
 
-@contextlib.contextmanager
-def without_overflow_checks():
-    """Within this context integers are not computed a second time in 64 bits to see whether they overflow.
-
-    That is a third of an interpreted kernel's time; the kernels' own tests do without this.
-    """
-    from triton.runtime import interpreter
-
-    builder = getattr(interpreter, "interpreter_builder", None)
-    if builder is None or not getattr(builder.options, "sanitize_overflow", False):
-        yield
-        return
-    usual = builder.options
-    builder.options = dataclasses.replace(usual, sanitize_overflow=False)
-    try:
-        yield
-    finally:
-        builder.options = usual
-
-
 @pytest.fixture(scope="module")
 def kernels_without_overflow_checks():
-    """For tests of whole models, whose kernels tests/kernels runs with every check."""
-    with without_overflow_checks():
-        yield
+    """Nothing is left to leave out; who still asks for it gets what everybody gets."""
