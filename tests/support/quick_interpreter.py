@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import inspect
 
-import pytest
-
 _NEEDED = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor")
 
 
@@ -93,8 +91,3 @@ def _describe_shapes_once(core) -> None:
         self.__dict__.update(tensors[key], handle=handle, type=type, dtype=type.scalar)
 
     core.block_type.__init__, core.tensor.__init__ = block_once, tensor_once
-
-
-@pytest.fixture(scope="module")
-def kernels_without_overflow_checks():
-    """Nothing is left to leave out; who still asks for it gets what everybody gets."""

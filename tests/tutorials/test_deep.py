@@ -13,7 +13,6 @@ from ptv2_fast.reference import deep_tutorial as literal
 from ptv2_fast.reference.literal import literal_deep
 from ptv2_fast.step.options import StepOptions
 from ptv2_fast.tutorials import DeepPromptEncoder, P_Tuning_Model
-from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
 from shape_audit import ShapeAudit
 from tiny_models import HIDDEN, tiny_base
 from tolerances import assert_differs, assert_equal, assert_same_bits
@@ -84,7 +83,6 @@ def test_every_other_encoder_is_served(family, side):
         assert_equal(grad, expected_grad, "gradient")
 
 
-@pytest.mark.usefixtures("kernels_without_overflow_checks")
 @pytest.mark.parametrize(("family", "side"), [("bert", "right"), ("distilbert", "left")])
 def test_the_kernels_agree(family, side):
     # Heads of 16 are the smallest that they take; the interpreter takes its time over more layers and rows.

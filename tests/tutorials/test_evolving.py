@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ptv2_fast.reference import evolving_tutorial as literal
 from ptv2_fast.tutorials import PTuningV2Model, SimpleTransformerLayer
-from quick_interpreter import kernels_without_overflow_checks  # noqa: F401  a fixture
 from shape_audit import ShapeAudit
 from tolerances import assert_equal, assert_same_bits
 
@@ -81,7 +80,6 @@ def test_sizes_at_the_edge(changes):
     _assert_alike(ours, theirs, _ids(1, 1))
 
 
-@pytest.mark.usefixtures("kernels_without_overflow_checks")
 def test_the_kernels_agree():
     # Heads of 16 are the smallest that they take.
     ours, theirs = (_freeze(model).eval() for model in _pair(torch.float32, num_heads=2))
