@@ -214,7 +214,7 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         return Plan((start, _gates(90, 70, large=False), fixed, decode, *after), 330, 200)
     failed = {"failed": True}
     if variant == "tune":
-        bert = ("bert-base-B32-N128-P20-pad*-bf16",)
+        bert, few = ("bert-base-B32-N128-P20-pad*-bf16",), ("peft", "floor")
         phases = (
             start,
             _compiled("compile-bert", bert, "peft_compiled", "ours_graph_compiled"),
@@ -223,15 +223,7 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
             tune,
             again,
             _steps("steps", 60, 260, bert, (*_STEP_PEERS, "ours_graph_compiled"), _TINY_PROFILE),
-            _steps(
-                "profile",
-                30,
-                290,
-                bert,
-                ("ours_graph", "ours_graph_compiled", "peft", "floor"),
-                _TINY_PROFILE,
-                profile=True,
-            ),
+            _steps("profile", 30, 290, bert, ("ours_graph", "ours_graph_compiled", *few), _TINY_PROFILE, profile=True),
             replace(memcheck, latest=310.0),
         )
         return Plan(phases, 330, 200)
