@@ -8,6 +8,8 @@ import importlib
 import os
 from contextlib import suppress
 
+import torch
+
 import quick_interpreter
 
 for _name in (
@@ -23,6 +25,8 @@ for _name in (
 if os.environ.get("TRITON_INTERPRET") == "1":
     with suppress(ImportError):
         quick_interpreter.install()
+# As in the tests' own process: threads of several phases would wait for each other.
+torch.set_num_threads(1)
 # Collecting garbage looks at all that may be some, which this never is.
 gc.collect()
 gc.freeze()
