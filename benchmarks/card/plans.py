@@ -86,7 +86,7 @@ _TINY_LLAMA, _TINY_FORWARD = {**_TINY_PADDED, "providers": ("peft",)}, {"only": 
 _TINY_TUNE = {"only": ("forward-*",)}
 # Somebody who compiles nothing: what is compiled is rehearsed once.
 _TINY_FLOOR, _TINY_OURS = {**_TINY_COMPILED, "providers": ("floor",)}, {"only": (), "providers": ("ours",)}
-_TESTS, _ONE_CHECK = ({"tests": path} for path in ("tests/kernels/test_launch.py", "benchmarks/card/one_check.py"))
+_TESTS, _ONE_CHECK = ({"tests": path} for path in ("tests/kernels/test_bank_rows.py", "benchmarks/card/one_check.py"))
 
 
 def _start() -> Phase:
@@ -199,7 +199,7 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         raise ValueError(f"variant must be one of {VARIANTS}; got {variant!r}")
     start, memcheck = _start(), _checks("memcheck", 60, 290, "sanitizer-memcheck")
     if variant == "kernels":
-        native = replace(_native(200, 110), arguments={"failed": True})
+        native = replace(_native(200, 110), arguments={"failed": True}, tiny=_ONE_CHECK)
         return Plan((start, _gates(90, 90), _bisection(160, 80), native, memcheck), 330, 330)
     tune = Phase("tune", "tune", 75, 175, timed=True, when=GREEN)
     again = _kernels("kernels-again", 50, 240, tuned=True, providers=(*_KERNEL_PEERS, "ours_tuned"))
@@ -214,7 +214,7 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
         return Plan((start, _gates(90, 70, large=False), fixed, decode, *after), 330, 200)
     failed = {"failed": True}
     if variant == "tune":
-        bert = ("bert-base-B32-N128-P20-pad*-bf16",)
+        bert, few = ("bert-base-B32-N128-P20-pad*-bf16",), ("peft", "floor")
         phases = (
             start,
             _compiled("compile-bert", bert, "peft_compiled", "ours_graph_compiled"),
@@ -222,8 +222,8 @@ def second(variant: str, only: tuple[str, ...] = ()) -> Plan:
             replace(_native(120, 60), arguments=failed, tiny=_ONE_CHECK),
             tune,
             again,
-            _steps("steps", 60, 260, bert, (*_STEP_PEERS, "ours_graph_compiled")),
-            _steps("profile", 30, 290, bert, ("ours_graph", "ours_graph_compiled", "peft", "floor"), profile=True),
+            _steps("steps", 60, 260, bert, (*_STEP_PEERS, "ours_graph_compiled"), _TINY_PROFILE),
+            _steps("profile", 30, 290, bert, ("ours_graph", "ours_graph_compiled", *few), _TINY_PROFILE, profile=True),
             replace(memcheck, latest=310.0),
         )
         return Plan(phases, 330, 200)

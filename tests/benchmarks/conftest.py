@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -10,6 +11,13 @@ import torch
 from benchmarks.attention.cases import case_of
 from benchmarks.context import Context
 from benchmarks.record import ResultFile
+
+
+@pytest.fixture(autouse=True)
+def _what_is_there_stays():
+    """Suites collect garbage at every cell, which looks at all that was imported and traced since the start."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -20,16 +21,23 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
-
-
-# What every process would import by itself, for seconds; the rehearsals of a card fork from the same server.
-_IMPORTED_ONCE = ["benchmarks.card.child", "transformers.trainer", "torch.distributed.fsdp"]
+_SUPPORT = Path(__file__).resolve().parent
 
 
 def forkserver() -> BaseContext:
-    """Processes forked from one that has imported what takes long and has computed nothing."""
+    """Processes forked from one that has imported what takes long and has computed nothing.
+
+    It is started here, once for all tests of this process: the rehearsals of a card fork from the same server.
+    """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED_ONCE)
+    context.set_forkserver_preload(["forked_from"])
+    path = os.environ.get("PYTHONPATH", "")
+    # Told by the environment alone: before Python 3.12 a server does not take over where modules are looked for.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_SUPPORT), str(_SUPPORT.parents[1]), path])
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ["PYTHONPATH"] = path
     return context
 
 

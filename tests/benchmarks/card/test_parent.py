@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,12 @@ from benchmarks.card.plans import Phase, Plan
 from benchmarks.card.record import CardRecord
 
 ROOT = Path(__file__).resolve().parents[3]
+_NOTHING = {"arguments": {"only": ("nothing",)}}
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Run phases that only look at the machine, with a fault; gives the record's phases by name."""
+    """Run phases that do next to nothing, with a fault; gives the record's phases by name."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def start(phases, fault=None, seconds=120.0, parent=Parent):
@@ -38,8 +40,9 @@ def run(tmp_path, monkeypatch):
     return start
 
 
-def _looks(*names, **options):
-    return [Phase(name, "start", **{"limit": 30.0, "latest": 110.0, **options}) for name in names]
+def _idle(*names, **options):
+    """Phases that find nothing to check; the rehearsals look at the machine, which takes a second."""
+    return [Phase(name, "checks", **{"limit": 30.0, "latest": 110.0, **_NOTHING, **options}) for name in names]
 
 
 # Phase -> what is planted in it, its state and the reason for that.
@@ -60,7 +63,8 @@ FAULTS = {
 def test_a_fault_costs_its_phase_alone(run):
     fault = ",".join(f"{kind}:{name}" for name, (kind, _, _) in FAULTS.items() if kind)
     # Interpreters that start over take their time on a busy machine.
-    phases = [phase for name in FAULTS for phase in _looks(name, limit=2.0 if name == "hangs" else 150.0, latest=250.0)]
+    phases = [phase for name in FAULTS for phase in _idle(name, limit=2.0 if name == "hangs" else 150.0, latest=250.0)]
+    phases[0] = replace(phases[0], work="start")
     ended, found, record = run(phases, fault, seconds=300.0)
     assert {name: (one["state"], one.get("reason", "")) for name, one in found.items()} == {
         name: (state, reason) for name, (_, state, reason) in FAULTS.items()
@@ -76,7 +80,7 @@ def test_a_fault_costs_its_phase_alone(run):
 
 
 def test_a_phase_that_is_cut_is_no_complete_run(run):
-    ended, found, _ = run([*_looks("a", limit=2.0), *_looks("b")], "hang:a")
+    ended, found, _ = run([*_idle("a", limit=2.0), *_idle("b")], "hang:a")
     assert found["b"]["state"] == "complete" and ended == "out of time"
 
 
@@ -88,7 +92,7 @@ def test_a_run_that_is_told_to_end_ends_the_phase_that_runs(run):
 
     begin = time.monotonic()
     with pytest.raises(SystemExit):
-        run(_looks("a"), "hang:a", parent=Told)
+        run(_idle("a"), "hang:a", parent=Told)
     assert time.monotonic() - begin < 60
 
 
@@ -97,8 +101,8 @@ def test_a_run_that_is_told_to_end_ends_the_phase_that_runs(run):
     [({"limit": 1.5}, "hang:gates", "out of time"), ({"latest": 0.01}, None, "skipped too late")],
 )
 def test_gates_that_are_not_judged_are_not_green(run, gates, fault, why):
-    phases = [*_looks("a"), *_looks("gates", **gates), *_looks("look", when=plans.RED)]
-    phases += _looks("time", timed=True, when=plans.GREEN)
+    phases = [*_idle("a"), *_idle("gates", **gates), *_idle("look", when=plans.RED)]
+    phases += _idle("time", timed=True, when=plans.GREEN)
     ended, found, record = run(phases, fault)
     assert ended == "red" and found["look"]["state"] == "complete"
     assert found["time"] == {"name": "time", "state": "skipped", "reason": "the gates are not green: nothing is timed"}
@@ -106,12 +110,12 @@ def test_gates_that_are_not_judged_are_not_green(run, gates, fault, why):
 
 
 def test_what_is_too_late_is_left_out_and_says_so(run):
-    ended, found, _ = run([*_looks("a"), *_looks("b", latest=0.01)])
+    ended, found, _ = run([*_idle("a"), *_idle("b", latest=0.01)])
     assert found["b"]["state"] == "skipped" and "too late" in found["b"]["reason"] and ended == "out of time"
 
 
 def test_what_runs_beside_is_stopped_while_something_is_timed(run):
-    beside = Phase("beside", "start", 60.0, 110.0, beside=True)
+    beside = Phase("beside", "checks", 60.0, 110.0, beside=True, **_NOTHING)
     signals = []
 
     class Watched(Parent):
@@ -123,7 +127,7 @@ def test_what_runs_beside_is_stopped_while_something_is_timed(run):
             super()._go_on()
             signals.append([one.stopped for one in self._beside])
 
-    phases = [beside, *_looks("timed", timed=True), *_looks("after")]
+    phases = [beside, *_idle("timed", timed=True), *_idle("after")]
     _, found, _ = run(phases, "hang:beside", seconds=60.0, parent=Watched)
     assert signals == [[], [True], [False]]
     assert found["timed"]["state"] == found["after"]["state"] == "complete"
@@ -139,8 +143,8 @@ def test_what_runs_beside_ends_where_only_timed_phases_follow(run):
             left.append((phase.name, len(self._beside)))
             return super()._begin_phase(phase, end, attempt)
 
-    beside = Phase("beside", "start", 60.0, 110.0, beside=True)
-    phases = [beside, *_looks("first"), *_looks("b", "c", timed=True)]
+    beside = Phase("beside", "checks", 60.0, 110.0, beside=True, **_NOTHING)
+    phases = [beside, *_idle("first"), *_idle("b", "c", timed=True)]
     ended, found, _ = run(phases, "hang:beside", seconds=60.0, parent=Watched)
     assert left == [("beside", 0), ("first", 1), ("b", 0), ("c", 0)]
     assert found["beside"]["state"] == "out of time" and found["c"]["state"] == ended == "complete"

@@ -27,72 +27,84 @@ NAMES = (
 PROVIDERS = [p for p in step_providers() if p.name in NAMES]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole run over the tiny grid."""
-    import time
-
-    from benchmarks.context import Context
-    from benchmarks.record import ResultFile
-
-    path = tmp_path_factory.mktemp("steps")
-    result = ResultFile(path / "run.json", "steps", ["test"], {"device": "cpu"})
-    context = Context(CPU, True, path, time.monotonic() + 600, result, every_peer=True)
-    patch = pytest.MonkeyPatch()
-    patch.setattr("benchmarks.step.stream._NAMES", ("ours", "peft", "floor"))
-    state = steps_suite.run(context, PROVIDERS)
-    patch.undo()
-    result.finish(state)
-    return result.data
-
-
 def _cells(data):
     return [cell for cell in data["cells"] if "peers" in cell and cell.get("kind") != "profile"]
 
 
-def test_a_run_is_complete_and_whole(finished):
-    record.check_schema(finished)
-    assert finished["state"] == "complete"
+# One test: with workers each would run the grid again.
+def test_a_run_is_complete_and_whole(make_context, monkeypatch):
+    """A whole run over the tiny grid."""
+    context = make_context(every_peer=True)
+    context.result.data["suite"] = "steps"
+    written = []
+    put = context.result.put
+    monkeypatch.setattr(
+        context.result, "put", lambda cell: (written.append((cell["id"], set(cell.get("peers", ())))), put(cell))
+    )
+    monkeypatch.setattr("benchmarks.step.stream._NAMES", ("ours", "peft", "floor"))
+    # What is compiled is compiled for its cell.
+    monkeypatch.setattr("benchmarks.step.profile.PROFILED", ("ours", "ours_graph", "peft", "floor"))
+    state = steps_suite.run(context, PROVIDERS)
+    context.result.finish(state)
+    data = context.result.data
+    record.check_schema(data)
+    assert data["state"] == "complete"
     ids = {case.id for group in tiny_groups() for case in group.cases}
-    assert {cell["id"] for cell in _cells(finished)} > ids
-    assert finished["calls"]["peft"].startswith("get_peft_model(base")
+    assert {cell["id"] for cell in _cells(data)} > ids
+    assert data["calls"]["peft"].startswith("get_peft_model(base")
+    _check_that_the_judge_stands_first(data)
+    _check_that_every_provider_is_timed_or_says_why_not(_cells(data))
+    _check_the_compiled_peer(_cells(data)[0], written)
+    _check_that_the_profiler_comes_once_and_last(data)
+    _check_that_a_stream_counts_real_tokens(_cells(data))
+    _check_that_tables_show_what_was_measured(_cells(data))
 
 
-def test_every_provider_of_a_cell_is_timed_or_says_why_not(finished):
-    for cell in _cells(finished):
+def _check_that_the_judge_stands_first(data):
+    assert data["cells"][0]["id"] == "judge-follows-reference" and data["cells"][0]["status"] == "passed"
+
+
+def _check_that_every_provider_is_timed_or_says_why_not(cells):
+    for cell in cells:
         for name, entry in cell["peers"].items():
             assert entry["status"] in ("timed", "not applicable"), (cell["id"], name, entry)
             assert entry.get("ms", 0) > 0 or entry["reason"]
         assert cell["peers"]["ours"]["tokens_per_second"] > 0
-    first = _cells(finished)[0]["peers"]
+    first = cells[0]["peers"]
     assert first["ours_graph"]["status"] == "timed" and first["joined_flex"]["status"] == "not applicable"
 
 
-def test_a_compiled_step_is_one_graph(finished):
-    entry = _cells(finished)[0]["peers"]["floor_compiled"]
+def _check_the_compiled_peer(cell, written):
+    """It is one graph, and timed beside ours in a cell that stands."""
+    entry = cell["peers"]["floor_compiled"]
     assert entry["compiled"]["whole"] and entry["compiled"]["graph_breaks"] == 0
-
-
-def test_the_profiler_comes_once_and_last(finished):
-    profiled = [cell for cell in finished["cells"] if cell.get("kind") == "profile"]
-    assert profiled == finished["cells"][-1:] and profiled[0]["status"] == "passed"
-    assert profiled[0]["id"] == f"profile-{_cells(finished)[0]['id']}"
-    assert not any("device_ms" in e for c in _cells(finished) for e in c["peers"].values())
-
-
-def test_a_compiled_peer_is_timed_beside_ours_in_a_cell_that_stands(make_context, monkeypatch):
-    context = make_context()
-    written = []
-    put = context.result.put
-    monkeypatch.setattr(context.result, "put", lambda cell: (written.append(set(cell.get("peers", ()))), put(cell)))
-    monkeypatch.setattr(steps_suite, "tiny_groups", lambda: tiny_groups()[:1])
-    names = ("ours", "ours_graph", "floor", "floor_compiled")
-    providers = [p for p in PROVIDERS if p.name in names]
-    state = steps_suite.run(replace(context, only=("tiny-bert-B3-N9-P4-pad40-fp32",)), providers, profiled=False)
-    assert state == "complete"
-    assert written == [set(), set(names[:-1]), set(names)]
-    entry = context.result.cells[-1]["peers"]["floor_compiled"]
     assert entry["status"] == "timed" and entry["beside"]["ours"] > 0
+    names = set(cell["peers"])
+    eager = names - {"floor_compiled", "joined_flex"}
+    assert [peers for name, peers in written if name == cell["id"]] == [eager, names - {"joined_flex"}, names]
+
+
+def _check_that_the_profiler_comes_once_and_last(data):
+    profiled = [cell for cell in data["cells"] if cell.get("kind") == "profile"]
+    assert profiled == data["cells"][-1:] and profiled[0]["status"] == "passed"
+    assert profiled[0]["id"] == f"profile-{_cells(data)[0]['id']}"
+    assert not any("device_ms" in e for c in _cells(data) for e in c["peers"].values())
+
+
+def _check_that_a_stream_counts_real_tokens(cells):
+    cell = next(cell for cell in cells if cell.get("kind") == "stream")
+    assert cell["tokens"] == sum(map(sum, cell["lengths"]))
+    assert set(cell["peers"]) == {"ours", "peft", "floor"}
+    shown = step_report.stream_table([cell], table)
+    assert "| ours |" in shown and cell["id"] in shown
+
+
+def _check_that_tables_show_what_was_measured(cells):
+    assert "(ours" in step_report.cells_table(cells, table)
+    ladder = step_report.ladder_table(cells, table)
+    assert "ours_1_unpad" in ladder and cells[0]["id"] in ladder
+    ratios = step_report.cpu_table(cells, table)
+    assert "| geomean |" in ratios and "| worst cell |" in ratios
 
 
 def test_peers_that_no_goal_names_take_part_where_they_are_asked_for(make_context, monkeypatch):
@@ -121,27 +133,6 @@ def test_a_card_with_less_memory_is_judged_in_smaller_parts(monkeypatch):
         properties = type("Properties", (), {"total_memory": memory})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
         assert step_verify._chunk_tokens(torch.device("cuda")) == tokens
-
-
-def test_the_judge_stands_first(finished):
-    assert finished["cells"][0]["id"] == "judge-follows-reference" and finished["cells"][0]["status"] == "passed"
-
-
-def test_a_stream_counts_real_tokens(finished):
-    cell = next(cell for cell in _cells(finished) if cell.get("kind") == "stream")
-    assert cell["tokens"] == sum(map(sum, cell["lengths"]))
-    assert set(cell["peers"]) == {"ours", "peft", "floor"}
-    shown = step_report.stream_table([cell], table)
-    assert "| ours |" in shown and cell["id"] in shown
-
-
-def test_tables_show_what_was_measured(finished):
-    cells = _cells(finished)
-    assert "(ours" in step_report.cells_table(cells, table)
-    ladder = step_report.ladder_table(cells, table)
-    assert "ours_1_unpad" in ladder and cells[0]["id"] in ladder
-    ratios = step_report.cpu_table(cells, table)
-    assert "| geomean |" in ratios and "| worst cell |" in ratios
 
 
 def _one_cell(make_context, monkeypatch, providers, **options):
