@@ -182,10 +182,12 @@ def _generating(model: nn.Module, batch: Batch, count: int) -> Call:
 
 
 def _launches(case: HostCase) -> dict[str, Call]:
-    """Attention of one layer, and a kernel of three arguments to compare with."""
+    """Attention of one layer as every eager call launches it and, unrepeated, by the kernels' own host functions; and a
+    kernel of three arguments to compare with."""
     import triton
     import triton.language as tl
 
+    from ptv2_fast.attention.triton_backend import launch_backward, launch_forward
     from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
     from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 
@@ -200,9 +202,20 @@ def _launches(case: HostCase) -> dict[str, Call]:
     prompt_k, prompt_v = (torch.zeros(1, 4, PROMPT, 32) for _ in range(2))
     inputs = (q, k, v, prompt_k, prompt_v)
     o, lse = prompt_attention_forward(*inputs)
+    grad = torch.zeros_like(o)
     needs = Needs(query=True, text=True, prompt=True, prompt_bias=False, bias=False)
+    # No tensor beside them; no limit, causality, window, cap or dropout.
+    rest = (*(None,) * 6, None, False, None, None, 32**-0.5, 0.0)
+    asked = (*(True,) * 5, False, False)
     ours = {
-        "forward": lambda: prompt_attention_forward(*inputs),
-        "backward": lambda: prompt_attention_backward(o, *inputs, o, lse, needs=needs),
+        "forward": (
+            lambda: launch_forward(*inputs, None, *rest),
+            lambda: prompt_attention_forward(*inputs),
+        ),
+        "backward": (
+            lambda: launch_backward(grad, *inputs, None, o, lse, asked, *rest),
+            lambda: prompt_attention_backward(grad, *inputs, o, lse, needs=needs),
+        ),
     }
-    return {"ours": ours[case.injection], "plain": lambda: plain[(1,)](x, y, 64)}
+    repeated, alone = ours[case.injection]
+    return {"ours": repeated, "ours_unrepeated": alone, "plain": lambda: plain[(1,)](x, y, 64)}

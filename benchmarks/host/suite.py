@@ -17,13 +17,14 @@ from benchmarks.host.cases import HostCase, host_cases
 
 _CALLS = {
     "ours": "get_ptv2_model(base, PTuningV2Config(backend='triton'), step_options=what CUDA has by default); forward, "
-    "loss, backward; in a launch the kernels' host function; of a token generate(); of cpu-eval and cpu-step "
+    "loss, backward; in a launch what eager attention launches; of a token generate(); of cpu-eval and cpu-step "
     "backend='torch' and StepOptions(), of cpu-eval a forward in eval mode without gradients",
     "ours_tasks16": "the same with 16 adapters and adapter_names= naming another one in each row",
     "peft": "get_peft_model(base, PrefixTuningConfig()), attn_implementation='sdpa'",
     "bare": "base(inputs_embeds=embeddings.detach().requires_grad_(), attention_mask=, labels=), sdpa, nothing "
     "trained; of cpu-eval base(input_ids=, attention_mask=) in eval mode without gradients",
     "plain": "kernel[(1,)](x, y, 64): a kernel of three arguments",
+    "ours_unrepeated": "prompt_attention_forward(...) or _backward(...), which `ours` calls the first time",
 }
 
 

@@ -1,16 +1,18 @@
 """Prompt attention through the Triton kernels: autograd, and custom ops for torch.compile.
 
 Eager calls launch the kernels from a `torch.autograd.Function`: a custom op's dispatch costs more
-host time than the launch itself. Under torch.compile the same two host functions stand behind
+host time than the launch itself, and of a kind that was launched before only the launches are made
+again (`kernels.repeat`). Under torch.compile the same two host functions stand behind
 `ptv2_fast::prompt_attention_forward` and `_backward`, which the compiler sees as opaque ops with
 known shapes and a known gradient.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,10 +117,32 @@ def by_decode(q: Tensor, cu_seqlens: Tensor | None, dropout_p: float) -> bool:
     return cu_seqlens is None and dropout_p == 0.0 and q.shape[2] <= DECODE_QUERIES
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, prompt_bias: Tensor | None, *rest: Any
+def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """(o, lse) of the op's arguments."""
+    attended, _ = _repeated()
+    made: tuple[Tensor, Tensor] = attended(arguments[_TENSORS:], *arguments[:_TENSORS])
+    return made
+
+
+@functools.cache
+def _repeated() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of (numbers, *tensors) whose launches are repeated; made where Triton serves."""
+    from ptv2_fast.kernels.repeat import Repeated
+
+    return Repeated(_attended), Repeated(_differentiated)
+
+
+def _attended(
+    numbers: tuple[Any, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    prompt_bias: Tensor | None,
+    *rest: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    arguments = dict(zip(_REST, rest, strict=True))
+    arguments = dict(zip(_REST, (*rest, *numbers), strict=True))
     # Both functions give the same (o, lse), so what needs a gradient may take the short road as well.
     if by_decode(q, arguments["cu_seqlens"], arguments["dropout_p"]):
         from ptv2_fast.kernels.prompt_decode import prompt_attention_decode as attend
@@ -127,7 +151,21 @@ def _forward(
     return attend(q, k, v, prompt_k, prompt_v, prompt_bias=prompt_bias, **arguments)
 
 
-def _backward(
+def launch_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of the trained inputs.
+
+    Args:
+        arguments: those of the backward op: tensors, which gradients are asked for, other tensors and the numbers.
+    """
+    _, differentiated = _repeated()
+    given, needs, rest = arguments[: _GIVEN + 2], arguments[_GIVEN + 2], arguments[_GIVEN + 3 :]
+    others = _TENSORS - _GIVEN
+    made: tuple[Tensor | None, ...] = differentiated((tuple(needs), rest[others:]), grad_output, *given, *rest[:others])
+    return made
+
+
+def _differentiated(
+    asked_for: tuple[tuple[bool, ...], tuple[Any, ...]],
     grad_output: Tensor,
     q: Tensor,
     k: Tensor,
@@ -137,10 +175,11 @@ def _backward(
     prompt_bias: Tensor | None,
     output: Tensor,
     lse: Tensor,
-    needs: Sequence[bool],
-    *rest: Any,
+    *rest: Tensor | None,
 ) -> Gradients:
     from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
+
+    needs, numbers = asked_for
 
     asked = Needs(
         query=needs[_Q],
@@ -149,7 +188,7 @@ def _backward(
         prompt_bias=needs[_PROMPT_BIAS],
         bias=needs[_BIAS],
     )
-    arguments = dict(zip(_REST, rest, strict=True))
+    arguments = dict(zip(_REST, (*rest, *numbers), strict=True))
     return prompt_attention_backward(
         grad_output, q, k, v, prompt_k, prompt_v, output, lse, needs=asked, prompt_bias=prompt_bias, **arguments
     )
@@ -167,7 +206,7 @@ class _PromptAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*arguments)
+        output = launch_forward(*arguments)
         _save_for_backward(ctx, arguments, output)
         ctx.set_materialize_grads(False)
         return output
@@ -180,7 +219,7 @@ class _PromptAttention(torch.autograd.Function):
             return (None,) * _TRAINED + none
         saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:_TRAINED]
-        grads = _backward(grad_output, *saved[: _GIVEN + 2], needs, *saved[_GIVEN + 2 :], *ctx.numbers)
+        grads = launch_backward(grad_output, *saved[: _GIVEN + 2], needs, *saved[_GIVEN + 2 :], *ctx.numbers)
         asked = (grad if need else None for grad, need in zip(grads, needs, strict=False))
         return (*asked, *none)
 
@@ -192,7 +231,7 @@ class _PromptAttention(torch.autograd.Function):
 )
 def forward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`prompt_attention_forward` for the compiler: (o, lse)."""
-    return _forward(*arguments)
+    return launch_forward(*arguments)
 
 
 @forward_op.register_fake
@@ -214,7 +253,7 @@ def _forward_shapes(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def backward_op(grad_output: Tensor, q: Tensor, *others: Any) -> list[Tensor]:
     """`prompt_attention_backward` for the compiler: seven gradients, empty (size 0) where nobody asked."""
     needs = others[_GIVEN + 1]
-    grads = _backward(grad_output, q, *others)
+    grads = launch_backward(grad_output, q, *others)
     return [q.new_empty(0) if grad is None or not need else grad for grad, need in zip(grads, needs, strict=False)]
 
 

@@ -13,58 +13,41 @@ from triton.runtime import driver
 
 import noted_launches
 from noted_launches import draw, draw_heads, noted, small
+from ptv2_fast.attention import triton_backend
 from ptv2_fast.kernels import launch, launcher
-from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
-from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
-from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
 from ptv2_fast.kernels.repeat import Repeated
 
-_REST = ("cu_seqlens", "key_mask", "prompt_index", "prompt_lens", "prompt_bias", "seed")
 _Call = tuple[Callable[..., Any], tuple[Any, ...], list[Any]]
 
 
-def _forward(numbers: tuple[Any, ...], *tensors: Any) -> tuple[Any, ...]:
-    few, causal, dropout_p = numbers
-    rest = dict(zip(_REST, tensors[5:], strict=True))
-    attend = prompt_attention_decode if few else prompt_attention_forward
-    return attend(*tensors[:5], causal=causal, dropout_p=dropout_p, **rest)
-
-
-def _backward(numbers: tuple[Any, ...], *tensors: Any) -> tuple[Any, ...]:
-    needs, causal, dropout_p = numbers
-    grad, *inputs, output, lse = tensors
-    rest = dict(zip(_REST, inputs[5:], strict=True))
-    *made, _ = prompt_attention_backward(
-        grad, *inputs[:5], output, lse, needs=Needs(*needs), causal=causal, dropout_p=dropout_p, **rest
-    )
-    return tuple(made)
-
-
 def _draw() -> list[_Call]:
-    """A forward and its backward, or a step of decoding."""
+    """What eager attention launches: a forward, perhaps of few queries, and its backward."""
     dtype, form = random.choice((torch.float16, torch.float32)), random.choice(("dense", "packed", "decode"))
     rows, kv_heads, heads = 3, 2, random.choice((2, 4))
-    tokens, length, entries = random.choice((17, 48)), random.choice((5, 16)), random.choice((1, 3))
     packed, few = form == "packed", form == "decode"
+    tokens = 5 if few else random.choice((17, 48))
+    length, entries = random.choice((5, 16)), random.choice((1, 3))
     given = [draw_heads(packed, rows, count, tokens, 16, dtype) for count in (heads, kv_heads, kv_heads)]
     prompts = [draw((entries, kv_heads, length, 16), dtype) for _ in range(2)]
     dropout_p = 0.0 if few else random.choice((0.0, 0.1))
     rest = [
-        draw((rows + 1,), torch.int32) if packed else None,
+        draw((entries, heads, length), dtype) if random.random() < 0.5 else None,
+        None,  # a bias of the text
         draw((rows, tokens), torch.bool) if not packed and random.random() < 0.5 else None,
+        draw((rows + 1,), torch.int32) if packed else None,
         draw((rows,), torch.int64) if entries > 1 else None,
         draw((entries,), torch.int32) if random.random() < 0.5 else None,
-        draw((entries, heads, length), dtype) if random.random() < 0.5 else None,
         draw((1,), torch.int64) if dropout_p else None,
     ]
-    numbers = (few, random.random() < 0.5, dropout_p)
+    numbers = (None, random.random() < 0.5, random.choice((None, 7)), random.choice((None, 20.0)), 0.25, dropout_p)
     tensors = [*given, *prompts, *rest]
-    calls: list[_Call] = [(_forward, numbers, tensors)]
-    if not few:
-        output, lse = _forward(numbers, *tensors)
-        needs = (*(random.random() < 0.7 for _ in range(3)), rest[4] is not None, False)
-        calls.append((_backward, (needs, *numbers[1:]), [draw_heads(packed, rows, heads, tokens, 16, dtype), *tensors,
-                                                         output, lse]))  # fmt: skip
+    calls: list[_Call] = [(triton_backend._attended, numbers, tensors)]
+    output, lse = triton_backend._attended(numbers, *tensors)
+    of_bias = rest[0] is not None and random.random() < 0.7
+    needs = (*(random.random() < 0.7 for _ in range(5)), of_bias, False)
+    if any(needs):
+        saved = [draw_heads(packed, rows, heads, tokens, 16, dtype), *tensors[:6], output, lse, *tensors[6:]]
+        calls.append((triton_backend._differentiated, (needs, numbers), saved))
     return calls
 
 
