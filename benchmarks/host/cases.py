@@ -44,6 +44,11 @@ class HostCase:
         return f"{self.kind}-{self.model}-L{self.layers}-{self.injection}{padding}"
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU is the device itself, and nothing may stand in for one."""
+        return self.kind.startswith("cpu-")
+
+    @property
     def rows(self) -> int:
         """B."""
         return TASKS if self.kind == "tasks" else ROWS

@@ -51,7 +51,7 @@ def _lengths(case: HostCase) -> list[int]:
 
 def our_model(case: HostCase, base: nn.Module) -> nn.Module:
     """Our model over a twin of the base: the triton backend and the defaults on CUDA asked for, or what a CPU has."""
-    own = case.kind.startswith("cpu-")
+    own = case.on_cpu
     prompts = {"num_virtual_tokens": PROMPT, "injection": case.injection, "backend": "torch" if own else "triton"}
     causal = base.get_output_embeddings() is not None
     if causal:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import record, report
+from benchmarks.host import process
 from benchmarks.host import report as host_report
 from benchmarks.host import suite as host_suite
 from benchmarks.host.cases import HostCase, host_cases
@@ -30,13 +31,14 @@ def test_a_run_is_complete(make_context):
     assert host_suite.run(context) == "complete"
     record.check_schema(context.result.data)
     cells = context.result.cells
-    assert [cell["case"]["kind"] for cell in cells] == ["launch", "step", "token", "tasks", "cpu-eval"]
+    assert [cell["case"]["kind"] for cell in cells] == ["cpu-eval", "launch", "step", "token", "tasks"]
     for cell in cells:
         for entry in cell["peers"].values():
             assert entry["status"] == "timed"
             assert entry["python_calls"] > 0
-    launch, step, token, tasks, evaluation = (cell["peers"] for cell in cells)
-    assert launch["ours"]["launches"] == launch["plain"]["launches"] == 1
+    evaluation, launch, step, token, tasks = (cell["peers"] for cell in cells)
+    assert launch["ours"]["launches"] == launch["ours_unrepeated"]["launches"] == launch["plain"]["launches"] == 1
+    assert launch["ours"]["python_calls"] < launch["ours_unrepeated"]["python_calls"]
     assert set(step) == set(token) == set(evaluation) == {"ours", "peft", "bare"}
     assert not evaluation["ours"]["launches"]
     assert step["ours"]["launches"] and not step["peft"]["launches"]
@@ -47,6 +49,18 @@ def test_a_run_is_complete(make_context):
     assert [report.UNMEASURED in row for row in rows] == [False, True, *[False] * 5, True, False, True]
     assert "step-tiny-bert" in host_report.cells_table(cells, report.table)
     assert all(goal.id in report.summary({**context.result.data, "suite": "host"}) for goal in host_report.HOST_GOALS)
+
+
+def test_nothing_stands_in_for_a_device_where_the_cpu_is_it(monkeypatch):
+    measured = []
+    monkeypatch.setattr(process.driver, "install", lambda: measured.append("driver"))
+    monkeypatch.setattr(process, "_print", lambda case, *_, **__: measured.append(case.kind))
+    process.main([])
+    before, behind = measured[: measured.index("driver")], measured[measured.index("driver") + 1 :]
+    assert set(before) == {"cpu-eval", "cpu-step"} and set(behind) == {"launch", "step", "token", "tasks"}
+    measured.clear()
+    process.main([case.id for case in CASES.values() if case.on_cpu])
+    assert measured and "driver" not in measured
 
 
 def test_every_goal_has_cells():
