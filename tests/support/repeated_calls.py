@@ -111,6 +111,35 @@ def check_a_repeated_call_launches_what_its_function_does() -> None:
             assert len(runs) == 1, (function, numbers)
 
 
+def _causal_or_not(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The numbers of another call of the same tensors; backward has them behind what it is asked for."""
+    if isinstance(numbers[1], tuple):
+        return numbers[0], _causal_or_not(numbers[1])
+    return numbers[0], not numbers[1], *numbers[2:]
+
+
+def _elsewhere_and_wider(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of the same shape: one whose rows are further apart, and one that begins beside a multiple of 16."""
+    wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 16, dtype=tensor.dtype)
+    flat = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)
+    return [wide[..., : tensor.shape[-1]], flat[1:].view(tensor.shape)]
+
+
+def check_calls_that_differ_in_one_thing_are_not_taken_for_one_another() -> None:
+    """Calls of every form share one memory, as they do where attention is served."""
+    random.seed(3)
+    shared: dict[Callable[..., Any], Repeated] = {}
+    for _ in range(12):
+        for function, numbers, (first, *others) in _draw():
+            again = shared.setdefault(function, Repeated(function))
+            usual = (numbers, first)
+            alike = [(numbers, one) for one in _elsewhere_and_wider(first)]
+            for own, tensor in (usual, (_causal_or_not(numbers), first), *alike, usual):
+                again(own, tensor, *others)
+                _agree(again, function, own, list(map(_moved, (tensor, *others))))
+    assert len(shared) == 2
+
+
 def _small(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
     kernel, grid, constants, _ = small()
     y = launch.allocate((64,), x.dtype, x.device)
