@@ -125,6 +125,24 @@ def _elsewhere_and_wider(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [wide[..., : tensor.shape[-1]], flat[1:].view(tensor.shape)]
 
 
+def _in_float32(tensors: list[Any]) -> list[Any]:
+    """A call's tensors, those of 16 bits in 32 and with the strides that they had."""
+    return [_moved_as(x, torch.float32) if x is not None and x.dtype == torch.float16 else x for x in tensors]
+
+
+def _moved_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return torch.zeros(reach, dtype=dtype).as_strided(tensor.shape, tensor.stride())
+
+
+def _with_shorter_prompts(function: Callable[..., Any], tensors: list[Any]) -> list[Any]:
+    """A call's tensors with a token less in every prompt, strides as they were."""
+    place = 3 if function is triton_backend._attended else 4
+    keys, values, bias = tensors[place : place + 3]
+    prompts = [keys[:, :, :-1], values[:, :, :-1], None if bias is None else bias[..., :-1]]
+    return [*tensors[:place], *prompts, *tensors[place + 3 :]]
+
+
 def check_calls_that_differ_in_one_thing_are_not_taken_for_one_another() -> None:
     """Calls of every form share one memory, as they do where attention is served."""
     random.seed(3)
@@ -137,6 +155,9 @@ def check_calls_that_differ_in_one_thing_are_not_taken_for_one_another() -> None
             for own, tensor in (usual, (_causal_or_not(numbers), first), *alike, usual):
                 again(own, tensor, *others)
                 _agree(again, function, own, list(map(_moved, (tensor, *others))))
+            for changed in (_in_float32([first, *others]), _with_shorter_prompts(function, [first, *others])):
+                again(numbers, *changed)
+                _agree(again, function, numbers, list(map(_moved, changed)))
     assert len(shared) == 2
 
 
