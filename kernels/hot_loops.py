@@ -69,6 +69,9 @@ _REGISTERS, _SHARED, _RESERVED, _THREADS = 65536, 228 * 1024, 1024, 2048
 NEAR_A_STEP = 2
 # How much longer a loop may get before it has to be accepted.
 _TOLERANCE = 1.03
+# Of the instructions that a plain loop has for the same work and ours has, the least share that the leanest loop of a
+# kernel has to keep.
+LEAST_OF_PLAIN = {"forward": 0.9, "backward_query": 0.9, "backward_text": 0.85, "backward_prompt": 0.8}
 # What a quarter of a multiprocessor does in a cycle: one instruction of a warp; special functions (exponentials) of so
 # many threads (CUDA C++ Programming Guide, throughput of arithmetic instructions); multiplications and additions of its
 # tensor core in 16 bits (989 TFLOP/s of an H100 SXM, 132 multiprocessors, 1.83 GHz).
@@ -339,6 +342,22 @@ def of_plain(report: Report, reports: Iterable[Report]) -> float | None:
     return None
 
 
+def costly(reports: Sequence[Report]) -> list[str]:
+    """Which kernels' leanest loops are further from the plain ones than `LEAST_OF_PLAIN`, in words."""
+    best: dict[tuple[str, str, int, str], Report] = {}
+    for report in reports:
+        if _short(report.kernel) in LEAST_OF_PLAIN:
+            kept = best.setdefault(report.key[:4], report)
+            if report.per_useful < kept.per_useful:
+                best[report.key[:4]] = report
+    found = []
+    for report in best.values():
+        share, least = of_plain(report, reports), LEAST_OF_PLAIN[_short(report.kernel)]
+        if share is not None and share < least:
+            found.append(f"{_short(report.kernel)} {report.name}: {share:.2f} of the plain kernel's, not {least}")
+    return found
+
+
 def _short(kernel: str) -> str:
     return kernel.removeprefix("prompt_attention_")
 
@@ -361,7 +380,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if subject.source not in known:
             known[subject.source] = {report.loop: report for report in reports_of(subject)}
         found += [Report(**{**asdict(report), **subject.names}) for report in known[subject.source].values()]
-    wrong = [text for report in found for text in problems(report)]
+    wrong = [text for report in found for text in problems(report)] + costly(found)
     declined = [] if chosen.accept_worse else worse(found, kept)
     print(*wrong, *declined, sep="\n")
     if not declined:
