@@ -24,7 +24,7 @@ from ptv2_fast.kernels import launch
 from ptv2_fast.kernels.arguments import Switches
 from ptv2_fast.kernels.machine_code import local_memory_in_loops
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64",
     torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8",

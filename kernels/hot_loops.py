@@ -2,8 +2,9 @@
 
     python -m ptv2_fast.kernels.hot_loops --out kernels/hot_loops.json
 
-A row for each innermost loop with tensor-core instructions of what 16-bit calls launch at d = 64 and 128. Rows whose
-code is unchanged are kept, as in `aot.py`. A loop that needs more instructions or has fewer blocks a multiprocessor
+A row for each innermost loop with tensor-core instructions of what 16-bit calls launch at d = 64 and 128, and of
+attention as a textbook has it with the same tiles (`plain_loops.py`), by which they are measured. Rows whose code is
+unchanged are kept, as in `aot.py`. A loop that needs more instructions or has fewer blocks a multiprocessor
 than the kept one has to be accepted (`--accept-worse`). Must run without TRITON_INTERPRET.
 """
 
@@ -11,25 +12,54 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 
 from ptv2_fast.kernels import launch
-from ptv2_fast.kernels.aot import MOST_SPILLS_IN_LOOPS, Case, Row, record_case, rows_of
-from ptv2_fast.kernels.aot_compile import compiled_launch, cuobjdump, resource_usage
+from ptv2_fast.kernels.aot import MOST_SPILLS_IN_LOOPS, Case, record_case
+from ptv2_fast.kernels.aot_compile import (
+    compiled_launch,
+    cuobjdump,
+    fingerprint,
+    kernel_name,
+    resource_usage,
+    tile_of,
+)
 from ptv2_fast.kernels.machine_code import Loop, innermost_loops
+from ptv2_fast.kernels.plain_loops import plain_launch
 
 ARCH = 90
 FEATURES = ("plain", "causal", "padded", "packed")
 SHORT_PROMPTS = ("P20", "packed P20")
-# Kernel -> how many products of its tile a round of its loop holds, and which side of the tile the sums' rows are.
-PRODUCTS = {
-    "prompt_attention_forward": (2, "M"), "prompt_attention_backward_query": (3, "M"),
-    "prompt_attention_backward_text": (4, "N"), "prompt_attention_backward_prompt": (4, "P"),
-}  # fmt: skip
+
+
+class Work(NamedTuple):
+    """What a round of a kernel's loops computes.
+
+    Attributes:
+        products: products of its tile.
+        tiles: the sides of the tiles that its loops walk over, by their names: that of the sums' rows, and the other.
+    """
+
+    products: int
+    tiles: tuple[tuple[str, str], ...]
+
+
+WORK = {
+    "prompt_attention_forward": Work(2, (("M", "P"), ("M", "N"))),
+    "prompt_attention_backward_query": Work(3, (("M", "P"), ("M", "N"))),
+    "prompt_attention_backward_text": Work(4, (("N", "M"),)),
+    "prompt_attention_backward_prompt": Work(4, (("P", "M"),)),
+    "prompt_attention_decode": Work(2, (("SHARED", "P"), ("OWN", "N"))),
+    "plain_forward": Work(2, (("M", "N"),)),
+    "plain_query_gradient": Work(3, (("M", "N"),)),
+    "plain_key_gradients": Work(4, (("N", "M"),)),
+}
 # A group of four warps multiplies at least so many rows at once.
 GROUP_ROWS = 64
 # A multiprocessor of Hopper (CUDA C++ Programming Guide, compute capability 9.0): registers, given in eights to each
@@ -39,6 +69,13 @@ _REGISTERS, _SHARED, _RESERVED, _THREADS = 65536, 228 * 1024, 1024, 2048
 NEAR_A_STEP = 2
 # How much longer a loop may get before it has to be accepted.
 _TOLERANCE = 1.03
+# Of the instructions that a plain loop has for the same work and ours has, the least share that the leanest loop of a
+# kernel has to keep.
+LEAST_OF_PLAIN = {"forward": 0.9, "backward_query": 0.9, "backward_text": 0.85, "backward_prompt": 0.8}
+# What a quarter of a multiprocessor does in a cycle: one instruction of a warp; special functions (exponentials) of so
+# many threads (CUDA C++ Programming Guide, throughput of arithmetic instructions); multiplications and additions of its
+# tensor core in 16 bits (989 TFLOP/s of an H100 SXM, 132 multiprocessors, 1.83 GHz).
+_SPECIAL_LANES, _TENSOR_FLOPS = 4, 1024
 MARK = "<!-- hot loops -->"
 
 
@@ -47,13 +84,14 @@ class Report:
     """One loop of one kernel.
 
     Attributes:
-        kernel, dtype, head_dim, features, tile, num_warps, num_stages, maxnreg: what is launched.
+        kernel, dtype, head_dim, features, tile, num_warps, num_stages, maxnreg: what is launched; features of a plain
+            kernel: whose tile it has.
         source: digest of what decides the code (`aot_compile.fingerprint`).
         loop: its place among the kernel's loops with tensor-core instructions.
         useful_flops, executed_flops: of one round: what the tile asks for, what the tensor cores do.
         group_products, warp_products: instructions of wgmma and of mma.sync.
         products, arrivals: products of the tile; how often a group of warps hands registers to the tensor cores.
-        instructions: in a round, of one warp.
+        instructions: in a round, of one warp; `special`: those of them that are special functions.
         spills, wide_loads, barriers: instructions that touch spilled registers, that load a tile without a copy ahead,
             that join the block.
         registers, blocks: of a thread; blocks on a multiprocessor.
@@ -77,6 +115,7 @@ class Report:
     products: int
     arrivals: int
     instructions: int
+    special: int
     spills: int
     wide_loads: int
     barriers: int
@@ -95,9 +134,45 @@ class Report:
         return self.kernel, self.dtype, self.head_dim, self.features, self.loop
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a loop that others are measured by."""
+        return self.kernel.startswith("plain_")
+
+    @property
     def per_useful(self) -> float:
         """Instructions of all warps for 100,000 useful operations."""
         return 1e5 * self.instructions * self.num_warps / self.useful_flops
+
+    @property
+    def ceiling(self) -> float:
+        """The most of its time that a tensor core can be busy with useful work, were nothing ever waited for."""
+        useful = self.useful_flops / self.num_warps / _TENSOR_FLOPS
+        done = self.executed_flops / self.num_warps / _TENSOR_FLOPS
+        return useful / max(done, self.instructions, self.special * 32 / _SPECIAL_LANES)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A launch whose loops are looked at, by the names that a report has for it."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    features: str
+    recorded: launch.Launch
+
+    @property
+    def names(self) -> dict[str, str | int]:
+        """All of what a report says of a launch that its code does not decide."""
+        return {
+            "kernel": self.kernel, "dtype": self.dtype, "head_dim": self.head_dim, "features": self.features,
+            "tile": tile_of(self.recorded),
+        }  # fmt: skip
+
+    @property
+    def source(self) -> str:
+        """Digest of what decides the code."""
+        return fingerprint(self.recorded)
 
 
 def cases() -> list[Case]:
@@ -109,29 +184,40 @@ def cases() -> list[Case]:
     return usual + [Case(ARCH, "bf16", 64, features) for features in SHORT_PROMPTS]
 
 
-def rows() -> list[Row]:
-    """The launches of the cases that have hot loops."""
-    return [row for row in rows_of(cases()) if row.kernel in PRODUCTS]
+def subjects() -> list[Subject]:
+    """The launches of the cases that have hot loops, and the plain forms of those that have one, each once."""
+    ours = [
+        Subject(kernel_name(recorded), case.dtype, case.head_dim, case.features, recorded)
+        for case in cases() for recorded in record_case(case) if kernel_name(recorded) in WORK
+    ]  # fmt: skip
+    plain: dict[tuple[str, str], Subject] = {}
+    for one in ours:
+        recorded = plain_launch(one.kernel, one.recorded)
+        if recorded is not None:
+            features = f"{_short(one.kernel)} {tile_of(recorded)}"
+            subject = Subject(kernel_name(recorded), one.dtype, one.head_dim, features, recorded)
+            plain.setdefault((subject.source, features), subject)
+    return [*ours, *plain.values()]
 
 
-def reports_of(row: Row) -> list[Report]:
+def reports_of(subject: Subject) -> list[Report]:
     """Compile a launch and look at its loops."""
-    recorded = record_case(row.case)[row.place]
-    compiled = compiled_launch(recorded, ARCH)
+    arguments = subject.recorded.arguments
+    compiled = compiled_launch(subject.recorded, ARCH)
     cubin = compiled.asm["cubin"]
     registers, _ = resource_usage(cubin)
     loops = [loop for loop in innermost_loops(cuobjdump(cubin, "-sass")) if loop.group_products + loop.warp_products]
-    threads = 32 * row.num_warps
-    blocks = blocks_of(registers, threads, compiled.metadata.shared)
-    above = registers_above_step(registers, threads, compiled.metadata.shared)
-    products, _ = PRODUCTS[row.kernel]
+    num_warps = arguments["num_warps"]
+    blocks = blocks_of(registers, 32 * num_warps, compiled.metadata.shared)
+    above = registers_above_step(registers, 32 * num_warps, compiled.metadata.shared)
     return [
         Report(
-            row.kernel, row.case.dtype, row.case.head_dim, row.case.features, row.tile, row.num_warps, row.num_stages,
-            recorded.arguments.get("maxnreg"), row.source, place,
-            useful_flops=_useful(row, recorded, loop), executed_flops=loop.flops(row.num_warps),
-            group_products=loop.group_products, warp_products=loop.warp_products, products=products,
-            arrivals=loop.count(r"WARPGROUP\.ARRIVE"), instructions=len(loop.instructions), spills=loop.local_memory,
+            **subject.names, num_warps=num_warps, num_stages=arguments["num_stages"],
+            maxnreg=arguments.get("maxnreg"), source=subject.source, loop=place,
+            useful_flops=_useful(subject, loop), executed_flops=loop.flops(num_warps),
+            group_products=loop.group_products, warp_products=loop.warp_products,
+            products=WORK[subject.kernel].products, arrivals=loop.count(r"WARPGROUP\.ARRIVE"),
+            instructions=len(loop.instructions), special=loop.count("MUFU"), spills=loop.local_memory,
             wide_loads=loop.wide_loads, barriers=loop.count("BAR"), registers=registers, blocks=blocks,
             above_step=above,
         )
@@ -139,12 +225,14 @@ def reports_of(row: Row) -> list[Report]:
     ]  # fmt: skip
 
 
-def _useful(row: Row, recorded: launch.Launch, loop: Loop) -> int:
-    """Operations that a round asks for; of the two key lists of a kernel the one whose tile explains the loop."""
-    sizes, (products, _) = recorded.arguments, PRODUCTS[row.kernel]
-    keys = {sizes[name] for name in ("BLOCK_N", "BLOCK_P") if name in sizes}
-    asked = [2 * products * sizes["BLOCK_M"] * count * sizes["BLOCK_D"] for count in keys]
-    executed = loop.flops(row.num_warps)
+def _useful(subject: Subject, loop: Loop) -> int:
+    """Operations that a round asks for; of the tiles that a kernel walks over, of the one that explains the loop."""
+    sizes, work = subject.recorded.arguments, WORK[subject.kernel]
+    asked = [
+        2 * work.products * sizes[f"BLOCK_{rows}"] * sizes[f"BLOCK_{others}"] * sizes["BLOCK_D"]
+        for rows, others in work.tiles
+    ]
+    executed = loop.flops(sizes["num_warps"])
     return min(asked, key=lambda useful: abs(executed / useful - 1))
 
 
@@ -165,8 +253,8 @@ def registers_above_step(registers: int, threads: int, shared: int) -> int:
 def problems(report: Report) -> list[str]:
     """Which rules a loop breaks, in words."""
     found = []
-    axis = PRODUCTS[report.kernel][1]
-    size = next(int(word[1:]) for word in report.tile.split() if word[0] == axis)
+    sides = dict(re.findall(r"([A-Z]+)(\d+)", report.tile))
+    size = min(int(sides[rows]) for rows, _ in WORK[report.kernel].tiles)
     if report.executed_flops != report.useful_flops:
         found.append(f"{report.executed_flops} operations are done where {report.useful_flops} are useful")
     if report.warp_products and size >= GROUP_ROWS:
@@ -220,21 +308,58 @@ def write_table(path: Path, reports: Sequence[Report]) -> None:
 
 def digest(reports: Sequence[Report]) -> str:
     """The kernels in bf16 as markdown, with their shortest and their longest loop: that one checks visibility."""
-    head = ["kernel", "d", "features", "tile", "warps, stages", "registers", "blocks", "products", "instructions, 100k"]
+    head = [
+        "kernel", "d", "features", "tile", "warps, stages", "registers", "blocks", "products", "instructions, 100k",
+        "of plain", "ceiling",
+    ]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + "--|" * len(head)]
     chosen: dict[tuple, list[Report]] = {}
     for report in reports:
-        if report.dtype == "bf16":
+        if report.dtype == "bf16" and not report.is_plain:
             chosen.setdefault((report.kernel, report.head_dim, report.features), []).append(report)
     for (kernel, head_dim, features), group in sorted(chosen.items()):
-        one = group[0]
         kind = "wgmma" if all(report.group_products for report in group) else "mma.sync"
         slots = f"{min(r.per_useful for r in group):.0f} – {max(r.per_useful for r in group):.0f}"
+        best = min(group, key=lambda r: r.per_useful)
+        plain = of_plain(best, reports)
         lines.append(
-            f"| {kernel.removeprefix('prompt_attention_')} | {head_dim} | {features} | {one.tile} | "
-            f"{one.num_warps}, {one.num_stages} | {one.registers} | {one.blocks} | {kind} | {slots} |"
+            f"| {_short(kernel)} | {head_dim} | {features} | {best.tile} | {best.num_warps}, {best.num_stages} | "
+            f"{best.registers} | {best.blocks} | {kind} | {slots} | {'' if plain is None else f'{plain:.2f}'} | "
+            f"{best.ceiling:.2f} |"
         )
     return "\n".join(lines)
+
+
+def of_plain(report: Report, reports: Iterable[Report]) -> float | None:
+    """Instructions of a plain loop with the same tile over those of a loop of ours; None where there is none."""
+    sides = dict(re.findall(r"([A-Z]+)(\d+)", report.tile))
+    keys = "P" if report.kernel == "prompt_attention_backward_prompt" else "N"
+    wanted = f"{_short(report.kernel)} M{sides.get('M')} N{sides.get(keys)}"
+    for other in reports:
+        alike = (other.dtype, other.head_dim, other.num_warps) == (report.dtype, report.head_dim, report.num_warps)
+        if other.is_plain and alike and other.features == wanted:
+            return other.per_useful / report.per_useful
+    return None
+
+
+def costly(reports: Sequence[Report]) -> list[str]:
+    """Which kernels' leanest loops are further from the plain ones than `LEAST_OF_PLAIN`, in words."""
+    best: dict[tuple[str, str, int, str], Report] = {}
+    for report in reports:
+        if _short(report.kernel) in LEAST_OF_PLAIN:
+            kept = best.setdefault(report.key[:4], report)
+            if report.per_useful < kept.per_useful:
+                best[report.key[:4]] = report
+    found = []
+    for report in best.values():
+        share, least = of_plain(report, reports), LEAST_OF_PLAIN[_short(report.kernel)]
+        if share is not None and share < least:
+            found.append(f"{_short(report.kernel)} {report.name}: {share:.2f} of the plain kernel's, not {least}")
+    return found
+
+
+def _short(kernel: str) -> str:
+    return kernel.removeprefix("prompt_attention_")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -251,13 +376,11 @@ def main(words: Sequence[str] | None = None) -> int:
     for report in kept if kept and version == triton.__version__ else ():
         known.setdefault(report.source, {})[report.loop] = report
     found = []
-    for row in rows():
-        if row.source not in known:
-            known[row.source] = {report.loop: report for report in reports_of(row)}
-        named = {"kernel": row.kernel, "dtype": row.case.dtype, "head_dim": row.case.head_dim,
-                 "features": row.case.features, "tile": row.tile}  # fmt: skip
-        found += [Report(**{**asdict(report), **named}) for report in known[row.source].values()]
-    wrong = [text for report in found for text in problems(report)]
+    for subject in subjects():
+        if subject.source not in known:
+            known[subject.source] = {report.loop: report for report in reports_of(subject)}
+        found += [Report(**{**asdict(report), **subject.names}) for report in known[subject.source].values()]
+    wrong = [text for report in found for text in problems(report)] + costly(found)
     declined = [] if chosen.accept_worse else worse(found, kept)
     print(*wrong, *declined, sep="\n")
     if not declined:

@@ -60,6 +60,26 @@ class PromptTensors(NamedTuple):
 
 
 @triton.jit
+def tile_statistics(own, place, stride, start, num_rows, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """(lse in powers of two, delta) of the tile of queries from `start` on; some of them may be missing if CHECK.
+
+    place: where query 0 stands. num_rows: how many there are from it on.
+    """
+    rows = start + tl.arange(0, BLOCK)
+    if CHECK:
+        return load_statistics(own.lse, own.delta, place, stride, rows, num_rows)
+    else:
+        return tl.load(own.lse + place + widen(rows) * stride), tl.load(own.delta + place + widen(rows) * stride)
+
+
+@triton.jit
+def steps_of(strides, num_blocks, BLOCK: tl.constexpr):
+    """How far a block of queries stands from the next: of its head; and, behind a head's last one, of the next head."""
+    inside = widen(strides[2]) * BLOCK
+    return inside, widen(strides[1]) - (num_blocks - 1) * inside
+
+
+@triton.jit
 def key_gradient_step(
     dk,
     dv,
@@ -132,11 +152,16 @@ def _prompt_attention_backward_text_kernel(
     if inputs.key_mask is not None:
         mask = inputs.key_mask + widen(row) * strides.key_mask[0] + widen(keys) * strides.key_mask[1]
         attended = tl.load(mask, mask=attended, other=0) != 0
-        end = tl.where(tl.max(attended.to(tl.int32)) == 0, begin, end)
+        if tl.max(attended.to(tl.int32)) == 0:
+            # Nobody sees a key of the tile. Loops of no round instead would run over bounds that are read, which takes
+            # every round more instructions.
+            nothing = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+            address = own.dk + offset_of(own_strides.dk, memory_row, kv_head, first_key)
+            store_tile(address, own_strides.dk, num_keys - start_n, nothing, BLOCK_N, switches.HEAD_DIM, BLOCK_D)
+            address = own.dv + offset_of(own_strides.dv, memory_row, kv_head, first_key)
+            store_tile(address, own_strides.dv, num_keys - start_n, nothing, BLOCK_N, switches.HEAD_DIM, BLOCK_D)
+            return
     head_end, body_end = split_blocks(begin, full_begin, tl.minimum(full_end, end), BLOCK_M)
-    if not switches.HAS_WINDOW:
-        # Rows past the last query have lse = +inf and vanish: the remainder needs no look at visibility.
-        body_end = tl.maximum(head_end, end)
     blocks = Blocks(begin, head_end, body_end, end)
     seed = 0
     if switches.HAS_DROPOUT:
@@ -144,49 +169,67 @@ def _prompt_attention_backward_text_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
 
+    HIDES: tl.constexpr = switches.IS_CAUSAL or switches.HAS_WINDOW
     for CHECK in tl.static_range(2):
-        if switches.IS_CAUSAL or switches.HAS_WINDOW or CHECK == 0:
-            num_blocks, head_blocks = count_blocks(blocks, BLOCK_M, CHECK)
-            # One loop over the blocks of every head of the group: its copies are not drained from head to head.
-            for item in range(switches.GROUP * num_blocks):
-                head, block = kv_head, item
-                if switches.GROUP > 1:
-                    head = kv_head * switches.GROUP + item // num_blocks
-                    block = item % num_blocks
-                start_m = block_start(block, head_blocks, blocks, BLOCK_M, CHECK)
+        num_blocks, head_blocks = count_blocks(blocks, BLOCK_M, CHECK)
+        # One loop over the blocks of every head of the group: its copies are not drained from head to head. Which head
+        # and block is counted, and where the full ones of several heads stand is stepped to: a division in the loop
+        # takes tens of instructions, and products of 64 bits as many.
+        head = kv_head * switches.GROUP
+        block = 0
+        first = first_token + block_start(block, head_blocks, blocks, BLOCK_M, CHECK)
+        q_place = offset_of(strides.q, memory_row, head, first)
+        do_place = offset_of(own_strides.do, memory_row, head, first)
+        place = offset_of(own_strides.lse, memory_row, head, first)
+        q_step, q_jump = steps_of(strides.q, num_blocks, BLOCK_M)
+        do_step, do_jump = steps_of(own_strides.do, num_blocks, BLOCK_M)
+        step, jump = steps_of(own_strides.lse, num_blocks, BLOCK_M)
+        for _ in range(switches.GROUP * num_blocks):
+            start_m = block_start(block, head_blocks, blocks, BLOCK_M, CHECK)
+            if switches.GROUP == 1 or CHECK:
                 first = first_token + start_m
-                # [BLOCK_M, BLOCK_D]
-                address = inputs.q + offset_of(strides.q, memory_row, head, first)
-                q = load_tile(address, strides.q, end - start_m, BLOCK_M, switches.HEAD_DIM, BLOCK_D, True)
-                address = own.do + offset_of(own_strides.do, memory_row, head, first)
-                do = load_tile(address, own_strides.do, end - start_m, BLOCK_M, switches.HEAD_DIM, BLOCK_D, True)
-                rows = start_m + tl.arange(0, BLOCK_M)
-                statistics = offset_of(own_strides.lse, memory_row, head, first_token)
-                lse, delta = load_statistics(own.lse, own.delta, statistics, own_strides.lse[2], rows, end)
-                queries = rows[None, :]
-                bias = None
-                if inputs.bias is not None:
-                    bias = inputs.bias + offset_of(strides.bias, row, head, queries)  # [1, BLOCK_M]
-                pairs = Pairs(
-                    bias=bias,
-                    bias_stride=strides.bias[3],
-                    mask=None,
-                    mask_stride=0,
-                    shift=shift,
-                    window=window,
-                    first_column=prompt_length,
+                q_place = offset_of(strides.q, memory_row, head, first)
+                do_place = offset_of(own_strides.do, memory_row, head, first)
+                place = offset_of(own_strides.lse, memory_row, head, first)
+            rows_left = end - start_m
+            # [BLOCK_M, BLOCK_D]
+            q = load_tile(inputs.q + q_place, strides.q, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
+            do = load_tile(own.do + do_place, own_strides.do, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
+            lse, delta = tile_statistics(own, place, own_strides.lse[2], 0, rows_left, BLOCK_M, CHECK)
+            rows = start_m + tl.arange(0, BLOCK_M)
+            queries = rows[None, :]
+            bias = None
+            if inputs.bias is not None:
+                bias = inputs.bias + offset_of(strides.bias, row, head, queries)  # [1, BLOCK_M]
+            pairs = Pairs(
+                bias=bias,
+                bias_stride=strides.bias[3],
+                mask=None,
+                mask_stride=0,
+                shift=shift,
+                window=window,
+                first_column=prompt_length,
+            )
+            tile = GradientTile(q, do, lse, delta, queries, end, seed, row * num_heads + head)
+            dk, dv, dscores = key_gradient_step(
+                dk, dv, k, v, tile, keys, pairs, num_keys, factors, switches, CHECK and HIDES, True
+            )
+            if own.dbias is not None:
+                places = offset_of(own_strides.dbias, row, head, queries) + widen(keys) * own_strides.dbias[3]
+                tl.store(
+                    own.dbias + places,
+                    tl.where(attended, dscores, 0.0).to(own.dbias.dtype.element_ty),
+                    mask=(queries < end) & (keys < num_keys),
                 )
-                tile = GradientTile(q, do, lse, delta, queries, end, seed, row * num_heads + head)
-                dk, dv, dscores = key_gradient_step(
-                    dk, dv, k, v, tile, keys, pairs, num_keys, factors, switches, CHECK, True
-                )
-                if own.dbias is not None:
-                    places = offset_of(own_strides.dbias, row, head, queries) + widen(keys) * own_strides.dbias[3]
-                    tl.store(
-                        own.dbias + places,
-                        tl.where(attended, dscores, 0.0).to(own.dbias.dtype.element_ty),
-                        mask=(queries < end) & (keys < num_keys),
-                    )
+            block += 1
+            if switches.GROUP > 1:
+                is_last = block == num_blocks
+                block = tl.where(is_last, 0, block)
+                head += is_last.to(tl.int32)
+            if switches.GROUP > 1 and not CHECK:
+                q_place += tl.where(is_last, q_jump, q_step)
+                do_place += tl.where(is_last, do_jump, do_step)
+                place += tl.where(is_last, jump, step)
 
     # A masked key was computed like any other, with a probability that may overflow: its sums are replaced, not scaled.
     dk = tl.where(attended, dk * factors.scale, 0.0)
@@ -195,6 +238,14 @@ def _prompt_attention_backward_text_kernel(
     store_tile(address, own_strides.dk, num_keys - start_n, dk, BLOCK_N, switches.HEAD_DIM, BLOCK_D)
     address = own.dv + offset_of(own_strides.dv, memory_row, kv_head, first_key)
     store_tile(address, own_strides.dv, num_keys - start_n, dv, BLOCK_N, switches.HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def mixed_radix(number, tiles, rows):
+    """`number` as (head, row, tile), of which a head has `rows` rows and a row `tiles` tiles; (0, 0, 0) without any."""
+    tiles = tl.maximum(tiles, 1)
+    rows = tl.maximum(rows, 1)
+    return number // tiles // rows, number // tiles % rows, number % tiles
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -236,8 +287,11 @@ def _prompt_attention_backward_prompt_kernel(
     if own.row_bounds is not None:
         first_row = tl.load(own.row_bounds + entry)
         num_rows = tl.load(own.row_bounds + entry + 1) - first_row
-    tiles_per_row = tl.cdiv(num_queries, BLOCK_M)
-    num_items = tl.where(start_p < length, num_rows * tiles_per_row, 0)
+    # Without packed rows, whose lengths differ, all but a row's last tile are whole.
+    whole_tiles = 0
+    if inputs.cu_seqlens is None:
+        whole_tiles = num_queries // BLOCK_M
+    num_rows = tl.where(start_p < length, num_rows, 0)
 
     # [BLOCK_P, BLOCK_D]
     address = inputs.prompt_k + offset_of(strides.prompt_k, entry, kv_head, start_p)
@@ -253,48 +307,70 @@ def _prompt_attention_backward_prompt_kernel(
     dv = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_P], dtype=tl.float32)
 
-    # As in the text's kernel, one loop over all heads.
-    for item in range(split, HEADS_IN_LOOP * num_items, num_splits):
-        head, place = first_head, item
-        if HEADS_IN_LOOP > 1:
-            head = first_head + item // num_items
-            place = item % num_items
-        row = first_row + place // tiles_per_row
-        if own.row_order is not None:
-            row = tl.load(own.row_order + row)
-        start_m = place % tiles_per_row * BLOCK_M
-        memory_row, first_token, row_queries, _ = row_extent(inputs.cu_seqlens, row, num_queries, num_keys)
-        first = first_token + start_m
-        # [BLOCK_M, BLOCK_D]
-        address = inputs.q + offset_of(strides.q, memory_row, head, first)
-        q = load_tile(address, strides.q, row_queries - start_m, BLOCK_M, switches.HEAD_DIM, BLOCK_D, True)
-        address = own.do + offset_of(own_strides.do, memory_row, head, first)
-        do = load_tile(address, own_strides.do, row_queries - start_m, BLOCK_M, switches.HEAD_DIM, BLOCK_D, True)
-        rows = start_m + tl.arange(0, BLOCK_M)
-        statistics = offset_of(own_strides.lse, memory_row, head, first_token)
-        lse, delta = load_statistics(own.lse, own.delta, statistics, own_strides.lse[2], rows, row_queries)
-        queries = rows[None, :]
-        bias = None
-        if inputs.prompt_bias is not None:
-            bias = inputs.prompt_bias + offset_of(strides.prompt_bias, entry, head, 0) + queries * 0
-        pairs = Pairs(
-            bias=bias, bias_stride=strides.prompt_bias[2], mask=None, mask_stride=0, shift=0, window=0, first_column=0
-        )
-        tile = GradientTile(q, do, lse, delta, queries, row_queries, seed, row * num_heads + head)
-        dk, dv, dscores = key_gradient_step(dk, dv, k, v, tile, keys, pairs, length, factors, switches, False, False)
-        if own.dbias is not None:
-            dbias += tl.sum(dscores, 1)
+    # As in the text's kernel, one loop over all heads, whose items are counted: by tile, then row, then head.
+    for CHECK in tl.static_range(2):
+        first_tile = 0
+        tiles = whole_tiles
+        if CHECK:
+            first_tile = whole_tiles
+            tiles = tl.cdiv(num_queries, BLOCK_M) - whole_tiles
+        head, member, tile_number = mixed_radix(split, tiles, num_rows)
+        head_step, row_step, tile_step = mixed_radix(num_splits, tiles, num_rows)
+        for _ in range(split, HEADS_IN_LOOP * num_rows * tiles, num_splits):
+            row = first_row + member
+            if own.row_order is not None:
+                row = tl.load(own.row_order + row)
+            start_m = (first_tile + tile_number) * BLOCK_M
+            memory_row, first_token, row_queries, _ = row_extent(inputs.cu_seqlens, row, num_queries, num_keys)
+            first = first_token + start_m
+            rows_left = row_queries - start_m
+            query_head = first_head + head
+            # [BLOCK_M, BLOCK_D]
+            address = inputs.q + offset_of(strides.q, memory_row, query_head, first)
+            q = load_tile(address, strides.q, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
+            address = own.do + offset_of(own_strides.do, memory_row, query_head, first)
+            do = load_tile(address, own_strides.do, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
+            place = offset_of(own_strides.lse, memory_row, query_head, first_token)
+            lse, delta = tile_statistics(own, place, own_strides.lse[2], start_m, row_queries, BLOCK_M, CHECK)
+            rows = start_m + tl.arange(0, BLOCK_M)
+            queries = rows[None, :]
+            bias = None
+            if inputs.prompt_bias is not None:
+                bias = inputs.prompt_bias + offset_of(strides.prompt_bias, entry, query_head, 0) + queries * 0
+            pairs = Pairs(
+                bias=bias,
+                bias_stride=strides.prompt_bias[2],
+                mask=None,
+                mask_stride=0,
+                shift=0,
+                window=0,
+                first_column=0,
+            )
+            tile = GradientTile(q, do, lse, delta, queries, row_queries, seed, row * num_heads + query_head)
+            dk, dv, dscores = key_gradient_step(
+                dk, dv, k, v, tile, keys, pairs, length, factors, switches, False, False
+            )
+            if own.dbias is not None:
+                dbias += tl.sum(dscores, 1)
+            tile_number += tile_step
+            over = tile_number >= tiles
+            tile_number -= tl.where(over, tiles, 0)
+            member += row_step + over.to(tl.int32)
+            if HEADS_IN_LOOP > 1:
+                over = member >= num_rows
+                member -= tl.where(over, num_rows, 0)
+                head += head_step + over.to(tl.int32)
 
     # Keys beyond the entry's length were read as zeros and attended to like any other: their sums are replaced.
     real = keys < length
     # Both slots lie alike.
     slot = split * (switches.GROUP // HEADS_IN_LOOP) + first_head % switches.GROUP // HEADS_IN_LOOP
     base = widen(slot) * slot_size + offset_of(own_strides.dk, entry, kv_head, start_p)
-    rows_left = prompt_length - start_p
+    keys_left = prompt_length - start_p
     dk = tl.where(real, dk * factors.scale, 0.0)
-    store_tile(own.dk + base, own_strides.dk, rows_left, dk, BLOCK_P, switches.HEAD_DIM, BLOCK_D)
+    store_tile(own.dk + base, own_strides.dk, keys_left, dk, BLOCK_P, switches.HEAD_DIM, BLOCK_D)
     dv = tl.where(real, dv, 0.0)
-    store_tile(own.dv + base, own_strides.dk, rows_left, dv, BLOCK_P, switches.HEAD_DIM, BLOCK_D)
+    store_tile(own.dv + base, own_strides.dk, keys_left, dv, BLOCK_P, switches.HEAD_DIM, BLOCK_D)
     if own.dbias is not None:
         dbias = tl.where(rows_p < length, dbias, 0.0)
         base = widen(split) * bias_slot_size + offset_of(own_strides.dbias, entry, first_head, rows_p)

@@ -58,13 +58,15 @@ _HALF = {
 }
 # Hopper's own, the fastest of a sweep on an H200 (benchmarks/results): whole tensor tiles for each group of four warps
 # (the tile that is summed has 16 rows and more for each warp; with fewer, two groups compute the same product) and two
-# blocks a multiprocessor and more. The bound of 168 registers was not in the sweep: without it a mask would leave two
-# blocks of three. Crowded kernels keep the table above.
+# blocks a multiprocessor and more. Not in the sweep were the bound of 168 registers, without which a mask would leave
+# two blocks of three, and that of decoding, which waits for memory: it makes room for a second block, and spills
+# nothing. Crowded kernels keep the table above.
 _HOPPER_HALF: _Table = {
     "forward": {64: (128, 64, 8, 3, 128), 128: (128, 32, 8, 3, 128)},
     "backward_query": {64: (64, 64, 4, 3, 168), 128: (64, 32, 4, 3)},
     "backward_text": {64: (32, 64, 4, 2, 168), 128: (32, 64, 4, 3)},
     "backward_prompt": {64: (64, 64, 4, 3), 128: (32, 64, 4, 3)},
+    "decode": {128: (64, 64, 8, 2, 128)},
 }
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
 _SINGLE = {

@@ -23,6 +23,10 @@ from triton.runtime import JITFunction, driver
 # Versions whose `JITFunction.run` is known to return the compiled kernel, and to launch it as `launch` does here.
 KNOWN_TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
 
+# What every launch asks of Triton: a product and the sum behind it are one instruction, as the kernels count on and as
+# Triton did of itself up to 3.9; from 3.10 on only where it is asked.
+ASKED = {"enable_fp_fusion": True}
+
 # What is remembered is bounded: a training run over packed rows has other sizes every step.
 MOST_REMEMBERED = 512
 _MOST_PLANS = 64
@@ -50,11 +54,11 @@ class Constants:
         self.plans: dict[tuple[Any, ...], Plan] = {}
 
     def arguments(self, kernel: Any, tensors: Tensors) -> dict[str, Any]:
-        """All arguments of a launch of `kernel`, by name, and Triton's options."""
+        """All arguments of a launch of `kernel`, by name, and Triton's options: the constants' and `ASKED`."""
         first: Sequence[Any] = tensors
         if self.groups:
             first = [group(*some) for group, some in zip(self.groups, first, strict=True)]
-        return {**dict(zip(kernel.arg_names, first, strict=False)), **self.values}
+        return {**dict(zip(kernel.arg_names, first, strict=False)), **self.values, **ASKED}
 
 
 @functools.lru_cache(MOST_REMEMBERED, typed=True)

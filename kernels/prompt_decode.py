@@ -8,6 +8,7 @@ launch merges: o = sum_c exp(lse_c - lse) o_c with lse = log sum_c exp(lse_c). G
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from ptv2_fast.kernels.arguments import Blocks, Inputs, KeyList, Pairs, QueryTil
 from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem
 from ptv2_fast.kernels.prompt_forward import attend_range
 from ptv2_fast.kernels.tiles import finish_softmax, offset_of, prompt_entry, visible_keys, widen
+
+# Larger tiles of queries than this need more registers than a configuration's bound leaves them.
+_BOUNDED_QUERIES = 32
 
 
 @triton.jit
@@ -344,6 +348,8 @@ def _decode_plan(
     block_own = min(config.block_m, max(16, triton.next_power_of_2(rows_of_one)))
     rows_together = rows_of_one * batch if shared else rows_of_one
     block_shared = min(config.block_m, max(16, triton.next_power_of_2(rows_together)))
+    if block_shared > _BOUNDED_QUERIES:
+        config = dataclasses.replace(config, maxnreg=None)
     block_p = form.prompt_block(config.block_n)
     prompt_tiles = triton.cdiv(rows_together, block_shared) * (1 if shared else batch)
     text_programs = triton.cdiv(rows_of_one, block_own) * form.num_kv_heads * batch

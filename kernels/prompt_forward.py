@@ -19,6 +19,7 @@ from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.arguments import Blocks, Inputs, KeyList, Pairs, QueryTile, Results
 from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem, heads_strides
 from ptv2_fast.kernels.tiles import (
+    block_place,
     block_start,
     count_blocks,
     dropout_keep,
@@ -60,19 +61,19 @@ def attend_range(
     num_blocks, head_blocks = count_blocks(blocks, BLOCK_N, CHECK)
     for block in range(num_blocks):
         start = block_start(block, head_blocks, blocks, BLOCK_N, CHECK)
-        first = key_list.k + widen(start) * key_list.k_strides[2]
         # [BLOCK_N, BLOCK_D]
+        first = key_list.k + block_place(block, head_blocks, blocks, key_list.k_strides[2], BLOCK_N, CHECK)
         k = load_tile(first, key_list.k_strides, blocks.end - start, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK)
         dots = tl.dot(tile.q, tl.trans(k), input_precision=switches.PRECISION)  # [BLOCK_M, BLOCK_N]
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         scores, unit, _ = tile_scores(dots, tile, keys, pairs, blocks.end, factors, switches, CHECK, IS_TEXT)
-        acc, row_max, row_sum, probs = online_softmax_step(acc, row_max, row_sum, scores, unit)
+        hides: tl.constexpr = CHECK or pairs.bias is not None
+        acc, row_max, row_sum, probs = online_softmax_step(acc, row_max, row_sum, scores, unit, hides)
         if switches.HAS_DROPOUT:
             keep = dropout_keep(tile.seed, tile.stream, tile.queries, pairs.first_column + keys, factors.dropout_p)
             probs = tl.where(keep, probs, 0.0)
-        v = load_keys(
-            key_list.v, key_list.v_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK
-        )  # [BLOCK_N, BLOCK_D]
+        first = key_list.v + block_place(block, head_blocks, blocks, key_list.v_strides[2], BLOCK_N, CHECK)
+        v = load_keys(first, key_list.v_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK)
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=switches.PRECISION)
     return acc, row_max, row_sum
 

@@ -97,12 +97,11 @@ def query_gradient_range(
     num_blocks, head_blocks = count_blocks(blocks, BLOCK_N, CHECK)
     for block in range(num_blocks):
         start = block_start(block, head_blocks, blocks, BLOCK_N, CHECK)
-        k = load_keys(
-            key_list.k, key_list.k_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK
-        )  # [BLOCK_N, BLOCK_D]
-        v = load_keys(
-            key_list.v, key_list.v_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK
-        )  # [BLOCK_N, BLOCK_D]
+        # [BLOCK_N, BLOCK_D]
+        first = key_list.k + widen(start) * key_list.k_strides[2]
+        k = load_keys(first, key_list.k_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK)
+        first = key_list.v + widen(start) * key_list.v_strides[2]
+        v = load_keys(first, key_list.v_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK)
         dots = tl.dot(tile.q, tl.trans(k), input_precision=switches.PRECISION)  # [BLOCK_M, BLOCK_N]
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         scores, unit, slope = tile_scores(dots, tile, keys, pairs, blocks.end, factors, switches, CHECK, IS_TEXT)

@@ -29,9 +29,18 @@ def widen(index):
 
 
 @triton.jit
+def product(index, stride):
+    """index * stride in 64 bits, neither of them negative.
+
+    With upper halves that are 0, not copies of a sign, it is one instruction and not four.
+    """
+    return (tl.full((), 0, tl.uint32) + index).to(tl.int64) * (tl.full((), 0, tl.uint32) + stride).to(tl.int64)
+
+
+@triton.jit
 def offset_of(strides, outer, head, row):
     """Element offset of (outer, head, row, 0) in a 4-D tensor."""
-    return widen(outer) * strides[0] + widen(head) * strides[1] + widen(row) * strides[2]
+    return product(outer, strides[0]) + product(head, strides[1]) + product(row, strides[2])
 
 
 @triton.jit
@@ -89,7 +98,7 @@ def load_tile(
 
 @triton.jit
 def load_keys(
-    ptr,
+    first,
     strides,
     start,
     end,
@@ -101,9 +110,8 @@ def load_keys(
 ):
     """A [BLOCK, BLOCK_D] tile of keys or values start..; masked ones and those from `end` on (if CHECK) read as 0.
 
-    What stands in a masked row is not loaded: a weight of 0 would not undo a NaN.
+    first: pointer of the one at `start`. What stands in a masked row is not loaded: a weight of 0 would not undo a NaN.
     """
-    first = ptr + widen(start) * strides[2]
     if not CHECK or pairs.mask is None:
         return load_tile(first, strides, end - start, BLOCK, HEAD_DIM, BLOCK_D, CHECK)
     else:
@@ -219,6 +227,19 @@ def block_start(block, head_blocks, blocks, BLOCK: tl.constexpr, CHECK: tl.const
 
 
 @triton.jit
+def block_place(block, head_blocks, blocks, stride, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """How far the start of the block-th block stands from index 0, in elements.
+
+    From full block to full block it is a sum, which the compiler carries along; it cannot split a product of 64 bits
+    with a start that was worked out in 32.
+    """
+    if CHECK:
+        return widen(block_start(block, head_blocks, blocks, BLOCK, CHECK)) * stride
+    else:
+        return widen(blocks.head_end) * stride + widen(block) * (widen(stride) * BLOCK)
+
+
+@triton.jit
 def key_blocks(
     pairs, start_m, num_queries, num_keys, switches: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -292,11 +313,16 @@ def tile_scores(
 
 
 @triton.jit
-def online_softmax_step(acc, row_max, row_sum, scores, unit):
-    """Fold a tile of scores into the running softmax; gives (acc, row_max, row_sum, probs), acc still without probs."""
+def online_softmax_step(acc, row_max, row_sum, scores, unit, HIDES: tl.constexpr):
+    """Fold a tile of scores into the running softmax; gives (acc, row_max, row_sum, probs), acc still without probs.
+
+    HIDES: whether scores may be -inf.
+    """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
-    # A row that has seen no key has the maximum -inf; subtracting it would give NaN.
-    reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+    reference = new_max
+    if HIDES:
+        # A row that has seen no key has the maximum -inf; subtracting it would give NaN.
+        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
     probs = tl.exp2(scores * unit - reference[:, None])
     decay = tl.exp2(row_max - reference)
     return acc * decay[:, None], new_max, row_sum * decay + tl.sum(probs, 1), probs

@@ -24,12 +24,8 @@ def test_kept_loops_break_no_rule(table):
 
 
 def test_kept_loops_are_those_of_the_kernels_as_they_are(table):
-    kept = {(r.kernel, r.dtype, r.head_dim, r.features, r.tile, r.num_warps, r.num_stages, r.source) for r in table}
-    now = {
-        (row.kernel, row.case.dtype, row.case.head_dim, row.case.features, row.tile, row.num_warps, row.num_stages,
-         row.source)
-        for row in hot_loops.rows()
-    }  # fmt: skip
+    kept = {(r.kernel, r.dtype, r.head_dim, r.features, r.tile, r.source) for r in table}
+    now = {(*subject.names.values(), subject.source) for subject in hot_loops.subjects()}
     assert kept == now, "run python -m ptv2_fast.kernels.hot_loops --out kernels/hot_loops.json"
 
 
@@ -37,11 +33,33 @@ def test_every_kernel_has_its_loops(table):
     loops = {}
     for report in table:
         loops.setdefault((report.kernel, report.head_dim, report.dtype, report.features), []).append(report.loop)
-    # Full and partial blocks, of prompt and text; of the text alone with a sight; all in one.
-    count = {"forward": 4, "backward_query": 4, "backward_prompt": 1}
+    # Full and partial blocks, of prompt and text; of queries; decoding takes all blocks of either list for partial.
+    count = {"forward": 4, "backward_query": 4, "backward_text": 2, "backward_prompt": 2, "decode": 2}
+    assert {kernel.removeprefix("prompt_attention_") for kernel, *_ in loops if "plain" not in kernel} == set(count)
     for (kernel, _, _, features), found in loops.items():
-        name = kernel.removeprefix("prompt_attention_")
-        assert found == list(range(count.get(name, 2 if features == "causal" else 1))), (kernel, features)
+        assert found == list(range(count.get(kernel.removeprefix("prompt_attention_"), 1))), (kernel, features)
+
+
+def test_every_kernel_is_measured_by_a_plain_one(table):
+    measured = [r for r in table if not r.is_plain and r.kernel != "prompt_attention_decode"]
+    assert measured and all(hot_loops.of_plain(r, table) for r in measured)
+    plain = {r.kernel for r in table if r.is_plain}
+    assert plain == {"plain_forward", "plain_query_gradient", "plain_key_gradients"}
+
+
+def test_what_our_kernels_do_besides_costs_little(table):
+    assert hot_loops.costly(table) == []
+    doubled = [r if r.is_plain else dataclasses.replace(r, instructions=2 * r.instructions) for r in table]
+    assert {text.split()[0] for text in hot_loops.costly(doubled)} == set(hot_loops.LEAST_OF_PLAIN)
+
+
+def test_the_ceiling_is_what_the_busiest_unit_leaves(table):
+    loop = next(r for r in table if r.is_plain)
+    cycles = loop.useful_flops / loop.num_warps / 1024
+    assert dataclasses.replace(loop, instructions=1, special=0).ceiling == 1
+    assert dataclasses.replace(loop, instructions=round(2 * cycles), special=0).ceiling == pytest.approx(0.5, rel=0.01)
+    assert dataclasses.replace(loop, instructions=1, special=round(cycles / 2)).ceiling == pytest.approx(0.25, rel=0.01)
+    assert dataclasses.replace(loop, executed_flops=4 * loop.useful_flops, instructions=1).ceiling == 0.25
 
 
 def test_readme_shows_the_kept_loops(table):
@@ -69,8 +87,10 @@ def test_rules_can_be_broken(table, change, message):
 
 def test_a_tile_too_small_for_a_group_of_warps_may_do_without(table):
     small = [r for r in table if r.warp_products]
-    assert small and {r.kernel for r in small} == {"prompt_attention_backward_prompt"}
-    assert all("P32" in r.tile for r in small)
+    assert {r.kernel for r in small} == {
+        "prompt_attention_backward_prompt", "prompt_attention_decode", "plain_key_gradients",
+    }  # fmt: skip
+    assert all("P32" in r.tile or "SHARED16 OWN16" in r.tile or "N32" in r.tile for r in small)
 
 
 def test_what_got_worse_is_told(table):

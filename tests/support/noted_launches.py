@@ -49,7 +49,8 @@ class Driver:
 class Compiled(CompiledKernel):
     """What Triton keeps for one key; a run is noted."""
 
-    def __init__(self, src: Any, **_: Any) -> None:
+    def __init__(self, src: Any, options: dict[str, Any], **_: Any) -> None:
+        self.options = options
         self.src, self.module, self.function, self.name = src, None, object(), src.name
         self.metadata, self.packed_metadata = SimpleNamespace(target=TARGET), (4, 1, 0)
         me = weakref.ref(self)

@@ -136,6 +136,21 @@ def check_numbers_choose_as_triton_does() -> None:
             agree(small(**{name: value}))
 
 
+def check_products_and_sums_are_fused_whatever_triton_does_by_default() -> None:
+    """Every kernel of calls of every form asks for it; versions of Triton differ."""
+    random.seed(1)
+    asked = {}
+    for kernel, grid, constants, tensors in recorded([draw_call() for _ in range(100)]):
+        for default in (False, True):
+            with triton.knobs.language.scope():
+                triton.knobs.language.default_fp_fusion = default
+                kernel.device_caches.clear()
+                constants.plans.clear()
+                ((compiled, *_),) = noted(functools.partial(launcher.launch, kernel, grid, constants, tensors))
+            asked[kernel.__name__, default] = compiled.options["enable_fp_fusion"]
+    assert len(asked) > 16 and all(asked.values()), asked
+
+
 def check_a_step_is_repeated_whole() -> None:
     """The second call of a kind asks Triton nothing, wherever its tensors are."""
     q, k, v = (torch.zeros(2, 48, 2, 16).transpose(1, 2) for _ in range(3))
