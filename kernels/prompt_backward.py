@@ -21,6 +21,7 @@ import triton
 from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.arguments import Inputs
 from ptv2_fast.kernels.bank_rows import rows_by_entry
+from ptv2_fast.kernels.gradient_layout import allocate_gradients
 from ptv2_fast.kernels.key_gradients import (
     PromptTensors,
     TextTensors,
@@ -109,14 +110,16 @@ def prompt_attention_backward(
     problem = Problem.of(q, k, v, prompt_k, prompt_v, **arguments)
     if not any(needs):
         return Gradients()
+    dq, dk, dv = allocate_gradients(problem.q, problem.k, problem.v, needs.query, needs.text or needs.bias)
     token_axis = problem.form.token_axis
     grad_output, output = launch.tile_safe(grad_output, token_axis), launch.tile_safe(output, token_axis)
     delta, lse2 = _row_statistics(problem, grad_output, output, lse, config)
     saved = _Saved(grad_output, lse2, delta, heads_strides(grad_output), problem.row_stride(lse2))
-    dq = _query_gradient(problem, saved, config) if needs.query else None
-    dk = dv = dbias = None
-    if needs.text or needs.bias:
-        dk, dv, dbias = _text_gradients(problem, saved, needs.bias, config)
+    if dq is not None:
+        _query_gradient(problem, saved, dq, config)
+    dbias = None
+    if dk is not None and dv is not None:
+        dbias = _text_gradients(problem, saved, dk, dv, needs.bias, config)
     prompt: _ThreeGradients = (None, None, None)
     if needs.prompt or needs.prompt_bias:
         prompt = _prompt_gradients(problem, saved, needs.prompt_bias, config)
@@ -167,9 +170,8 @@ def _statistics_launch(
     )
 
 
-def _query_gradient(problem: Problem, saved: _Saved, config: launch.LaunchConfig | None) -> torch.Tensor:
-    """dq, laid out as the output is."""
-    dq = launch.allocate_heads(problem.q)
+def _query_gradient(problem: Problem, saved: _Saved, dq: torch.Tensor, config: launch.LaunchConfig | None) -> None:
+    """Write dq, which has q's shape."""
     config = config or problem.config("backward_query")
     grid, constants = _query_launch(problem.form, config, saved.do_strides, saved.lse_strides, heads_strides(dq))
     launch.run(
@@ -179,7 +181,6 @@ def _query_gradient(problem: Problem, saved: _Saved, config: launch.LaunchConfig
         (problem.tensors("backward_query"), (*saved.tensors, dq)),
         constants,
     )
-    return dq
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
@@ -207,10 +208,14 @@ def _query_launch(
 
 
 def _text_gradients(
-    problem: Problem, saved: _Saved, wants_bias: bool, config: launch.LaunchConfig | None
-) -> _ThreeGradients:
-    """dk and dv, laid out as the output is, and dbias or None, contiguous."""
-    dk, dv = launch.allocate_heads(problem.k), launch.allocate_heads(problem.v)
+    problem: Problem,
+    saved: _Saved,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    wants_bias: bool,
+    config: launch.LaunchConfig | None,
+) -> torch.Tensor | None:
+    """Write dk and dv, which have the shapes of k and v; give dbias, contiguous, or None."""
     bias = problem.bias if wants_bias else None
     dbias = None
     if bias is not None:
@@ -235,7 +240,7 @@ def _text_gradients(
         (problem.tensors("backward_text"), (*saved.tensors, dk, dv, dbias)),
         constants,
     )
-    return dk, dv, None if bias is None or dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
+    return None if bias is None or dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
