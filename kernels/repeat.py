@@ -183,8 +183,7 @@ def _tape(notes: launcher.Notes, tensors: tuple[torch.Tensor | None, ...], made:
     for tensor in made:
         if tensor is None:
             continue
-        if places.setdefault(tensor.data_ptr(), count) != count:
-            return None
+        places[tensor.data_ptr()] = count
         own.pop(tensor.untyped_storage().data_ptr(), None)
         count += 1
     # What is left of the memory lies side by side in the buffer.
@@ -228,7 +227,7 @@ def _results(
         if whole is None or whole.dtype != tensor.dtype or not tensor.numel():
             return None
         shape, strides, view = tuple(tensor.shape), tensor.stride(), None
-        if homes.count(home) > 1 or whole.numel() != tensor.numel():
+        if whole.numel() != tensor.numel():
             view = (shape, strides, tensor.storage_offset())
             shape, strides = tuple(whole.shape), whole.stride()
         memory.setdefault(home, _Memory(shape, strides, tensor.dtype))

@@ -28,7 +28,6 @@ class ColumnSplit:
         if (
             self.may_lie_together
             and x.requires_grad
-            and type(x) is Tensor
             and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
         ):

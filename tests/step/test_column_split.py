@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptv2_fast.attention import triton_layers
-from ptv2_fast.step.column_split import ColumnSplit
+from ptv2_fast.step.column_split import ColumnSplit, joined_columns
 from tolerances import assert_same_bits
 
 SIZES = [32, 16, 16]
@@ -81,6 +81,15 @@ def _transposed():
     return [grad.transpose(0, 1) for grad in _columns((5, 2))]
 
 
+def _laid_out(*strides):
+    """Gradients that begin where columns do, with these strides each, in no more memory than they reach."""
+    buffer, starts = torch.randn(1000), (0, SIZES[0], SIZES[0] + SIZES[1])
+    reach = 1 + max(s + a + 4 * b + (n - 1) * c for s, n, (a, b, c) in zip(starts, SIZES, strides, strict=True))
+    buffer = buffer[:reach].clone()
+    parts = zip(SIZES, strides, starts, strict=True)
+    return [buffer.as_strided((2, 5, size), stride, start) for size, stride, start in parts]
+
+
 OTHERS = {
     "memory of their own": lambda: [grad.clone() for grad in _columns()],
     "one of another buffer": lambda: [*_columns()[:2], _columns()[2]],
@@ -89,6 +98,8 @@ OTHERS = {
     "columns from the second on": lambda: _columns(sizes=[8, *SIZES])[1:],
     "rows in another order": _transposed,
     "columns apart": lambda: [torch.randn(2, 5, 2 * size)[..., ::2] for size in SIZES],
+    "every other column": lambda: _laid_out(*[(400, 80, 2)] * 3),
+    "rows of one in another order": lambda: _laid_out((320, 64, 1), (320, 64, 1), (64, 128, 1)),
     "one for all": lambda: [torch.randn(1).expand(2, 5, size) for size in SIZES],
 }
 
@@ -101,6 +112,12 @@ def test_other_gradients_are_concatenated(kind):
     assert _gradient(cut, grads)[1] == copied > 0
     # From now on by PyTorch itself.
     assert "SplitWithSizes" in type(cut(_product())[0].grad_fn).__name__
+
+
+def test_columns_of_two_dtypes_are_no_buffer():
+    first, second, third = _columns()
+    assert joined_columns([first, second, third]) is not None
+    assert joined_columns([first, second.view(torch.int32), third]) is None
 
 
 def test_a_gradient_that_is_missing_is_zeros():
@@ -147,6 +164,13 @@ def test_gradients_that_are_kept_are_copies():
     assert all(part.grad.count_nonzero() for part in parts)
 
 
+def _of_columns(cut):
+    """The gradient of what the gradients of the parts are made of."""
+    x, made_of = _product(), torch.randn(2, 5, sum(SIZES), requires_grad=True)
+    (first,) = torch.autograd.grad(cut(x), x, _natively(made_of * 1.0), create_graph=True)
+    return torch.autograd.grad(first, made_of, torch.randn(2, 5, sum(SIZES)))[0]
+
+
 def _twice(cut):
     x = torch.randn(2, 5, sum(SIZES), requires_grad=True)
     parts = cut(x * x)
@@ -157,6 +181,13 @@ def _twice(cut):
 def _batched(cut):
     x = _product()
     return torch.autograd.grad(cut(x), x, _columns((7, 2, 5)), is_grads_batched=True)[0]
+
+
+def _batched_in_part(cut):
+    x = _product()
+    parts, own = cut(x), _columns()[0]
+    parts[0].register_hook(lambda grad: own)
+    return torch.autograd.grad(parts, x, _columns((7, 2, 5)), is_grads_batched=True)[0]
 
 
 def _forward_mode(cut):
@@ -173,11 +204,13 @@ def _functional(cut):
 
 def _compiled(cut):
     x = torch.randn(2, 5, sum(SIZES), requires_grad=True)
-    run = torch.compile(lambda y: sum((part**2).sum() for part in cut(y * y)), backend="aot_eager", fullgraph=True)
+    run = torch.compile(lambda y: sum((part**2).sum() for part in cut(y * y)), backend="eager", fullgraph=True)
     return torch.autograd.grad(run(x), x)[0]
 
 
-@pytest.mark.parametrize("derived", [_twice, _batched, _forward_mode, _functional, _compiled])
+@pytest.mark.parametrize(
+    "derived", [_of_columns, _twice, _batched, _batched_in_part, _forward_mode, _functional, _compiled]
+)
 def test_derivatives_of_other_kinds(derived):
     found = []
     for cut in (ColumnSplit(SIZES), _natively):

@@ -130,6 +130,22 @@ def check_a_repeated_call_launches_what_its_function_does() -> None:
             assert len(runs) == 1, (function, numbers)
 
 
+def check_results_may_lie_in_one_memory() -> None:
+    """Also where another comes between them."""
+
+    def shares(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kernel, grid, constants, _ = small()
+        both, other = launch.allocate((128,), x.dtype, x.device), launch.allocate((64,), x.dtype, x.device)
+        made = both[64:], other, both[:64]
+        for one in made:
+            launch.run(kernel, grid, x.device, (x, one, None), constants)
+        return made
+
+    again, x = Repeated(shares), torch.zeros(64)
+    noted(lambda: again(0, x))
+    _agree(again, shares, 0, [x])
+
+
 def _causal_or_not(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
     """The numbers of another call of the same tensors; backward has them beside what it is asked for."""
     if len(numbers) == 6:
@@ -250,7 +266,8 @@ def check_a_repeated_call_refuses_a_changed_global() -> None:
 
 
 def check_what_does_more_than_allocate_and_launch_runs_every_time() -> None:
-    """Memory that is not fresh, results that were made otherwise, two tensors at one place, recording."""
+    """Memory that is not fresh, results that were made otherwise or are written to from their middle on, two tensors at
+    one place, recording."""
 
     def clears(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         kernel, grid, constants, _ = small()
@@ -261,11 +278,17 @@ def check_what_does_more_than_allocate_and_launch_runs_every_time() -> None:
     def adds(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         return (_small(numbers, x)[0] + 1,)
 
+    def halves(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+        kernel, grid, constants, _ = small()
+        y = launch.allocate((128,), x.dtype, x.device)
+        launch.run(kernel, grid, x.device, (x, y[64:], None), constants)
+        return (y,)
+
     def twice(numbers: Any, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor]:
         return _small(numbers, x)
 
     x = torch.zeros(64)
-    for function, tensors in ((clears, (x,)), (adds, (x,)), (twice, (x, x[:32]))):
+    for function, tensors in ((clears, (x,)), (adds, (x,)), (halves, (x,)), (twice, (x, x[:32]))):
         runs: list[Any] = []
         again = Repeated(lambda *given, function=function, runs=runs: runs.append(given) or function(*given))
         noted(lambda again=again, tensors=tensors: [again(0, *tensors) for _ in range(3)])
