@@ -21,6 +21,7 @@ import triton
 from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.arguments import Inputs
 from ptv2_fast.kernels.bank_rows import rows_by_entry
+from ptv2_fast.kernels.gradient_layout import Order, ThreeGradients, allocate_gradients
 from ptv2_fast.kernels.key_gradients import (
     PromptTensors,
     TextTensors,
@@ -37,7 +38,6 @@ from ptv2_fast.kernels.query_gradients import (
 
 # Rows of queries in the largest tile that a table of launches names.
 _MOST_QUERIES = 128
-_ThreeGradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Needs(NamedTuple):
@@ -88,6 +88,7 @@ def prompt_attention_backward(
     lse: torch.Tensor,
     *,
     needs: Needs,
+    order: Order | None = None,
     config: launch.LaunchConfig | None = None,
     **arguments: Any,
 ) -> Gradients:
@@ -98,6 +99,7 @@ def prompt_attention_backward(
         q, k, v, prompt_k, prompt_v: the forward's inputs.
         output, lse: the forward's results.
         needs: which gradients to compute; what is not asked for costs nothing.
+        order: of dq, dk and dv in the buffer that they share; see `gradient_layout.allocate_gradients`.
         config: tile sizes for every pass; chosen per pass when absent.
         arguments: the forward's keyword arguments, the same seed among them.
     Returns:
@@ -109,15 +111,15 @@ def prompt_attention_backward(
     problem = Problem.of(q, k, v, prompt_k, prompt_v, **arguments)
     if not any(needs):
         return Gradients()
+    dq, dk, dv = allocate_gradients(problem.q, problem.k, problem.v, needs.query, needs.text or needs.bias, order)
     token_axis = problem.form.token_axis
     grad_output, output = launch.tile_safe(grad_output, token_axis), launch.tile_safe(output, token_axis)
     delta, lse2 = _row_statistics(problem, grad_output, output, lse, config)
     saved = _Saved(grad_output, lse2, delta, heads_strides(grad_output), problem.row_stride(lse2))
-    dq = _query_gradient(problem, saved, config) if needs.query else None
-    dk = dv = dbias = None
-    if needs.text or needs.bias:
-        dk, dv, dbias = _text_gradients(problem, saved, needs.bias, config)
-    prompt: _ThreeGradients = (None, None, None)
+    if dq is not None:
+        _query_gradient(problem, saved, dq, config)
+    dbias = None if dk is None or dv is None else _text_gradients(problem, saved, dk, dv, needs.bias, config)
+    prompt: ThreeGradients = (None, None, None)
     if needs.prompt or needs.prompt_bias:
         prompt = _prompt_gradients(problem, saved, needs.prompt_bias, config)
     return Gradients(dq, dk, dv, *prompt, dbias)
@@ -167,9 +169,8 @@ def _statistics_launch(
     )
 
 
-def _query_gradient(problem: Problem, saved: _Saved, config: launch.LaunchConfig | None) -> torch.Tensor:
-    """dq, laid out as the output is."""
-    dq = launch.allocate_heads(problem.q)
+def _query_gradient(problem: Problem, saved: _Saved, dq: torch.Tensor, config: launch.LaunchConfig | None) -> None:
+    """Write dq, which has q's shape."""
     config = config or problem.config("backward_query")
     grid, constants = _query_launch(problem.form, config, saved.do_strides, saved.lse_strides, heads_strides(dq))
     launch.run(
@@ -179,7 +180,6 @@ def _query_gradient(problem: Problem, saved: _Saved, config: launch.LaunchConfig
         (problem.tensors("backward_query"), (*saved.tensors, dq)),
         constants,
     )
-    return dq
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
@@ -207,10 +207,14 @@ def _query_launch(
 
 
 def _text_gradients(
-    problem: Problem, saved: _Saved, wants_bias: bool, config: launch.LaunchConfig | None
-) -> _ThreeGradients:
-    """dk and dv, laid out as the output is, and dbias or None, contiguous."""
-    dk, dv = launch.allocate_heads(problem.k), launch.allocate_heads(problem.v)
+    problem: Problem,
+    saved: _Saved,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    wants_bias: bool,
+    config: launch.LaunchConfig | None,
+) -> torch.Tensor | None:
+    """Write dk and dv, which have the shapes of k and v; give dbias, contiguous, or None."""
     bias = problem.bias if wants_bias else None
     dbias = None
     if bias is not None:
@@ -235,7 +239,7 @@ def _text_gradients(
         (problem.tensors("backward_text"), (*saved.tensors, dk, dv, dbias)),
         constants,
     )
-    return dk, dv, None if bias is None or dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
+    return None if bias is None or dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
@@ -265,7 +269,7 @@ def _text_launch(
 
 def _prompt_gradients(
     problem: Problem, saved: _Saved, wants_bias: bool, config: launch.LaunchConfig | None
-) -> _ThreeGradients:
+) -> ThreeGradients:
     """(d prompt_k, d prompt_v, d prompt_bias or None); the first two laid out as `launch.prompt_strides` says."""
     device, dtype, strides = problem.q.device, problem.prompt_k.dtype, problem.form.prompt_strides
     shape = tuple(problem.prompt_k.shape)  # (R, Hkv, P, d)

@@ -24,13 +24,19 @@ _Made = tuple[Any, ...]
 _ALIGNMENT = 512
 
 
-class _Result(NamedTuple):
-    """A tensor that a call gives: empty_strided(shape, strides), or a view of empty_strided(*whole) by them."""
+class _Memory(NamedTuple):
+    """What `torch.empty_strided` is given."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    whole: tuple[tuple[int, ...], tuple[int, ...]] | None
+
+
+class _Result(NamedTuple):
+    """A tensor that a call gives: the tape's `memory[place]`, or a view of it by shape, strides and offset."""
+
+    place: int
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None
 
 
 class _Step(NamedTuple):
@@ -48,6 +54,7 @@ class _Tape(NamedTuple):
     Attributes:
         active, number: Triton's driver, and the number of its current device.
         device: of the tensors.
+        memory: what the results lie in, several in the same perhaps, in the order in which they need it.
         results: what the call gives; None where it gives None.
         parts: where parts of the buffer begin.
         size: bytes of the buffer.
@@ -59,6 +66,7 @@ class _Tape(NamedTuple):
     active: Any
     number: int
     device: torch.device
+    memory: tuple[_Memory, ...]
     results: tuple[_Result | None, ...]
     parts: tuple[int, ...]
     size: int
@@ -125,17 +133,18 @@ def _again(tape: _Tape, addresses: list[Any]) -> _Made | None:
     for name, value, namespace in tape.globals:
         if namespace.get(name) is not value:
             return None
+    memory: list[torch.Tensor] = []
     made: list[torch.Tensor | None] = []
     misplaced = 0
     for result in tape.results:
         if result is None:
             made.append(None)
             continue
-        shape, strides, dtype, whole = result
-        if whole is None:
-            tensor = torch.empty_strided(shape, strides, dtype=dtype, device=tape.device)
-        else:
-            tensor = torch.empty_strided(*whole, dtype=dtype, device=tape.device).as_strided(shape, strides)
+        place, view = result
+        if place == len(memory):
+            shape, strides, dtype = tape.memory[place]
+            memory.append(torch.empty_strided(shape, strides, dtype=dtype, device=tape.device))
+        tensor = memory[place] if view is None else memory[place].as_strided(*view)
         address = tensor.data_ptr()
         addresses.append(address)
         misplaced |= address
@@ -166,16 +175,17 @@ def _tape(notes: launcher.Notes, tensors: tuple[torch.Tensor | None, ...], made:
     # Of two tensors at one address it is not known which one a launch was given.
     if len(places) < len(present) or any(address % 16 for address in own):
         return None
-    results: list[_Result | None] = []
+    laid_out = _results(made, own)
+    if laid_out is None:
+        return None
+    memory, results = laid_out
     count = 1 + len(tensors)
     for tensor in made:
-        whole = None if tensor is None else own.pop(tensor.data_ptr(), None)
-        if tensor is not None and (whole is None or whole.dtype != tensor.dtype or not tensor.numel()):
-            return None
-        results.append(None if whole is None else _result(tensor, whole))
-        if tensor is not None:
-            places[tensor.data_ptr()] = count
-            count += 1
+        if tensor is None:
+            continue
+        places[tensor.data_ptr()] = count
+        own.pop(tensor.untyped_storage().data_ptr(), None)
+        count += 1
     # What is left of the memory lies side by side in the buffer.
     starts: dict[int, int] = {}
     size = 0
@@ -193,15 +203,36 @@ def _tape(notes: launcher.Notes, tensors: tuple[torch.Tensor | None, ...], made:
     used = {(name, id(namespace)): (name, value, namespace) for p in plans for name, value, namespace in p.globals}
     kernels = tuple({id(plan.kernel): plan.kernel for plan in plans}.values())
     return _Tape(
-        notes.active, notes.number, present[0][1].device, tuple(results), tuple(parts), size, tuple(steps), kernels,
+        notes.active, notes.number, present[0][1].device, memory, results, tuple(parts), size, tuple(steps), kernels,
         tuple(used.values()),
     )  # fmt: skip
 
 
-def _result(tensor: torch.Tensor, whole: torch.Tensor) -> _Result:
-    """How to allocate a tensor that lies in memory which was allocated as `whole`."""
-    layout = None if whole.numel() == tensor.numel() else (tuple(whole.shape), whole.stride())
-    return _Result(tuple(tensor.shape), tensor.stride(), tensor.dtype, layout)
+def _results(
+    made: _Made, own: Mapping[int, torch.Tensor]
+) -> tuple[tuple[_Memory, ...], tuple[_Result | None, ...]] | None:
+    """How to allocate what a call gives; None where a tensor does not lie in fresh memory of its dtype.
+
+    Args:
+        own: what was allocated, by its address.
+    """
+    homes = [None if tensor is None else tensor.untyped_storage().data_ptr() for tensor in made]
+    memory: dict[int, _Memory] = {}
+    results: list[_Result | None] = []
+    for tensor, home in zip(made, homes, strict=True):
+        if home is None:
+            results.append(None)
+            continue
+        whole = own.get(home)
+        if whole is None or whole.dtype != tensor.dtype or not tensor.numel():
+            return None
+        shape, strides, view = tuple(tensor.shape), tensor.stride(), None
+        if whole.numel() != tensor.numel():
+            view = (shape, strides, tensor.storage_offset())
+            shape, strides = tuple(whole.shape), whole.stride()
+        memory.setdefault(home, _Memory(shape, strides, tensor.dtype))
+        results.append(_Result(list(memory).index(home), view))
+    return tuple(memory.values()), tuple(results)
 
 
 def _pick(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ptv2_fast.attention.triton_backend import by_decode
 from ptv2_fast.kernels import prompt_backward, prompt_decode, prompt_forward
+from ptv2_fast.kernels.gradient_layout import Order, column_order
 from ptv2_fast.kernels.repeat import Repeated
 
 # What comes after queries, keys, values and the prompt's keys and values, by the names that the kernels have for it.
@@ -82,7 +83,11 @@ class _LayerAttention(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    return None, None, *_differentiated((ctx.numbers, ctx.needs_input_grad[2:]), grad, *ctx.saved_tensors)
+    needs, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
+    of_q, of_k, of_v, *_, of_bias = needs
+    # A bias that trains is made of queries and keys: their gradients are sums, which lie elsewhere.
+    order = column_order(*saved[:3]) if of_q and of_k and of_v and not of_bias else None
+    return None, None, *_differentiated((ctx.numbers, needs, order), grad, *saved)
 
 
 _refused_twice: Callable[..., Any] = torch.autograd.function.once_differentiable(_gradients)
@@ -110,7 +115,7 @@ def _attended(
 
 @Repeated
 def _differentiated(
-    given: tuple[tuple[Any, ...], tuple[bool, ...]],
+    given: tuple[tuple[Any, ...], tuple[bool, ...], Order | None],
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -122,11 +127,12 @@ def _differentiated(
     """The gradients of q, k, v, prompt_k, prompt_v, prompt_bias and bias; None where nobody asks.
 
     Args:
-        given: numbers as above, and of which of them a gradient is asked for.
+        given: numbers as above, of which of them a gradient is asked for, and, if that includes q, k and v, in which
+            order theirs are the columns of one buffer, or None.
         grad: of o, (B, N, H, D).
         others: rest as above, then o and lse.
     """
-    numbers, (of_q, of_k, of_v, of_prompt_k, of_prompt_v, of_prompt_bias, of_bias) = given
+    numbers, (of_q, of_k, of_v, of_prompt_k, of_prompt_v, of_prompt_bias, of_bias), order = given
     *rest, output, lse = others
     assert output is not None and lse is not None
     arguments = _arguments(numbers, rest, prompt_k)
@@ -138,6 +144,7 @@ def _differentiated(
         output.flatten(0, 1) if packed else output.transpose(1, 2),
         lse,
         needs=prompt_backward.Needs(of_q, of_k or of_v, of_prompt_k or of_prompt_v, of_prompt_bias, of_bias),
+        order=order,
         **arguments,
     )
     if packed:

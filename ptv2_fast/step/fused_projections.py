@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptv2_fast.backbone.linears_as_found import LinearsAsFound, way_down
+from ptv2_fast.step.column_split import ColumnSplit
 
 # Children, by their names in transformers, that are given the same input.
 _GROUPS = (
@@ -89,7 +90,7 @@ class FusedGroup:
         self.parent = parent
         self.names = names
         self.linears = [parent.get_submodule(name) for name in names]
-        self._sizes = [linear.out_features for linear in self.linears]
+        self._split = ColumnSplit([linear.out_features for linear in self.linears])
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         # (input, what the linear maps after the first one make of it), between their calls in one forward.
@@ -135,7 +136,7 @@ class FusedGroup:
     def first(self, x: Tensor) -> Tensor:
         """The first linear map of x (..., D); the others' results wait for `next`."""
         weight: Any = self._weight  # `gather` comes before every forward
-        result, *rest = F.linear(x, weight, self._bias).split_with_sizes(self._sizes, -1)
+        result, *rest = self._split(F.linear(x, weight, self._bias))
         self._kept = (x, rest)
         return result
 
@@ -145,7 +146,7 @@ class FusedGroup:
         # Another thread, or a layer that gives each map an input of its own, finds something else here.
         if kept is None or kept[0] is not x:
             return self.linears[position](x)
-        if position == len(self._sizes) - 1:
+        if position == len(self.linears) - 1:
             self._kept = None
         return kept[1][position - 1]
 

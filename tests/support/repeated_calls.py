@@ -13,15 +13,16 @@ from triton.runtime import driver
 
 import noted_launches
 from noted_launches import draw, draw_heads, noted, small
-from ptv2_fast.attention import triton_backend
+from ptv2_fast.attention import triton_backend, triton_layers
 from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.repeat import Repeated
 
 _Call = tuple[Callable[..., Any], tuple[Any, ...], list[Any]]
+_LAYER = triton_layers._differentiated._function
 
 
 def _draw() -> list[_Call]:
-    """What eager attention launches: a forward, perhaps of few queries, and its backward."""
+    """What eager attention launches: a forward, perhaps of few queries, its backward, and that of a model's layer."""
     dtype, form = random.choice((torch.float16, torch.float32)), random.choice(("dense", "packed", "decode"))
     rows, kv_heads, heads = 3, 2, random.choice((2, 4))
     packed, few = form == "packed", form == "decode"
@@ -48,7 +49,19 @@ def _draw() -> list[_Call]:
     if any(needs):
         saved = [draw_heads(packed, rows, heads, tokens, 16, dtype), *tensors[:6], output, lse, *tensors[6:]]
         calls.append((triton_backend._differentiated, (needs, numbers), saved))
+        needs = (*random.choice((needs[:3], (True,) * 3)), *needs[3:])
+        order = random.choice((None, tuple(random.sample(range(3), 3)))) if all(needs[:3]) else None
+        calls.append((_LAYER, (numbers, needs, order), _of_layer(saved, packed)))
     return calls
+
+
+def _of_layer(saved: list[Any], packed: bool) -> list[Any]:
+    """What a backward reads, laid out and in the order in which a layer saved it."""
+    grad, q, k, v, *prompts, output, lse = saved[:9]
+    if packed:
+        q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))
+    grad, output = (x[None] if packed else x.transpose(1, 2) for x in (grad, output))
+    return [grad, q, k, v, *prompts, *saved[9:], output, lse]
 
 
 def _moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -80,12 +93,18 @@ def _agree(again: Repeated, function: Callable[..., Any], numbers: Any, tensors:
         assert compiled is other_compiled
         for here, there in _pairs(one, other):
             assert places.setdefault(here, there) == there, "one address for two"
+    homes: set[tuple[int, int]] = set()
     for one, other in zip(*made, strict=True):
         if other is None:
             assert one is None
             continue
+        homes.add((one.untyped_storage().data_ptr(), other.untyped_storage().data_ptr()))
+        assert one.storage_offset() == other.storage_offset()
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
         assert places[one.data_ptr()] == other.data_ptr()
+    assert len({here for here, _ in homes}) == len({there for _, there in homes}) == len(homes), (
+        "other memory is shared"
+    )
     # How many bytes lie from each address on.
     ends = [(own.data_ptr(), own.data_ptr() + own.untyped_storage().nbytes()) for own in notes.allocated]
     begins = {begin: here for here, there in places.items() for begin, end in ends if there == begin}
@@ -111,11 +130,34 @@ def check_a_repeated_call_launches_what_its_function_does() -> None:
             assert len(runs) == 1, (function, numbers)
 
 
+def check_results_may_lie_in_one_memory() -> None:
+    """Also where another comes between them."""
+
+    def shares(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kernel, grid, constants, _ = small()
+        both, other = launch.allocate((128,), x.dtype, x.device), launch.allocate((64,), x.dtype, x.device)
+        made = both[64:], other, both[:64]
+        for one in made:
+            launch.run(kernel, grid, x.device, (x, one, None), constants)
+        return made
+
+    again, x = Repeated(shares), torch.zeros(64)
+    noted(lambda: again(0, x))
+    _agree(again, shares, 0, [x])
+
+
 def _causal_or_not(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The numbers of another call of the same tensors; backward has them behind what it is asked for."""
-    if isinstance(numbers[1], tuple):
-        return numbers[0], _causal_or_not(numbers[1])
-    return numbers[0], not numbers[1], *numbers[2:]
+    """The numbers of another call of the same tensors; backward has them beside what it is asked for."""
+    if len(numbers) == 6:
+        return numbers[0], not numbers[1], *numbers[2:]
+    return tuple(_causal_or_not(x) if isinstance(x, tuple) and len(x) == 6 else x for x in numbers)
+
+
+def _in_another_order(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The numbers of a layer's backward whose gradients lie otherwise; those of other calls as they are."""
+    if len(numbers) != 3 or not all(numbers[1][:3]):
+        return numbers
+    return *numbers[:2], (2, 1, 0) if numbers[2] is None else None
 
 
 def _elsewhere_and_wider(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -152,13 +194,14 @@ def check_calls_that_differ_in_one_thing_are_not_taken_for_one_another() -> None
             again = shared.setdefault(function, Repeated(function))
             usual = (numbers, first)
             alike = [(numbers, one) for one in _elsewhere_and_wider(first)]
-            for own, tensor in (usual, (_causal_or_not(numbers), first), *alike, usual):
+            others_of_it = [(change(numbers), first) for change in (_causal_or_not, _in_another_order)]
+            for own, tensor in (usual, *others_of_it, *alike, usual):
                 again(own, tensor, *others)
                 _agree(again, function, own, list(map(_moved, (tensor, *others))))
             for changed in (_in_float32([first, *others]), _with_shorter_prompts(function, [first, *others])):
                 again(numbers, *changed)
                 _agree(again, function, numbers, list(map(_moved, changed)))
-    assert len(shared) == 2
+    assert len(shared) == 3
 
 
 def _small(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
@@ -223,7 +266,8 @@ def check_a_repeated_call_refuses_a_changed_global() -> None:
 
 
 def check_what_does_more_than_allocate_and_launch_runs_every_time() -> None:
-    """Memory that is not fresh, results that were made otherwise, two tensors at one place, recording."""
+    """Memory that is not fresh, results that were made otherwise or are written to from their middle on, two tensors at
+    one place, recording."""
 
     def clears(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         kernel, grid, constants, _ = small()
@@ -234,11 +278,17 @@ def check_what_does_more_than_allocate_and_launch_runs_every_time() -> None:
     def adds(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         return (_small(numbers, x)[0] + 1,)
 
+    def halves(numbers: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+        kernel, grid, constants, _ = small()
+        y = launch.allocate((128,), x.dtype, x.device)
+        launch.run(kernel, grid, x.device, (x, y[64:], None), constants)
+        return (y,)
+
     def twice(numbers: Any, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor]:
         return _small(numbers, x)
 
     x = torch.zeros(64)
-    for function, tensors in ((clears, (x,)), (adds, (x,)), (twice, (x, x[:32]))):
+    for function, tensors in ((clears, (x,)), (adds, (x,)), (halves, (x,)), (twice, (x, x[:32]))):
         runs: list[Any] = []
         again = Repeated(lambda *given, function=function, runs=runs: runs.append(given) or function(*given))
         noted(lambda again=again, tensors=tensors: [again(0, *tensors) for _ in range(3)])
