@@ -25,10 +25,13 @@ from ptv2_fast.kernels.machine_code import Loop, innermost_loops
 ARCH = 90
 FEATURES = ("plain", "causal", "padded", "packed")
 SHORT_PROMPTS = ("P20", "packed P20")
+# With prompts that the kernel of short rows sums itself: another prompt has a loop of its own, with three products.
+ROWS = ("rows padded P20", "rows causal P20", "short rows padded P20", "short rows causal P20")
 # Kernel -> how many products of its tile a round of its loop holds, and which side of the tile the sums' rows are.
 PRODUCTS = {
     "prompt_attention_forward": (2, "M"), "prompt_attention_backward_query": (3, "M"),
     "prompt_attention_backward_text": (4, "N"), "prompt_attention_backward_prompt": (4, "P"),
+    "prompt_attention_backward_rows": (5, "M"),
 }  # fmt: skip
 # A group of four warps multiplies at least so many rows at once.
 GROUP_ROWS = 64
@@ -106,12 +109,16 @@ def cases() -> list[Case]:
         Case(ARCH, dtype, head_dim, features)
         for dtype in ("bf16", "fp16") for head_dim in (64, 128) for features in FEATURES
     ]  # fmt: skip
-    return usual + [Case(ARCH, "bf16", 64, features) for features in SHORT_PROMPTS]
+    short = [Case(ARCH, "bf16", 64, features) for features in SHORT_PROMPTS]
+    return usual + short + [Case(ARCH, "bf16", head_dim, features) for head_dim in (64, 128) for features in ROWS]
 
 
 def rows() -> list[Row]:
-    """The launches of the cases that have hot loops."""
-    return [row for row in rows_of(cases()) if row.kernel in PRODUCTS]
+    """The launches of the cases that have hot loops; of short rows those of the kernel that owns them."""
+    return [
+        row for row in rows_of(cases())
+        if row.kernel in PRODUCTS and (row.case.features not in ROWS or row.kernel == "prompt_attention_backward_rows")
+    ]  # fmt: skip
 
 
 def reports_of(row: Row) -> list[Report]:
