@@ -48,6 +48,15 @@ FEATURES: dict[str, dict[str, Any]] = {
         "bias": True, "prompt_bias": True,
     },
 }  # fmt: skip
+_ROW_FORMS: dict[str, dict[str, Any]] = {
+    " P20": {"prompt": 20}, " padded P8": {"bytes_mask": True, "prompt": 8}, " padded": {"bytes_mask": True},
+    " packed P20": {"packed": True, "prompt": 20}, " packed": {"packed": True},
+    " padded dropout P20": {"bytes_mask": True, "dropout_p": 0.1, "prompt": 20},
+    " packed dropout P20": {"packed": True, "dropout_p": 0.1, "prompt": 20},
+    " padded bank P20": {"bytes_mask": True, "bank": True, "full": True, "prompt": 20},
+    " packed bank": {"packed": True, "bank": True, "full": True},
+    " bias P20": {"bias": True, "prompt_bias": True, "frozen_bias": True, "prompt": 20},
+}  # fmt: skip
 # What the cells of the benchmarks launch besides, on Hopper: short prompts in smaller tiles, masks of bytes as models
 # hand them over, banks of full entries, dropout of packed rows, a decoding step of many rows.
 CELLS: dict[str, dict[str, Any]] = {
@@ -68,6 +77,12 @@ CELLS: dict[str, dict[str, Any]] = {
            (2, 4), {"": {}, " padded": {"bytes_mask": True}, " packed": {"packed": True}}.items(),
            {"": {}, " P20": {"prompt": 20}}.items())},
     "causal group 4 bank": {"head_dims": (128,), "causal": True, "group": 4, "bank": True, "full": True},
+    # Short rows, which one kernel owns: its tiles for 128 and 64 queries; prompts that it sums, and others.
+    **{f"{name}{form}": {"head_dims": (64, 128), "tokens": tokens, "prompt": 20, **options}
+       for name, tokens in (("rows", 128), ("short rows", 64))
+       for form, options in {" padded P20": {"bytes_mask": True}, " causal P20": {"causal": True}}.items()},
+    **{f"rows{form}": {"head_dims": (64,), "tokens": 128, **options} for form, options in _ROW_FORMS.items()},
+    "short rows causal group 2 P20": {"head_dims": (64,), "tokens": 64, "causal": True, "group": 2, "prompt": 20},
     # The mask of a growing cache has rows of any length.
     **{f"decode group {group} B{rows} of {tokens}": {
            "head_dims": (128,), "causal": True, "group": group, "rows": rows, "tokens": tokens, "bytes_mask": True,
@@ -172,8 +187,8 @@ def record_case(case: Case) -> list[launch.Launch]:
                 query=True,
                 text=True,
                 prompt=True,
-                prompt_bias=bool(options.get("prompt_bias")),
-                bias=bool(options.get("bias")),
+                prompt_bias=bool(options.get("prompt_bias")) and not options.get("frozen_bias"),
+                bias=bool(options.get("bias")) and not options.get("frozen_bias"),
             )
             prompt_attention_backward(output, q, k, v, prompt_k, prompt_v, output, lse, needs=needs, **arguments)
         if only in (None, "decode") and not packed:

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
 
 from ptv2_fast.kernels import launch
-from ptv2_fast.kernels.aot import MOST_SPILLS_IN_LOOPS, Case, record_case
+from ptv2_fast.kernels.aot import Case, record_case
 from ptv2_fast.kernels.aot_compile import (
     compiled_launch,
     cuobjdump,
@@ -30,125 +28,29 @@ from ptv2_fast.kernels.aot_compile import (
     resource_usage,
     tile_of,
 )
+from ptv2_fast.kernels.loop_rules import (
+    WORK,
+    Report,
+    blocks_of,
+    costly,
+    of_plain,
+    problems,
+    registers_above_step,
+    short_name,
+    worse,
+)
 from ptv2_fast.kernels.machine_code import Loop, innermost_loops
 from ptv2_fast.kernels.plain_loops import plain_launch
 
 ARCH = 90
 FEATURES = ("plain", "causal", "padded", "packed")
 SHORT_PROMPTS = ("P20", "packed P20")
+# With prompts that the kernel of short rows sums itself: another prompt has a loop of its own, with three products.
+ROWS = ("rows padded P20", "rows causal P20", "short rows padded P20", "short rows causal P20")
 
 
-class Work(NamedTuple):
-    """What a round of a kernel's loops computes.
-
-    Attributes:
-        products: products of its tile.
-        tiles: the sides of the tiles that its loops walk over, by their names: that of the sums' rows, and the other.
-    """
-
-    products: int
-    tiles: tuple[tuple[str, str], ...]
-
-
-WORK = {
-    "prompt_attention_forward": Work(2, (("M", "P"), ("M", "N"))),
-    "prompt_attention_backward_query": Work(3, (("M", "P"), ("M", "N"))),
-    "prompt_attention_backward_text": Work(4, (("N", "M"),)),
-    "prompt_attention_backward_prompt": Work(4, (("P", "M"),)),
-    "prompt_attention_decode": Work(2, (("SHARED", "P"), ("OWN", "N"))),
-    "plain_forward": Work(2, (("M", "N"),)),
-    "plain_query_gradient": Work(3, (("M", "N"),)),
-    "plain_key_gradients": Work(4, (("N", "M"),)),
-}
-# A group of four warps multiplies at least so many rows at once.
-GROUP_ROWS = 64
-# A multiprocessor of Hopper (CUDA C++ Programming Guide, compute capability 9.0): registers, given in eights to each
-# thread; bytes of shared memory, of which each block's runtime takes a kilobyte; threads.
-_REGISTERS, _SHARED, _RESERVED, _THREADS = 65536, 228 * 1024, 1024, 2048
-# So many registers above a step that would make room for another block are an accident.
-NEAR_A_STEP = 2
-# How much longer a loop may get before it has to be accepted.
-_TOLERANCE = 1.03
-# Of the instructions that a plain loop has for the same work and ours has, the least share that the leanest loop of a
-# kernel has to keep.
-LEAST_OF_PLAIN = {"forward": 0.93, "backward_query": 0.9, "backward_text": 0.84, "backward_prompt": 0.79}
-# What a quarter of a multiprocessor does in a cycle: one instruction of a warp; special functions (exponentials) of so
-# many threads (CUDA C++ Programming Guide, throughput of arithmetic instructions); multiplications and additions of its
-# tensor core in 16 bits (989 TFLOP/s of an H100 SXM, 132 multiprocessors, 1.83 GHz).
-_SPECIAL_LANES, _TENSOR_FLOPS = 4, 1024
+_ROWS_KERNEL = "prompt_attention_backward_rows"
 MARK = "<!-- hot loops -->"
-
-
-@dataclass(frozen=True)
-class Report:
-    """One loop of one kernel.
-
-    Attributes:
-        kernel, dtype, head_dim, features, tile, num_warps, num_stages, maxnreg: what is launched; features of a plain
-            kernel: whose tile it has.
-        source: digest of what decides the code (`aot_compile.fingerprint`).
-        loop: its place among the kernel's loops with tensor-core instructions.
-        useful_flops, executed_flops: of one round: what the tile asks for, what the tensor cores do.
-        group_products, warp_products: instructions of wgmma and of mma.sync.
-        products, arrivals: products of the tile; how often a group of warps hands registers to the tensor cores.
-        instructions: in a round, of one warp; `special`: those of them that are special functions.
-        spills, wide_loads, barriers: instructions that touch spilled registers, that load a tile without a copy ahead,
-            that join the block.
-        registers, blocks: of a thread; blocks on a multiprocessor.
-        above_step: registers that are too many for one block more; 0 where registers do not decide.
-    """
-
-    kernel: str
-    dtype: str
-    head_dim: int
-    features: str
-    tile: str
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None
-    source: str
-    loop: int
-    useful_flops: int
-    executed_flops: int
-    group_products: int
-    warp_products: int
-    products: int
-    arrivals: int
-    instructions: int
-    special: int
-    spills: int
-    wide_loads: int
-    barriers: int
-    registers: int
-    blocks: int
-    above_step: int
-
-    @property
-    def name(self) -> str:
-        """The loop in words."""
-        return f"{self.kernel} d={self.head_dim} {self.dtype} {self.features} loop {self.loop}"
-
-    @property
-    def key(self) -> tuple[str, str, int, str, int]:
-        """What two tables are compared by: whatever the tile is, it is the same work."""
-        return self.kernel, self.dtype, self.head_dim, self.features, self.loop
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a loop that others are measured by."""
-        return self.kernel.startswith("plain_")
-
-    @property
-    def per_useful(self) -> float:
-        """Instructions of all warps for 100,000 useful operations."""
-        return 1e5 * self.instructions * self.num_warps / self.useful_flops
-
-    @property
-    def ceiling(self) -> float:
-        """The most of its time that a tensor core can be busy with useful work, were nothing ever waited for."""
-        useful = self.useful_flops / self.num_warps / _TENSOR_FLOPS
-        done = self.executed_flops / self.num_warps / _TENSOR_FLOPS
-        return useful / max(done, self.instructions, self.special * 32 / _SPECIAL_LANES)
 
 
 @dataclass(frozen=True)
@@ -181,20 +83,25 @@ def cases() -> list[Case]:
         Case(ARCH, dtype, head_dim, features)
         for dtype in ("bf16", "fp16") for head_dim in (64, 128) for features in FEATURES
     ]  # fmt: skip
-    return usual + [Case(ARCH, "bf16", 64, features) for features in SHORT_PROMPTS]
+    short = [Case(ARCH, "bf16", 64, features) for features in SHORT_PROMPTS]
+    return usual + short + [Case(ARCH, "bf16", head_dim, features) for head_dim in (64, 128) for features in ROWS]
 
 
 def subjects() -> list[Subject]:
-    """The launches of the cases that have hot loops, and the plain forms of those that have one, each once."""
+    """The launches of the cases that have hot loops, and the plain forms of those that have one, each once.
+
+    Of short rows only the kernel that owns them.
+    """
     ours = [
         Subject(kernel_name(recorded), case.dtype, case.head_dim, case.features, recorded)
-        for case in cases() for recorded in record_case(case) if kernel_name(recorded) in WORK
+        for case in cases() for recorded in record_case(case)
+        if kernel_name(recorded) in WORK and (case.features not in ROWS or kernel_name(recorded) == _ROWS_KERNEL)
     ]  # fmt: skip
     plain: dict[tuple[str, str], Subject] = {}
     for one in ours:
         recorded = plain_launch(one.kernel, one.recorded)
         if recorded is not None:
-            features = f"{_short(one.kernel)} {tile_of(recorded)}"
+            features = f"{short_name(one.kernel)} {tile_of(recorded)}"
             subject = Subject(kernel_name(recorded), one.dtype, one.head_dim, features, recorded)
             plain.setdefault((subject.source, features), subject)
     return [*ours, *plain.values()]
@@ -236,58 +143,6 @@ def _useful(subject: Subject, loop: Loop) -> int:
     return min(asked, key=lambda useful: abs(executed / useful - 1))
 
 
-def blocks_of(registers: int, threads: int, shared: int) -> int:
-    """How many blocks share a multiprocessor."""
-    by_registers = _REGISTERS // (-(-registers // 8) * 8 * threads)
-    return min(by_registers, _SHARED // (shared + _RESERVED), _THREADS // threads)
-
-
-def registers_above_step(registers: int, threads: int, shared: int) -> int:
-    """How many registers less would make room for another block; 0 where something else decides."""
-    blocks = blocks_of(registers, threads, shared)
-    room = min(_SHARED // (shared + _RESERVED), _THREADS // threads)
-    step = _REGISTERS // (threads * (blocks + 1)) // 8 * 8
-    return registers - step if blocks < room else 0
-
-
-def problems(report: Report) -> list[str]:
-    """Which rules a loop breaks, in words."""
-    found = []
-    sides = dict(re.findall(r"([A-Z]+)(\d+)", report.tile))
-    size = min(int(sides[rows]) for rows, _ in WORK[report.kernel].tiles)
-    if report.executed_flops != report.useful_flops:
-        found.append(f"{report.executed_flops} operations are done where {report.useful_flops} are useful")
-    if report.warp_products and size >= GROUP_ROWS:
-        found.append(f"{report.warp_products} products of single warps, though the sums have {size} rows")
-    if report.group_products and report.arrivals != report.products:
-        found.append(f"{report.products} products are handed over {report.arrivals} times: they wait for each other")
-    if report.spills > MOST_SPILLS_IN_LOOPS:
-        found.append(f"{report.spills} instructions touch spilled registers")
-    if report.wide_loads and report.num_stages > 1:
-        found.append(f"{report.wide_loads} loads of a tile are waited for")
-    if 0 < report.above_step <= NEAR_A_STEP and report.maxnreg is None:
-        found.append(f"{report.above_step} registers fewer would make room for another block, and maxnreg is not set")
-    return [f"{report.name}: {text}" for text in found]
-
-
-def worse(new: Iterable[Report], kept: Iterable[Report]) -> list[str]:
-    """Where loops got longer or blocks fewer than in the kept table, in words."""
-    before = {report.key: report for report in kept}
-    found = []
-    for report in new:
-        old = before.get(report.key)
-        if old is None:
-            continue
-        if report.blocks < old.blocks:
-            found.append(f"{report.name}: {report.blocks} blocks a multiprocessor, {old.blocks} before")
-        if report.per_useful > _TOLERANCE * old.per_useful:
-            found.append(
-                f"{report.name}: {report.per_useful:.0f} instructions for 100,000 useful operations, "
-                f"{old.per_useful:.0f} before"
-            )
-    return found
-
-
 def read_table(path: Path) -> tuple[str, list[Report]]:
     """(the Triton that compiled the table, its reports)."""
     table = json.loads(path.read_text())
@@ -323,43 +178,11 @@ def digest(reports: Sequence[Report]) -> str:
         best = min(group, key=lambda r: r.per_useful)
         plain = of_plain(best, reports)
         lines.append(
-            f"| {_short(kernel)} | {head_dim} | {features} | {best.tile} | {best.num_warps}, {best.num_stages} | "
+            f"| {short_name(kernel)} | {head_dim} | {features} | {best.tile} | {best.num_warps}, {best.num_stages} | "
             f"{best.registers} | {best.blocks} | {kind} | {slots} | {'' if plain is None else f'{plain:.2f}'} | "
             f"{best.ceiling:.2f} |"
         )
     return "\n".join(lines)
-
-
-def of_plain(report: Report, reports: Iterable[Report]) -> float | None:
-    """Instructions of a plain loop with the same tile over those of a loop of ours; None where there is none."""
-    sides = dict(re.findall(r"([A-Z]+)(\d+)", report.tile))
-    keys = "P" if report.kernel == "prompt_attention_backward_prompt" else "N"
-    wanted = f"{_short(report.kernel)} M{sides.get('M')} N{sides.get(keys)}"
-    for other in reports:
-        alike = (other.dtype, other.head_dim, other.num_warps) == (report.dtype, report.head_dim, report.num_warps)
-        if other.is_plain and alike and other.features == wanted:
-            return other.per_useful / report.per_useful
-    return None
-
-
-def costly(reports: Sequence[Report]) -> list[str]:
-    """Which kernels' leanest loops are further from the plain ones than `LEAST_OF_PLAIN`, in words."""
-    best: dict[tuple[str, str, int, str], Report] = {}
-    for report in reports:
-        if _short(report.kernel) in LEAST_OF_PLAIN:
-            kept = best.setdefault(report.key[:4], report)
-            if report.per_useful < kept.per_useful:
-                best[report.key[:4]] = report
-    found = []
-    for report in best.values():
-        share, least = of_plain(report, reports), LEAST_OF_PLAIN[_short(report.kernel)]
-        if share is not None and share < least:
-            found.append(f"{_short(report.kernel)} {report.name}: {share:.2f} of the plain kernel's, not {least}")
-    return found
-
-
-def _short(kernel: str) -> str:
-    return kernel.removeprefix("prompt_attention_")
 
 
 def main(words: Sequence[str] | None = None) -> int:

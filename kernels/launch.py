@@ -16,7 +16,9 @@ interpreter.repair()
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PASSES = ("forward", "backward_query", "backward_text", "backward_prompt", "decode")
+PASSES = (
+    "forward", "backward_query", "backward_text", "backward_prompt", "backward_rows_64", "backward_rows_128", "decode",
+)  # fmt: skip
 
 # AMD's MI300, which has no compute capability.
 GFX942 = 942
@@ -88,6 +90,12 @@ _BLACKWELL_HALF_CROWDED: _Table = {
     "backward_query": {128: (32, 32, 8, 2)}, "backward_text": {64: (16, 128, 8, 1), 128: (16, 32, 8, 1)},
 }  # fmt: skip
 _GFX942 = {"backward_query": {128: (64, 32, 8, 1)}}
+# Short rows: as many queries as the pass's name says, and their keys in tiles; one table for every card in 16 bits.
+# `row_backward.refusal` refuses float32 and d = 256 on a card: the last row stands for both.
+_ROWS: _Table = {
+    "backward_rows_64": {64: (64, 64, 4, 1), 128: (64, 16, 4, 1), 256: (32, 16, 8, 1)},
+    "backward_rows_128": {64: (128, 64, 8, 1), 128: (128, 32, 8, 1), 256: (32, 16, 8, 1)},
+}
 # Triton's interpreter has no registers to fill; small tiles let small tests cross many tile borders.
 _INTERPRETER = LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
 
@@ -125,6 +133,8 @@ def choose_config(
         raise ValueError(f"kernel_pass must be one of {PASSES}; got {kernel_pass!r}")
     if arch == 0:
         return _INTERPRETER
+    if kernel_pass in _ROWS:
+        return LaunchConfig(*_ROWS[kernel_pass][256 if dtype == torch.float32 else config_row(head_dim)])
     table = (_SINGLE if dtype == torch.float32 else _HALF)[kernel_pass]
     block_m, block_n, num_warps, num_stages = table[config_row(head_dim)]
     if shared_memory_limit(arch) < 128 * 1024:

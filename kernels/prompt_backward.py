@@ -22,32 +22,24 @@ from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.arguments import Inputs
 from ptv2_fast.kernels.bank_rows import rows_by_entry
 from ptv2_fast.kernels.gradient_layout import Order, ThreeGradients, allocate_gradients
+from ptv2_fast.kernels.gradients import Gradients, Needs
 from ptv2_fast.kernels.key_gradients import (
     PromptTensors,
     TextTensors,
     _prompt_attention_backward_prompt_kernel,
     _prompt_attention_backward_text_kernel,
-    _sum_slots_kernel,
 )
 from ptv2_fast.kernels.problem import Form, Problem, heads_strides, strides_of
+from ptv2_fast.kernels.prompt_slots import allocate_prompt_gradients, allocate_prompt_slots, sum_slots
 from ptv2_fast.kernels.query_gradients import (
     QueryTensors,
     _prompt_attention_backward_query_kernel,
     _prompt_attention_delta_kernel,
 )
+from ptv2_fast.kernels.row_backward import is_chosen, refusal, row_gradients
 
 # Rows of queries in the largest tile that a table of launches names.
 _MOST_QUERIES = 128
-
-
-class Needs(NamedTuple):
-    """Which gradients a backward pass has to compute."""
-
-    query: bool = False
-    text: bool = False
-    prompt: bool = False
-    prompt_bias: bool = False
-    bias: bool = False
 
 
 class _Saved(NamedTuple):
@@ -65,18 +57,6 @@ class _Saved(NamedTuple):
         return self.do, self.lse, self.delta
 
 
-class Gradients(NamedTuple):
-    """Gradients of one backward pass, None where nobody asked; shapes as the inputs'."""
-
-    q: torch.Tensor | None = None
-    k: torch.Tensor | None = None
-    v: torch.Tensor | None = None
-    prompt_k: torch.Tensor | None = None
-    prompt_v: torch.Tensor | None = None
-    prompt_bias: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-
-
 def prompt_attention_backward(
     grad_output: torch.Tensor,
     q: torch.Tensor,
@@ -90,6 +70,7 @@ def prompt_attention_backward(
     needs: Needs,
     order: Order | None = None,
     config: launch.LaunchConfig | None = None,
+    by_rows: bool | None = None,
     **arguments: Any,
 ) -> Gradients:
     """The gradients of `prompt_attention_forward` that `needs` asks for, from what the forward saved.
@@ -101,19 +82,28 @@ def prompt_attention_backward(
         needs: which gradients to compute; what is not asked for costs nothing.
         order: of dq, dk and dv in the buffer that they share; see `gradient_layout.allocate_gradients`.
         config: tile sizes for every pass; chosen per pass when absent.
+        by_rows: whether one kernel owns whole rows (`row_gradients.py`) instead of one for each gradient; chosen by
+            `row_backward.is_chosen` when None.
         arguments: the forward's keyword arguments, the same seed among them.
     Returns:
         `Gradients`. The prompt's gradients are summed over every row (and query head) that used the entry, in a fixed
         order: two runs give the same bits.
     Raises:
-        ValueError: as the forward.
+        ValueError: as the forward; by_rows is True for a call that the kernel of rows cannot serve.
     """
     problem = Problem.of(q, k, v, prompt_k, prompt_v, **arguments)
     if not any(needs):
         return Gradients()
+    if by_rows is None:
+        by_rows = is_chosen(problem.form, needs, launch.target_programs(q.device))
+    reason = refusal(problem.form, needs, config) if by_rows else None
+    if reason is not None:
+        raise ValueError(f"by_rows must be False or None for a call that the kernel of rows cannot serve: {reason}")
     dq, dk, dv = allocate_gradients(problem.q, problem.k, problem.v, needs.query, needs.text or needs.bias, order)
     token_axis = problem.form.token_axis
     grad_output, output = launch.tile_safe(grad_output, token_axis), launch.tile_safe(output, token_axis)
+    if by_rows and dq is not None and dk is not None and dv is not None:
+        return _gradients_by_rows(problem, grad_output, output, lse, (dq, dk, dv), needs.prompt, config)
     delta, lse2 = _row_statistics(problem, grad_output, output, lse, config)
     saved = _Saved(grad_output, lse2, delta, heads_strides(grad_output), problem.row_stride(lse2))
     if dq is not None:
@@ -123,6 +113,29 @@ def prompt_attention_backward(
     if needs.prompt or needs.prompt_bias:
         prompt = _prompt_gradients(problem, saved, needs.prompt_bias, config)
     return Gradients(dq, dk, dv, *prompt, dbias)
+
+
+def _gradients_by_rows(
+    problem: Problem,
+    grad_output: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    text: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    wants_prompt: bool,
+    config: launch.LaunchConfig | None,
+) -> Gradients:
+    """The text's gradients by one launch, and the prompt's from what it leaves."""
+    sums = row_gradients(problem, grad_output, output, lse, text, wants_prompt, config)
+    if sums.prompt_dk is not None:
+        prompt = allocate_prompt_gradients(problem)
+        sum_slots(sums.prompt_dk, sums.prompt_dv, *prompt)
+        return Gradients(*text, *prompt)
+    if not wants_prompt:
+        return Gradients(*text)
+    if sums.lse2 is None or sums.delta is None:
+        return Gradients(*text, *allocate_prompt_gradients(problem))
+    saved = _Saved(grad_output, sums.lse2, sums.delta, heads_strides(grad_output), problem.row_stride(lse))
+    return Gradients(*text, *_prompt_gradients(problem, saved, False, None))
 
 
 def _row_statistics(
@@ -271,10 +284,10 @@ def _prompt_gradients(
     problem: Problem, saved: _Saved, wants_bias: bool, config: launch.LaunchConfig | None
 ) -> ThreeGradients:
     """(d prompt_k, d prompt_v, d prompt_bias or None); the first two laid out as `launch.prompt_strides` says."""
-    device, dtype, strides = problem.q.device, problem.prompt_k.dtype, problem.form.prompt_strides
+    device = problem.q.device
     shape = tuple(problem.prompt_k.shape)  # (R, Hkv, P, d)
     bias_shape = (shape[0], problem.num_heads, shape[2])
-    dk, dv = (launch.allocate_strided(shape, strides, dtype, device) for _ in range(2))
+    dk, dv = allocate_prompt_gradients(problem)
     bias = problem.prompt_bias if wants_bias else None
     dbias = None if bias is None else launch.allocate(bias_shape, bias.dtype, device)
     if dk.numel() == 0:
@@ -294,9 +307,7 @@ def _prompt_gradients(
         None if dbias is None else dbias.stride(),
         shape[0],
     )
-    # Slots lie in memory as their sum does.
-    slots, slot_strides = (plan.num_slots, *shape), (dk.numel(), *strides)
-    dk_slots, dv_slots = (launch.allocate_strided(slots, slot_strides, torch.float32, device) for _ in range(2))
+    dk_slots, dv_slots = allocate_prompt_slots(problem, plan.num_slots)
     dbias_slots = None if dbias is None else launch.allocate((plan.num_splits, *bias_shape), torch.float32, device)
     launch.run(
         _prompt_attention_backward_prompt_kernel,
@@ -308,9 +319,9 @@ def _prompt_gradients(
         ),
         plan.constants,
     )
-    _sum_slots(dk_slots, dv_slots, dk, dv)
+    sum_slots(dk_slots, dv_slots, dk, dv)
     if dbias_slots is not None and dbias is not None:
-        _sum_slots(dbias_slots, None, dbias, None)
+        sum_slots(dbias_slots, None, dbias, None)
     return dk, dv, dbias
 
 
@@ -382,18 +393,3 @@ def _rows_by_entry(problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor 
     if problem.prompt_index is None or num_entries == 1:
         return None, None
     return rows_by_entry(problem.prompt_index, num_entries)
-
-
-def _sum_slots(
-    first_slots: torch.Tensor, second_slots: torch.Tensor | None, first: torch.Tensor, second: torch.Tensor | None
-) -> None:
-    """first = first_slots.sum(0) and, if given, second = second_slots.sum(0), in one launch and a fixed order."""
-    pair = second is not None
-    block = 256
-    launch.run(
-        _sum_slots_kernel,
-        (-(-first.numel() // block), 1 + pair),
-        first.device,
-        (first_slots, second_slots if pair else first_slots, first, second if pair else first),
-        launcher.constants(slot_size=first.numel(), num_slots=first_slots.shape[0], BLOCK=block, SLOTS=16),
-    )

@@ -15,7 +15,10 @@ pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 _HEADLINE = 8
-_PROVIDERS = ("ours", "ours_packed", "ours_prefix", "ours_bank16", "sdpa_user", "sdpa_outside", "cudnn", "flash")
+_PROVIDERS = (
+    "ours", "ours_by_gradient", "ours_packed", "ours_prefix", "ours_bank16", "sdpa_user", "sdpa_outside", "cudnn",
+    "flash",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", kernel_cases()[:_HEADLINE], ids=lambda case: case.id)

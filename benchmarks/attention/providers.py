@@ -14,6 +14,7 @@ from benchmarks.attention.cases import Case
 from benchmarks.attention.flex import flex_providers
 from benchmarks.attention.inputs import BANK_TASKS, Inputs
 from benchmarks.attention.provider import Call, Provider, join_prompt
+from benchmarks.attention.row_choice import one_kernel_for_each_gradient
 from ptv2_fast.attention import prompt_attention
 from ptv2_fast.attention.triton_backend import unavailable_reason
 
@@ -47,6 +48,15 @@ def _our_providers() -> list[Provider]:
             ours=True,
             triton=True,
             prompt_only=True,
+        ),
+        Provider(
+            "ours_by_gradient",
+            call + ", one kernel for each gradient where one for whole rows may be chosen",
+            lambda case, device: _no_triton(case, device) or _no_backward(case) or _long_rows(case),
+            _build_ours("triton"),
+            ours=True,
+            triton=True,
+            around=one_kernel_for_each_gradient,
         ),
         Provider(
             "ours_bank16",
@@ -268,6 +278,10 @@ def _no_padding(case: Case) -> str | None:
 
 def _no_backward(case: Case) -> str | None:
     return None if case.gradients else "it differs from ours in backward only"
+
+
+def _long_rows(case: Case) -> str | None:
+    return None if case.N <= 128 else f"no kernel owns rows of more than 128 tokens: {case.N}"
 
 
 def _no_prompt(case: Case) -> str | None:

@@ -60,7 +60,8 @@ _HEADLINE = (
     "llama-3-8b-training-B8-N2048-P128-*-pad0-bf16",
 )  # fmt: skip
 _KERNEL_PEERS = (
-    "ours", "ours_packed", "ours_prefix", "ours_bank16", "sdpa_user", "sdpa_outside", "cudnn", "flash",
+    "ours", "ours_by_gradient", "ours_packed", "ours_prefix", "ours_bank16", "sdpa_user", "sdpa_outside", "cudnn",
+    "flash",
 )  # fmt: skip
 _EAGER = ("ours", "ours_captured", "ours_graph", "peft", "literal_sdpa", "floor", "ours_p0", "ours_tasks16")
 _STEP_PEERS = (*_EAGER, "peft_compiled", "floor_compiled")

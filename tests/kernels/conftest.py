@@ -204,13 +204,24 @@ class Call:
         """(o, lse) of the forward kernel."""
         return prompt_attention_forward(*self.tensors[:5], **self._kernel_arguments())
 
-    def kernel_gradients(self, grad_output, output, lse, needs: Needs | None = None):
-        """Gradients of the backward kernels."""
+    def kernel_gradients(self, grad_output, output, lse, needs: Needs | None = None, **choices):
+        """Gradients of the backward kernels; choices: config, by_rows."""
         if needs is None:
             needs = Needs(query=True, text=True, prompt=True, prompt_bias=len(self.tensors) > 5)
         return prompt_attention_backward(
-            grad_output, *self.tensors[:5], output, lse, needs=needs, **self._kernel_arguments()
+            grad_output, *self.tensors[:5], output, lse, needs=needs, **choices, **self._kernel_arguments()
         )
+
+    def gradients_by_rows(self, grad_output, output, lse):
+        """The same by the kernel that owns whole rows; None where rows are too long for it."""
+        q, k = self.tensors[:2]
+        longest = self.arguments["max_seqlen"] if self.packed else max(q.shape[2], k.shape[2])
+        if longest > 128 or q.shape[-1] > 128:
+            return None
+        # Heads that share keys want them in one tile, which is larger than the interpreter's.
+        config = None if q.shape[1] == k.shape[1] else launch.LaunchConfig(128, 128, 4, 1)
+        needs = Needs(query=True, text=True, prompt=True)
+        return self.kernel_gradients(grad_output, output, lse, needs, by_rows=True, config=config)
 
     def _kernel_arguments(self) -> dict[str, object]:
         bias = {"prompt_bias": self.tensors[5]} if len(self.tensors) > 5 else {}

@@ -105,14 +105,17 @@ STEPS = {
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a recorded step computes nothing; it runs on the CPU")
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
-@pytest.mark.parametrize("name", STEPS)
-def test_steps(name, padded, compiled):
+@pytest.mark.parametrize(("name", "tokens"), [*((name, 144) for name in STEPS), ("bert-P20", 96)])
+def test_steps(name, tokens, padded, compiled, monkeypatch):
+    if tokens <= 128:
+        # Three rows stand for a batch that fills the card.
+        monkeypatch.setattr(launch, "target_programs", lambda device: 12)
     family, heads, length, dropout, tasks = STEPS[name]
     if tasks > 1 and padded:
         pytest.skip("the cell of many tasks has no padding")
     dropouts = {"attention_probs_dropout_prob": dropout, "hidden_dropout_prob": dropout} if dropout else {}
     model = _model(family, length, tasks, **heads, **dropouts, max_position_embeddings=1024)
-    ids = torch.randint(5, 30, (3, 48))
+    ids = torch.randint(5, 30, (3, tokens))
     mask = torch.ones_like(ids)
     if padded:
         mask[0, 30:] = mask[1, 41:] = 0
@@ -120,8 +123,9 @@ def test_steps(name, padded, compiled):
     with launch.record(HOPPER) as launches:
         states = model(input_ids=ids, attention_mask=mask, **names).last_hidden_state
         states.float().nan_to_num().sum().backward()
-    assert {"prompt_attention_backward_prompt", "prompt_attention_forward", "layered_matmul"} <= {
-        aot_compile.kernel_name(one) for one in launches}  # fmt: skip
+    launched = {aot_compile.kernel_name(one) for one in launches}
+    assert {"prompt_attention_backward_prompt", "prompt_attention_forward", "layered_matmul"} <= launched
+    assert ("prompt_attention_backward_rows" in launched) == (tokens <= 128)
     check(launches, compiled)
 
 

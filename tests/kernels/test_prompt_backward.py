@@ -23,15 +23,19 @@ NAMES = ("q", "k", "v", "prompt_k", "prompt_v", "prompt_bias")
 def check_gradients(call, budget):
     output, lse = call.kernel()
     grad_output = torch.randn_like(output)
-    gradients = call.kernel_gradients(grad_output, output, lse)
     truths = call.truth(grad_output)
     # float32 has a tolerance of its own and needs no baseline.
     baselines = [None] * len(truths) if output.dtype == torch.float32 else call.baseline(grad_output)
-    for name, tensor, value, truth, baseline in zip(NAMES, call.tensors, gradients, truths, baselines, strict=False):
-        assert value.dtype == tensor.dtype
-        # autograd gives None where a size is 0
-        truth = torch.zeros_like(tensor) if truth is None else truth
-        budget.check(f"d {name}", value, truth, baseline)
+    one_by_one = call.kernel_gradients(grad_output, output, lse, by_rows=False)
+    by_rows = call.gradients_by_rows(grad_output, output, lse) or ()
+    for way, gradients in (("", one_by_one), (" by rows", by_rows[:5])):
+        for name, tensor, value, truth, baseline in zip(
+            NAMES, call.tensors, gradients, truths, baselines, strict=False
+        ):
+            assert value.dtype == tensor.dtype
+            # autograd gives None where a size is 0
+            truth = torch.zeros_like(tensor) if truth is None else truth
+            budget.check(f"d {name}{way}", value, truth, baseline)
 
 
 def test_matches_reference(call, budget):

@@ -12,6 +12,7 @@ from benchmarks.attention.inputs import make_inputs
 from benchmarks.attention.provider import gradients
 from benchmarks.attention.providers import Sdpa, all_providers
 from benchmarks.attention.verify import make_judge
+from ptv2_fast.kernels import launch, prompt_backward
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = {p.name: p for p in all_providers()}
@@ -75,6 +76,7 @@ def test_the_torch_backend_is_a_provider_everywhere(padded_case):
         ("ours_packed", {}, "no padding"),
         ("ours_prefix", {"direction": "forward"}, "backward only"),
         ("ours_bank16", {}, "fewer rows"),
+        ("ours_by_gradient", {"direction": "forward"}, "backward only"),
     ],
 )
 def test_why_a_provider_cannot_serve_a_case(name, shape, reason):
@@ -108,3 +110,15 @@ def test_forced_kernels_and_flexattention_need_a_gpu():
 def test_every_provider_states_its_call():
     assert len(NAMES) == len(all_providers())
     assert all(len(provider.call) > 20 for provider in NAMES.values())
+
+
+def test_rows_are_computed_gradient_by_gradient_on_request_alone():
+    """What is timed beside ours must not be ours: another choice, and another memory of repeated calls."""
+    usual, chosen = launch.choose_config, prompt_backward.is_chosen
+    provider = NAMES["ours_by_gradient"]
+    assert "more than 128 tokens: 129" in provider.refuses(case_of("roberta-large", 8, 129, 8), CPU)
+    with provider.around():
+        assert not prompt_backward.is_chosen(None, None, 0)
+        assert launch.choose_config != usual
+        assert launch.choose_config(90, 64, torch.bfloat16, "forward") == usual(90, 64, torch.bfloat16, "forward")
+    assert (launch.choose_config, prompt_backward.is_chosen) == (usual, chosen)
