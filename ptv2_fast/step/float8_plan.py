@@ -37,7 +37,7 @@ def decide_float8(
 ) -> tuple[bool, str]:
     """Whether maps are computed in float8, and why.
 
-    Left at None it is on where maps have no backward of their own, which nothing else would give them one.
+    Left at None it is on where maps have no backward of their own: nothing else gives them one.
 
     Args:
         asked: the switch.
@@ -61,13 +61,15 @@ def decide_float8(
         return False, _why_off(asked)
     if cannot is None and found is not None and (not found.served or found.stranded):
         cannot = str(found)
+    if cannot is not None and asked:
+        raise ValueError(
+            "step_options.float8 must be None or False where torch._scaled_mm takes no map of the layers, or leaves one "
+            f"without a backward; got True with {cannot}"
+        )
     if cannot is not None:
         raise ValueError(
-            "step_options.float8 must be asked for over layers with frozen nn.Linear maps that torch._scaled_mm takes, "
-            f"and none without a backward must be left; got {cannot}"
-            if needed
-            else f"step_options.float8 must be None or False unless torch._scaled_mm takes a map of the layers; "
-            f"got {asked} with {cannot}"
+            "base must have no float8 weights that quantize their inputs (torchao) but those of layers in which "
+            f"torch._scaled_mm takes every map: its own product has no backward; got {cannot}"
         )
     return True, ("asked for" if asked else "maps without a backward of their own") + (f": {found}" if found else "")
 
