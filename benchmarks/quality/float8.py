@@ -13,7 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks import environment
+from benchmarks.quality.float8_table import SUITE, WAYS, table
 from benchmarks.quality.models import Candidate, build
 from benchmarks.quality.run import BATCH_SIZE, Task, load, spread
 from benchmarks.record import ResultFile
@@ -32,18 +33,14 @@ from ptv2_fast.backbone import float8_linear
 from ptv2_fast.training.fit import FitSettings, fit
 from ptv2_fast.training.predict import evaluate
 
-SUITE = "float8-quality"
-# Held-out accuracy that float8 may lose, in points.
-GOAL = 0.3
 # Part of the data and one candidate of the comparison's own search (plan.py): all runs fit into 25 minutes of a core.
 CANDIDATE, ROWS, DEV_ROWS, EPOCHS, SEEDS = Candidate(1e-2, 32), 1500, 300, 3, (0, 1, 2)
 GRADIENT_ROWS = 32
 TRAINED = ("plain", "float8")
-WAYS: dict[str, tuple[bool | None, torch.dtype]] = {
-    "plain": (None, torch.float8_e4m3fn),
-    "float8": (True, torch.float8_e4m3fn),
-    "float8, gradients in e5m2": (True, torch.float8_e5m2),
-}
+# Of each way the switch, and the dtype of gradients.
+_SWITCHES = dict(
+    zip(WAYS, ((None, torch.float8_e4m3fn), (True, torch.float8_e4m3fn), (True, torch.float8_e5m2)), strict=True)
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @contextmanager
 def _computed(model: Any, way: str) -> Iterator[None]:
     """Train a model this way."""
-    on, gradients = WAYS[way]
+    on, gradients = _SWITCHES[way]
     model.step_options = StepOptions(float8=on)
     kept, float8_linear.GRADIENTS = float8_linear.GRADIENTS, gradients
     try:
@@ -127,38 +124,6 @@ def _gradients(task: Task, rows: list[dict[str, Any]], seed: int) -> dict[str, A
     plain = found.pop("plain")
     errors = {way: float((grad - plain).norm() / plain.norm()) for way, grad in found.items()}
     return {"id": f"gradient-seed{seed}", "seed": seed, "rows": GRADIENT_ROWS, "relative_errors": errors}
-
-
-def table(cells: Iterable[Mapping[str, Any]], markdown: Any) -> str:
-    """Accuracy of every seed and way, what float8 loses on average, and the errors of gradients.
-
-    Args:
-        cells: of the result file.
-        markdown: (head, rows) -> a table.
-    """
-    cells = list(cells)
-    runs = {(cell["seed"], cell["way"]): cell["test"] for cell in cells if "way" in cell}
-    errors = [cell["relative_errors"] for cell in cells if "relative_errors" in cell]
-    seeds = sorted({seed for seed, way in runs if way == "float8"})
-    rows = []
-    for way in WAYS:
-        own = [runs[seed, way] for seed in seeds if (seed, way) in runs]
-        lost = [runs[seed, "plain"]["accuracy"] - runs[seed, way]["accuracy"] for seed in seeds if (seed, way) in runs]
-        points = 100 * sum(lost) / max(len(lost), 1)
-        error = [each[way] for each in errors if way in each]
-        rows.append([
-            way,
-            " / ".join(f"{100 * test['accuracy']:.2f}" for test in own) or "–",
-            f"{points:.2f}, {'met' if points <= GOAL else '**not met**'}" if own and way != "plain" else "–",
-            f"{sum(test['loss'] for test in own) / len(own):.4f}" if own else "–",
-            f"{100 * sum(error) / len(error):.1f} %" if error else "–",
-        ])  # fmt: skip
-    head = [
-        "frozen maps", f"SST-2 test accuracy, seeds {', '.join(map(str, seeds))}",
-        f"points lost on average (goal: at most {GOAL})", "test loss on average",
-        "error of the prompts' first gradient",
-    ]  # fmt: skip
-    return markdown(head, rows)
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -63,8 +63,8 @@ def decide_float8(
         cannot = str(found)
     if cannot is not None and asked:
         raise ValueError(
-            "step_options.float8 must be None or False where torch._scaled_mm takes no map of the layers, or leaves one "
-            f"without a backward; got True with {cannot}"
+            "step_options.float8 must be None or False where torch._scaled_mm takes no map of the layers, or leaves "
+            f"one without a backward; got True with {cannot}"
         )
     if cannot is not None:
         raise ValueError(
