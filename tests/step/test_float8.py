@@ -17,6 +17,7 @@ from ptv2_fast.backbone.float8_linear import quantize_rows
 from ptv2_fast.step import float8_maps
 from ptv2_fast.step import layers as step_layers
 from ptv2_fast.step.float8_maps import Float8Linear, find_float8, why_not_device
+from ptv2_fast.step.options import plan_step
 from tiny_models import tiny_base, tiny_model, tiny_prompts
 from tolerances import assert_differs, assert_equal, assert_same_bits, relative_error
 
@@ -26,9 +27,9 @@ BATCH = padded(text_rows(), "right")
 TASKS = {"bert": "TOKEN_CLS", "llama": "CAUSAL_LM"}
 
 
-def _model(family: str):
+def _model(family: str, **sizes: int):
     changes = {"classifier_dropout": 0.0} if family == "bert" else {}
-    return tiny_model(family, "deep", TASKS[family], base_changes=changes).train()
+    return tiny_model(family, "deep", TASKS[family], base_changes=changes | sizes).train()
 
 
 def _inputs(family: str):
@@ -115,7 +116,7 @@ def test_fused_maps_have_the_same_outputs_and_gradients_as_near(family):
 def test_compiled_layers_compute_the_same(monkeypatch):
     monkeypatch.setattr(step_layers, "COMPILER", "aot_eager")
     torch.compiler.reset()
-    model, inputs = _model("llama"), _inputs("llama")
+    model, inputs = _model("llama", num_hidden_layers=1), _inputs("llama")
     options = replace(ON, fused_projections=True)
     loss, grads = _step(model, options, inputs)
     compiled, again = _step(model, replace(options, compile_layers=True), inputs)
@@ -232,6 +233,8 @@ def test_it_is_refused_where_no_map_can_be_in_float8(monkeypatch):
     inline = tiny_model("bert", "shallow", "TOKEN_CLS").train()
     with pytest.raises(ValueError, match="step_options.float8 must be None or False with a shallow prompt"):
         _step(inline, ON, _inputs("bert"))
+    with pytest.raises(ValueError, match="got True with weights that come and go: offloading"):
+        plan_step(ON, training=True, device=CPU, backend="torch", weights_owner="offloading")
     with pytest.raises(ValueError, match="float8 must be True, False or None; got 'e4m3'"):
         StepOptions(float8="e4m3")
     monkeypatch.setattr(float8_maps, "why_not_device", lambda device: "no such products")
