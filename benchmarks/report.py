@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import headline, plots, predictions
 from benchmarks.goals import KERNEL_GOALS, Standing, milliseconds, standing
 from benchmarks.host import report as host_report
+from benchmarks.quality import float8_table
 from benchmarks.record import check_schema
 from benchmarks.step import report as step_report
 from benchmarks.untried import untried
@@ -208,6 +209,12 @@ def _fixed(cells: Iterable[Mapping]) -> list[Mapping]:
     return [cell for cell in cells if cell.get("kind") != "stream"]
 
 
+def float8_quality_table(results: list[Mapping]) -> str:
+    """What float8 costs in quality, by the newest run."""
+    runs = [data for data in results if data["suite"] == float8_table.SUITE]
+    return float8_table.table(runs[-1]["cells"], table) if runs else UNMEASURED
+
+
 def _step_section(render_cells, suite: str, device: str):
     return lambda results: render_cells(latest_cells(results, suite, device), table)
 
@@ -224,6 +231,8 @@ SECTIONS = {
     "cpu-ladder": _step_section(step_report.ladder_table, "steps", "cpu"),
     "cpu-streams": _step_section(step_report.stream_table, "steps", "cpu"),
     "cpu-memory": _step_section(step_report.memory_table, "memory", "cpu"),
+    "float8-quality": float8_quality_table,
+    "float8-cells": _step_section(step_report.float8_table, "float8", "cuda"),
     "host-goals": lambda results: host_report.goals_table(measured_cells(results, "host", "cpu"), table),
     "host-cells": _step_section(host_report.cells_table, "host", "cpu"),
     "plots": lambda results: plots.links(plots.drawable(results, latest_cells)) or UNMEASURED,

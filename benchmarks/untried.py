@@ -51,6 +51,7 @@ PATHS = (
         _passed("cuda-graph-equals-eager"),
         "a stand-in that keeps the call",
     ),
+    Path("maps in float8", "float8", _passed("float8-"), "the same numbers multiplied in float32"),
     Path("cuDNN attention", "kernels", _timed("cudnn", "cudnn_mask"), "nothing"),
     Path("flash attention", "kernels", _timed("flash"), "nothing"),
     Path("FlexAttention, compiled", "kernels", _timed("flex_concat", "flex_split"), "its eager form, forward alone"),

@@ -227,6 +227,8 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
         rows = self._row_prompts(adapter_names, call.rows)
         route = route_of(base, rows, target)
         if route is Route.INLINE:
+            if self.training:
+                base.layers.check_inline(self.step_options)
             return run_inline(base, target, call, self.adapters[rows.names[0]], training=self.training)
         plan = self.step_plan()
         if route is Route.ENCODER:
@@ -286,9 +288,15 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
         return None
 
     def step_plan(self) -> StepPlan:
-        """What this step leaves out, by `step_options`; logged once, however often it comes back."""
+        """What this step leaves out, by `step_options`; logged once, however often it comes back.
+
+        Raises:
+            ValueError: float8 is asked for, or needed, where it cannot be; or needed and off.
+        """
         layers, base = self._frozen.layers, self.base_model
         config = self.adapters[self.active_adapter].config
+        if self.training and config.injection == "shallow":
+            layers.check_shallow()
         return self._plan.of(
             self.step_options,
             training=self.training,
@@ -296,7 +304,12 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
             backend=config.backend,
             weights_owner=layers.weights_owner(self, base),
             without=layers.without,
+            find_float8=layers.find_float8,
         )
+
+    def renew_copies(self) -> None:
+        """Make what steps have copied of the base's weights anew where these have been written to."""
+        self._frozen.layers.renew_copies()
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any

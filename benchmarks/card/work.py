@@ -28,7 +28,7 @@ from benchmarks.decode import suite as decode_suite
 from benchmarks.decode.cases import decode_cases, tiny_decode_cases
 from benchmarks.decode.precompile import compile_cell
 from benchmarks.decode.providers import DecodeKit, decode_providers
-from benchmarks.step import memory_suite
+from benchmarks.step import float8_suite, memory_suite
 from benchmarks.step import suite as steps_suite
 from benchmarks.step.batches import make_prompts
 from benchmarks.step.bench import GroupBench, clean_up
@@ -117,6 +117,11 @@ def decode(context: Context, arguments: Arguments, before: Arguments) -> str:
     return decode_suite.run(context, _named(decode_providers(), arguments), warm=False)
 
 
+def float8(context: Context, arguments: Arguments, before: Arguments) -> str:
+    """Frozen maps in float8: right, and their time beside bf16."""
+    return float8_suite.run(context)
+
+
 def tune(context: Context, arguments: Arguments, before: Arguments) -> str:
     """Launch configurations of every pass, the likely winners first."""
     return tune_suite.run(context)
@@ -199,6 +204,7 @@ WORK: dict[str, tuple[str, Callable[[Context, Arguments, Arguments], str]]] = {
     "steps": ("steps", steps),
     "memory": ("memory", memory),
     "decode": ("decode", decode),
+    "float8": ("float8", float8),
     "tune": ("tune", tune),
     "compile_ours": ("compiled", compile_ours),
     "compile_steps": ("compiled", compile_steps),

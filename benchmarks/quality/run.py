@@ -176,7 +176,7 @@ def run_cell(
     for candidate in plan.candidates if len(plan.candidates) > 1 else ():
         if candidate.label() in done:
             continue
-        rows = _spread(task.splits["train"], plan.search_rows)
+        rows = spread(task.splits["train"], plan.search_rows)
         run = train_once(task, method, candidate, rows, plan.search_epochs, options)[1]
         _say(f"{cell['task']}/{method} search {candidate.label()}: dev {metric} {run['dev'][metric]:.4f}")
         entry = {"candidate": candidate.label(), **dataclasses.asdict(candidate)}
@@ -236,7 +236,7 @@ def train_once(
     }
 
 
-def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """`count` rows at even distances: files may be sorted."""
     count = min(count, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]

@@ -141,8 +141,8 @@ _DEFAULTS = {
 
 def rungs() -> list[tuple[str, StepOptions]]:
     """The ladder: every switch off, then one more on at each rung in the order of `StepOptions`, then the defaults."""
-    # Captures are for providers of their own.
-    names = [field.name for field in fields(StepOptions) if field.name != "cuda_graphs"]
+    # Captures are for providers of their own, and float8 computes something else.
+    names = [field.name for field in fields(StepOptions) if field.name not in ("cuda_graphs", "float8")]
     ladder = []
     eager = StepOptions(cuda_graphs=False)
     for count in range(len(names) + 1):

@@ -164,6 +164,18 @@ def decode_table(cells: list[Mapping], table: Table) -> str:
     return table(["cell", "roofline", *_DECODERS], rows)
 
 
+def float8_table(cells: list[Mapping], table: Table) -> str:
+    """Milliseconds of every way of every cell, and what the judge found."""
+    if not cells:
+        return UNMEASURED
+    rows = [
+        [cell["id"], way, f"{entry['ms']:.4g}", cell["reason"]]
+        for cell in cells
+        for way, entry in cell["peers"].items()
+    ]
+    return table(["cell", "way", "ms", "errors against float64, or what two steps have in common"], rows)
+
+
 def cpu_table(cells: list[Mapping], table: Table) -> str:
     """CPU cells as ratios: what the prompt costs, against the literal form, PEFT and the prompt-less model."""
     cells = [cell for cell in cells if cell.get("kind") != "stream" and best_of_ours(cell)]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ptv2_fast.backbone.float8_bases import differentiable
+
 
 # Equal by identity: comparing weights means nothing, and the compiler of torch 2.11 hashes what is made and called.
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class Projection:
         """(..., D) -> (..., F)."""
         if self.weight is not None:
             return F.linear(states, self.weight, self.bias)
-        made = self.module(states)
+        made = differentiable(self.module, states)
         return made if self.pick is None else self.pick(made)
 
     def rows(self, start: int, end: int) -> Projection:

@@ -49,12 +49,12 @@ def run_plain(
     device = device_of(base.backbone)
     inputs = _beside_prompts(base, call, rows, device)
     # Weights move here, before anything takes their address.
-    fused = base.layers.fused(plan)
+    stand_ins = base.layers.stand_ins(plan)
     prompts = rows.batch(base, device, call.packing if isinstance(call, TextCall) else None)
     inputs["ptv2_prompts"] = prompts
     if training and isinstance(call, TextCall) and call.is_first:
         inputs.setdefault("use_cache", False)
-    output = _view(base, target, inputs, LayersOfStep(plan, fused, read))(**inputs)
+    output = _view(base, target, inputs, LayersOfStep(plan, stand_ins, read))(**inputs)
     base.check_reached(prompts)
     return output
 
@@ -100,7 +100,7 @@ def _view(base: FrozenBase, target: PreTrainedModel, inputs: Mapping[str, Any], 
         read = None
     if packing is not None and read is not None:
         read = packing.places(read)
-    layers = LayersOfStep(step.plan, step.fused, read)
+    layers = LayersOfStep(step.plan, step.stand_ins, read)
     views = ViewsOfCall(base, inputs["ptv2_prompts"], layers=layers, packing=packing, zeroed=zeroed)
     return prompted(target, backbone, views)
 

@@ -23,12 +23,12 @@ class LayersOfStep:
 
     Attributes:
         plan: which savings are on.
-        fused: path -> what stands in for a linear map there.
+        stand_ins: path -> what stands in for a linear map there.
         read: (R,) the tokens of the flattened rows, as the layers run them, whose last states are read; None for all.
     """
 
     plan: StepPlan
-    fused: Mapping[str, nn.Module]
+    stand_ins: Mapping[str, nn.Module]
     read: Tensor | None
 
 
@@ -69,7 +69,7 @@ def _with_virtual_tokens(backbone: PreTrainedModel, call: ViewsOfCall) -> PreTra
 
 def _with_layers_of_step(backbone: PreTrainedModel, call: ViewsOfCall) -> PreTrainedModel:
     step = call.layers
-    return backbone if step is None else call.base.layers.view(backbone, step.plan, step.fused, step.read)
+    return backbone if step is None else call.base.layers.view(backbone, step.plan, step.stand_ins, step.read)
 
 
 def _with_right_padding(backbone: PreTrainedModel, call: ViewsOfCall) -> PreTrainedModel:

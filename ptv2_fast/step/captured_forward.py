@@ -49,6 +49,9 @@ class PassModel(LossModel, Protocol):
     def text_limit(self) -> int | None:
         """The most tokens of a text."""
 
+    def renew_copies(self) -> None:
+        """Make what steps have copied of the base's weights anew where these have been written to."""
+
     def packed_task(self) -> PackedTask:
         """By what a batch is packed."""
 
@@ -112,6 +115,8 @@ class CapturedForward:
                 return None
             outcome: Outcome | str | None = self._why_not(look, device, inputs, labels, items)
             if outcome is None:
+                if look.plan.float8:
+                    model.renew_copies()
                 outcome = self._run(model, look, passes, device, inputs, labels, items)
             if isinstance(outcome, str):
                 self._log_once(f"training step: not captured: {outcome}")

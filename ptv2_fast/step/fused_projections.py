@@ -7,7 +7,7 @@ at memory itself sees the buffer: `safetensors.torch.save_model` wants `release`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,10 @@ class FusedProjections:
             self._found = found
         return self._found
 
+    def whole(self) -> list[FusedGroup]:
+        """The groups that `modules` has gathered."""
+        return [group for group in self._groups if not self._found.keys().isdisjoint(group.modules)]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_left": None}
 
@@ -83,6 +87,8 @@ class FusedGroup:
     Attributes:
         modules: path -> the module that stands in for the linear map there.
         parent, names, linears: the module that has the linear maps, their names in it, and they.
+        weight: all their weights, one below the other; None before `gather`.
+        product: computes all maps of an input, called as F.linear is.
     """
 
     def __init__(self, path: str, parent: nn.Module, names: Sequence[str]):
@@ -91,7 +97,8 @@ class FusedGroup:
         self.names = names
         self.linears = [parent.get_submodule(name) for name in names]
         self._split = ColumnSplit([linear.out_features for linear in self.linears])
-        self._weight: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
         self._bias: Tensor | None = None
         # (input, what the linear maps after the first one make of it), between their calls in one forward.
         self._kept: tuple[Tensor, list[Tensor]] | None = None
@@ -120,8 +127,8 @@ class FusedGroup:
     def gather(self) -> None:
         """Move the weights (and biases) into one buffer, unless they lie there already."""
         weights = [linear.weight for linear in self.linears]
-        if self._weight is None or not _lie_in(self._weight, weights):
-            self._weight = _side_by_side(weights)
+        if self.weight is None or not _lie_in(self.weight, weights):
+            self.weight = _side_by_side(weights)
         biases = [linear.bias for linear in self.linears]
         if biases[0] is not None and (self._bias is None or not _lie_in(self._bias, biases)):
             self._bias = _side_by_side(biases)
@@ -131,12 +138,12 @@ class FusedGroup:
         for linear in self.linears:
             for parameter in linear.parameters():
                 parameter.data = parameter.data.clone()
-        self._weight = self._bias = None
+        self.weight = self._bias = None
 
     def first(self, x: Tensor) -> Tensor:
         """The first linear map of x (..., D); the others' results wait for `next`."""
-        weight: Any = self._weight  # `gather` comes before every forward
-        result, *rest = self._split(F.linear(x, weight, self._bias))
+        weight: Any = self.weight  # `gather` comes before every forward
+        result, *rest = self._split(self.product(x, weight, self._bias))
         self._kept = (x, rest)
         return result
 

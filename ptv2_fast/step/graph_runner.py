@@ -145,6 +145,8 @@ class GraphRunner:
         """One step whose forward passes run under autocast of a dtype, or under none."""
         self._state = autocast, torch.are_deterministic_algorithms_enabled()
         look = self._look()
+        if look.plan.float8:
+            self._model.renew_copies()
         packed = look.not_packed if look.task is None else packed_batches(self._model.packable, batches, look)
         if isinstance(packed, str):
             self._log_once(f"this step is neither packed nor captured: {packed}")

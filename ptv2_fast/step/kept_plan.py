@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ptv2_fast.step.capture import CAPTURES
+from ptv2_fast.step.float8_plan import Float8Found
 from ptv2_fast.step.options import StepOptions, StepPlan, logger, plan_step
 
 
@@ -26,8 +27,13 @@ class KeptPlan:
         backend: str,
         weights_owner: str | None,
         without: Mapping[str, str],
+        find_float8: Callable[[], Float8Found],
     ) -> StepPlan:
-        """What `plan_step` decides for these arguments; `without` never changes for one backbone."""
+        """What `plan_step` decides for these arguments; `without` never changes for one backbone.
+
+        Raises:
+            ValueError: as `plan_step` does.
+        """
         traced = torch.compiler.is_compiling()
         asked = (options, training, device, backend, weights_owner, device.type in CAPTURES)
         if not traced and self._last is not None and self._last[0] == asked:
@@ -39,6 +45,7 @@ class KeptPlan:
             backend=backend,
             weights_owner=weights_owner,
             without=without,
+            find_float8=find_float8,
         )
         if not traced:
             self._last = asked, plan

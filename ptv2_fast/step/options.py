@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
 
 from ptv2_fast.step.capture import CAPTURES
+from ptv2_fast.step.float8_plan import Float8Found, decide_float8
 
 # Evaluation reads logits and states, and few would wait for a compiler there.
 _TRAINING_ALONE = ("labelled_rows_loss", "last_rows", "compile_layers")
@@ -47,6 +48,10 @@ class StepOptions:
         cuda_graphs: the model's own forward captures forward and backward and replays them, in whatever loop it is
             called; a `GraphRunner` the optimizer's update as well. None: while training on CUDA. `generate` captures
             its decode steps on CUDA, unless this is False or a call chooses its cache.
+        float8: while training, the frozen linear maps of the layers multiply in float8, forward and backward, from
+            quantized copies of their weights (docs/float8.md); refused where no map can. It is no saving that
+            leaves results as they are, so None is: off, but for maps that are float8 already and have no backward of
+            their own.
     """
 
     unpad: bool | None = None
@@ -55,6 +60,7 @@ class StepOptions:
     last_rows: bool | None = None
     compile_layers: bool | None = None
     cuda_graphs: bool | None = None
+    float8: bool | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -71,6 +77,7 @@ class StepPlan:
         weights_owner: who brings the weights only while their modules run (`backbone.sharded_weights` says); None where
             they stay.
         worth_unpadding: multiply-adds of a layer that dropped padding has to save.
+        float8_copies: float8 multiplies copies of weights that are not float8 themselves, too.
     """
 
     unpad: bool
@@ -79,9 +86,11 @@ class StepPlan:
     last_rows: bool
     compile_layers: bool
     cuda_graphs: bool
+    float8: bool
     reasons: tuple[str, ...]
     weights_owner: str | None = None
     worth_unpadding: int = 0
+    float8_copies: bool = False
 
     def unpads(self, mask: torch.Tensor, width: int) -> bool:
         """Whether padding is dropped from a batch with this mask (B, N), of a model whose states have this width."""
@@ -102,12 +111,17 @@ def plan_step(
     backend: str,
     weights_owner: str | None = None,
     without: Mapping[str, str] | None = None,
+    find_float8: Callable[[], Float8Found] | None = None,
 ) -> StepPlan:
     """Decide every switch for a step on `device` through `backend` ("auto" is triton on CUDA).
 
     Args:
         weights_owner: who brings the weights only while their modules run, as `backbone.sharded_weights` says.
         without: switch -> why it has nothing to save on this model.
+        find_float8: tells what float8 can do on this model, where it may be wanted.
+
+    Raises:
+        ValueError: float8 is asked for, or needed, where it cannot be; or needed and off.
     """
     on_cuda = device.type == "cuda"
     triton = on_cuda and backend in ("auto", "triton")
@@ -136,5 +150,16 @@ def plan_step(
         if without and name in without:
             decided[name], why = False, without[name]
         reasons.append(f"{name} {'on' if decided[name] else 'off'} ({why})")
+    found = find_float8() if find_float8 is not None and training and not traced else None
+    cannot = (without or {}).get("float8")
+    cannot = f"weights that come and go: {weights_owner}" if weights_owner is not None else cannot
+    decided["float8"], why = decide_float8(options.float8, found, training=training, traced=traced, cannot=cannot)
+    reasons.append(f"float8 {'on' if decided['float8'] else 'off'} ({why})")
     worth = 0 if options.unpad is not None or on_cuda else _WORTH_UNPADDING
-    return StepPlan(**decided, reasons=tuple(reasons), weights_owner=weights_owner, worth_unpadding=worth)
+    return StepPlan(
+        **decided,
+        reasons=tuple(reasons),
+        weights_owner=weights_owner,
+        worth_unpadding=worth,
+        float8_copies=decided["float8"] and options.float8 is True,
+    )

@@ -35,7 +35,7 @@ def _states(model):
 def _view(model):
     """What a call runs the backbone through."""
     plan, base = model.step_plan(), model._frozen
-    return base.layers.view(base.hooked(model.backbone), plan, base.layers.fused(plan), None)
+    return base.layers.view(base.hooked(model.backbone), plan, base.layers.stand_ins(plan), None)
 
 
 @pytest.mark.parametrize("training", [False, True])

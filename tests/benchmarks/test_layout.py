@@ -24,7 +24,7 @@ BELOW = {
     "step": {HARNESS, "attention"},
     "decode": {HARNESS, "attention", "step"},
     "host": {HARNESS, "attention", "step"},
-    "ends": {HARNESS, "step", "host"},
+    "ends": {HARNESS, "step", "host", "quality"},
     "card": {HARNESS, "attention", "step", "decode", "ends"},
 }
 # They show what the folders found: modules of the top that may know a folder, and that no folder knows.

@@ -226,7 +226,8 @@ def test_the_plan_says_what_is_on_and_why(caplog):
     assert lines == [
         "training step: unpad on (training on the CPU or with triton); "
         "labelled_rows_loss off (not training on CUDA); fused_projections off (not training on CUDA); "
-        "last_rows on (training); compile_layers off (unless asked for); cuda_graphs off (not training on CUDA)"
+        "last_rows on (training); compile_layers off (unless asked for); cuda_graphs off (not training on CUDA); "
+        "float8 off (unless asked for)"
     ]
 
 
@@ -304,5 +305,5 @@ def test_inside_the_compiler_sizes_do_not_depend_on_data(family, task):
     # transformers installs its hooks, behind a lock, when a model first runs.
     model.step_options = OFF
     expected = model(**inputs).loss
-    model.step_options = StepOptions(**{field.name: True for field in fields(StepOptions)})
+    model.step_options = StepOptions(**{field.name: True for field in fields(StepOptions)})  # float8 is off there
     assert_equal(torch.compile(model, backend="eager", fullgraph=TRACES_VIEWS)(**inputs).loss, expected, "loss")

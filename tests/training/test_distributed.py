@@ -20,7 +20,7 @@ from ptv2_fast.saving.export import prompt_tensors
 from tiny_models import tiny_base, tiny_model, tiny_prompts
 from tolerances import assert_equal, assert_same_bits, relative_error
 
-ALL_ON = StepOptions(**{field.name: True for field in fields(StepOptions)})
+ALL_ON = StepOptions(**{field.name: True for field in fields(StepOptions) if field.name != "float8"})
 # family, injection, task, gradient checkpointing
 CASES = {
     "bert tags": ("bert", "deep", "TOKEN_CLS", False),

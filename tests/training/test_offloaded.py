@@ -17,7 +17,7 @@ accelerate = pytest.importorskip("accelerate")
 
 BATCH = padded(text_rows(), "left")
 REAL = BATCH.attention_mask.bool()
-ALL_ON = StepOptions(**{field.name: field.name != "compile_layers" for field in fields(StepOptions)})
+ALL_ON = StepOptions(**{f.name: f.name not in ("compile_layers", "float8") for f in fields(StepOptions)})
 
 
 def _offloaded(base) -> None:

@@ -1,0 +1,43 @@
+"""What a run of `benchmarks.quality.float8` found, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+SUITE = "float8-quality"
+WAYS = ("plain", "float8", "float8, gradients in e5m2")
+# Held-out accuracy that float8 may lose, in points.
+GOAL = 0.3
+
+
+def table(cells: Iterable[Mapping[str, Any]], markdown: Callable[[list[str], list[list[str]]], str]) -> str:
+    """Accuracy of every seed and way, what float8 loses on average, and the errors of gradients.
+
+    Args:
+        cells: of the result file.
+        markdown: (head, rows) -> a table.
+    """
+    cells = list(cells)
+    runs = {(cell["seed"], cell["way"]): cell["test"] for cell in cells if "way" in cell}
+    errors = [cell["relative_errors"] for cell in cells if "relative_errors" in cell]
+    seeds = sorted({seed for seed, way in runs if way == "float8"})
+    rows = []
+    for way in WAYS:
+        own = [runs[seed, way] for seed in seeds if (seed, way) in runs]
+        lost = [runs[seed, "plain"]["accuracy"] - runs[seed, way]["accuracy"] for seed in seeds if (seed, way) in runs]
+        points = 100 * sum(lost) / max(len(lost), 1)
+        error = [each[way] for each in errors if way in each]
+        rows.append([
+            way,
+            " / ".join(f"{100 * test['accuracy']:.2f}" for test in own) or "–",
+            f"{points:.2f}, {'met' if points <= GOAL else '**not met**'}" if own and way != "plain" else "–",
+            f"{sum(test['loss'] for test in own) / len(own):.4f}" if own else "–",
+            f"{100 * sum(error) / len(error):.1f} %" if error else "–",
+        ])  # fmt: skip
+    head = [
+        "frozen maps", f"SST-2 test accuracy, seeds {', '.join(map(str, seeds))}",
+        f"points lost on average (goal: at most {GOAL})", "test loss on average",
+        "error of the prompts' first gradient",
+    ]  # fmt: skip
+    return markdown(head, rows)
