@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -64,7 +65,7 @@ class Subject:
     recorded: launch.Launch
 
     @property
-    def names(self) -> dict[str, str | int]:
+    def names(self) -> dict[str, Any]:
         """All of what a report says of a launch that its code does not decide."""
         return {
             "kernel": self.kernel, "dtype": self.dtype, "head_dim": self.head_dim, "features": self.features,

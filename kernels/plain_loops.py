@@ -7,6 +7,8 @@ loops are what those would be if what they do besides cost nothing. Never launch
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -143,7 +145,7 @@ def plain_launch(kernel: str, recorded: launch.Launch) -> launch.Launch | None:
     dtype = given["inputs"].q.dtype
     statistics = torch.zeros(1)
     tensors = {name: statistics if name in ("lse", "delta") else torch.zeros(1, dtype=dtype) for name in names.split()}
-    options = {name: given[name] for name in ("num_warps", "num_stages", "maxnreg") if name in given}
+    options: dict[str, Any] = {name: given[name] for name in ("num_warps", "num_stages", "maxnreg") if name in given}
     return launch.Launch(
         plain,
         {**tensors, "size": 1024, "stride": 768, "scale": 0.1, "BLOCK_D": given["BLOCK_D"], "BLOCK_M": given["BLOCK_M"],
