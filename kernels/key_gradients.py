@@ -1,8 +1,8 @@
 """Prompt attention, backward, the kernels that own keys: text dK and dV, and the prompt's, summed over the batch.
 
 Both walk over queries with one shared step. The text kernel writes its result; the prompt kernel leaves one slot of
-float32 partials per share of the queries, and `_sum_slots_kernel` adds the slots in a fixed order. The text kernel
-meets each pair of a query and a key once, so a bias that trains gets its gradient there. See README.md.
+float32 partials per share of the queries (`prompt_slots.py`). The text kernel meets each pair of a query and a key
+once, so a bias that trains gets its gradient there. See README.md.
 """
 
 from __future__ import annotations
@@ -375,30 +375,3 @@ def _prompt_attention_backward_prompt_kernel(
         dbias = tl.where(rows_p < length, dbias, 0.0)
         base = widen(split) * bias_slot_size + offset_of(own_strides.dbias, entry, first_head, rows_p)
         tl.store(own.dbias + base, dbias, mask=rows_p < prompt_length)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _sum_slots_kernel(
-    first_slots_ptr,
-    second_slots_ptr,
-    first_ptr,
-    second_ptr,
-    slot_size,
-    num_slots,
-    BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """out = sum over slots in a fixed order, SLOTS of them read at once; grid axis 1 chooses which of two such sums."""
-    elements = widen(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    in_first = elements < tl.where(tl.program_id(1) == 0, slot_size, 0)
-    in_second = elements < tl.where(tl.program_id(1) == 1, slot_size, 0)
-    for start in range(0, num_slots, SLOTS):
-        slots = start + tl.arange(0, SLOTS)[:, None]
-        offsets = widen(slots) * slot_size + elements[None, :]  # [SLOTS, BLOCK]
-        there = slots < num_slots
-        tile = tl.load(first_slots_ptr + offsets, mask=there & in_first[None, :], other=0.0)
-        tile += tl.load(second_slots_ptr + offsets, mask=there & in_second[None, :], other=0.0)
-        total += tl.sum(tile, 0)
-    tl.store(first_ptr + elements, total.to(first_ptr.dtype.element_ty), mask=in_first)
-    tl.store(second_ptr + elements, total.to(second_ptr.dtype.element_ty), mask=in_second)

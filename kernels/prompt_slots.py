@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 from ptv2_fast.kernels import launch, launcher
-from ptv2_fast.kernels.key_gradients import _sum_slots_kernel
-from ptv2_fast.kernels.problem import Problem
+from ptv2_fast.kernels.problem import UNSPECIALIZED, Problem
+from ptv2_fast.kernels.tiles import widen
 
 _BLOCK = 256
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _sum_slots_kernel(
+    first_slots_ptr,
+    second_slots_ptr,
+    first_ptr,
+    second_ptr,
+    slot_size,
+    num_slots,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """out = sum over slots in a fixed order, SLOTS of them read at once; grid axis 1 chooses which of two such sums."""
+    elements = widen(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    in_first = elements < tl.where(tl.program_id(1) == 0, slot_size, 0)
+    in_second = elements < tl.where(tl.program_id(1) == 1, slot_size, 0)
+    for start in range(0, num_slots, SLOTS):
+        slots = start + tl.arange(0, SLOTS)[:, None]
+        offsets = widen(slots) * slot_size + elements[None, :]  # [SLOTS, BLOCK]
+        there = slots < num_slots
+        tile = tl.load(first_slots_ptr + offsets, mask=there & in_first[None, :], other=0.0)
+        tile += tl.load(second_slots_ptr + offsets, mask=there & in_second[None, :], other=0.0)
+        total += tl.sum(tile, 0)
+    tl.store(first_ptr + elements, total.to(first_ptr.dtype.element_ty), mask=in_first)
+    tl.store(second_ptr + elements, total.to(second_ptr.dtype.element_ty), mask=in_second)
 
 
 def allocate_prompt_gradients(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
