@@ -23,6 +23,8 @@ from ptv2_fast.step.fused_projections import FusedProjections
 
 # Which experts a token goes to is decided by a comparison: nearly equal ones would change places.
 _ROUTERS = ("gate", "router")
+# One object: whether groups are the same ones is asked by identity.
+_NO_GROUPS: Mapping[str, nn.Module] = {}
 
 
 def find_float8(backbone: PreTrainedModel, layers_path: str, device: torch.device) -> Float8Found:
@@ -190,7 +192,7 @@ class Float8Maps:
         Raises:
             ValueError: there is none any more.
         """
-        groups = {} if self._fused is None else self._fused.modules()
+        groups = _NO_GROUPS if self._fused is None else self._fused.modules()
         if self._left is None or not self._left.is_so(groups):
             self._find(groups)
         else:
@@ -261,7 +263,8 @@ class _AsFound:
         self._plain = LinearsAsFound([place for path in plain for place in ways[path]], list(plain.values()))
         # Their weights have no address.
         self._places = [place for path in kept for place in ways[path]]
-        self._kept = [(module, module.weight) for module in kept.values()]
+        # Nor need another weight be another object: `base.to` swaps what is in it.
+        self._kept = [(module, module.weight, module.weight.qdata, module.weight.scale) for module in kept.values()]
         self._groups = groups
 
     def is_so(self, groups: Mapping[str, nn.Module]) -> bool:
@@ -270,5 +273,8 @@ class _AsFound:
             groups is self._groups
             and self._plain.is_so()
             and all(parent._modules.get(name) is child for parent, name, child in self._places)
-            and all(module._parameters.get("weight") is weight for module, weight in self._kept)
+            and all(
+                module._parameters.get("weight") is weight and weight.qdata is values and weight.scale is scales
+                for module, weight, values, scales in self._kept
+            )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -93,6 +94,27 @@ def test_prompts_train_over_float8_weights_that_quantize_their_inputs(injection,
     assert losses[-1] < losses[0] - 0.05
     with torch.no_grad():
         assert model.eval()(**INPUTS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_steps_read_torchaos_data_as_they_are(rows, float8_base):
+    model = _wrapped(float8_base(rows=rows), "deep")
+    _step(model, StepOptions())
+    maps = model._frozen.layers._float8[False, False]
+    found, weight = maps.modules(), model.backbone.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        weight.scale.mul_(-3)
+    loss, _ = _step(model, StepOptions())
+    assert maps.modules() is found
+    assert_equal(loss, _step(copy.deepcopy(model), StepOptions())[0], "loss")
+    # As `base.to` does it: the same parameter with other tensors in it.
+    swapped = nn.Parameter(copy.deepcopy(weight.data), requires_grad=False)
+    with torch.no_grad():
+        swapped.scale.mul_(-3)
+    torch.utils.swap_tensors(weight, swapped)
+    after, _ = _step(model, StepOptions())
+    assert_differs(after, loss, "loss")
+    assert_equal(after, _step(copy.deepcopy(model), StepOptions())[0], "loss")
 
 
 def test_what_has_a_backward_stays_as_it_is_unless_asked(float8_base):
