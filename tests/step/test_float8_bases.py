@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from batches import padded, text_rows
+from captured_forwards import UNTIL_CAPTURED
 from graph_steps import OFF
 from ptv2_fast import StepOptions, get_ptv2_model
 from ptv2_fast.backbone.float8_bases import has_float8_blocks, kept_float8, lacks_backward
@@ -115,6 +116,21 @@ def test_steps_read_torchaos_data_as_they_are(rows, float8_base):
     after, _ = _step(model, StepOptions())
     assert_differs(after, loss, "loss")
     assert_equal(after, _step(copy.deepcopy(model), StepOptions())[0], "loss")
+    model.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+    assert "layers.0.mlp.down_proj" not in maps.modules()
+
+
+def test_captured_passes_are_dropped_where_torchaos_data_are_others(float8_base, counts):
+    """The weights of a base that moves are swapped, so that each parameter is the one that it was."""
+    model = _wrapped(float8_base(), "deep")
+    model.step_options = StepOptions(labelled_rows_loss=True)
+    for _ in range(UNTIL_CAPTURED + 1):
+        model(**INPUTS).loss.backward()
+    weight, replays = model.backbone.layers[0].mlp.down_proj.weight, counts.replays
+    assert replays >= 2
+    torch.utils.swap_tensors(weight, nn.Parameter(copy.deepcopy(weight.data), requires_grad=False))
+    model(**INPUTS).loss.backward()
+    assert counts.replays == replays
 
 
 def test_what_has_a_backward_stays_as_it_is_unless_asked(float8_base):
