@@ -20,7 +20,7 @@ def kept_float8(linear: nn.Module) -> Float8Rows | None:
     values, scales = weight.qdata, weight.scale
     if tuple(scales.shape) not in ((values.shape[0], 1), (1, 1)) or not values.is_contiguous():
         return None
-    return Float8Rows(values, scales.float().expand(values.shape[0], 1).contiguous())
+    return Float8Rows(values, scales.float())
 
 
 def lacks_backward(linear: nn.Module) -> bool:

@@ -36,7 +36,7 @@ class Float8Rows(NamedTuple):
 
     Attributes:
         values: (R, C) float8.
-        scales: (R, 1) float32.
+        scales: (R, 1) float32, or (1, 1) where all rows have the same one.
     """
 
     values: Tensor
@@ -44,14 +44,15 @@ class Float8Rows(NamedTuple):
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = FLOAT8) -> Float8Rows:
-    """A matrix (R, C) in float8, the largest number of each row as the largest that float8 has.
+    """A matrix (R, C) in float8, contiguous, the largest number of each row as the largest that float8 has.
 
     Nothing but a reduction and two maps over x, which the compiler makes one kernel of. What is infinite or NaN makes
     its row NaN where it stands or everywhere, and is never cut to a number.
     """
     largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=_at_least_float32(x))
     scales = (largest.float() / torch.finfo(dtype).max).clamp(min=_SMALLEST_SCALE)
-    return Float8Rows((x / scales).to(dtype), scales)
+    # A quotient lies as x does, which a transposed x would have by columns.
+    return Float8Rows((x / scales).to(dtype, memory_format=torch.contiguous_format), scales)
 
 
 def float8_linear(x: Tensor, weight: Float8Rows, bias: Tensor | None) -> Tensor:
@@ -100,8 +101,9 @@ def scaled_product(left: Float8Rows, right: Float8Rows, bias: Tensor | None, dty
         # With scales by rows, the one dtype that comes out of it.
         through = torch.bfloat16
         own = None if bias is None else bias.to(through)
+        scales = right.scales.expand(len(right.values), 1).contiguous().T
         made = torch._scaled_mm(
-            left.values, right.values.T, scale_a=left.scales, scale_b=right.scales.T, bias=own, out_dtype=through
+            left.values, right.values.T, scale_a=left.scales, scale_b=scales, bias=own, out_dtype=through
         )
         return made.to(dtype)
     # Elsewhere the same numbers by a product in float32: `torch._scaled_mm` is slower than that on a CPU.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from ptv2_fast.step.fused_projections import FusedProjections
 
 # Which experts a token goes to is decided by a comparison: nearly equal ones would change places.
 _ROUTERS = ("gate", "router")
+# One object: whether groups are the same ones is asked by identity.
+_NO_GROUPS: Mapping[str, nn.Module] = {}
 
 
 def find_float8(backbone: PreTrainedModel, layers_path: str, device: torch.device) -> Float8Found:
@@ -66,10 +69,8 @@ def why_not(path: str, module: nn.Module) -> str | None:
         return f"a {type(module).__name__}, and no nn.Linear"
     if path.rpartition(".")[2] in _ROUTERS:
         return "a router of experts"
-    if "forward" in module.__dict__:
-        return "it has a forward of somebody's"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks"
+    if own := _own_code(module):
+        return own
     parameters = [p for p in module._parameters.values() if p is not None]
     if any(p.requires_grad for p in parameters):
         return "it trains"
@@ -81,6 +82,15 @@ def why_not(path: str, module: nn.Module) -> str | None:
     rows, columns = module.weight.shape
     if rows % MULTIPLE or columns % MULTIPLE:
         return f"its sizes are no multiples of {MULTIPLE}"
+    return None
+
+
+def _own_code(module: nn.Module) -> str | None:
+    """What somebody has made a module run besides its own forward; None where that is all."""
+    if "forward" in module.__dict__:
+        return "it has a forward of somebody's"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
     return None
 
 
@@ -190,7 +200,7 @@ class Float8Maps:
         Raises:
             ValueError: there is none any more.
         """
-        groups = {} if self._fused is None else self._fused.modules()
+        groups = _NO_GROUPS if self._fused is None else self._fused.modules()
         if self._left is None or not self._left.is_so(groups):
             self._find(groups)
         else:
@@ -261,7 +271,9 @@ class _AsFound:
         self._plain = LinearsAsFound([place for path in plain for place in ways[path]], list(plain.values()))
         # Their weights have no address.
         self._places = [place for path in kept for place in ways[path]]
-        self._kept = [(module, module.weight) for module in kept.values()]
+        # Nor need another weight be another object: `base.to` swaps what is in it.
+        self._kept = [(one._parameters, *_data_of(one._parameters)) for one in kept.values()]
+        self._modules = list(kept.values())
         self._groups = groups
 
     def is_so(self, groups: Mapping[str, nn.Module]) -> bool:
@@ -270,5 +282,12 @@ class _AsFound:
             groups is self._groups
             and self._plain.is_so()
             and all(parent._modules.get(name) is child for parent, name, child in self._places)
-            and all(module._parameters.get("weight") is weight for module, weight in self._kept)
+            and all(all(map(is_, _data_of(own), data)) for own, *data in self._kept)
+            and not any(map(_own_code, self._modules))
         )
+
+
+def _data_of(parameters: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """A weight that torchao keeps, and the tensors in it; None for those that there are not."""
+    weight = parameters.get("weight")
+    return weight, getattr(weight, "qdata", None), getattr(weight, "scale", None)

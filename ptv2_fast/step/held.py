@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _WITH_ADDRESS = (nn.Parameter, Tensor)
 # Of an optimizer's group: what an update finds by its address, or never reads.
@@ -174,20 +175,36 @@ class _Places:
     """Where modules have their tensors, each found by its name at every look."""
 
     def __init__(self, dictionaries: Sequence[Mapping[str, Any]]) -> None:
-        """Find them, those that `functional_call` has put in place too; those of a subclass may have no address."""
-        found = [(one, name) for one in dictionaries for name, tensor in one.items() if type(tensor) in _WITH_ADDRESS]
+        """Find them, those that `functional_call` has put in place too; of a subclass what it is made of."""
+        places = [(one, name, tensor) for one in dictionaries for name, tensor in one.items()]
+        found = [(one, name) for one, name, tensor in places if type(tensor) in _WITH_ADDRESS]
         self._dictionaries, self._names = [one for one, _ in found], [name for _, name in found]
+        self._made = [(one, name) for one, name, tensor in places if is_traceable_wrapper_subclass(tensor)]
 
     def addresses(self) -> list[int] | None:
-        """Of each; None where one is gone, or is of a kind now that has none, as a shard is."""
+        """Of each; None where one is gone, or is of a kind now that has none."""
         try:
-            return [*map(Tensor.data_ptr, map(getitem, self._dictionaries, self._names))]
+            made = [_address(part) for place, name in self._made for part in _parts(place[name])]
+            return [*map(Tensor.data_ptr, map(getitem, self._dictionaries, self._names)), *made]
         except (KeyError, TypeError, RuntimeError):
             return None
 
     def flags(self) -> list[bool]:
         """Which of them train."""
         return [place[name].requires_grad for place, name in zip(self._dictionaries, self._names, strict=True)]
+
+
+def _parts(tensor: Any) -> list[Any]:
+    """The tensors that one of a subclass (torchao's, a shard) is made of; any other is its own part."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names = tensor.__tensor_flatten__()[0]
+    return [part for name in names for part in _parts(getattr(tensor, name))]
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor is; 0 for all without memory of their own."""
+    return tensor.data_ptr() if torch._C._has_storage(tensor) else 0
 
 
 def _is_setting(module: nn.Module, name: str) -> bool:

@@ -65,7 +65,8 @@ class StepOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value not in (None, True, False):
+            # 1 equals True and is another switch to whoever asks for True itself.
+            if not (value is None or isinstance(value, bool)):
                 raise ValueError(f"{field.name} must be True, False or None; got {value!r}")
 
 

@@ -65,6 +65,14 @@ def test_rows_of_zeros_and_of_the_smallest_numbers_are_numbers():
     assert_equal(back[2:], x[2:], "largest and small")
 
 
+def test_rows_are_contiguous_where_what_they_are_made_of_is_transposed():
+    """`torch._scaled_mm` takes a left operand that lies by rows, and a right one that lies by columns."""
+    x = torch.randn(16, 32)
+    rows, straight = quantize_rows(x.T.contiguous().T), quantize_rows(x)
+    assert rows.values.is_contiguous() and rows.scales.is_contiguous()
+    assert torch.equal(rows.values.float(), straight.values.float())
+
+
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_number_is_not_hidden_and_stays_in_its_row(odd):
     x = torch.ones(3, 16)

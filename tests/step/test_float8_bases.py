@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from batches import padded, text_rows
+from captured_forwards import UNTIL_CAPTURED
 from graph_steps import OFF
 from ptv2_fast import StepOptions, get_ptv2_model
 from ptv2_fast.backbone.float8_bases import has_float8_blocks, kept_float8, lacks_backward
@@ -93,6 +95,42 @@ def test_prompts_train_over_float8_weights_that_quantize_their_inputs(injection,
     assert losses[-1] < losses[0] - 0.05
     with torch.no_grad():
         assert model.eval()(**INPUTS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_steps_read_torchaos_data_as_they_are(rows, float8_base):
+    model = _wrapped(float8_base(rows=rows), "deep")
+    _step(model, StepOptions())
+    maps = model._frozen.layers._float8[False, False]
+    found, weight = maps.modules(), model.backbone.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        weight.scale.mul_(-3)
+    loss, _ = _step(model, StepOptions())
+    assert maps.modules() is found
+    assert_equal(loss, _step(copy.deepcopy(model), StepOptions())[0], "loss")
+    # As `base.to` does it: the same parameter with other tensors in it.
+    swapped = nn.Parameter(copy.deepcopy(weight.data), requires_grad=False)
+    with torch.no_grad():
+        swapped.scale.mul_(-3)
+    torch.utils.swap_tensors(weight, swapped)
+    after, _ = _step(model, StepOptions())
+    assert_differs(after, loss, "loss")
+    assert_equal(after, _step(copy.deepcopy(model), StepOptions())[0], "loss")
+    model.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+    assert "layers.0.mlp.down_proj" not in maps.modules()
+
+
+def test_captured_passes_are_dropped_where_torchaos_data_are_others(float8_base, counts):
+    """The weights of a base that moves are swapped, so that each parameter is the one that it was."""
+    model = _wrapped(float8_base(), "deep")
+    model.step_options = StepOptions(labelled_rows_loss=True)
+    for _ in range(UNTIL_CAPTURED + 1):
+        model(**INPUTS).loss.backward()
+    weight, replays = model.backbone.layers[0].mlp.down_proj.weight, counts.replays
+    assert replays >= 2
+    torch.utils.swap_tensors(weight, nn.Parameter(copy.deepcopy(weight.data), requires_grad=False))
+    model(**INPUTS).loss.backward()
+    assert counts.replays == replays
 
 
 def test_what_has_a_backward_stays_as_it_is_unless_asked(float8_base):
