@@ -46,7 +46,7 @@ def refusal(form: Form, needs: Needs, config: launch.LaunchConfig | None = None)
         return "it is compiled for NVIDIA's cards in 16 bits"
     if launch.padded_head_dim(form.head_dim) > 128:
         return f"its head sizes go up to 128; got {form.head_dim}"
-    most = (config or form.config(pass_of(form))).block_n
+    most = (config or form.config(pass_for(form.num_queries))).block_n
     if form.num_heads != form.num_kv_heads and form.num_keys > most:
         return f"heads that share keys may have {most} of them; got {form.num_keys}"
     return None
@@ -62,9 +62,9 @@ def is_chosen(form: Form, needs: Needs, target: int) -> bool:
     return form.arch in _WHERE_CHEAPER and is_filled and refusal(form, needs) is None
 
 
-def pass_of(form: Form) -> str:
-    """The launch table's name of the pass over a form's rows."""
-    return _PASSES[_block_m(form)]
+def pass_for(num_queries: int) -> str:
+    """The launch table's name of the pass over rows of so many queries."""
+    return _PASSES[_block_m(num_queries)]
 
 
 def row_gradients(
@@ -89,7 +89,7 @@ def row_gradients(
         nothing if it is not wanted.
     """
     form = problem.form
-    config = config or form.config(pass_of(form))
+    config = config or form.config(pass_for(form.num_queries))
     dq, dk, dv = text
     wants_prompt = wants_prompt and problem.prompt_k.numel() > 0
     makes_slots = wants_prompt and problem.prompt_k.shape[0] == 1 and form.prompt_length <= _LONGEST_SUMMED_PROMPT
@@ -152,7 +152,7 @@ def _rows_launch(
             "num_rows": form.num_rows,
             "num_splits": num_splits,
             "slot_size": form.num_kv_heads * form.prompt_length * form.head_dim,
-            "BLOCK_M": _block_m(form),
+            "BLOCK_M": _block_m(form.num_queries),
             "BLOCK_N": config.block_n,
             "BLOCK_P": form.prompt_block(_LONGEST_SUMMED_PROMPT),
             **config.options,
@@ -161,6 +161,6 @@ def _rows_launch(
     )
 
 
-def _block_m(form: Form) -> int:
+def _block_m(num_queries: int) -> int:
     """Queries of a tile: the fewest that hold a row."""
-    return next(size for size in _PASSES if form.num_queries <= size)
+    return next(size for size in _PASSES if num_queries <= size)

@@ -24,6 +24,8 @@ from benchmarks.record import write_json
 from ptv2_fast.kernels import launch
 
 PASSES = ("forward", "backward_query", "backward_text", "backward_prompt")
+# All gradients of short rows at once, which is judged and not tuned.
+ROWS = "backward_rows"
 # A new configuration has to win by more than two runs of the same one differ.
 _MARGIN = 0.98
 _EFFORT = Effort(milliseconds=15.0, least=7, most=40, warmup=2)
@@ -177,13 +179,16 @@ def bind(job: Job, inputs: Inputs, config: launch.LaunchConfig, saved: tuple[Ten
         return call, lambda: {"out": call()[0]}
     out, lse = prompt_attention_forward(*tensors, **options) if saved is None else saved
     names, needs = {
+        ROWS: (("q", "k", "v", "prompt_k", "prompt_v"), Needs(query=True, text=True, prompt=True)),
         "backward_query": (("q",), Needs(query=True)),
         "backward_text": (("k", "v"), Needs(text=True)),
         "backward_prompt": (("prompt_k", "prompt_v"), Needs(prompt=True)),
     }[job.kernel_pass]
 
     def backward():
-        return prompt_attention_backward(inputs.grad_out, *tensors, out, lse, needs=needs, config=config, **options)
+        return prompt_attention_backward(
+            inputs.grad_out, *tensors, out, lse, needs=needs, config=config, by_rows=job.kernel_pass == ROWS, **options
+        )
 
     def results():
         grads = backward()

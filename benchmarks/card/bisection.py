@@ -13,16 +13,19 @@ from benchmarks.attention import cases
 from benchmarks.attention.cases import Case
 from benchmarks.attention.inputs import Inputs, make_inputs
 from benchmarks.attention.parity_suite import GATE_DTYPES
-from benchmarks.attention.tune_suite import PASSES, Job, bind
+from benchmarks.attention.tune_suite import PASSES, ROWS, Job, bind
 from benchmarks.attention.verify import make_judge
 from benchmarks.context import Context
 from benchmarks.health import BrokenContext, entry_of
 from benchmarks.measure import cell_stream
-from ptv2_fast.kernels import launch
+from ptv2_fast.kernels import launch, row_backward
+from ptv2_fast.kernels.gradients import Needs
+from ptv2_fast.kernels.problem import Problem
 from ptv2_fast.reference.attention import prompt_attention as literal
 
 _SPARE_SECONDS = 3.0
 _RED = ("wrong", "failed")
+_JUDGED = (*PASSES, ROWS)
 # Cells are named by pass, dtype, kind of batch and launch.
 _PREFIX = "bisect"
 
@@ -35,8 +38,8 @@ def run(context: Context) -> str:
     """
     rows: list[dict[str, object]] = []
     for case in _cases(context):
-        for kernel_pass in PASSES:
-            if kernel_pass == "backward_prompt" and not case.P:
+        for kernel_pass in _JUDGED:
+            if kernel_pass == "backward_prompt" and not case.P or kernel_pass == ROWS and not _by_rows(case, context):
                 continue
             for label, config in launches(case, kernel_pass, context):
                 if context.left < _SPARE_SECONDS:
@@ -59,10 +62,18 @@ def _cases(context: Context) -> list[Case]:
 def launches(case: Case, kernel_pass: str, context: Context) -> list[tuple[str, launch.LaunchConfig]]:
     """The present launch, then without pipelining, with four warps, and with both."""
     arch = launch.architecture(context.device)
-    present = launch.choose_config(arch, case.d, case.torch_dtype, kernel_pass)
+    pass_of_table = row_backward.pass_for(case.N) if kernel_pass == ROWS else kernel_pass
+    present = launch.choose_config(arch, case.d, case.torch_dtype, pass_of_table)
     plain, few = replace(present, num_stages=1), replace(present, num_warps=4)
     tried = {"present": present, "one stage": plain, "4 warps": few, "one stage, 4 warps": replace(plain, num_warps=4)}
     return list(tried.items())
+
+
+def _by_rows(case: Case, context: Context) -> bool:
+    """Whether one kernel can compute all gradients of the case."""
+    inputs = make_inputs(case, context.device)
+    form = Problem.of(inputs.q, inputs.k, inputs.v, inputs.prompt_k[None], inputs.prompt_v[None]).form
+    return row_backward.refusal(form, Needs(query=True, text=True, prompt=True)) is None
 
 
 def _judge(case: Case, kernel_pass: str, label: str, config, context: Context) -> dict[str, object]:
@@ -113,7 +124,7 @@ def verdict_of(rows: Iterable[Mapping]) -> str:
     """Rows in words: for each pass where it is wrong, where it is right, and which launches heal it everywhere."""
     found = []
     rows = list(rows)
-    for kernel_pass in PASSES:
+    for kernel_pass in _JUDGED:
         present = [row for row in rows if row["pass"] == kernel_pass and row["launch"] == "present"]
         wrong = [row for row in present if row["status"] in _RED]
         if not wrong:

@@ -8,12 +8,16 @@ import pytest
 
 from benchmarks import report
 from benchmarks.attention.cases import case_of, gate_cases
+from benchmarks.attention.inputs import make_inputs
 from benchmarks.card import bisection
 from benchmarks.card.__main__ import _without_folders, arguments, before
 from benchmarks.card.channel import Heard, Lines
 from benchmarks.card.record import CardRecord, found_in
 from benchmarks.step.cases import StepCase
 from benchmarks.untried import PATHS, untried
+from ptv2_fast.kernels import launch, row_backward
+from ptv2_fast.kernels.gradients import Needs
+from ptv2_fast.kernels.problem import Problem
 
 FACTS = {"device": "cuda", "commit": "abc", "date": "2026-01-01T00:00:00+00:00"}
 
@@ -238,3 +242,14 @@ def test_a_second_attempt_adds_to_what_the_first_one_found(record):
         record.rest("tune", {"winners": {"form": "x", "tables": {"90": {"half": row}}}, "calls": {}})
     tables = found_in(record.data)["winners"]["tables"]
     assert tables == {"90": {"half": {"forward": {"64": {"config": [1]}, "128": {"config": [2]}}}}}
+
+
+def test_gates_judge_the_kernel_of_short_rows_at_both_head_sizes():
+    judged = set()
+    for case in gate_cases("bf16"):
+        made = make_inputs(case, "cpu")
+        with launch.record(90):
+            form = Problem.of(made.q, made.k, made.v, made.prompt_k[None], made.prompt_v[None]).form
+            if row_backward.is_chosen(form, Needs(query=True, text=True, prompt=True), 4 * 132):
+                judged.add((case.d, case.padding > 0, case.P))
+    assert judged == {(64, True, 20), (128, False, 0)}
