@@ -74,8 +74,8 @@ _HOPPER_HALF: _Table = {
 _SINGLE = {
     "forward": {64: (32, 16, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
     "backward_query": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "backward_text": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 16, 1)},
-    "backward_prompt": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "backward_text": {64: (32, 32, 8, 2), 128: (32, 32, 16, 1), 256: (16, 16, 16, 1)},
+    "backward_prompt": {64: (32, 32, 8, 2), 128: (32, 32, 16, 1), 256: (16, 16, 8, 1)},
     "decode": {64: (16, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 16, 1)},
 }
 # Exceptions, where the tables above, or half a tile where a kernel is crowded (see `choose_config`), would spill.
@@ -89,7 +89,7 @@ _HALF_CROWDED: _Table = {"backward_text": {128: (16, 32, 8, 1)}}
 _BLACKWELL_HALF_CROWDED: _Table = {
     "backward_query": {128: (32, 32, 8, 2)}, "backward_text": {64: (16, 128, 8, 1), 128: (16, 32, 8, 1)},
 }  # fmt: skip
-_GFX942 = {"backward_query": {128: (64, 32, 8, 1)}}
+_GFX942 = {"backward_query": {128: (64, 32, 8, 1)}, "backward_prompt": {128: (16, 64, 8, 1)}}
 # Short rows: as many queries as the pass's name says, and their keys in tiles; one table for every card in 16 bits.
 # `row_backward.refusal` refuses float32 and d = 256 on a card: the last row stands for both.
 _ROWS: _Table = {
