@@ -7,11 +7,13 @@ import logging
 import pytest
 import torch
 
+from ptv2_fast.step.float8_plan import Float8Found
 from ptv2_fast.step.kept_plan import KeptPlan
 from ptv2_fast.step.options import StepOptions
 
 ASKED = {
     "training": True, "device": torch.device("cpu"), "backend": "torch", "weights_owner": None, "without": {},
+    "find_float8": lambda: Float8Found(maps=1, served=1, stay={}),
 }  # fmt: skip
 
 
