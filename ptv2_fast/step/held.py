@@ -184,8 +184,10 @@ class _Places:
     def addresses(self) -> list[int] | None:
         """Of each; None where one is gone, or is of a kind now that has none."""
         try:
-            made = [_address(part) for place, name in self._made for part in _parts(place[name])]
-            return [*map(Tensor.data_ptr, map(getitem, self._dictionaries, self._names)), *made]
+            found = list(map(Tensor.data_ptr, map(getitem, self._dictionaries, self._names)))
+            if self._made:
+                found += [_address(part) for place, name in self._made for part in _parts(place[name])]
+            return found
         except (KeyError, TypeError, RuntimeError):
             return None
 
