@@ -231,7 +231,7 @@ def test_nothing_runs_and_nothing_is_made_for_a_call_that_is_refused(way, traini
 
     if way != "encoder_decoder":  # whose stacks read their own texts, when they are called
         monkeypatch.setattr(model.adapters["default"].encoder, "forward", never)
-        monkeypatch.setattr(model._frozen.layers, "fused", never)
+        monkeypatch.setattr(model._frozen.layers, "stand_ins", never)
         monkeypatch.setattr(model._frozen.hooked, "attention", never)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", never)
     for inputs in ({"input_ids": IDS, "attention_mask": MASK[:, :4]}, {"input_ids": torch.full((3, 65), 5)}):
