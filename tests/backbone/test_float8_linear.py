@@ -111,14 +111,16 @@ def test_on_cuda_torch_takes_the_operands_as_they_lie(tokens, dtype):
 
 
 def test_where_rows_have_a_scale_torchs_own_product_on_a_cpu_is_the_imitation():
-    torch.manual_seed(0)
-    left, right = quantize_rows(torch.randn(5, 48)), quantize_rows(torch.randn(32, 48))
+    ones, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
     try:
-        found = torch._scaled_mm(
-            left.values, right.values.T, scale_a=left.scales, scale_b=right.scales.T, out_dtype=torch.float32
-        )
+        torch._scaled_mm(ones, ones.T, scale_a=scale, scale_b=scale.T, out_dtype=torch.float32)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         pytest.skip(f"this torch has none: {error}")
+    torch.manual_seed(0)
+    left, right = quantize_rows(torch.randn(5, 48)), quantize_rows(torch.randn(32, 48))
+    found = torch._scaled_mm(
+        left.values, right.values.T, scale_a=left.scales, scale_b=right.scales.T, out_dtype=torch.float32
+    )
     assert_equal(scaled_product(left, right, None, torch.float32), found, "product")
 
 
