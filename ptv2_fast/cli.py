@@ -19,11 +19,12 @@ try:
 except ModuleNotFoundError as error:  # pragma: no cover
     raise SystemExit("ptv2-fast: the command line needs `pip install ptv2-fast[train]`") from error
 
-from ptv2_fast import choices
+from ptv2_fast import __version__, choices
 from ptv2_fast.task_types import PROBLEM_TYPES, TRAINED_TASKS
+from ptv2_fast.training import devices
 from ptv2_fast.training.flags import COLUMNS, numbers
 from ptv2_fast.training.flags import request_of as _request
-from ptv2_fast.training.shell import OneLineGroup, quiet
+from ptv2_fast.training.shell import OneLineGroup, Resumable, quiet
 
 app = typer.Typer(
     cls=OneLineGroup,
@@ -107,6 +108,24 @@ SomeOption = Annotated[
 ]
 HeadOption = Annotated[str | None, typer.Option(help="Which head, where there are several.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows of a batch.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda|cuda:N|mps", help="Where to compute [a GPU if there is one].")
+]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ptv2-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """P-Tuning v2: train, score and use prompts for frozen transformers models."""
 
 
 @app.command()
@@ -143,16 +162,25 @@ def train(
     completion_column: CompletionColumn = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew in --output.")] = False,
+    device: DeviceOption = None,
 ) -> None:
     """Train a prompt (and a head) for a frozen model; leave the adapter folder, metrics and curves."""
     chosen = dict(locals())
-    quiet()
-    from ptv2_fast.training.runs import prepare
+    devices.choose(device)
+    from ptv2_fast.training.checked import check_run
 
     request = _request(chosen)
-    run = prepare(request, output, resume=resume, overwrite=overwrite)
+    checked = check_run(request, output, resume=resume, overwrite=overwrite)
+    quiet()
+    from ptv2_fast.training.runs import build
+
+    place = devices.device_of(device)
+    run = build(checked, device and place.type)
     run.model.print_trainable_parameters()
-    result = run.execute(title=request.task_type)
+    try:
+        result = run.execute(title=request.task_type)
+    except KeyboardInterrupt:
+        raise Resumable from None
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result.scores.items())
     typer.echo(
         f"{output}: best epoch {result.best_epoch} of {result.epochs:g}{': ' + scores if scores else ''} "
@@ -182,19 +210,22 @@ def search(
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    device: DeviceOption = None,
 ) -> None:
     """Search P, learning rate and injection by the dev metric; leave a table, a plot and the best run."""
     asked = {name: value for name, value in locals().items() if name in _SHARED_WITH_TRAIN}
-    quiet()
-    from ptv2_fast.training.search import SearchSpace
-    from ptv2_fast.training.search import search as run_search
+    devices.choose(device)
+    from ptv2_fast.training.search import SearchSpace, check_search, run_search
 
     lengths, rates = numbers("--num-virtual-tokens", num_virtual_tokens, int), numbers("--lr", lr, float)
     if len(rates) != 2:
         raise ValueError(f"--lr must be two numbers, as in 1e-3,5e-2; got {lr!r}")
     space = SearchSpace(lengths, rates, tuple(injection.split(",")))
     request = _request({**_TRAIN_DEFAULTS, **asked})
-    found = run_search(request, output, space, trials=trials, say=typer.echo)
+    checked = check_search(request, output, space, trials=trials)
+    quiet()
+    place = devices.device_of(device)
+    found = run_search(checked, say=typer.echo, device=device and place.type)
     best = found[0]
     chosen = f"{best.injection}, P {best.num_virtual_tokens}, lr {best.learning_rate:.2e}"
     typer.echo(f"{output / 'best'}: {chosen}: {best.score:.4f}")
@@ -214,22 +245,15 @@ def evaluate_adapter(
     max_length: LengthOption = None,
     batch_size: BatchOption = 32,
     head: HeadOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Score an adapter on labelled data; metrics as JSON on standard output."""
-    quiet()
-    from ptv2_fast.training.flags import source_of
-    from ptv2_fast.training.loading import load_trained
-    from ptv2_fast.training.predict import evaluate
+    given = dict(locals())
+    devices.choose(device)
+    from ptv2_fast.training.asking import scores_of
     from ptv2_fast.training.run_folder import plain_json
 
-    given = dict(locals())
-    loaded = load_trained(adapter, adapter=one, model=model, max_length=max_length, head=head)
-    examples = loaded.read(source_of(data, given, loaded.columns))
-    loaded.check_parts(data, examples)
-    features = loaded.codec.encode(examples)
-    options: dict[str, Any] = {"features": features, "batch_size": batch_size, "head": head}
-    scores = evaluate(loaded.model, loaded.codec, examples, **options)
-    typer.echo(plain_json({**scores, "examples": len(examples)}))
+    typer.echo(plain_json(scores_of(adapter, one, data, given)))
 
 
 @app.command()
@@ -251,6 +275,7 @@ def predict(
     top: Annotated[int | None, typer.Option(min=1, help="Of the candidates for each text [10].")] = None,
     batch_size: BatchOption = 32,
     head: HeadOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Classes, numbers, tags, answers, choices, rankings or continued text for texts, a file or standard input.
 
@@ -262,12 +287,11 @@ def predict(
         raise ValueError("give texts or --file, not both")
     if file is None and (unread := [flag for flag in ("split", *COLUMNS) if given.get(flag)]):
         raise ValueError(f"--{unread[0].replace('_', '-')} is read with --file alone")
-    quiet()
+    devices.choose(device)
     from ptv2_fast.training.asking import Question, records, records_together
     from ptv2_fast.training.described import several_in
-    from ptv2_fast.training.records import line_of
+    from ptv2_fast.training.lines import line_of, lines_of
     from ptv2_fast.training.run_folder import plain_json
-    from ptv2_fast.training.together import lines_of
 
     asked = Question(file, texts or sys.stdin, "text" if texts else "standard input", context, given)
     names = several_in(adapter, some)
@@ -290,11 +314,16 @@ def export(
     model: ModelOption = None,
 ) -> None:
     """Trained prompts as plain tensors, for servers that know nothing of this package."""
+    from ptv2_fast.training.plans import plan_of
+
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"--output must be a file to write, in a folder that is there; got {output}")
+    plan = plan_of(adapter, adapter=one, model=model)
     quiet()
     from ptv2_fast.saving.export import export_prompts
-    from ptv2_fast.training.loading import load_trained
+    from ptv2_fast.training.loading import load_plan
 
-    export_prompts(load_trained(adapter, adapter=one, model=model).model, output, content.value)
+    export_prompts(load_plan(plan).model, output, content.value)
     typer.echo(f"{output}: {content.value} of {adapter if one is None else Path(adapter, one)}")
 
 
@@ -304,7 +333,6 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """What an adapter is, or what prompts for a model would cost; no weights are loaded."""
-    quiet()
     from ptv2_fast.training.info import facts_of
 
     facts = facts_of(name)

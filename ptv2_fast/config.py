@@ -7,10 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeGuard
 
-from torch import nn
-
-from ptv2_fast.attention.checks import BACKENDS
-from ptv2_fast.choices import INITS, INJECTIONS, POOLINGS, STACKS
+from ptv2_fast.choices import BACKENDS, INITS, INJECTIONS, POOLINGS, STACKS
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
 TASK_TYPES = tuple(TASKS)
@@ -222,30 +219,13 @@ class PTuningV2Config:
             raise ValueError(f"heads must be None with task_type={self.task_type!r}: the model's own head is used")
         if TASKS[self.task_type].pools_itself:
             raise ValueError(f"heads must be None with task_type={self.task_type!r}: its pooled states are its output")
-        heads = {}
-        for name, head in self.heads.items():
-            if not isinstance(name, str) or not name.isidentifier():
-                raise ValueError(f"heads must have identifiers as names; got {name!r}")
+        self.heads = head_configs(self.task_type, self.heads)
+        from torch import nn  # what only describes an adapter does not wait for it
+
+        for name in self.heads:
             # A ModuleDict cannot hold a module under the name of an attribute of its own.
             if hasattr(nn.ModuleDict(), name):
                 raise ValueError(f"heads must not be named like an attribute of torch.nn.ModuleDict; got {name!r}")
-            if isinstance(head, Mapping):
-                unknown = set(head) - {f.name for f in fields(HeadConfig)}
-                if unknown:
-                    raise ValueError(f"heads[{name!r}] has unknown keys {sorted(map(str, unknown))}")
-                if "num_labels" not in head:
-                    raise ValueError(f"heads[{name!r}] lacks num_labels; got {dict(head)!r}")
-                head = HeadConfig(**{"task_type": self.task_type, **head})
-            elif not isinstance(head, HeadConfig):
-                _integer(f"heads[{name!r}]", head, 1, _MAX_INTEGER)
-                if self.task_type not in HEAD_TASKS:
-                    raise ValueError(
-                        f"heads[{name!r}] must be a HeadConfig where task_type={self.task_type!r} does not say "
-                        f"what kind of head it is; got {head!r}"
-                    )
-                head = HeadConfig(self.task_type, head)
-            heads[name] = head
-        self.heads = heads
 
     def resolve_layers(self, num_layers: int, decoder_layers: int = 0) -> tuple[int, ...]:
         """The prompted layers of a model with `num_layers` layers, sorted, all non-negative.
@@ -328,6 +308,35 @@ class PTuningV2Config:
         if "task_type" not in values:
             raise ValueError("the configuration lacks task_type")
         return cls(**values)
+
+
+def head_configs(task_type: str, heads: Mapping[str, Any]) -> dict[str, HeadConfig]:
+    """The heads of an adapter, name -> HeadConfig, from what `PTuningV2Config.heads` may be; torch is not needed.
+
+    Raises:
+        ValueError: a name or a head is not as expected.
+    """
+    found = {}
+    for name, head in heads.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"heads must have identifiers as names; got {name!r}")
+        if isinstance(head, Mapping):
+            unknown = set(head) - {f.name for f in fields(HeadConfig)}
+            if unknown:
+                raise ValueError(f"heads[{name!r}] has unknown keys {sorted(map(str, unknown))}")
+            if "num_labels" not in head:
+                raise ValueError(f"heads[{name!r}] lacks num_labels; got {dict(head)!r}")
+            head = HeadConfig(**{"task_type": task_type, **head})
+        elif not isinstance(head, HeadConfig):
+            _integer(f"heads[{name!r}]", head, 1, _MAX_INTEGER)
+            if task_type not in HEAD_TASKS:
+                raise ValueError(
+                    f"heads[{name!r}] must be a HeadConfig where task_type={task_type!r} does not say "
+                    f"what kind of head it is; got {head!r}"
+                )
+            head = HeadConfig(task_type, head)
+        found[name] = head
+    return found
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:

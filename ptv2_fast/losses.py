@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ptv2_fast.attention import checks
+from ptv2_fast.task_types import IGNORED_LABEL as IGNORED_LABEL
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS
 
-# The label that every loss of this package leaves out.
-IGNORED_LABEL = -100
 # What cosines are multiplied by before they are compared, as sentence-transformers has it.
 SCALE = 20.0
 

@@ -11,6 +11,8 @@ from types import MappingProxyType
 
 # transformers' word for what a head solves that nobody says otherwise of: one class for each row.
 SINGLE_LABEL = "single_label_classification"
+# The label that every loss of this package leaves out.
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)

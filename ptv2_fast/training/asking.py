@@ -1,4 +1,7 @@
-"""What `ptv2-fast predict` does with its flags: from a folder and what is asked to records."""
+"""What `ptv2-fast predict` does with its flags: from a folder and what is asked to records.
+
+Everything is read and checked before torch is there.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptv2_fast.training.devices import device_of
 from ptv2_fast.training.flags import source_of
-from ptv2_fast.training.loading import LoadedAdapter, load_all, load_trained
-from ptv2_fast.training.records import examples_of, records_of
+from ptv2_fast.training.plans import Reader, plan_of, plans_of
 from ptv2_fast.training.requests import read_requests, typed_requests
-from ptv2_fast.training.together import answers_of
+from ptv2_fast.training.shell import quiet
+from ptv2_fast.training.typed import examples_of
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,13 @@ class Question:
     context: str | None
     flags: Mapping[str, Any]
 
-    def loading(self) -> dict[str, Any]:
-        """How adapters are loaded."""
-        return {name: self.flags[name] for name in ("model", "max_length", "head")}
-
-    def options(self, members: Mapping[str, LoadedAdapter], folder: str) -> dict[str, Any]:
+    def options(self, members: Mapping[str, Reader], folder: str) -> dict[str, Any]:
         """Keyword arguments of `records_of` and `answers_of`, once the flags are ones that an adapter's task reads.
 
         Raises:
             ValueError: one is not.
         """
-        tasks = list(dict.fromkeys(member.codec.task_type for member in members.values()))
+        tasks = list(dict.fromkeys(member.task_type for member in members.values()))
         found = ", ".join(tasks)
         if self.context is not None and ("QUESTION_ANS" not in tasks or self.file is not None):
             raise ValueError(
@@ -57,10 +57,37 @@ class Question:
             raise ValueError("--top is read with --candidates alone")
         against = None
         if candidates is not None:
-            ranking = next(member for member in members.values() if member.codec.task_type == "SENTENCE_RETRIEVAL")
+            ranking = next(member for member in members.values() if member.task_type == "SENTENCE_RETRIEVAL")
             against = [example["text"] for example in ranking.read(source_of(candidates, {}), labelled=False)]
         options = {"batch_size": self.flags["batch_size"], "max_new_tokens": most or 64}
         return {**options, "candidates": against, "top": top or 10}
+
+
+def scores_of(folder: str, adapter: str | None, data: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What `ptv2-fast eval` says of an adapter: its scores on labelled data, and of how many examples they are.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder, a flag or an example is not as expected.
+    """
+    plan = plan_of(folder, adapter=adapter, model=flags["model"], head=flags["head"])
+    # Of a copy of the base's own head the base alone may know what labels are.
+    examples = None if plan.needs_base_to_read else _labelled(plan.reader, data, flags)
+    quiet()
+    from ptv2_fast.training.loading import load_plan
+    from ptv2_fast.training.predict import evaluate
+
+    loaded = load_plan(plan, flags["max_length"], device_of(flags["device"]))
+    if examples is None:
+        examples = _labelled(loaded.reader, data, flags)
+    features = loaded.codec.encode(examples)
+    options: dict[str, Any] = {"features": features, "batch_size": flags["batch_size"], "head": flags["head"]}
+    return {**evaluate(loaded.model, loaded.codec, examples, **options), "examples": len(examples)}
+
+
+def _labelled(reader: Reader, data: str, flags: Mapping[str, Any]) -> list[dict[str, Any]]:
+    examples = reader.read(source_of(data, flags, reader.columns))
+    reader.check_parts(data, examples)
+    return examples
 
 
 def records(folder: str, adapter: str | None, asked: Question) -> Iterator[dict[str, Any]]:
@@ -72,13 +99,19 @@ def records(folder: str, adapter: str | None, asked: Question) -> Iterator[dict[
     Raises:
         FileNotFoundError, ValueError: the folder, a flag or an example is not as expected.
     """
-    loaded = load_trained(folder, adapter=adapter, **asked.loading())
-    options = asked.options({loaded.name: loaded}, folder if adapter is None else str(Path(folder, adapter)))
+    plan = plan_of(folder, adapter=adapter, model=asked.flags["model"], head=asked.flags["head"])
+    reader = plan.reader
+    options = asked.options({"": reader}, folder if adapter is None else str(Path(folder, adapter)))
     if asked.file is not None:
-        examples = loaded.read(source_of(asked.file, asked.flags, loaded.columns), labelled=False)
+        examples = reader.read(source_of(asked.file, asked.flags, reader.columns), labelled=False)
     else:
-        examples = examples_of(asked.texts, loaded.codec.task_type, where=asked.where, context=asked.context)
-    loaded.check_parts(asked.file or "text", examples)
+        examples = examples_of(asked.texts, plan.task_type, where=asked.where, context=asked.context)
+    reader.check_parts(asked.file or "text", examples)
+    quiet()
+    from ptv2_fast.training.loading import load_plan
+    from ptv2_fast.training.records import records_of
+
+    loaded = load_plan(plan, asked.flags["max_length"], device_of(asked.flags["device"]))
     return records_of(loaded, examples, **options)
 
 
@@ -88,10 +121,16 @@ def records_together(folder: str, adapters: Sequence[str], asked: Question) -> I
     Raises:
         FileNotFoundError, ValueError: as `records`.
     """
-    members = load_all(folder, adapters=adapters, **asked.loading())
-    options = asked.options(members, folder)
+    plans = plans_of(folder, adapters=adapters, model=asked.flags["model"], head=asked.flags["head"])
+    readers = {name: plan.reader for name, plan in plans.items()}
+    options = asked.options(readers, folder)
     if asked.file is not None:
-        requests = read_requests(members, asked.file, asked.flags)
+        requests = read_requests(readers, asked.file, asked.flags)
     else:
-        requests = typed_requests(members, asked.texts, where=asked.where, context=asked.context)
+        requests = typed_requests(readers, asked.texts, where=asked.where, context=asked.context)
+    quiet()
+    from ptv2_fast.training.loading import load_plans
+    from ptv2_fast.training.together import answers_of
+
+    members = load_plans(plans, asked.flags["max_length"], device_of(asked.flags["device"]))
     return answers_of(members, requests, **options)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from ptv2_fast.families.registry import families
 from ptv2_fast.inputs.features import reads_text
 from ptv2_fast.task_types import TASKS
+from ptv2_fast.training.locating import locate, not_loaded
 
 # What the families call the dropout of hidden states.
 _DROPOUTS = ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop")
@@ -69,14 +70,6 @@ def load_base(
     return base.eval(), tokenizer
 
 
-def not_loaded(name: str | Path, error: Exception) -> ValueError:
-    """What to say where transformers cannot load a model: its own words, in one line."""
-    reason = " ".join(str(error).split())
-    if not isinstance(error, OSError | ValueError | KeyError | ImportError) or not reason:
-        reason = f"{type(error).__name__}{': ' if reason else ''}{reason}"
-    return ValueError(f"model {str(name)!r} could not be loaded: {reason}")
-
-
 def digest_of_weights(base: PreTrainedModel) -> str:
     """A digest of a base's weights on the CPU, in which any change of a number shows.
 
@@ -107,23 +100,3 @@ def head_size(name: str | Path, task_type: str, shapes: Mapping[str, Sequence[in
         return None
     outputs = (f"base_heads.{key}" for key, tensor in model.named_parameters() if tensor.shape[0] == mark)
     return next((shapes[key][0] for key in outputs if key in shapes), None)
-
-
-def locate(name: str | Path) -> tuple[str, dict[str, str]]:
-    """What transformers' loaders take for a name: (folder or hub name, further keyword arguments).
-
-    Raises:
-        FileNotFoundError: the name looks like a path, and nothing is there.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"model {path} must be a GGUF file; there is none")
-        return str(path.resolve().parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"model {path} must be a folder with config.json; there is none in it")
-        return str(path.resolve()), {}
-    if path.exists() or path.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
-        raise FileNotFoundError(f"model {path} must be a model folder, a .gguf file or a name on the hub")
-    return str(name), {}

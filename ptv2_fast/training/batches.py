@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ptv2_fast.losses import IGNORED_LABEL
 from ptv2_fast.step.labelled_rows import predictable_labels
+from ptv2_fast.task_types import IGNORED_LABEL
 
 # Kept in a feature for decoding, never given to the model.
 DECODING_KEYS = ("word_ids", "num_words", "offset_mapping", "example_index")

@@ -7,10 +7,12 @@ know them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ptv2_fast.training.batches import PadCollator
 from ptv2_fast.training.labels import LabelSet
+
+if TYPE_CHECKING:  # it needs torch
+    from ptv2_fast.training.batches import PadCollator
 
 
 class Codec(Protocol):

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
-
-from ptv2_fast.losses import IGNORED_LABEL
+from ptv2_fast.task_types import IGNORED_LABEL
 from ptv2_fast.training.codec import Codec
 from ptv2_fast.training.metrics import perplexity
 from ptv2_fast.training.tokens import decode_answers, decode_tags
 
+if TYPE_CHECKING:  # tasks are looked up before torch is needed
+    from torch import Tensor
+
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 # The indices of a batch's features, the batch, and the model's output.
-Outputs: TypeAlias = Iterable[tuple[Sequence[int], Mapping[str, Tensor], Any]]
+Outputs: TypeAlias = Iterable[tuple[Sequence[int], Mapping[str, "Tensor"], Any]]
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,15 @@ class Prediction:
             the answer (QUESTION_ANS) or the index of the choice (MULTIPLE_CHOICE).
         score: probability of the class or choice, of the least certain tag or label, the answer's logit sum, or the
             number.
-        scores: probabilities of all labels by name, where several may be true, or of all choices by index.
+        scores: probabilities of all classes or labels by name, of all choices by index, of the tags by their words'
+            numbers (a word that was cut off has none); None elsewhere.
+        place: the answer's first character in its context, and the one behind it; None where there is no answer.
     """
 
     value: Any
     score: float
     scores: Mapping[Any, float] | None = None
+    place: tuple[int, int] | None = None
 
 
 def loss_of(output: Any, batch: Mapping[str, Tensor]) -> tuple[float, int]:
@@ -86,8 +89,11 @@ def both_ends(output: Any) -> list[Any]:
 
 def classes(rows: Sequence[Any], features: Rows, examples: Rows, codec: Codec) -> list[Prediction]:
     """The most probable class of each row."""
-    best = [(float(row.max()), int(row.argmax())) for row in rows]
-    return [Prediction(codec.known_labels.to_name(index), score) for score, index in best]
+    names = codec.known_labels.names
+    return [
+        Prediction(names[int(row.argmax())], float(row.max()), dict(zip(names, row.tolist(), strict=True)))
+        for row in rows
+    ]
 
 
 def tags(rows: Sequence[Any], features: Rows, examples: Rows, codec: Codec) -> list[Prediction]:
@@ -95,9 +101,11 @@ def tags(rows: Sequence[Any], features: Rows, examples: Rows, codec: Codec) -> l
     predictions = []
     for (scores, tag_ids), feature in zip(rows, features, strict=True):
         found = decode_tags(tag_ids.tolist(), feature, codec.known_labels)
-        words = [word is not None for word in feature["word_ids"]]
-        kept = scores[: len(words)][torch.tensor(words, dtype=torch.bool)]
-        predictions.append(Prediction(found, float(kept.min()) if len(kept) else 0.0))
+        pairs = zip(feature["word_ids"], scores.tolist(), strict=False)  # padding has scores too
+        kept = [(word, score) for word, score in pairs if word is not None]
+        least = min((score for _, score in kept), default=0.0)
+        # Read backwards, a word's first sub-word is the last to be written down.
+        predictions.append(Prediction(found, least, dict(reversed(kept))))
     return predictions
 
 
@@ -105,7 +113,7 @@ def answers(rows: Sequence[Any], features: Rows, examples: Rows, codec: Codec) -
     """The answer of each question, over all windows of its context."""
     starts, ends = [row[0].tolist() for row in rows], [row[1].tolist() for row in rows]
     found = decode_answers(starts, ends, features, examples, codec.tokenizer, no_answer=codec.no_answer)
-    return [Prediction(answer["text"], answer["score"]) for answer in found]
+    return [Prediction(answer["text"], answer["score"], place=answer["place"]) for answer in found]
 
 
 def language_scores(outputs: Outputs, examples: Rows, codec: Codec) -> dict[str, float]:

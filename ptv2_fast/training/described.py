@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ptv2_fast.config import HeadConfig, PTuningV2Config, head_configs
+from ptv2_fast.storage.names import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.training.run_folder import SETTINGS_NAME, RunFolder, read_object
 
 # What settings say of columns, as arguments of `DataSource`.
@@ -81,7 +82,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     _checked(folder / CONFIG_NAME, read_object(folder / CONFIG_NAME))
     path = folder / WEIGHTS_NAME
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get("ptv2")
         description = json.loads(text) if text is not None else None
     except (SafetensorError, ValueError, RecursionError) as error:
@@ -100,6 +101,19 @@ def _checked(path: Path, description: Any) -> Any:
     if whole and not isinstance(description["base"].get("name_or_path"), str | None):
         raise ValueError(f"{path} must name its base by a text; got {description['base']['name_or_path']!r}")
     return description
+
+
+def config_in(values: Mapping[str, Any]) -> tuple[PTuningV2Config, dict[str, HeadConfig]]:
+    """What a description says in "config": the configuration, which is another one without its heads, and those.
+
+    Raises:
+        ValueError: it is no configuration.
+    """
+    heads = values.get("heads")
+    if heads is not None and not isinstance(heads, Mapping):
+        raise ValueError(f"heads must be a mapping of names or None; got {heads!r}")
+    config = PTuningV2Config.from_dict({**values, "heads": None})
+    return config, head_configs(config.task_type, heads or {})
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from ptv2_fast import PTuningV2Model
-from ptv2_fast.choices import SCHEDULES
 from ptv2_fast.saving.checkpoint import TRAINER_WEIGHTS_NAME
 from ptv2_fast.storage.files import write_whole
 from ptv2_fast.storage.tensors import read_safetensors, write_tensors
@@ -33,73 +32,11 @@ from ptv2_fast.training.checkpoints import last_whole
 from ptv2_fast.training.metrics import Metric
 from ptv2_fast.training.predict import evaluate
 from ptv2_fast.training.progress import TrainingProgress
+from ptv2_fast.training.settings import FitSettings as FitSettings
 from ptv2_fast.training.task_data import TaskCodec
 
 # The loss is logged this often an epoch: enough points for a curve, few enough to cost nothing.
 _LOGS_PER_EPOCH = 10
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How long and how fast to train.
-
-    Attributes:
-        learning_rate: of AdamW, at the start.
-        epochs: passes over the training rows.
-        batch_size: rows of a batch.
-        gradient_accumulation: batches of a step.
-        schedule: "linear" (to zero at the end) or "exponential" (times `decay` after each epoch).
-        decay: the factor of the exponential schedule.
-        warmup: share of the steps in which the rate rises from zero (linear schedule).
-        weight_decay, max_grad_norm: of AdamW, and what gradients are clipped to.
-        early_stopping: stop after so many epochs without a better dev metric; None never stops.
-        restore_best: end with the weights of the best epoch on dev; False keeps the last epoch's, which is the better
-            choice where there are so few dev rows that the best epoch is one by chance.
-        seed: of the order of rows, dropout and everything else drawn while training.
-        bf16: run the model's arithmetic in bfloat16 (autocast); the trained weights stay as they are.
-
-    Raises:
-        ValueError: a value is out of range; the message names it.
-    """
-
-    learning_rate: float = 1e-2
-    epochs: int = 10
-    batch_size: int = 32
-    gradient_accumulation: int = 1
-    schedule: str = "linear"
-    decay: float = 0.95
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    early_stopping: int | None = None
-    restore_best: bool = True
-    seed: int = 0
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "gradient_accumulation"):
-            _positive_integer(name, getattr(self, name))
-        if self.early_stopping is not None:
-            _positive_integer("early_stopping", self.early_stopping)
-            if not self.restore_best:
-                raise ValueError("restore_best must be True with early_stopping: the last epoch is a worse one")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive; got {self.learning_rate!r}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
-        for name, low, high in (("decay", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, math.inf)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be in [{low}, {high}]; got {getattr(self, name)!r}")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive; got {self.max_grad_norm!r}")
-        # NumPy takes no larger one.
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be an integer in [0, 2**32); got {self.seed!r}")
-
-
-def _positive_integer(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-        raise ValueError(f"{name} must be a positive integer below 2**31; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +84,7 @@ def fit(
     resume: bool = False,
     title: str | None = "training",
     callbacks: Sequence[TrainerCallback] = (),
+    device: str | None = None,
 ) -> FitResult:
     """Train what `model` does not freeze; afterwards it has the best epoch's weights, or the last one's.
 
@@ -159,6 +97,7 @@ def fit(
         resume: go on from the last whole checkpoint there, if there is one.
         title: what the progress bar is called; None shows no bar.
         callbacks: further Trainer callbacks.
+        device: "cpu" stays there; anything else leaves the choice to Trainer, which takes a GPU where it sees one.
 
     Raises:
         ValueError: early stopping without dev rows, or rows that the codec refuses.
@@ -178,7 +117,7 @@ def fit(
             watchers.append(stack.enter_context(TrainingProgress(metric.name, title)))
         trainer = _Trainer(
             model=model,
-            args=_arguments(settings, checkpoints, len(features), metric if dev else None),
+            args=_arguments(settings, checkpoints, len(features), metric if dev else None, device),
             data_collator=codec.collator,
             train_dataset=features,
             eval_dataset=list(dev) if dev else None,
@@ -221,9 +160,11 @@ def _result(trainer: _Trainer, metric: Metric, seconds: float) -> FitResult:
     )
 
 
-def _arguments(settings: FitSettings, checkpoints: str | Path, rows: int, metric: Metric | None) -> TrainingArguments:
+def _arguments(
+    settings: FitSettings, checkpoints: str | Path, rows: int, metric: Metric | None, device: str | None
+) -> TrainingArguments:
     steps = -(-rows // (settings.batch_size * settings.gradient_accumulation))
-    has_gpu = torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available() and device != "cpu"
     watched: dict[str, Any] = {}
     if metric is not None:
         watched = {
@@ -252,7 +193,7 @@ def _arguments(settings: FitSettings, checkpoints: str | Path, rows: int, metric
         seed=settings.seed,
         bf16=settings.bf16,
         # transformers refuses bf16 on a CPU that it was not told about.
-        use_cpu=settings.bf16 and not has_gpu,
+        use_cpu=device == "cpu" or (settings.bf16 and not has_gpu),
         dataloader_pin_memory=has_gpu,
         # PadCollator leaves out what only decoding needs.
         remove_unused_columns=False,

@@ -1,4 +1,4 @@
-"""From the flags of the command line to what a run is asked for; everything heavy is imported inside."""
+"""From the flags of the command line to what a run is asked for; nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ptv2_fast.training.recipes import get_recipe
+from ptv2_fast.training.settings import FitSettings
+from ptv2_fast.training.train_request import DataSource, TrainRequest
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -16,13 +20,11 @@ _CONLL = (".conll", ".iob", ".iob2", ".bio")
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 
 
-def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any] | None = None) -> Any:
+def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any] | None = None) -> DataSource:
     """The `DataSource` of a path with the columns that flags name; of the others, those that training was told to read.
 
     Plain text has no columns and those of CoNLL files have numbers alone, so that no names are remembered for them.
     """
-    from ptv2_fast.training.runs import DataSource
-
     given = {name: flags[name] for name in COLUMNS if flags.get(name)}
     if "text_column" in given:
         given["text_column"] = tuple(given["text_column"])
@@ -36,16 +38,12 @@ def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any]
     return DataSource(path, flags.get("split"), **{**kept, **given})
 
 
-def request_of(flags: dict[str, Any]) -> Any:
+def request_of(flags: dict[str, Any]) -> TrainRequest:
     """The run that flags and recipe describe; a flag that was given wins over the recipe.
 
     What the recipe's published run did and settings cannot say, such as how its texts were written, is named in a
     warning.
     """
-    from ptv2_fast.training.fit import FitSettings
-    from ptv2_fast.training.recipes import get_recipe
-    from ptv2_fast.training.runs import TrainRequest
-
     recipe = get_recipe(flags["recipe"]) if flags["recipe"] is not None else None
     if recipe is not None and recipe.note:
         logger.warning("recipe %s: %s", recipe.name, recipe.note)

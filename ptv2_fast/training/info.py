@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from ptv2_fast import PTuningV2Config
-from ptv2_fast.saving.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ptv2_fast.storage.names import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.task_types import SINGLE_LABEL
-from ptv2_fast.training.described import read_description
+from ptv2_fast.training.described import config_in, read_description
+from ptv2_fast.training.locating import check_base, locate, not_loaded
+from ptv2_fast.training.shell import quiet
 
 
 def facts_of(name: str) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
     description = read_description(folder)
     config, base = description["config"], description["base"]
     try:
-        PTuningV2Config.from_dict(config)
+        config_in(config)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS_NAME} holds an unusable configuration: {error}") from error
     sizes = _tensor_sizes(folder / WEIGHTS_NAME)
@@ -63,19 +63,21 @@ def _head_facts(head: Any) -> dict[str, Any]:
 
 def _tensor_sizes(path: Path) -> dict[str, int]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="numpy") as file:
             return {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _model_facts(name: str) -> dict[str, Any]:
+    source, options = locate(name)
+    check_base(name)
+    quiet()
+    import torch
     from transformers import AutoConfig, AutoModel
 
     from ptv2_fast.families.registry import family_of, sizes_of
-    from ptv2_fast.training.bases import locate, not_loaded
 
-    source, options = locate(name)
     try:
         config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from ptv2_fast.training.codec import Codec
 from ptv2_fast.training.columns import LABEL_COLUMNS, Table, Wanted, classified
@@ -22,7 +22,7 @@ from ptv2_fast.training.tokens import encode_classification
 # Between the labels of a row, where they stand in one cell: `news|sport`. No label can hold it.
 LABEL_SEPARATOR = "|"
 # Labels are trained on in float32.
-_LARGEST = torch.finfo(torch.float32).max
+_LARGEST = float(np.finfo(np.float32).max)
 # A label is predicted where it is more probable than not.
 _THRESHOLD = 0.5
 

@@ -15,7 +15,7 @@ from ptv2_fast.training.data import read_rows
 from ptv2_fast.training.examples import check_text
 from ptv2_fast.training.flags import source_of
 from ptv2_fast.training.formats import Row
-from ptv2_fast.training.loading import LoadedAdapter
+from ptv2_fast.training.plans import Reader
 from ptv2_fast.training.texts import json_object
 
 # Which adapter a row is for.
@@ -36,7 +36,7 @@ class Requests:
 
 
 def typed_requests(
-    members: Mapping[str, LoadedAdapter], lines: Iterable[str], *, where: str = "text", context: str | None = None
+    members: Mapping[str, Reader], lines: Iterable[str], *, where: str = "text", context: str | None = None
 ) -> Requests:
     """Requests from lines of text, blank ones left out; a line that is a JSON object is a row of columns.
 
@@ -57,7 +57,7 @@ def typed_requests(
     return _requests(members, rows, where, {name: Wanted(labelled=False) for name in members}, context)
 
 
-def read_requests(members: Mapping[str, LoadedAdapter], path: str, flags: Mapping[str, Any]) -> Requests:
+def read_requests(members: Mapping[str, Reader], path: str, flags: Mapping[str, Any]) -> Requests:
     """Requests from a file or dataset, whose rows all adapters read, each by the columns of its training.
 
     Args:
@@ -69,24 +69,24 @@ def read_requests(members: Mapping[str, LoadedAdapter], path: str, flags: Mappin
     """
     wanted = {name: _wanted(member, path, flags) for name, member in members.items()}
     named = list(dict.fromkeys(column for one in wanted.values() for column in one.named))
-    tasks = list(dict.fromkeys(member.codec.task_type for member in members.values()))
+    tasks = list(dict.fromkeys(member.task_type for member in members.values()))
     rows = read_rows(path, tasks, named=named, split=flags.get("split"))
     return _requests(members, rows, path, wanted, None)
 
 
-def _wanted(member: LoadedAdapter, path: str, flags: Mapping[str, Any]) -> Wanted:
+def _wanted(member: Reader, path: str, flags: Mapping[str, Any]) -> Wanted:
     """The columns that an adapter's task reads of a file."""
-    task = member.codec.task
+    task = member.task
     has = {"text_column": task.most_texts > 0, "split": True, **dict.fromkeys(task.options, True)}
     source = source_of(path, {name: value for name, value in flags.items() if has.get(name)}, member.columns)
     columns = (source.label_column, source.prompt_column, source.completion_column)
     wanted = Wanted(source.text_column, *columns, labelled=False)
-    wanted.check(member.codec.task_type, task.most_texts, task.options)
+    wanted.check(member.task_type, task.most_texts, task.options)
     return replace(wanted, texts=wanted.texts[: task.unlabelled_texts])
 
 
 def _requests(
-    members: Mapping[str, LoadedAdapter],
+    members: Mapping[str, Reader],
     rows: Sequence[Row],
     where: str,
     wanted: Mapping[str, Wanted],
@@ -98,8 +98,8 @@ def _requests(
         own = [index for index, names in enumerate(answering) if name in names]
         try:
             made = _examples(member, [rows[index] for index in own], wanted[name], context)
-            if member.codec.task.check is not None:
-                member.codec.task.check(where, made, [], None)
+            if member.task.check is not None:
+                member.task.check(where, made, [], None)
             member.check_parts(where, made)
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error} (a row's {ADAPTER!r} says who alone answers it)") from error
@@ -107,7 +107,7 @@ def _requests(
     return Requests([row.values for row in rows], examples)
 
 
-def _answering(row: Row, members: Mapping[str, LoadedAdapter]) -> list[str]:
+def _answering(row: Row, members: Mapping[str, Reader]) -> list[str]:
     """Who answers a row."""
     taken = sorted(set(members) & set(row.values))
     if taken:
@@ -122,14 +122,14 @@ def _answering(row: Row, members: Mapping[str, LoadedAdapter]) -> list[str]:
     return [name]
 
 
-def _examples(member: LoadedAdapter, rows: Sequence[Row], wanted: Wanted, context: str | None) -> list[dict[str, Any]]:
+def _examples(member: Reader, rows: Sequence[Row], wanted: Wanted, context: str | None) -> list[dict[str, Any]]:
     """Rows as an adapter's task has them: a text alone as a typed line, others by their columns."""
-    task = member.codec.task
+    task = member.task
     made: dict[int, dict[str, Any]] = {}
     rest: dict[int, Row] = {}
     for index, row in enumerate(rows):
         values = {column: value for column, value in row.values.items() if column != ADAPTER}
-        line = _line(values, wanted, member.codec.row.predicts == "tags")
+        line = _line(values, wanted, member.row.predicts == "tags")
         if line is None:
             rest[index] = replace(row, values=values)
         else:

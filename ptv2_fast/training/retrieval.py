@@ -6,10 +6,7 @@ An example is {"query", "positive", "negative" (if the file has them)}, and a te
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ptv2_fast.training.codec import Codec, Loaded
 from ptv2_fast.training.columns import TEXT_COLUMNS, Table, Wanted
@@ -19,6 +16,9 @@ from ptv2_fast.training.formats import Row
 from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.metrics import RANKED, retrieval_scores
 from ptv2_fast.training.tokens import check_fast, check_room, say_cut
+
+if TYPE_CHECKING:  # tasks are looked up before torch is needed
+    from torch import Tensor
 
 PARTS = ("query", "positive", "negative")
 # Rows of scores that are computed at a time.
@@ -64,6 +64,8 @@ def encode_pairs(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:
 
 def pair_scores(outputs: Outputs, examples: Rows, codec: Codec) -> dict[str, float]:
     """How high each query ranks a positive of its own among all positives, and the mean loss of the batches."""
+    import torch
+
     if not examples:
         raise ValueError("examples: expected at least one; got none")
     right: dict[str, set[str]] = {}
@@ -104,7 +106,6 @@ def ranking(queries: Tensor, texts: Tensor, most: int) -> list[list[tuple[int, f
     return found
 
 
-@torch.no_grad()
 def embed(model: Any, codec: Codec, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
     """Embeddings (T, D) of texts, of length 1, on the CPU.
 
@@ -116,6 +117,8 @@ def embed(model: Any, codec: Codec, texts: Sequence[str], *, batch_size: int = 3
     Raises:
         ValueError: there is no text, or one without tokens.
     """
+    import torch
+
     if not texts or batch_size < 1:
         raise ValueError(f"texts and batch_size must be at least one; got {len(texts)} and {batch_size}")
     features = codec.encode([{"text": text} for text in texts])
@@ -130,7 +133,9 @@ def embed(model: Any, codec: Codec, texts: Sequence[str], *, batch_size: int = 3
         for begin in range(0, len(order), batch_size):
             indices = order[begin : begin + batch_size]
             batch = codec.collator([features[index] for index in indices])
-            vectors = model.encode(**{name: tensor.to(model.device) for name, tensor in batch.items()}).float().cpu()
+            with torch.no_grad():
+                vectors = model.encode(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+            vectors = vectors.float().cpu()
             for index, vector in zip(indices, vectors, strict=True):
                 found[index] = vector
     finally:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_fast.choices import INJECTIONS
-from ptv2_fast.saving.checkpoint import write_whole
-from ptv2_fast.training.fit import Diverged
+from ptv2_fast.storage.files import write_whole
+from ptv2_fast.training.checked import CheckedRun, check_run
 from ptv2_fast.training.metrics import Metric, metric_for
 from ptv2_fast.training.run_folder import differences
-from ptv2_fast.training.runs import TrainRequest, prepare
+from ptv2_fast.training.train_request import TrainRequest
 
 LOG_NAME, TABLE_NAME, PLOT_NAME, BEST_NAME = "trials.log", "trials.md", "trials.png", "best"
 _ASKED = "asked"
@@ -74,6 +74,7 @@ def search(
     *,
     trials: int,
     say: Callable[[str], Any] = lambda line: None,
+    device: str | None = None,
 ) -> list[Trial]:
     """Run trials until the folder holds `trials` finished ones; all of them, best first.
 
@@ -81,17 +82,51 @@ def search(
         request: everything that is the same in all trials; it must have dev data.
         output: the search's folder, absent, empty or one of a search for the same: settings, space and data.
         say: is given a line for every trial.
+        device: where they train, as `fit` takes it.
 
     Raises:
         ValueError: there is no dev data, the folder holds something else, or a run is refused.
     """
+    return run_search(check_search(request, output, space, trials=trials), say=say, device=device)
+
+
+@dataclass(frozen=True)
+class CheckedSearch:
+    """A search that has passed every check that needs no base; nothing is written.
+
+    Attributes:
+        first: its longest prompt, as a run.
+    """
+
+    request: TrainRequest
+    output: Path
+    space: SearchSpace
+    trials: int
+    first: CheckedRun
+
+
+def check_search(request: TrainRequest, output: str | Path, space: SearchSpace, *, trials: int) -> CheckedSearch:
+    """Check settings, folder and data, without torch; arguments as those of `search`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `search`.
+    """
     output = Path(output)
     _check(request, output, trials)
-    study = _study(output, request, _first_look(request, output, space))
+    first = _variant(request, space.injections[0], max(space.lengths), space.learning_rates[0])
+    return CheckedSearch(request, output, space, trials, check_run(first, output / "trial"))
+
+
+def run_search(
+    checked: CheckedSearch, *, say: Callable[[str], Any] = lambda line: None, device: str | None = None
+) -> list[Trial]:
+    """Run the trials of a checked search; see `search`."""
+    request, output, trials = checked.request, checked.output, checked.trials
+    study = _study(output, request, _first_look(checked))
     metric = metric_for(request.task_type, request.problem_type)
     _keep_best(study, output, metric)
     while len(_ended(study)) < trials:
-        _run_trial(study, request, output, space, say)
+        _run_trial(study, checked, say, device)
         _keep_best(study, output, metric)
     found = sorted(_finished(study), key=lambda t: t.score, reverse=metric.greater_is_better)
     if not found:
@@ -102,10 +137,11 @@ def search(
     return found
 
 
-def _first_look(request: TrainRequest, output: Path, space: SearchSpace) -> dict[str, Any]:
+def _first_look(checked: CheckedSearch) -> dict[str, Any]:
     """Refuses what cannot run, before anything is written; what the search is asked for, as plain JSON values."""
-    first = _variant(request, space.injections[0], max(space.lengths), space.learning_rates[0])
-    asked: dict[str, Any] = {**prepare(first, output / "trial").identity(), "space": asdict(space)}
+    from ptv2_fast.training.runs import build
+
+    asked: dict[str, Any] = {**build(checked.first).identity(), "space": asdict(checked.space)}
     # The trials choose these.
     del asked["fit"]["learning_rate"], asked["injection"], asked["num_virtual_tokens"]
     plain: dict[str, Any] = json.loads(json.dumps(asked))
@@ -143,10 +179,14 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return differences({**was, "digests": None}, {**now, "digests": None}) + data
 
 
-def _run_trial(study: Any, request: TrainRequest, output: Path, space: SearchSpace, say: Callable[[str], Any]) -> None:
+def _run_trial(study: Any, checked: CheckedSearch, say: Callable[[str], Any], device: str | None) -> None:
     """One trial, into a folder of its own. What it draws follows from the seed, its number and the trials before."""
     import optuna
 
+    from ptv2_fast.training.fit import Diverged
+    from ptv2_fast.training.runs import prepare
+
+    request, output, space = checked.request, checked.output, checked.space
     number = len(study.get_trials(deepcopy=False))
     study.sampler = optuna.samplers.TPESampler(seed=(request.fit.seed + 1_000_003 * number) % 2**32)
     trial = study.ask()
@@ -157,7 +197,7 @@ def _run_trial(study: Any, request: TrainRequest, output: Path, space: SearchSpa
     shutil.rmtree(folder, ignore_errors=True)
     chosen = f"trial {trial.number}: {injection}, P {length}, lr {rate:.2e}"
     try:
-        result = prepare(_variant(request, injection, length, rate), folder).execute(title=None)
+        result = prepare(_variant(request, injection, length, rate), folder, device=device).execute(title=None)
     except Diverged as error:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         say(f"{chosen}: diverged, {error}")

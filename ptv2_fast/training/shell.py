@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -12,12 +14,19 @@ from typer.core import TyperGroup
 TRACEBACK = "PTV2_FAST_TRACEBACK"
 
 
+class Resumable(KeyboardInterrupt):
+    """Ctrl-C, where the same command with --resume goes on."""
+
+
 class OneLineGroup(TyperGroup):
     """Commands whose errors are one line: exit code 2 for what the user can mend, 1 for the rest, 130 for Ctrl-C."""
+
+    typed: Sequence[str] = ()
 
     def make_context(self, info_name: Any, args: list[str], *more: Any, **extra: Any) -> Any:
         """Read the flags in front of a command's name."""
         given = bool(args)
+        self.typed = list(args)
         try:
             return super().make_context(info_name, args, *more, **extra)
         except Exception as error:
@@ -29,8 +38,8 @@ class OneLineGroup(TyperGroup):
         """Run a command."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            fail(_stopped(ctx), 130)
+        except KeyboardInterrupt as error:
+            fail(_stopped(ctx, self.typed, isinstance(error, Resumable)), 130)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except ModuleNotFoundError as error:
@@ -65,9 +74,10 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}{': ' if text else ''}{text} ({TRACEBACK}=1 shows where)"
 
 
-def _stopped(ctx: Any) -> str:
-    if ctx.invoked_subcommand == "train":
-        return "stopped; the same command with --resume goes on from the last epoch that was saved"
+def _stopped(ctx: Any, typed: Sequence[str], resumable: bool) -> str:
+    if resumable:
+        again = [word for word in typed if word not in ("--overwrite", "--resume")]
+        return f"stopped; to go on from the last epoch that was saved: {shlex.join(['ptv2-fast', *again, '--resume'])}"
     if ctx.invoked_subcommand == "search":
         return "stopped; the same command goes on with the trials that are missing"
     return "stopped"

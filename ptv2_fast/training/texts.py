@@ -20,6 +20,11 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
+def places_of(text: str) -> list[tuple[int, int]]:
+    """The first character of each of `words_of(text)`, and the one behind it."""
+    return [found.span() for found in _WORD.finditer(text)]
+
+
 def typed_text(line: str, where: str, number: int, context: str | None) -> dict[str, Any]:
     """A line is a text."""
     return {"text": line.strip()}
@@ -27,7 +32,7 @@ def typed_text(line: str, where: str, number: int, context: str | None) -> dict[
 
 def typed_sentence(line: str, where: str, number: int, context: str | None) -> dict[str, Any]:
     """A line is a sentence."""
-    return {"tokens": words_of(line)}
+    return {"tokens": words_of(line), "text": line.rstrip("\r\n"), "places": places_of(line)}
 
 
 def typed_prompt(line: str, where: str, number: int, context: str | None) -> dict[str, Any]:
@@ -60,19 +65,44 @@ def json_object(line: str) -> dict[str, Any] | None:
 
 
 def class_record(example: Mapping[str, Any], prediction: Prediction) -> dict[str, Any]:
-    """{"text", "text_pair" (pairs only), "label", "score"}."""
-    return {**texts_in(example), "label": prediction.value, "score": round(prediction.score, 6)}
+    """{"text", "text_pair" (pairs only), "label", "score", "scores" of all classes}."""
+    scores = {name: round(score, 6) for name, score in (prediction.scores or {}).items()}
+    return {**texts_in(example), "label": prediction.value, "score": round(prediction.score, 6), "scores": scores}
 
 
 def tags_record(example: Mapping[str, Any], prediction: Prediction) -> dict[str, Any]:
-    """{"tokens", "tags", "entities"}."""
+    """{"text", "tokens", "tags", "entities": [{"text", "label", "start", "end", "score"}, ...]}.
+
+    Start and end are characters of the text, which is what was typed, or the words of a file between blanks; the score
+    is the probability of the least certain tag.
+    """
     tokens, tags = list(example["tokens"]), list(prediction.value)
-    return {"tokens": tokens, "tags": tags, "entities": entities_of(tokens, tags)}
+    text = example["text"] if "places" in example else " ".join(tokens)
+    places = example.get("places") or _places_between_blanks(tokens)
+    scores = prediction.scores or {}
+    entities = []
+    for entity in entities_of(tokens, tags):
+        words = range(entity["start"], entity["end"])
+        start, end = places[words[0]][0], places[words[-1]][1]
+        score = min((scores[word] for word in words if word in scores), default=0.0)
+        entities.append(
+            {"text": text[start:end], "label": entity["type"], "start": start, "end": end, "score": round(score, 6)}
+        )
+    return {"text": text, "tokens": tokens, "tags": tags, "entities": entities}
+
+
+def _places_between_blanks(tokens: Sequence[str]) -> list[tuple[int, int]]:
+    places, start = [], 0
+    for token in tokens:
+        places.append((start, start + len(token)))
+        start += len(token) + 1
+    return places
 
 
 def answer_record(example: Mapping[str, Any], prediction: Prediction) -> dict[str, Any]:
-    """{"id", "question", "answer", "score"}."""
-    answer = {"answer": prediction.value, "score": round(prediction.score, 6)}
+    """{"id", "question", "answer", "start", "end", "score"}: characters of the context, null without an answer."""
+    start, end = prediction.place or (None, None)
+    answer = {"answer": prediction.value, "start": start, "end": end, "score": round(prediction.score, 6)}
     return {"id": example["id"], "question": example["question"], **answer}
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from ptv2_fast import PTuningV2Model
 from ptv2_fast.training.batches import PadCollator
 from ptv2_fast.training.decoding import Asked
+from ptv2_fast.training.lines import lines_of as lines_of
 from ptv2_fast.training.loading import LoadedAdapter
-from ptv2_fast.training.records import line_of, records_of
+from ptv2_fast.training.records import records_of
 from ptv2_fast.training.requests import Requests
 from ptv2_fast.training.retrieval import text_in, vector_records
 from ptv2_fast.training.texts import prompt_of
@@ -83,14 +84,6 @@ def answers_of(
         records[name] = dict(zip(rows, made, strict=True))
     for index, row in enumerate(requests.rows):
         yield {**row, **{name: records[name][index] for name in members if index in records[name]}}
-
-
-def lines_of(record: Mapping[str, Any], names: Sequence[str]) -> str:
-    """A record of `answers_of` as text for a terminal: each adapter's lines behind its name, and a blank line."""
-    lines = [
-        f"{name}\t{line}" for name in names if name in record for line in line_of(record[name]).strip("\n").split("\n")
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _shares(member: LoadedAdapter) -> bool:

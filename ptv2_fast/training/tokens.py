@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ptv2_fast.losses import IGNORED_LABEL
+from ptv2_fast.task_types import IGNORED_LABEL
 from ptv2_fast.training.labels import LabelSet
 
 logger = logging.getLogger(__name__)
@@ -287,7 +287,8 @@ def decode_answers(
         examples: the examples they came from.
 
     Returns:
-        For each example {"id", "text", "score", "null_score", "n_best": [(score, text), ...]}.
+        For each example {"id", "text", "score", "place", "null_score", "n_best": [(score, text), ...]}; the place is
+        the answer's first character in the context and the one behind it, None without an answer.
 
     Raises:
         ValueError: the rows and the features are not as many, or a row is too short.
@@ -297,7 +298,7 @@ def decode_answers(
             f"start_logits, end_logits: expected {len(features)} rows, one a feature;"
             f" got {len(start_logits)} and {len(end_logits)}"
         )
-    spans: list[list[tuple[float, str]]] = [[] for _ in examples]
+    spans: list[list[tuple[float, int, int]]] = [[] for _ in examples]
     null_scores = [float("inf")] * len(examples)
     for starts, ends, feature in zip(start_logits, end_logits, features, strict=True):
         index = feature["example_index"]
@@ -306,16 +307,17 @@ def decode_answers(
         end = np.asarray(_without_padding(ends, length, "right"), dtype=np.float64)
         cls = _cls_position(feature["input_ids"], tokenizer.cls_token_id)
         null_scores[index] = min(null_scores[index], float(start[cls] + end[cls]))
-        context = examples[index]["context"]
-        spans[index] += _best_spans(start, end, feature["offset_mapping"], context, n_best, max_answer_length)
+        spans[index] += _best_spans(start, end, feature["offset_mapping"], n_best, max_answer_length)
     predictions = []
     for example, found, null_score in zip(examples, spans, null_scores, strict=True):
-        found = sorted(found, key=lambda pair: -pair[0])[:n_best]
-        score, text = found[0] if found else (float("-inf"), "")
+        found = sorted(found, key=lambda span: -span[0])[:n_best]
+        named = [(score, example["context"][begin:end]) for score, begin, end in found]
+        score, text = named[0] if named else (float("-inf"), "")
+        place = found[0][1:] if found else None
         if no_answer and null_score - score > null_threshold:
-            text = ""
-        best = {"id": example["id"], "text": text, "score": score}
-        predictions.append({**best, "null_score": null_score, "n_best": found})
+            text, place = "", None
+        best = {"id": example["id"], "text": text, "score": score, "place": place}
+        predictions.append({**best, "null_score": null_score, "n_best": named})
     return predictions
 
 
@@ -323,10 +325,9 @@ def _best_spans(
     start: np.ndarray,
     end: np.ndarray,
     offsets: Sequence[tuple[int, int] | None],
-    context: str,
     n_best: int,
     max_answer_length: int,
-) -> list[tuple[float, str]]:
+) -> list[tuple[float, int, int]]:
     inside = np.array([i for i, offset in enumerate(offsets) if offset is not None], dtype=int)
     first = inside[np.argsort(-start[inside], kind="stable")[:n_best]]
     last = inside[np.argsort(-end[inside], kind="stable")[:n_best]]
@@ -335,7 +336,7 @@ def _best_spans(
         # No good end follows a good start: the best of all spans.
         every = ((i, j) for at, i in enumerate(inside) for j in inside[at : at + max_answer_length])
         spans = sorted(every, key=lambda span: -(start[span[0]] + end[span[1]]))[:1]
-    return [(float(start[i] + end[j]), context[offsets[i][0] : offsets[j][1]]) for i, j in spans]
+    return [(float(start[i] + end[j]), int(offsets[i][0]), int(offsets[j][1])) for i, j in spans]
 
 
 def encode_language_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -200,7 +201,7 @@ class TestErrors:
             (RuntimeError("[enforce fail at inline_container.cc:672]"), 1, "could not be written; is the disk full?"),
             (RuntimeError("two\nlines"), 1, "RuntimeError: two lines (PTV2_FAST_TRACEBACK=1"),
             (StopIteration(), 1, "StopIteration (PTV2_FAST_TRACEBACK=1"),
-            (KeyboardInterrupt(), 130, "stopped; the same command with --resume goes on"),
+            (KeyboardInterrupt(), 130, "--num-virtual-tokens 2 --resume"),
         ],
         ids=["full", "read-only", "full-in-torch", "runtime", "bare", "ctrl-c"],
     )
@@ -297,5 +298,24 @@ def test_ctrl_c_in_a_real_process_says_how_to_go_on(encoder, tmp_path):
         process.kill()
     said = (tmp_path / "stderr").read_text()
     assert process.exitcode == 130, said
-    assert said.strip().splitlines()[-1].startswith("ptv2-fast: stopped; the same command with --resume"), said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("ptv2-fast: stopped; to go on") and last.endswith(" --resume"), said
     assert "Traceback" not in said
+
+
+def test_the_command_that_ctrl_c_names_goes_on(encoder, tmp_path, monkeypatch):
+    asked = []
+
+    def stopped(*arguments, resume, **options):
+        asked.append(resume)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "fit", stopped)
+    data = toy_file(tmp_path, "SEQ_CLS", 8)
+    result = train(encoder, "SEQ_CLS", data, tmp_path / "out of it", "--overwrite")
+    for _ in range(2):
+        assert result.exit_code == 130, result.output
+        program, *words = shlex.split(result.stderr.partition("saved: ")[2])
+        assert program == "ptv2-fast"
+        result = run(*words)
+    assert asked == [False, True, True]

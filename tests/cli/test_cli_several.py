@@ -176,11 +176,17 @@ def test_a_batch_of_all_is_one_pass(everything):
     passes = []
     layer = members["chat"].model.backbone.layers[0].self_attn.q_proj
     hook = layer.register_forward_hook(lambda module, inputs, output: passes.append(output.shape[0]))
-    assert len(list(answers_of(members, typed_requests(members, TEXTS), max_new_tokens=3))) == len(TEXTS)
+    assert len(
+        list(
+            answers_of(
+                members, typed_requests({name: one.reader for name, one in members.items()}, TEXTS), max_new_tokens=3
+            )
+        )
+    ) == len(TEXTS)
     assert passes == [3 * len(TEXTS), len(TEXTS), len(TEXTS)]
     passes.clear()
     only = {name: members[name] for name in ("ner", "spam")}
-    list(answers_of(only, typed_requests(only, TEXTS)))
+    list(answers_of(only, typed_requests({name: one.reader for name, one in only.items()}, TEXTS)))
     hook.remove()
     assert passes == [2 * len(TEXTS)]
 

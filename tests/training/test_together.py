@@ -81,7 +81,14 @@ def assert_alike(found, expected, what: str) -> None:
 def test_each_answer_is_that_of_the_adapter_alone(base, batch_size, tmp_path):
     folder = saved_set(tmp_path / "set", BASES[base](tmp_path / "base"), NAMES)
     members = load_all(folder)
-    found = list(answers_of(members, typed_requests(members, TEXTS), batch_size=batch_size, max_new_tokens=12))
+    found = list(
+        answers_of(
+            members,
+            typed_requests({name: one.reader for name, one in members.items()}, TEXTS),
+            batch_size=batch_size,
+            max_new_tokens=12,
+        )
+    )
     for name in NAMES:
         assert_alike([record[name] for record in found], alone(folder, name), name)
     lengths = {len(record[name]["text"].split()) for record in found for name in ("chat", "poet")}
@@ -96,7 +103,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
     assert list(model.adapters) == ["spam", "choice", "chat"] and isinstance(members["chat"], LoadedAdapter)
     rows = ['{"text": "the film", "choices": ["was good", "was bad"], "adapter": "choice"}', "bob"]
     only = {name: members[name] for name in ("spam", "choice")}
-    requests = typed_requests({"choice": only["choice"]}, rows[:1])
+    requests = typed_requests({"choice": only["choice"].reader}, rows[:1])
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert len(list(answers_of(only, type(requests)(requests.rows, {**requests.examples, "spam": {}})))) == 1
     assert model.active_adapter == "spam" and model.task_type == "SEQ_CLS" and not model.training

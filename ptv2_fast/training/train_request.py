@@ -1,0 +1,90 @@
+"""What a training run is asked for: a model's name, data, settings; nothing is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptv2_fast.training.data import read_examples
+from ptv2_fast.training.labels import LabelSet
+from ptv2_fast.training.settings import FitSettings
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where examples come from: a file or a `datasets` name, with the columns and the split to read."""
+
+    path: str
+    split: str | None = None
+    text_column: tuple[str, ...] = ()
+    label_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+
+    def read(
+        self,
+        task_type: str,
+        labels: LabelSet | None = None,
+        *,
+        labelled: bool = True,
+        problem_type: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """The examples, checked; see `read_examples`."""
+        return read_examples(
+            self.path,
+            task_type,
+            text_column=self.text_column or None,
+            label_column=self.label_column,
+            prompt_column=self.prompt_column,
+            completion_column=self.completion_column,
+            split=self.split,
+            labels=labels,
+            labelled=labelled,
+            problem_type=problem_type,
+        )
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What a training run is asked for; all of it goes into settings.json.
+
+    Attributes:
+        model: a hub name, a folder or a .gguf file.
+        task_type: one of `TRAINED_TASKS`.
+        data, dev: training and development examples; without dev the last epoch is kept.
+        fit: how long and how fast.
+        num_virtual_tokens, injection, layers, init, reparameterization, prompt_dropout: of
+            PTuningV2Config; init None means "text", or "normal" with a reparameterization.
+        pooling: what a head with one vector for each row reads, and what SENTENCE_RETRIEVAL's vectors are; None means
+            "last" on decoders, on encoders "first" (SENTENCE_RETRIEVAL: "mean").
+        max_length: tokens of a row; None means the task's usual length.
+        doc_stride: tokens that windows of a context share.
+        dropout: of the base's hidden states; None keeps the base's own.
+        problem_type: what a SEQ_CLS head solves, as `HeadConfig` says it; None is one class for each row.
+
+    Raises:
+        ValueError: max_length or doc_stride is out of range.
+    """
+
+    model: str
+    task_type: str
+    data: DataSource
+    dev: DataSource | None = None
+    fit: FitSettings = field(default_factory=FitSettings)
+    num_virtual_tokens: int = 20
+    injection: str = "deep"
+    layers: tuple[int, ...] | None = None
+    init: str | None = None
+    reparameterization: int | None = None
+    prompt_dropout: float = 0.0
+    pooling: str | None = None
+    max_length: int | None = None
+    doc_stride: int = 128
+    dropout: float | None = None
+    problem_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_length", 1), ("doc_stride", 0)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**31:
+                raise ValueError(f"{name} must be at least {low} and below 2**31; got {value!r}")
