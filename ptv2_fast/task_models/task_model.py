@@ -13,6 +13,7 @@ from ptv2_fast.adapter import BASE_ROW, language_task
 from ptv2_fast.inputs.arguments import named_arguments
 from ptv2_fast.inputs.cache import with_cache_name
 from ptv2_fast.model import PTuningV2Model
+from ptv2_fast.prompts.learning_rate import watch_rate
 from ptv2_fast.task_models.mixed_generation import generate_mixed
 from ptv2_fast.task_models.mixed_rows import run_mixed
 from ptv2_fast.task_types import TASKS
@@ -83,9 +84,11 @@ class TaskModel(PTuningV2Model):
         return super()._batching(method)
 
     def train(self: M, mode: bool = True) -> M:
-        """As everywhere; training finds the memory free that captured decode steps have kept."""
+        """As everywhere; training finds the memory free that captured decode steps have kept. Its rate is looked at."""
         if mode and "_captured_decode" in self.__dict__:
             self.__dict__["_captured_decode"].forget()
+        if mode:
+            watch_rate(self)
         return super().train(mode)
 
     def _apply(self: M, *args: Any, **kwargs: Any) -> M:
