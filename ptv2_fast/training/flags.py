@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ptv2_fast.training.defaults import defaults_for
 from ptv2_fast.training.recipes import get_recipe
 from ptv2_fast.training.settings import FitSettings
 from ptv2_fast.training.train_request import DataSource, TrainRequest
@@ -65,9 +66,10 @@ def request_of(flags: dict[str, Any]) -> TrainRequest:
     dev = None
     if flags["dev"] is not None or flags["dev_split"] is not None:
         dev = replace(source_of(flags["dev"] or flags["data"], flags), split=flags["dev_split"])
+    usual = defaults_for(task_type, flags["injection"].value)
     fit = FitSettings(
-        learning_rate=value("lr", "learning_rate", 1e-2),
-        epochs=value("epochs", "epochs", 10),
+        learning_rate=value("lr", "learning_rate", usual.learning_rate),
+        epochs=value("epochs", "epochs", usual.epochs),
         batch_size=value("batch_size", "batch_size", 32),
         gradient_accumulation=flags["gradient_accumulation"],
         schedule=value("schedule", "lr_schedule", "linear"),
@@ -84,7 +86,7 @@ def request_of(flags: dict[str, Any]) -> TrainRequest:
         data=source_of(flags["data"], flags),
         dev=dev,
         fit=fit,
-        num_virtual_tokens=value("num_virtual_tokens", "num_virtual_tokens", 20),
+        num_virtual_tokens=value("num_virtual_tokens", "num_virtual_tokens", usual.num_virtual_tokens),
         injection=flags["injection"].value,
         layers=layers(flags["layers"]),
         init=flags["init"].value if flags["init"] is not None else None,

@@ -200,7 +200,7 @@ def _chosen_head(heads: Mapping[str, HeadConfig], head: str | None) -> HeadConfi
         return None
     if head is None and len(heads) == 1:
         return next(iter(heads.values()))
-    if head not in heads:
+    if head is None or head not in heads:
         raise ValueError(f"head must be one of {', '.join(heads)}; got {head!r}")
     return heads[head]
 

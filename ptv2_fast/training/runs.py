@@ -16,6 +16,7 @@ from ptv2_fast.training.bases import digest_of_weights, load_base
 from ptv2_fast.training.batches import PadCollator, length_of
 from ptv2_fast.training.checked import CheckedRun, check_run, config_of, heads_of, plain
 from ptv2_fast.training.curves import plot_curves
+from ptv2_fast.training.defaults import pooling_for
 from ptv2_fast.training.fit import Diverged, FitResult, fit
 from ptv2_fast.training.loading import load_trained as load_trained
 from ptv2_fast.training.run_folder import CURVES_NAME
@@ -160,7 +161,8 @@ def _usual_length(request: TrainRequest, base: Any) -> int:
 
 
 def _build(request: TrainRequest, base: Any, codec: TaskCodec, train: Sequence[Mapping[str, Any]]) -> PTuningV2Model:
-    pooling = request.pooling or ("last" if family_of(backbone_of(base)).causal else "first")
+    causal = family_of(backbone_of(base)).causal
+    pooling = request.pooling or pooling_for(request.task_type, causal=causal)
     config = config_of(request, heads_of(request, codec.labels, pooling))
     texts = starting_texts(train, request.num_virtual_tokens) if config.prompt_init == "text" else None
     return get_ptv2_model(base, config, tokenizer=codec.tokenizer if texts else None, init_text=texts)

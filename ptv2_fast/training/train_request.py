@@ -56,7 +56,7 @@ class TrainRequest:
         num_virtual_tokens, injection, layers, init, reparameterization, prompt_dropout: of
             PTuningV2Config; init None means "text", or "normal" with a reparameterization.
         pooling: what a head with one vector for each row reads, and what SENTENCE_RETRIEVAL's vectors are; None means
-            "last" on decoders, on encoders "first" (SENTENCE_RETRIEVAL: "mean").
+            "last" on decoders, on encoders "mean" (MULTIPLE_CHOICE: "first").
         max_length: tokens of a row; None means the task's usual length.
         doc_stride: tokens that windows of a context share.
         dropout: of the base's hidden states; None keeps the base's own.

@@ -204,7 +204,7 @@ def test_the_flags_reach_the_adapter(encoder, tmp_path, more):
     assert config["reparameterization"] == flags.get("--reparameterization")
     assert config["layers"] == ([0] if "--layers" in flags else None)
     assert config["prompt_dropout"] == float(flags.get("--prompt-dropout", 0))
-    assert config["heads"]["task"]["pooling"] == flags.get("--pooling", "first")
+    assert config["heads"]["task"]["pooling"] == flags.get("--pooling", "mean")
     assert settings["fit"]["schedule"] == flags.get("--schedule", "linear")
     assert settings["fit"]["gradient_accumulation"] == flags.get("--gradient-accumulation", 1)
 
@@ -419,10 +419,14 @@ def test_the_adapter_is_the_one_that_python_loads(trained, encoder):
     assert record["score"] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
 
 
-def test_help_does_not_load_transformers():
-    code = "import sys, ptv2_fast.cli; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+def test_public_names_are_listed_without_loading_transformers():
+    code = """
+import sys, ptv2_fast.cli, ptv2_fast.training
+print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))
+print(set(ptv2_fast.__all__) - set(dir(ptv2_fast)), set(ptv2_fast.training.__all__) - set(dir(ptv2_fast.training)))
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.split("\n") == ["[]", "set() set()", ""]
 
 
 def test_the_module_runs_as_a_command(tmp_path):
