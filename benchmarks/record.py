@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
+
+from ptv2_fast.storage.files import write_whole
 
 SCHEMA = 1
 # "running" is what a killed run leaves behind.
@@ -89,18 +89,8 @@ class ResultFile(Results):
 
 def write_json(path: Path, data: object) -> None:
     """Write JSON so that a reader sees the old file or the complete new one, nothing between."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(data, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def check_schema(data: dict) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptv2_fast.storage.files import write_whole
+
 # What transformers logs beside losses and metrics.
 _NOT_CURVES = ("step", "epoch", "learning_rate", "grad_norm", "total_flos", "num_input_tokens_seen")
+# What stands below the x axis.
+_AXES = {"step": "optimizer step", "epoch": "epoch", "record": "record"}
+# Points of which each is worth a mark.
+_FEW_POINTS = 30
 _NOT_CURVE_ENDINGS = ("runtime", "per_second", "_time")
 
 
@@ -38,7 +42,7 @@ def curves_of(
 
 
 def plot_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Draws losses in one panel and the other metrics in a second one, as a PNG.
+    """Draws losses in one panel and the scores on held-out rows in a second one, as a PNG.
 
     The file is written under a temporary name beside `path` and renamed, so that `path` is either
     the whole picture or what it was before.
@@ -55,31 +59,37 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     axis, curves = curves_of(history)
     if not curves:
         raise ValueError(f"history: expected losses or metrics; got {len(history)} records without")
     losses = {name: points for name, points in curves.items() if name.endswith("loss")}
-    metrics = {name: points for name, points in curves.items() if name not in losses}
-    panels = [(title, group) for title, group in (("loss", losses), ("metric", metrics)) if group]
+    scores = {name: points for name, points in curves.items() if name not in losses}
+    panels = [(*words, group) for *words, group in (("Loss", "loss", losses), ("Dev scores", "score", scores)) if group]
     figure = Figure(figsize=(6.0 * len(panels), 4.0), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for index, (title, group) in enumerate(panels, start=1):
+    for index, (title, unit, group) in enumerate(panels, start=1):
         panel = figure.add_subplot(1, len(panels), index)
         for name, points in group.items():
-            marker = "o" if len(points) < 30 else None
-            panel.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name)
-        panel.set(title=title, xlabel=axis)
+            marker = "o" if len(points) < _FEW_POINTS else None
+            panel.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=_named(name))
+        panel.set(title=title, xlabel=_AXES[axis], ylabel=unit)
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+        panel.margins(y=0.1)
         panel.grid(alpha=0.3)
         panel.legend()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
+
+    def draw(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
             canvas.print_png(file)  # savefig draws twice
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+
+    write_whole(path, draw)
     return path
+
+
+def _named(curve: str) -> str:
+    """A curve's name for a reader."""
+    return {"loss": "training", "eval_loss": "dev"}.get(curve, curve.removeprefix("eval_").replace("_", " "))

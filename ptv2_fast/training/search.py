@@ -241,11 +241,12 @@ def table(trials: Sequence[Trial], metric: str) -> str:
 
 
 def plot(trials: Sequence[Trial], metric: str, path: Path) -> None:
-    """Metric against learning rate as a PNG."""
+    """Metric against learning rate as a PNG; the first trial, the best one, has a ring."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.add_subplot()
     lengths = sorted({t.num_virtual_tokens for t in trials})
@@ -255,9 +256,20 @@ def plot(trials: Sequence[Trial], metric: str, path: Path) -> None:
         panel.scatter(
             *zip(*points, strict=True), marker=_MARKERS[kind[0]], color=colour, label=f"{kind[0]}, P {kind[1]}"
         )
-    panel.set(xscale="log", xlabel="learning rate", ylabel=f"dev {metric}")
+    best = trials[0]
+    panel.scatter([best.learning_rate], [best.score], s=140, facecolors="none", edgecolors="black", label="best")
+    count = f"{len(trials)} trial{'s' if len(trials) > 1 else ''}"
+    panel.set(title=f"Search: {count}", xscale="log", xlabel="learning rate (log scale)", ylabel=f"dev {metric}")
+    # Rates seldom span more than two decades: a mark at 1, 2 and 5 of each, and no words between.
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    low, high = (pick(t.learning_rate for t in trials) for pick in (min, max))
+    beside = max(1.2, 2 / math.sqrt(high / low))  # a factor of 4 in all, at least
+    panel.set_xlim(low / beside, high * beside)
+    panel.margins(y=0.1)
     panel.grid(alpha=0.3)
-    panel.legend()
+    figure.legend(loc="outside right upper")
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
