@@ -12,6 +12,7 @@ from ptv2_fast.storage.names import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.task_types import SINGLE_LABEL
 from ptv2_fast.training.described import config_in, read_description
 from ptv2_fast.training.locating import check_base, locate, not_loaded
+from ptv2_fast.training.plain_configs import plain_facts, stored_parameters
 from ptv2_fast.training.shell import quiet
 
 
@@ -70,8 +71,23 @@ def _tensor_sizes(path: Path) -> dict[str, int]:
 
 
 def _model_facts(name: str) -> dict[str, Any]:
+    """What prompts for a model cost; the parameters that its files hold, or those of the backbone."""
     source, options = locate(name)
     check_base(name)
+    plain = None if options else plain_facts(Path(source))
+    if plain is None:
+        facts, counted = _built_facts(name, source, options)
+    else:
+        facts, counted = plain, {"stored_parameters": stored_parameters(Path(source))}
+    embedding = facts.pop("embedding_size")
+    keys_and_values = 2 * facts["num_layers"] * facts["num_kv_heads"] * facts["head_dim"]
+    cost = {"deep": facts["num_layers"] * facts["hidden_size"], "shallow": embedding, "prefix": keys_and_values}
+    known = {key: value for key, value in counted.items() if value is not None}
+    return {"model": name, **facts, **known, "parameters_per_virtual_token": cost}
+
+
+def _built_facts(name: str, source: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of any model, which is built without its weights."""
     quiet()
     import torch
     from transformers import AutoConfig, AutoModel
@@ -84,11 +100,8 @@ def _model_facts(name: str) -> dict[str, Any]:
             backbone = AutoModel.from_config(config)
     except Exception as error:  # a damaged file makes transformers and its parts raise anything
         raise not_loaded(name, error) from error
-    family = family_of(backbone)
-    sizes = sizes_of(backbone)
-    row = sizes.num_layers * sizes.hidden_size
-    return {
-        "model": name,
+    family, sizes = family_of(backbone), sizes_of(backbone)
+    facts = {
         "model_type": config.model_type,
         "reads": family.reads,
         "causal": family.causal,
@@ -97,10 +110,6 @@ def _model_facts(name: str) -> dict[str, Any]:
         "num_heads": sizes.num_heads,
         "num_kv_heads": sizes.num_kv_heads,
         "head_dim": sizes.head_dim,
-        "backbone_parameters": sum(p.numel() for p in backbone.parameters()),
-        "parameters_per_virtual_token": {
-            "deep": row,
-            "shallow": sizes.hidden_size,
-            "prefix": 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim,
-        },
+        "embedding_size": sizes.embedding_size,
     }
+    return facts, {"backbone_parameters": sum(p.numel() for p in backbone.parameters())}
