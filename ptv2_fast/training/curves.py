@@ -66,7 +66,7 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         raise ValueError(f"history: expected losses or metrics; got {len(history)} records without")
     losses = {name: points for name, points in curves.items() if name.endswith("loss")}
     scores = {name: points for name, points in curves.items() if name not in losses}
-    panels = [(*words, group) for *words, group in (("Loss", "loss", losses), ("Dev scores", "score", scores)) if group]
+    panels = [panel for panel in (("Loss", "loss", losses), ("Dev scores", "score", scores)) if panel[2]]
     figure = Figure(figsize=(6.0 * len(panels), 4.0), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for index, (title, unit, group) in enumerate(panels, start=1):

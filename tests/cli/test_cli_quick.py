@@ -48,7 +48,7 @@ def lines_in(place: Path) -> list[tuple[int, str, list[object]]]:
         (0, "ptv2-fast 0", ["--version"]),
         *((0, "--help", [command, "--help"]) for command in ("train", "search", "eval", "predict", "export", "info")),
         (0, '"num_virtual_tokens": 3', ["info", one, "--json"]),
-        (0, '"stored_parameters": 20', ["info", place / "base", "--json"]),
+        (0, '"stored_parameters": 19', ["info", place / "base", "--json"]),
         (2, "must be a model folder", ["info", place / "nowhere" / "adapter"]),
         (2, "No such option: --sped", [*train, "--data", data, "--sped", "3"]),
         (2, "is not one of", [*train, "--data", data, "--injection", "sideways"]),
