@@ -103,6 +103,8 @@ def test_predict_classes_in_every_way_of_asking(trained, tmp_path):
     right = sum(record["label"] == example["label"] for record, example in zip(records, examples, strict=True))
     assert right / 16 == json.loads((folder / "metrics.json").read_text())["dev"]["accuracy"] > 0.5
     assert all(0.5 <= record["score"] <= 1 for record in records)
+    for record in records:
+        assert record["scores"][record["label"]] == record["score"] == max(record["scores"].values())
     assert run("predict", folder, "--json", stdin="\n".join(texts) + "\n\n").stdout == as_arguments.stdout
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(texts) + "\n")
@@ -120,6 +122,9 @@ def test_predict_tags_words_and_signs(trained):
     assert record["tags"] == [row[1] for row in rows]
     tagged = [token for token, tag in zip(record["tokens"], record["tags"], strict=True) if tag != "O"]
     assert [entity["text"] for entity in record["entities"]] == tagged != []
+    for entity in record["entities"]:
+        assert "Anna saw Paris."[entity["start"] : entity["end"]] == entity["text"]
+        assert entity["label"] in ("PER", "LOC") and 0 < entity["score"] <= 1
 
 
 def test_predict_answers(trained, tmp_path):
@@ -127,7 +132,7 @@ def test_predict_answers(trained, tmp_path):
     context = "the film saw anna very"
     asked = run("predict", folder, "who is ?", "--context", context, "--json")
     record = json.loads(asked.stdout)
-    assert record["answer"] and record["answer"] in context
+    assert record["answer"] == context[record["start"] : record["end"]] != ""
     line = json.dumps({"question": "who is ?", "context": context})
     assert json.loads(run("predict", folder, "--json", stdin=line).stdout)["answer"] == record["answer"]
     refused(run("predict", folder, "who is ?"), "text, line 1", "context")
