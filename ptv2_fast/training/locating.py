@@ -41,8 +41,8 @@ def check_base(name: str | Path) -> None:
         values = json.loads(config.read_bytes())
     except (ValueError, RecursionError) as error:
         raise not_loaded(name, ValueError(f"{config} is not JSON: {error}")) from error
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise not_loaded(name, ValueError(f"{config} must say which model it is of (model_type)"))
+    if not isinstance(values, dict):
+        raise not_loaded(name, ValueError(f"{config} must hold a JSON object; got {type(values).__name__}"))
 
 
 def not_loaded(name: str | Path, error: Exception) -> ValueError:
