@@ -92,12 +92,17 @@ class Schedule(str, Enum):
 
 _DEEP, _KEYS_AND_VALUES = Injection("deep"), Content("kv")
 ModelOption = Annotated[str | None, typer.Option(help="Hub name, folder, or .gguf file.", metavar="NAME_OR_PATH")]
-DataOption = Annotated[str, typer.Option(help="CSV, TSV, JSON(L), CoNLL or text file; or a `datasets` name.")]
-SplitOption = Annotated[str | None, typer.Option(help="Split of a `datasets` name.")]
+DataOption = Annotated[str, typer.Option(help="File, folder of files, or a `datasets` name; see docs/data.md.")]
+SplitOption = Annotated[str | None, typer.Option(help="Split of a folder or a `datasets` name.")]
 TextColumns = Annotated[list[str] | None, typer.Option("--text-column", help="Twice for pairs; a number (no header).")]
-LabelColumn = Annotated[str | None, typer.Option(help="Column with the label or the tags.")]
+LabelColumn = Annotated[list[str] | None, typer.Option(help="Label or tags; twice or more: columns of 0 and 1.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column to go on from (CAUSAL_LM).")]
 CompletionColumn = Annotated[str | None, typer.Option(help="Column to go on with (CAUSAL_LM).")]
+FormatOption = Annotated[str | None, typer.Option("--format", help="Of a file, where its suffix does not say it.")]
+SchemeOption = Annotated[str | None, typer.Option(help="Of tags: BIO, IOB1, BIOES, BILUO, BMES, BMEWO, IO or plain.")]
+NamesOption = Annotated[
+    str | None, typer.Option(help="Of labels that are numbers: a,b,c, or a file with a name a line.")
+]
 ProblemOption = Annotated[Problem | None, typer.Option(help="What a SEQ_CLS head solves; one class if not given.")]
 LengthOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of a row.")]
 AdapterArgument = Annotated[str, typer.Argument(help="Folder of a trained adapter, or of several.")]
@@ -141,6 +146,9 @@ def train(
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    format: FormatOption = None,
+    tag_scheme: SchemeOption = None,
+    label_names: NamesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew in --output.")] = False,
 ) -> None:
@@ -182,6 +190,9 @@ def search(
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    format: FormatOption = None,
+    tag_scheme: SchemeOption = None,
+    label_names: NamesOption = None,
 ) -> None:
     """Search P, learning rate and injection by the dev metric; leave a table, a plot and the best run."""
     asked = {name: value for name, value in locals().items() if name in _SHARED_WITH_TRAIN}
@@ -211,6 +222,9 @@ def evaluate_adapter(
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    format: FormatOption = None,
+    tag_scheme: SchemeOption = None,
+    label_names: NamesOption = None,
     max_length: LengthOption = None,
     batch_size: BatchOption = 32,
     head: HeadOption = None,
@@ -246,6 +260,7 @@ def predict(
     text_column: TextColumns = None,
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
+    format: FormatOption = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of generated text [64].")] = None,
     candidates: Annotated[str | None, typer.Option(help="File of texts to rank (SENTENCE_RETRIEVAL).")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Of the candidates for each text [10].")] = None,
@@ -323,7 +338,7 @@ def info(
 # Flags of `search` that mean what they mean in `train`, and what `train` has where `search` has no flag.
 _SHARED_WITH_TRAIN = (
     "data", "dev", "model", "task", "recipe", "problem_type", "epochs", "batch_size", "max_length", "seed", "bf16",
-    "text_column", "label_column", "prompt_column", "completion_column",
+    "text_column", "label_column", "prompt_column", "completion_column", "format", "tag_scheme", "label_names",
 )  # fmt: skip
 _TRAIN_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(inspect.signature(train).parameters),

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ptv2_fast.training.data.examples import check_text
+from ptv2_fast.training.data.tasks import reading_task
+from ptv2_fast.training.data.words import words_of as words_of
 from ptv2_fast.training.decoding import Asked
-from ptv2_fast.training.examples import check_text
 from ptv2_fast.training.loading import LoadedAdapter
 from ptv2_fast.training.predict import predict
 from ptv2_fast.training.tasks import BY_PREDICTION, training_task
 from ptv2_fast.training.texts import entities_of as entities_of
-from ptv2_fast.training.texts import words_of as words_of
 
 
 def examples_of(
@@ -34,8 +35,9 @@ def examples_of(
             examples.append(task.typed(check_text(place, line), place, number, context))
     if not examples:
         raise ValueError(f"{where}: expected at least one line with text; got none")
-    if task.check is not None:
-        task.check(where, examples, [], None)
+    check = reading_task(task_type).check
+    if check is not None:
+        check(where, examples, [], None)
     return examples
 
 

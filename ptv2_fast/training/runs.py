@@ -17,9 +17,11 @@ from ptv2_fast.families.registry import family_of
 from ptv2_fast.task_types import SINGLE_LABEL
 from ptv2_fast.training.bases import digest_of_weights, load_base
 from ptv2_fast.training.batches import PadCollator, length_of
+from ptv2_fast.training.chat import is_chat
 from ptv2_fast.training.curves import plot_curves
-from ptv2_fast.training.data import LabelSet, read_examples
+from ptv2_fast.training.data.source import DataSource as DataSource
 from ptv2_fast.training.fit import Diverged, FitResult, FitSettings, fit
+from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.loading import load_trained as load_trained
 from ptv2_fast.training.run_folder import CURVES_NAME, RunFolder, digest_of
 from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec, starting_texts
@@ -27,40 +29,6 @@ from ptv2_fast.training.tasks import task_row
 
 # What the outputs of heads are called that have no classes.
 _OUTPUTS = {"answer": ("start", "end"), "number": ("value",), "choice": ("score",)}
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where examples come from: a file or a `datasets` name, with the columns and the split to read."""
-
-    path: str
-    split: str | None = None
-    text_column: tuple[str, ...] = ()
-    label_column: str | None = None
-    prompt_column: str | None = None
-    completion_column: str | None = None
-
-    def read(
-        self,
-        task_type: str,
-        labels: LabelSet | None = None,
-        *,
-        labelled: bool = True,
-        problem_type: str | None = None,
-    ) -> list[dict[str, Any]]:
-        """The examples, checked; see `read_examples`."""
-        return read_examples(
-            self.path,
-            task_type,
-            text_column=self.text_column or None,
-            label_column=self.label_column,
-            prompt_column=self.prompt_column,
-            completion_column=self.completion_column,
-            split=self.split,
-            labels=labels,
-            labelled=labelled,
-            problem_type=problem_type,
-        )
 
 
 @dataclass(frozen=True)
@@ -174,6 +142,7 @@ class PreparedRun:
             "no_answer": self.codec.no_answer,
             "row_length": self.codec.max_length,
             "reads": sorted(self.train[0]),
+            "chat": is_chat(self.train[0]),
         }
         self.folder.finish(self.model.save_pretrained, {**_plain(self.request), **found}, metrics)
         plot_curves(result.history, self.folder.path / CURVES_NAME)
