@@ -1,4 +1,4 @@
-"""The command line: ptv2-fast train | search | eval | predict | export | info.
+"""The command line: ptv2-fast data | train | search | eval | predict | export | info.
 
 Errors are one line on standard error; bad input has exit code 2, before anything is written. Everything
 heavy is imported inside the commands, so that help is instant.
@@ -292,6 +292,36 @@ def predict(
         return
     for record in records(adapter, next(iter(names), None), asked):
         typer.echo(plain_json(record) if as_json else line_of(record))
+
+
+@app.command("data")
+def show_data(
+    path: Annotated[str, typer.Argument(help="File, folder of files, or a `datasets` name.")],
+    dev: Annotated[str | None, typer.Option(help="Development data, compared with it.")] = None,
+    task: Annotated[Task | None, typer.Option(help="What it is for; guessed if not given.")] = None,
+    problem_type: ProblemOption = None,
+    split: SplitOption = None,
+    dev_split: Annotated[str | None, typer.Option(help="Split for --dev.")] = None,
+    text_column: TextColumns = None,
+    label_column: LabelColumn = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    format: FormatOption = None,
+    tag_scheme: SchemeOption = None,
+    label_names: NamesOption = None,
+    model: Annotated[str | None, typer.Option(help="Folder with a tokenizer.json, to count tokens.")] = None,
+    to: Annotated[Path | None, typer.Option(help="File to write: .jsonl, .csv, .conll or .parquet.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What was understood of data, and what looks wrong in it, before anything is trained; no model is loaded."""
+    flags = dict(locals())
+    from ptv2_fast.training.data.shown import facts_of_data, lines_of_facts
+    from ptv2_fast.training.flags import source_of
+
+    held_out = None if dev is None else source_of(dev, {**flags, "split": dev_split})
+    options = {"task": task and task.value, "problem_type": problem_type and problem_type.value}
+    facts = facts_of_data(source_of(path, flags), held_out, **options, tokenizer=model, to=to)
+    typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else "\n".join(lines_of_facts(facts)))
 
 
 @app.command()

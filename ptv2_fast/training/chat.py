@@ -95,8 +95,7 @@ def encode_chat(example: Mapping[str, Any], tokenizer: Any, where: str) -> list[
     """
     rows = []
     for text, places in learned_texts(example, tokenizer, where):
-        # The template has written what begins a text already.
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoding = tokenizer(text, add_special_tokens=_adds_specials(tokenizer), return_offsets_mapping=True)
         ids = list(encoding["input_ids"])
         labels, ended = [], False
         for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True):
@@ -120,4 +119,10 @@ def prompt_inputs(prompt: Any, tokenizer: Any, *, chats: bool, **options: Any) -
     if isinstance(prompt, str) and not chats:
         return tokenizer(prompt, **options)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer(rendered(messages, tokenizer, "prompt", asking=True), add_special_tokens=False, **options)
+    text = rendered(messages, tokenizer, "prompt", asking=True)
+    return tokenizer(text, add_special_tokens=_adds_specials(tokenizer), **options)
+
+
+def _adds_specials(tokenizer: Any) -> bool:
+    """Whether the tokens that begin a text are still missing: a template has written them already."""
+    return not tokenizer.chat_template

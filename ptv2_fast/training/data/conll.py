@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from ptv2_fast.training.data.conllu import COLUMNS as CONLLU_COLUMNS
 from ptv2_fast.training.data.rows import Row, lines_of, read_text, suffix_of
 from ptv2_fast.training.data.tags import TAG
 
@@ -119,6 +120,7 @@ def _refuse_counted(path: Path, sentences: Sequence[_Sentence], width: int, tagg
         raise ValueError(
             f"{path}, line {sentences[0][0].number}: the first of {width} columns counts the tokens; name the columns"
             f" by their numbers, as in {option} (text_column, label_column)"
+            + ("; --format conllu (format) reads CoNLL-U" if width == len(CONLLU_COLUMNS) else "")
         )
 
 

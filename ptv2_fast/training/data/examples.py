@@ -13,6 +13,8 @@ from ptv2_fast.training.labels import LabelSet, differing_by_case, same_spelled_
 
 # Up to so many classes may have an example each without a word.
 _FEW_CLASSES = 20
+# What programs write for a cell that was empty.
+_MISSING = ("nan", "null", "<na>", "#n/a")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,13 @@ def class_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -
     if "label" not in roles:
         return example
     label = value_of(row, roles["label"])
+    if isinstance(label, list) and len(label) == 1:
+        label = label[0]
+    if isinstance(label, list) and len(label) > 1:
+        raise ValueError(
+            f"{row.where}: expected one label in {roles['label']!r}; got {label!r}; --problem-type"
+            " multi_label_classification (problem_type) reads several"
+        )
     if isinstance(label, str):
         label = check_text(row.where, label).strip()
     if not isinstance(label, str | int) or label == "":
@@ -174,6 +183,9 @@ def check_classes(
 ) -> None:
     """Refuse a class that is spelled in two ways; note what looks odd about the classes."""
     found = {example["label"] for example in examples if "label" in example}
+    missing = [label for label in sorted(found) if label.lower() in _MISSING]
+    if missing and labels is None:
+        notes.append(f"{name}: a class is called {missing[0]!r}; is that a label, or a cell that was empty?")
     refuse_two_spellings(name, found, notes)
     if labels is None and len(found) > max(_FEW_CLASSES, len(examples) / 2):
         some = ", ".join(sorted(found)[:3])

@@ -12,13 +12,13 @@ def is_task(values: Mapping[str, Any]) -> bool:
 
 
 def task_values(where: str, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A task's columns: "text" with "spans" or with "labels" (choices), and what else it was imported with.
+    """A task's columns: what it was imported with, a single text as "text", and "spans" or "labels" (choices).
 
     Returns:
         None where nobody has submitted an annotation.
 
     Raises:
-        ValueError: the text cannot be told, or two annotators disagree.
+        ValueError: an annotation is no list of spans or choices, or two annotators disagree.
     """
     given = values.get("annotations", values.get("completions"))
     if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
@@ -26,27 +26,19 @@ def task_values(where: str, values: Mapping[str, Any]) -> dict[str, Any] | None:
     done = [one for one in given if not one.get("was_cancelled") and not one.get("skipped")]
     if not done:
         return None
-    name = _text_name(where, values["data"])
-    text = values["data"][name]
-    found = [_marked(where, text, one.get("result")) for one in done]
+    found = [_marked(where, one.get("result")) for one in done]
     if any(other != found[0] for other in found[1:]):
         raise ValueError(
             f"{where}: {len(found)} annotations of one text differ; keep one of each task in the export's 'annotations'"
         )
-    others = {key: value for key, value in values["data"].items() if key != name}
-    return {"text": text, **others, **found[0]}
-
-
-def _text_name(where: str, data: Mapping[str, Any]) -> str:
+    data = values["data"]
     texts = [name for name, value in data.items() if isinstance(value, str)]
-    if "text" in texts:
-        return "text"
-    if len(texts) != 1:
-        raise ValueError(f"{where}: expected the text in 'data' as 'text', or as its only text; it has {list(data)}")
-    return texts[0]
+    # Whatever it was called there, a single text is the text.
+    named = {"text" if [name] == texts else name: value for name, value in data.items()}
+    return {**named, **found[0]}
 
 
-def _marked(where: str, text: str, result: Any) -> dict[str, Any]:
+def _marked(where: str, result: Any) -> dict[str, Any]:
     """What one annotation says: {"spans"}, sorted, or {"labels"}."""
     if not isinstance(result, list):
         raise ValueError(f"{where}: expected a list as an annotation's 'result'; got {result!r}")

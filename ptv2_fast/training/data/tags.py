@@ -183,6 +183,12 @@ def to_entities(tags: Sequence[str], scheme: Scheme) -> tuple[list[str], list[in
     return found, wrong
 
 
+def look_like_iob(tags: Collection[str]) -> bool:
+    """Whether tags say where entities begin and end, at first sight: O and a letter in front of each type."""
+    inside = [tag for tag in tags if tag not in _OUTSIDE]
+    return bool(inside) and all(map(_in_front, inside))
+
+
 def stray_insides(tags: Sequence[str]) -> list[int]:
     """Where an I-x follows no B-x or I-x of its type: in IOB1 an entity begins there, in IOB2 nothing does."""
     before = ("O", *tags)
