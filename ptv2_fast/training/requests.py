@@ -77,7 +77,7 @@ def read_requests(members: Mapping[str, LoadedAdapter], path: str, flags: Mappin
 def _wanted(member: LoadedAdapter, path: str, flags: Mapping[str, Any]) -> Wanted:
     """The columns that an adapter's task reads of a file."""
     task = _reading(member)
-    has = {"text_column": task.most_texts > 0, "split": True, **dict.fromkeys(task.options, True)}
+    has = {"text_column": task.most_texts > 0, "split": True, "format": True, **dict.fromkeys(task.options, True)}
     source = source_of(path, {name: value for name, value in flags.items() if has.get(name)}, member.columns)
     asked = Source(path, member.codec.task_type, member.codec.problem_type, labelled=False)
     return asked.wanted(source.text_column, source.label_column, source.prompt_column, source.completion_column)

@@ -16,6 +16,7 @@ _SPLITS = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "devel": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
+_ORDER = tuple(dict.fromkeys(_SPLITS.values()))
 # Files that stand beside data and are none.
 _ABOUT = ("readme", "license", "dataset_info", "dataset_dict", "state")
 
@@ -100,7 +101,7 @@ def file_parts(folder: Path, suffixes: Collection[str]) -> dict[str, list[Path]]
         raise ValueError(
             f"{folder}: expected train, dev or test in the name of every data file, or of none; {some} has no such name"
         )
-    return {"train": unnamed} if unnamed else splits
+    return {"train": unnamed} if unnamed else dict(sorted(splits.items(), key=lambda part: _ORDER.index(part[0])))
 
 
 def _is_data(path: Path) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 from ptv2_fast.task_types import TRAINED_TASKS
 from ptv2_fast.training.data.columns import Table, Wanted
-from ptv2_fast.training.data.formats import Reading, chosen_split, is_conll, splits_in
+from ptv2_fast.training.data.folders import file_parts, saved_parts
+from ptv2_fast.training.data.formats import FORMATS, Reading, chosen_split, is_conll, splits_in
 from ptv2_fast.training.data.read import Source
 from ptv2_fast.training.data.rows import Row, lines_of, read_text, suffix_of
 from ptv2_fast.training.data.tags import look_like_iob
@@ -44,12 +45,12 @@ def guess_task(
         FileNotFoundError: there is nothing of that name.
         ValueError: no task has such columns; the message has what each lacks.
     """
-    path = Path(place)
-    if is_conll(str(place), format) or (path.is_file() and format is None and _is_tagged(path)):
+    file = _first_file(Path(place))
+    if is_conll(str(file), format) or (format is None and _is_tagged(file)):
         return Guess("TOKEN_CLS", None, "a token a line with its tag")
     rows = _rows(place, named, split, format)
-    failed = {}
-    fitting = {}
+    failed: dict[str, str] = {}
+    fitting: dict[str, tuple[str | None, dict[str, str]]] = {}
     for task in _ORDER:
         for problem in (None, "multi_label_classification", "regression") if task == "SEQ_CLS" else (None,):
             try:
@@ -62,13 +63,22 @@ def guess_task(
     if not fitting:
         reasons = "; ".join(f"{task}: {reason}" for task, reason in failed.items())
         raise ValueError(f"{place}: no task reads these columns; --task says which one is meant. {reasons}")
-    chat = next((name for name in ("messages", "instruction") if name in fitting.get("CAUSAL_LM", (0, {}))[1]), None)
-    task = "CAUSAL_LM" if chat is not None and "SEQ_CLS" in fitting and len(fitting) == 2 else next(iter(fitting))
+    task = next(iter(fitting))
+    if task == "SEQ_CLS" and "CAUSAL_LM" in fitting and {"messages", "instruction"} & set(fitting["CAUSAL_LM"][1]):
+        task = "CAUSAL_LM"
     problem, roles = fitting[task]
     if task == "SEQ_CLS" and problem is None:
         problem = _problem(rows, roles["label"])
     because = "the columns " + ", ".join(dict.fromkeys(map(repr, roles.values())))
     return Guess(task, problem, because, tuple(name for name in fitting if name != task))
+
+
+def _first_file(place: Path) -> Path:
+    """A file itself, the first data file of a folder of such, else what it is."""
+    if not place.is_dir() or saved_parts(place) is not None:
+        return place
+    suffixes = [suffix for kind in FORMATS.values() for suffix in kind.suffixes]
+    return next(iter(file_parts(place, suffixes).values()))[0]
 
 
 def _rows(place: str | Path, named: dict[str, Any], split: str | None, format: str | None) -> list[Row]:
@@ -87,7 +97,7 @@ def _rows(place: str | Path, named: dict[str, Any], split: str | None, format: s
 
 def _is_tagged(path: Path) -> bool:
     """Whether a `.txt` or `.tsv` has a word and its IOB tag in each of its first lines."""
-    if suffix_of(path) not in (".txt", ".tsv"):
+    if not path.is_file() or suffix_of(path) not in (".txt", ".tsv"):
         return False
     lines = [line.split() for _, line in lines_of(path, read_text(path))][:_LINES]
     words = [cells for cells in lines if cells and cells[0] != "-DOCSTART-" and not cells[0].startswith("#")]

@@ -50,7 +50,7 @@ def facts_of_data(
         FileNotFoundError, ValueError: nothing of it can be read, or it cannot be written.
     """
     count = None if tokenizer is None else _token_counter(tokenizer)
-    columns = {
+    columns: dict[str, Any] = {
         "texts": source.text_column or None,
         "label": source.label_column,
         "prompt": source.prompt_column,
@@ -68,9 +68,10 @@ def facts_of_data(
         reads.check(given)
         kind, roles, found = read_parts(Asked(reads, reads.wanted(**columns), given), one.split, notes)
         default = "data" if dev is None else ("train" if one is source else "dev")
-        parts |= {default if name is None else f"{name} of {one.path}" if name in parts else name: part
-                  for name, part in found.items()}  # fmt: skip
-    facts = {"place": source.path, "format": kind, "task": task, "problem_type": problem_type}
+        for name, part in found.items():
+            called = default if name is None else name
+            parts[f"{called} of {one.path}" if called in parts else called] = part
+    facts: dict[str, Any] = {"place": source.path, "format": kind, "task": task, "problem_type": problem_type}
     facts |= {"guess": None if guess is None else _guess(guess), "columns": roles, "notes": notes}
     facts["splits"] = {name: _facts(part, count) for name, part in parts.items()}
     first, *others = parts

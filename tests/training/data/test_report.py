@@ -55,6 +55,14 @@ def test_a_task_is_guessed_with_its_reason(tmp_path, name, content, task, proble
     assert (facts["task"], facts["problem_type"]) == (task, problem) and facts["guess"]["because"]
 
 
+def test_a_folder_of_tagged_words_is_looked_into(tmp_path):
+    for name in ("train.txt", "dev.txt"):
+        write(tmp_path, name, "Anna B-PER\nsings O\n")
+    facts = facts_of_data(DataSource(str(tmp_path)))
+    assert facts["task"] == "TOKEN_CLS" and list(facts["splits"]) == ["train", "validation"]
+    assert facts["in_both"]["train and validation"]["rows"] == 1
+
+
 def test_what_fits_no_task_says_what_each_lacks(tmp_path):
     path = write(tmp_path, "a.jsonl", [{"a": 1, "b": 2}])
     with pytest.raises(ValueError, match=r"--task says.*TOKEN_CLS: .*SEQ_CLS: .*CAUSAL_LM: "):
