@@ -25,8 +25,8 @@ _BEGINS, _GOES_ON = "BSUW", "IM"
 _OUTSIDE = ("O", "o", "0")
 # The type of entities whose tags name none.
 UNNAMED = "SPAN"
-_IN_FRONT = re.compile(r"([BIESLUMWbieslumw])[-_](\S.*)")
-_BEHIND = re.compile(r"(\S.*)[-_]([BIESLUMW])")
+_IN_FRONT = re.compile(r"([BIESLUMWbieslumw])[-_](\S+)")
+_BEHIND = re.compile(r"(\S+)[-_]([BIESLUMW])")
 _WITHOUT_TYPE = re.compile(r"[BIESLUMW][-_]?")
 
 
@@ -76,6 +76,9 @@ def scheme_of(sentences: Collection[Sequence[str]], named: str | None = None, *,
     if named == "plain":
         return Scheme("plain", {})
     if named == "IO":
+        odd = next((tag for tag in found if len(tag.split()) != 1), None)
+        if odd is not None:
+            raise UnclearTags(odd, f"expected a tag without blanks; got {odd!r}")
         return Scheme("IO", {tag: ("O", "") if tag in _OUTSIDE else ("I", tag) for tag in found})
     parts = _parts(found)
     if parts is None:

@@ -55,6 +55,14 @@ def test_unclear_tags_are_refused(tmp_path, tags, parts):
     assert not [part for part in parts if part not in str(caught.value)], caught.value
 
 
+@pytest.mark.parametrize("options", [{}, {"tag_scheme": "IO"}])
+def test_a_type_has_no_blanks(tmp_path, options):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"tokens": ["a", "b"], "tags": ["B-new york", "O"]}')
+    with pytest.raises(ValueError, match="line 1, token 1: expected .*'B-new york'"):
+        read_examples(path, "TOKEN_CLS", **options)
+
+
 def test_the_caller_decides_what_cannot_be_told(tmp_path):
     path = write(tmp_path, "O PER PER LOC O".split())
     entities = read_examples(path, "TOKEN_CLS", tag_scheme="IO")
