@@ -14,10 +14,11 @@ from ptv2_fast.training.data.formats import FORMATS, Reading, chosen_split, is_c
 from ptv2_fast.training.data.read import Source
 from ptv2_fast.training.data.rows import Row, lines_of, read_text, suffix_of
 from ptv2_fast.training.data.tags import look_like_iob
-from ptv2_fast.training.data.tasks import reading_task
+from ptv2_fast.training.data.tasks import reading_task, task_row
 
-# The more a task's columns say, the earlier it is tried.
-_ORDER = ("TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "SENTENCE_RETRIEVAL", "SEQ_CLS", "CAUSAL_LM")
+# What tasks predict: the more their columns say, the earlier they are tried.
+_SAYING_MOST = ("tags", "answer", "choice", "embedding", "class", "text")
+_ORDER = sorted(TRAINED_TASKS, key=lambda task: _SAYING_MOST.index(str(task_row(task).predicts)))
 _LINES = 200  # looked at in a file that may be of tagged words
 
 
