@@ -1,4 +1,4 @@
-"""The command line: ptv2-fast train | search | eval | predict | export | info.
+"""The command line: ptv2-fast data | train | search | eval | predict | export | info.
 
 Errors are one line on standard error; bad input has exit code 2, before anything is written. Everything
 heavy is imported inside the commands, so that help is instant.
@@ -93,12 +93,17 @@ class Schedule(str, Enum):
 
 _DEEP, _KEYS_AND_VALUES = Injection("deep"), Content("kv")
 ModelOption = Annotated[str | None, typer.Option(help="Hub name, folder, or .gguf file.", metavar="NAME_OR_PATH")]
-DataOption = Annotated[str, typer.Option(help="CSV, TSV, JSON(L), CoNLL or text file; or a `datasets` name.")]
-SplitOption = Annotated[str | None, typer.Option(help="Split of a `datasets` name.")]
+DataOption = Annotated[str, typer.Option(help="File, folder of files, or a `datasets` name; see docs/data.md.")]
+SplitOption = Annotated[str | None, typer.Option(help="Split of a folder or a `datasets` name.")]
 TextColumns = Annotated[list[str] | None, typer.Option("--text-column", help="Twice for pairs; a number (no header).")]
-LabelColumn = Annotated[str | None, typer.Option(help="Column with the label or the tags.")]
+LabelColumn = Annotated[list[str] | None, typer.Option(help="Label or tags; twice or more: columns of 0 and 1.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column to go on from (CAUSAL_LM).")]
 CompletionColumn = Annotated[str | None, typer.Option(help="Column to go on with (CAUSAL_LM).")]
+FormatOption = Annotated[str | None, typer.Option("--format", help="Of a file, where its suffix does not say it.")]
+SchemeOption = Annotated[str | None, typer.Option(help="Of tags: BIO, IOB1, BIOES, BILUO, BMES, BMEWO, IO or plain.")]
+NamesOption = Annotated[
+    str | None, typer.Option(help="Of labels that are numbers: a,b,c, or a file with a name a line.")
+]
 ProblemOption = Annotated[Problem | None, typer.Option(help="What a SEQ_CLS head solves; one class if not given.")]
 LengthOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of a row.")]
 AdapterArgument = Annotated[str, typer.Argument(help="Folder of a trained adapter, or of several.")]
@@ -162,6 +167,9 @@ def train(
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    format: FormatOption = None,
+    tag_scheme: SchemeOption = None,
+    label_names: NamesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew in --output.")] = False,
     device: DeviceOption = None,
@@ -212,6 +220,9 @@ def search(
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    format: FormatOption = None,
+    tag_scheme: SchemeOption = None,
+    label_names: NamesOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Search P, learning rate and injection by the dev metric; leave a table, a plot and the best run."""
@@ -244,6 +255,9 @@ def evaluate_adapter(
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    format: FormatOption = None,
+    tag_scheme: SchemeOption = None,
+    label_names: NamesOption = None,
     max_length: LengthOption = None,
     batch_size: BatchOption = 32,
     head: HeadOption = None,
@@ -272,6 +286,7 @@ def predict(
     text_column: TextColumns = None,
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
+    format: FormatOption = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of generated text [64].")] = None,
     candidates: Annotated[str | None, typer.Option(help="File of texts to rank (SENTENCE_RETRIEVAL).")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Of the candidates for each text [10].")] = None,
@@ -303,6 +318,36 @@ def predict(
         return
     for record in records(adapter, next(iter(names), None), asked):
         typer.echo(plain_json(record) if as_json else line_of(record))
+
+
+@app.command("data")
+def show_data(
+    path: Annotated[str, typer.Argument(help="File, folder of files, or a `datasets` name.")],
+    dev: Annotated[str | None, typer.Option(help="Development data, compared with it.")] = None,
+    task: Annotated[Task | None, typer.Option(help="What it is for; guessed if not given.")] = None,
+    problem_type: ProblemOption = None,
+    split: SplitOption = None,
+    dev_split: Annotated[str | None, typer.Option(help="Split for --dev.")] = None,
+    text_column: TextColumns = None,
+    label_column: LabelColumn = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    format: FormatOption = None,
+    tag_scheme: SchemeOption = None,
+    label_names: NamesOption = None,
+    model: Annotated[str | None, typer.Option(help="Folder with a tokenizer.json, to count tokens.")] = None,
+    to: Annotated[Path | None, typer.Option(help="File to write: .jsonl, .csv, .conll or .parquet.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What was understood of data, and what looks wrong in it, before anything is trained; no model is loaded."""
+    flags = dict(locals())
+    from ptv2_fast.training.data.shown import facts_of_data, lines_of_facts
+    from ptv2_fast.training.flags import source_of
+
+    held_out = None if dev is None else source_of(dev, {**flags, "split": dev_split})
+    options = {"task": task and task.value, "problem_type": problem_type and problem_type.value}
+    facts = facts_of_data(source_of(path, flags), held_out, **options, tokenizer=model, to=to)
+    typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else "\n".join(lines_of_facts(facts)))
 
 
 @app.command()
@@ -353,7 +398,7 @@ def info(
 # Flags of `search` that mean what they mean in `train`, and what `train` has where `search` has no flag.
 _SHARED_WITH_TRAIN = (
     "data", "dev", "model", "task", "recipe", "problem_type", "epochs", "batch_size", "max_length", "seed", "bf16",
-    "text_column", "label_column", "prompt_column", "completion_column",
+    "text_column", "label_column", "prompt_column", "completion_column", "format", "tag_scheme", "label_names",
 )  # fmt: skip
 _TRAIN_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(inspect.signature(train).parameters),

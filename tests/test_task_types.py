@@ -13,6 +13,7 @@ from ptv2_fast import choices, cli
 from ptv2_fast.task_models import retrieval
 from ptv2_fast.task_models.classes import MODEL_CLASSES
 from ptv2_fast.task_types import PROBLEM_TYPES, TASKS, TRAINED_TASKS
+from ptv2_fast.training.data.tasks import reading_task
 from ptv2_fast.training.metrics import METRICS
 from ptv2_fast.training.tasks import BY_PREDICTION, training_task
 
@@ -55,6 +56,7 @@ def test_training_serves_a_task_wholly_or_refuses_it(name):
         return
     assert row.max_length is not None and row.metric in METRICS and row.predicts in BY_PREDICTION
     task = training_task(name)
+    assert reading_task(name).columns is not None
     # Predictions that are compared with the examples' own, or scores of another way.
     compared = all((task.truth, task.read, task.decode, task.record))
     assert compared != (task.score is not None and task.records is not None)

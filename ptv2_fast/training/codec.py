@@ -50,3 +50,6 @@ class Loaded(Protocol):
 
     @property
     def codec(self) -> Codec: ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...

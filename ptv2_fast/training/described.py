@@ -14,7 +14,11 @@ from ptv2_fast.storage.names import CONFIG_NAME, WEIGHTS_NAME
 from ptv2_fast.training.run_folder import SETTINGS_NAME, RunFolder, read_object
 
 # What settings say of columns, as arguments of `DataSource`.
-COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
+COLUMNS = (
+    "text_column", "label_column", "prompt_column", "completion_column", "tag_scheme", "label_names",
+)  # fmt: skip
+# Of these, the ones that are names alone; the others may be lists of names.
+_SINGLE = ("prompt_column", "completion_column", "tag_scheme")
 _MOST = (1 << 31) - 1  # what tokenizers count up to
 
 
@@ -129,10 +133,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
         "row_length": _is_count(settings.get("row_length"), 1),
         "doc_stride": _is_count(settings.get("doc_stride"), 0),
         "no_answer": isinstance(settings.get("no_answer"), bool | None),
+        "chat": isinstance(settings.get("chat"), bool | None),
         "reads": settings.get("reads") is None or _are_names(settings["reads"]),
         "data": isinstance(data, dict | None),
-        **{name: isinstance(columns.get(name), str | None) for name in COLUMNS[1:]},
-        COLUMNS[0]: columns.get(COLUMNS[0]) is None or _are_names(columns[COLUMNS[0]]),
+        **{name: isinstance(columns.get(name), str | None) for name in _SINGLE},
+        "label_column": isinstance(columns.get("label_column"), str | None) or _are_names(columns["label_column"]),
+        **{name: columns.get(name) is None or _are_names(columns[name]) for name in ("text_column", "label_names")},
     }
     wrong = next((name for name, fit in fits.items() if not fit), None)
     if wrong is not None:

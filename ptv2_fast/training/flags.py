@@ -9,16 +9,18 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ptv2_fast.training.data.formats import is_conll
+from ptv2_fast.training.data.rows import read_text, suffix_of
+from ptv2_fast.training.data.source import DataSource
 from ptv2_fast.training.defaults import defaults_for
 from ptv2_fast.training.recipes import get_recipe
 from ptv2_fast.training.settings import FitSettings
-from ptv2_fast.training.train_request import DataSource, TrainRequest
+from ptv2_fast.training.train_request import TrainRequest
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_CONLL = (".conll", ".iob", ".iob2", ".bio")
-COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
+COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column", "format", "tag_scheme", "label_names")
 
 
 def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any] | None = None) -> DataSource:
@@ -29,13 +31,19 @@ def source_of(path: str, flags: Mapping[str, Any], remembered: Mapping[str, Any]
     given = {name: flags[name] for name in COLUMNS if flags.get(name)}
     if "text_column" in given:
         given["text_column"] = tuple(given["text_column"])
+    if isinstance(given.get("label_column"), list):
+        several = given["label_column"]
+        given["label_column"] = tuple(several) if len(several) > 1 else several[0]
+    if "label_names" in given:
+        given["label_names"] = names_in(given["label_names"])
     # A text stands against a prompt with its completion.
     against = {"text_column": COLUMNS[2:], "prompt_column": COLUMNS[:1], "completion_column": COLUMNS[:1]}
     dropped = {other for name in given for other in against.get(name, ())}
-    suffix = Path(path).suffix.lower()
     kept = {name: value for name, value in (remembered or {}).items() if name not in dropped}
-    if suffix == ".txt" or (suffix in _CONLL and not all("".join(value).isdecimal() for value in kept.values())):
-        kept = {}
+    columns = {name: value for name, value in kept.items() if name in COLUMNS[:4]}
+    numbered = all("".join(value).isdecimal() for value in columns.values())
+    if suffix_of(Path(path)) == ".txt" or (is_conll(path, given.get("format")) and not numbered):
+        kept = {name: value for name, value in kept.items() if name not in columns}
     return DataSource(path, flags.get("split"), **{**kept, **given})
 
 
@@ -98,6 +106,21 @@ def request_of(flags: dict[str, Any]) -> TrainRequest:
         dropout=recipe.dropout if recipe is not None else None,
         problem_type=flags["problem_type"].value if flags.get("problem_type") is not None else None,
     )
+
+
+def names_in(given: str) -> tuple[str, ...]:
+    """Names between commas, or of the lines of a file.
+
+    Raises:
+        ValueError: one is empty, or twice there.
+    """
+    path = Path(given)
+    parts = read_text(path).splitlines() if path.is_file() else given.split(",")
+    names = tuple(part.strip() for part in parts)
+    names = names[:-1] if path.is_file() and names and not names[-1] else names
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"--label-names must be different names, between commas or a line each; got {list(names)}")
+    return names
 
 
 def numbers(flag: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+_IOB = re.compile(r"O|[BI]-\S+")
 _INTEGER = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?")
 
@@ -40,23 +41,27 @@ class LabelSet:
 
         Labels that are all integers keep numeric order, others are sorted as text. Tags are O, then
         B-x and I-x of each type x in alphabetic order, whether or not both occur: held-out text may
-        have a long entity of a type that training text has only as single words.
+        have a long entity of a type that training text has only as single words. Tags of no entities, such as parts of
+        speech, are those that occur.
 
         Raises:
             ValueError: the examples have neither labels nor tags, or lists of labels that are all empty.
         """
         labels: set[str] = set()
-        types: set[str] = set()
+        tags: set[str] = set()
         tagged = listed = False
         for example in examples:
             if "tags" in example:
                 tagged = True
-                types.update(tag[2:] for tag in example["tags"] if tag != "O")
+                tags.update(example["tags"])
             elif "label" in example:
                 labels.add(example["label"])
             listed = listed or "labels" in example
             labels.update(example.get("labels", ()))
+        if tagged and not all(map(_IOB.fullmatch, tags)):
+            return cls(("O",) * ("O" in tags) + tuple(sorted(tags - {"O"})))
         if tagged:
+            types = {tag[2:] for tag in tags if tag != "O"}
             return cls(("O", *(f"{side}-{kind}" for kind in sorted(types) for side in "BI")))
         if not labels and listed:
             raise ValueError("examples: expected a label in at least one example; every list of labels is empty")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS, TRAINED_TASKS
-from ptv2_fast.training.tags import stray_insides
+from ptv2_fast.training.data.tags import Scheme, UnclearTags, scheme_of, stray_insides, to_entities
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # Texts that a query's ranking is judged by.
@@ -88,7 +88,8 @@ def entity_scores(
     An entity counts when its type and both of its ends are right. Strict IOB2: only B-x begins an
     entity, a stray I-x is none. With strict=False a stray I-x begins one, as in the script of the
     CoNLL-2003 task, by which most published numbers are computed. References in which an entity
-    begins with I-x are IOB1, and both sides are read in that way.
+    begins with I-x are IOB1, and both sides are read in that way. BIOES, BILUO and BMES are scored as
+    the entities that they say; tags of no entities, such as parts of speech, by `word_scores`.
 
     Raises:
         ValueError: not as many sentences, or not as many tags in a sentence.
@@ -98,10 +99,16 @@ def entity_scores(
     for index, (guessed, true) in enumerate(zip(predictions, references, strict=True)):
         if len(guessed) != len(true):
             raise ValueError(f"predictions[{index}]: expected {len(true)} tags; got {len(guessed)}")
+    truth, guess = [list(tags) for tags in references], [list(tags) for tags in predictions]
+    scheme = _scheme(truth)
+    if scheme.name == "plain":
+        return word_scores(guess, truth)
+    if scheme.name not in ("BIO", "IOB1"):
+        # seqeval parts entities of these schemes where their letters do not fit; as IOB2 they are whole.
+        truth, guess = ([to_entities(tags, scheme)[0] for tags in side] for side in (truth, guess))
     from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
     from seqeval.scheme import IOB2
 
-    truth, guess = [list(tags) for tags in references], [list(tags) for tags in predictions]
     options: dict[str, Any] = {"zero_division": 0}
     if strict and not any(map(stray_insides, truth)):
         options |= {"mode": "strict", "scheme": IOB2}
@@ -110,6 +117,27 @@ def entity_scores(
         "precision": float(precision_score(truth, guess, **options)),
         "recall": float(recall_score(truth, guess, **options)),
         "accuracy": float(accuracy_score(truth, guess)),
+    }
+
+
+def _scheme(references: Sequence[Sequence[str]]) -> Scheme:
+    try:
+        return scheme_of(references, few=True)
+    except UnclearTags:
+        # Of labels that are somebody's own.
+        return Scheme("plain", {})
+
+
+def word_scores(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`f1`, `precision` and `recall` of words that have another tag than O, and `accuracy` of all, in [0, 1]."""
+    pairs = [pair for sides in zip(predictions, references, strict=True) for pair in zip(*sides, strict=True)]
+    right = sum(guess == true != "O" for guess, true in pairs)
+    guessed, wanted = (sum(pair[side] != "O" for pair in pairs) for side in (0, 1))
+    return {
+        "f1": 2.0 * right / (guessed + wanted) if guessed + wanted else 0.0,
+        "precision": right / guessed if guessed else 0.0,
+        "recall": right / wanted if wanted else 0.0,
+        "accuracy": sum(guess == true for guess, true in pairs) / len(pairs),
     }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig
 from ptv2_fast.task_types import TASKS, TaskType
+from ptv2_fast.training.data.tasks import ReadingTask, reading_task
 from ptv2_fast.training.described import (
     COLUMNS,
     config_in,
@@ -22,7 +23,7 @@ from ptv2_fast.training.locating import check_base
 from ptv2_fast.training.tasks import TrainingTask, task_row, training_task
 
 if TYPE_CHECKING:
-    from ptv2_fast.training.train_request import DataSource
+    from ptv2_fast.training.data.source import DataSource
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Reader:
     def task(self) -> TrainingTask:
         """What is done for the task."""
         return training_task(self.task_type, self.problem_type)
+
+    @property
+    def reading(self) -> ReadingTask:
+        """How rows become its examples."""
+        return reading_task(self.task_type, self.problem_type)
 
     @property
     def row(self) -> TaskType:

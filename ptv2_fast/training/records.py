@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ptv2_fast.training.data.words import words_of as words_of
 from ptv2_fast.training.decoding import Asked
 from ptv2_fast.training.lines import line_of as line_of
 from ptv2_fast.training.loading import LoadedAdapter
 from ptv2_fast.training.predict import predict
 from ptv2_fast.training.texts import entities_of as entities_of
-from ptv2_fast.training.texts import words_of as words_of
 from ptv2_fast.training.typed import examples_of as examples_of
 
 

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptv2_fast.training.columns import TOKEN_COLUMNS, Table, Wanted
-from ptv2_fast.training.data import read_rows
-from ptv2_fast.training.examples import check_text
+from ptv2_fast.training.data.columns import TOKEN_COLUMNS, Table, Wanted
+from ptv2_fast.training.data.examples import check_text, json_object
+from ptv2_fast.training.data.read import Source, read_rows
+from ptv2_fast.training.data.rows import Row
 from ptv2_fast.training.flags import source_of
-from ptv2_fast.training.formats import Row
 from ptv2_fast.training.plans import Reader
-from ptv2_fast.training.texts import json_object
 
 # Which adapter a row is for.
 ADAPTER = "adapter"
@@ -70,19 +69,17 @@ def read_requests(members: Mapping[str, Reader], path: str, flags: Mapping[str, 
     wanted = {name: _wanted(member, path, flags) for name, member in members.items()}
     named = list(dict.fromkeys(column for one in wanted.values() for column in one.named))
     tasks = list(dict.fromkeys(member.task_type for member in members.values()))
-    rows = read_rows(path, tasks, named=named, split=flags.get("split"))
+    rows = read_rows(path, tasks, named=named, split=flags.get("split"), format=flags.get("format"))
     return _requests(members, rows, path, wanted, None)
 
 
 def _wanted(member: Reader, path: str, flags: Mapping[str, Any]) -> Wanted:
     """The columns that an adapter's task reads of a file."""
-    task = member.task
-    has = {"text_column": task.most_texts > 0, "split": True, **dict.fromkeys(task.options, True)}
+    task = member.reading
+    has = {"text_column": task.most_texts > 0, "split": True, "format": True, **dict.fromkeys(task.options, True)}
     source = source_of(path, {name: value for name, value in flags.items() if has.get(name)}, member.columns)
-    columns = (source.label_column, source.prompt_column, source.completion_column)
-    wanted = Wanted(source.text_column, *columns, labelled=False)
-    wanted.check(member.task_type, task.most_texts, task.options)
-    return replace(wanted, texts=wanted.texts[: task.unlabelled_texts])
+    asked = Source(path, member.task_type, member.problem_type, labelled=False)
+    return asked.wanted(source.text_column, source.label_column, source.prompt_column, source.completion_column)
 
 
 def _requests(
@@ -98,8 +95,9 @@ def _requests(
         own = [index for index, names in enumerate(answering) if name in names]
         try:
             made = _examples(member, [rows[index] for index in own], wanted[name], context)
-            if member.task.check is not None:
-                member.task.check(where, made, [], None)
+            check = member.reading.check
+            if check is not None:
+                check(where, made, [], None)
             member.check_parts(where, made)
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error} (a row's {ADAPTER!r} says who alone answers it)") from error
@@ -137,8 +135,9 @@ def _examples(member: Reader, rows: Sequence[Row], wanted: Wanted, context: str 
                 raise ValueError(f"{row.where}: expected text; got {line!r}")
             made[index] = task.typed(line, row.where, index + 1, context)
     if rest:
-        roles = task.columns(Table(list(rest.values())), wanted)
-        made |= {index: task.example(row, roles, None) for index, row in rest.items()}
+        reading = member.reading
+        roles = reading.columns(Table(list(rest.values())), wanted)
+        made |= {index: reading.example(row, roles, None) for index, row in rest.items()}
     return [made[index] for index in range(len(rows))]
 
 

@@ -9,41 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptv2_fast.training.codec import Codec, Loaded
-from ptv2_fast.training.columns import TEXT_COLUMNS, Table, Wanted
+from ptv2_fast.training.data.pairs import PARTS
 from ptv2_fast.training.decoding import Asked, Outputs, Rows
-from ptv2_fast.training.examples import text_of
-from ptv2_fast.training.formats import Row
-from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.metrics import RANKED, retrieval_scores
 from ptv2_fast.training.tokens import check_fast, check_room, say_cut
 
 if TYPE_CHECKING:  # tasks are looked up before torch is needed
     from torch import Tensor
 
-PARTS = ("query", "positive", "negative")
 # Rows of scores that are computed at a time.
 _QUERIES = 256
-
-
-def pair_columns(table: Table, wanted: Wanted) -> dict[str, str]:
-    """Query, positive and, where there is one, negative; of texts alone the text (or the query)."""
-    if not wanted.labelled:
-        usual = [name for name in (*TEXT_COLUMNS, "query") if name in table.names]
-        named = [table.need(name, "text_column") for name in wanted.texts] or usual
-        table.refuse_several([(name,) for name in named], "text_column")
-        if not named:
-            raise table.missing(f"a column of {[*TEXT_COLUMNS, 'query']}", "text_column")
-        return {"text": named[0]}
-    if len(wanted.texts) == 1:
-        raise ValueError(f"text_column: expected two or three names (query, positive, negative); got {wanted.texts}")
-    if wanted.texts:
-        return dict(zip(PARTS, (table.need(name, "text_column") for name in wanted.texts), strict=False))
-    return {part: table.need(part, "text_column") for part in PARTS if part != "negative" or part in table.names}
-
-
-def pair_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:
-    """Texts that belong together, or one text."""
-    return {role: text_of(row, column).strip() for role, column in roles.items()}
 
 
 def encode_pairs(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]:

@@ -14,14 +14,15 @@ from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.training.bases import digest_of_weights, load_base
 from ptv2_fast.training.batches import PadCollator, length_of
+from ptv2_fast.training.chat import is_chat
 from ptv2_fast.training.checked import CheckedRun, check_run, config_of, heads_of, plain
 from ptv2_fast.training.curves import plot_curves
+from ptv2_fast.training.data.source import DataSource as DataSource
 from ptv2_fast.training.defaults import pooling_for
 from ptv2_fast.training.fit import Diverged, FitResult, fit
 from ptv2_fast.training.loading import load_trained as load_trained
 from ptv2_fast.training.run_folder import CURVES_NAME
 from ptv2_fast.training.task_data import DEFAULT_MAX_LENGTH, TaskCodec, starting_texts
-from ptv2_fast.training.train_request import DataSource as DataSource
 from ptv2_fast.training.train_request import TrainRequest as TrainRequest
 
 
@@ -89,6 +90,7 @@ class PreparedRun:
             "no_answer": self.codec.no_answer,
             "row_length": self.codec.max_length,
             "reads": sorted(self.checked.train[0]),
+            "chat": is_chat(self.checked.train[0]),
         }
         folder = self.checked.folder
         folder.finish(self.model.save_pretrained, {**plain(self.checked.request), **found}, metrics)

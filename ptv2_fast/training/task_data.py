@@ -9,6 +9,7 @@ from typing import Any
 
 from ptv2_fast.task_types import TASKS, TaskType
 from ptv2_fast.training.batches import PadCollator
+from ptv2_fast.training.chat import is_chat
 from ptv2_fast.training.labels import LabelSet
 from ptv2_fast.training.metrics import Metric, metric_for
 from ptv2_fast.training.tasks import TrainingTask, task_row, training_task
@@ -104,5 +105,8 @@ def starting_texts(examples: Iterable[Mapping[str, Any]], count: int) -> list[st
 def _text_of(example: Mapping[str, Any]) -> str:
     if "tokens" in example:
         return " ".join(example["tokens"])
+    if is_chat(example):
+        messages = example.get("messages") or [*example["prompt"], *example.get("completion", ())]
+        return " ".join(message["content"] for message in messages)
     names = ("text", "text_pair", "question", "context", "prompt", "completion", "query", "positive")
     return " ".join([*(example[name] for name in names if name in example), *example.get("choices", ())])

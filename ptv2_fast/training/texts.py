@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ptv2_fast.training.chat import prompt_inputs
 from ptv2_fast.training.codec import Loaded
+from ptv2_fast.training.data.examples import check_text, json_object
+from ptv2_fast.training.data.words import places_of, words_of
 from ptv2_fast.training.decoding import Asked, Prediction
-from ptv2_fast.training.examples import check_text
-
-# Words with inner apostrophes and hyphens, numbers with inner points and commas, other signs alone.
-_WORD = re.compile(r"\w+(?:['’\-.,]\w+)*|[^\w\s]")
-
-
-def words_of(text: str) -> list[str]:
-    """The words and signs of a sentence, split as tagged corpora split them."""
-    return _WORD.findall(text)
-
-
-def places_of(text: str) -> list[tuple[int, int]]:
-    """The first character of each of `words_of(text)`, and the one behind it."""
-    return [found.span() for found in _WORD.finditer(text)]
 
 
 def typed_text(line: str, where: str, number: int, context: str | None) -> dict[str, Any]:
@@ -53,15 +40,6 @@ def typed_question(line: str, where: str, number: int, context: str | None) -> d
         if not check_text(where, values[key]).strip():
             raise ValueError(f"{where}: expected text in {key!r}; got {values[key]!r}")
     return {"id": str(number), "question": values["question"], "context": values["context"]}
-
-
-def json_object(line: str) -> dict[str, Any] | None:
-    """The JSON object that a line is; None where it is none."""
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
 
 
 def class_record(example: Mapping[str, Any], prediction: Prediction) -> dict[str, Any]:
@@ -113,16 +91,16 @@ def text_records(loaded: Loaded, examples: Sequence[Mapping[str, Any]], asked: A
         yield {"prompt": prompt, "text": _continued(loaded, prompt, asked.max_new_tokens)}
 
 
-def prompt_of(example: Mapping[str, Any]) -> str:
-    """What the model goes on from."""
-    prompt: str = example.get("prompt", example.get("text"))
-    return prompt
+def prompt_of(example: Mapping[str, Any]) -> Any:
+    """What the model goes on from: a text, or messages."""
+    return example.get("prompt", example.get("text"))
 
 
 def _continued(loaded: Loaded, prompt: Any, most: int) -> str:
     """The prompt's greedy continuation alone."""
     tokenizer, model = loaded.codec.tokenizer, loaded.model
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    chats = bool(loaded.settings.get("chat"))
+    inputs = prompt_inputs(prompt, tokenizer, chats=chats, return_tensors="pt").to(model.device)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     options = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     output = model.generate(**options, max_new_tokens=most, do_sample=False, pad_token_id=filler)
@@ -161,9 +139,9 @@ def answer_line(record: Mapping[str, Any]) -> str:
 
 
 def text_line(record: Mapping[str, Any]) -> str:
-    """The prompt and what follows it."""
-    line: str = record["prompt"] + record["text"]
-    return line
+    """The prompt and what follows it; of messages the answer alone."""
+    prompt, text = record["prompt"], record["text"]
+    return str(prompt + text if isinstance(prompt, str) else text)
 
 
 def texts_in(parts: Mapping[str, Any]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ptv2_fast import PTuningV2Model
 from ptv2_fast.training.batches import PadCollator
+from ptv2_fast.training.chat import prompt_inputs
 from ptv2_fast.training.decoding import Asked
 from ptv2_fast.training.lines import lines_of as lines_of
 from ptv2_fast.training.loading import LoadedAdapter
@@ -110,7 +111,8 @@ def _features(member: LoadedAdapter, name: str, examples: list[dict[str, Any]]) 
     codec = member.codec
     try:
         if codec.row.gives == "text":
-            encoded = [codec.tokenizer(prompt_of(example)) for example in examples]
+            chats = bool(member.settings.get("chat"))
+            encoded = [prompt_inputs(prompt_of(example), codec.tokenizer, chats=chats) for example in examples]
             features = [{key: encoding[key] for key in _PROMPT} for encoding in encoded]
         else:
             features = codec.encode(examples)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ptv2_fast.task_types import IGNORED_LABEL
+from ptv2_fast.training.chat import encode_chat, is_chat, say_template
 from ptv2_fast.training.labels import LabelSet
 
 logger = logging.getLogger(__name__)
@@ -348,9 +349,11 @@ def encode_language_model(
     next window predicts from, so that each token but the first is predicted exactly once. In a
     prompt with a completion only the completion is predicted; if both are too long, the prompt is
     cut on its left, then the completion on its right, and the example is counted in a warning, unless `quiet`.
+    Of a chat the assistant's turns are predicted; windows without any are left out.
 
     Raises:
-        ValueError: the tokenizer is not fast, max_length < 2, or an example has nothing to predict.
+        ValueError: the tokenizer is not fast, max_length < 2, an example has nothing to predict, or the chat template
+            does not take one.
     """
     check_fast(tokenizer)
     if max_length < 2:
@@ -359,6 +362,11 @@ def encode_language_model(
     features, cut = [], 0
     for index, example in enumerate(examples):
         prompt: list[int] = []
+        if is_chat(example):
+            for ids, targets in encode_chat(example, tokenizer, f"examples[{index}]"):
+                windows = _windows(ids, targets, max_length)
+                features += [one for one in windows if any(label != IGNORED_LABEL for label in one["labels"])]
+            continue
         if "prompt" in example:
             prompt = list(tokenizer(example["prompt"])["input_ids"])
             text = tokenizer(example["completion"], add_special_tokens=False)["input_ids"]
@@ -370,14 +378,20 @@ def encode_language_model(
             text = list(tokenizer(example["text"])["input_ids"]) + ending
         if len(prompt) + len(text) < 2 or not text:
             raise ValueError(f"examples[{index}]: expected at least two tokens; got {example!r}")
-        input_ids = prompt + text
-        labels = [IGNORED_LABEL] * len(prompt) + text
-        for begin in range(0, len(input_ids) - 1, max_length - 1):
-            ids = input_ids[begin : begin + max_length]
-            targets = labels[begin : begin + max_length]
-            if begin:
-                targets[0] = IGNORED_LABEL
-            features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": targets})
+        features += _windows(prompt + text, [IGNORED_LABEL] * len(prompt) + text, max_length)
+    if not quiet and any(map(is_chat, examples)):
+        say_template(tokenizer)
     if not quiet:
         say_cut(cut, f"{len(examples)} examples", max_length, "; of a prompt its end is kept")
+    return features
+
+
+def _windows(input_ids: list[int], labels: list[int], max_length: int) -> list[dict[str, Any]]:
+    """Windows that share the one token that the next predicts from."""
+    features = []
+    for begin in range(0, len(input_ids) - 1, max_length - 1):
+        ids, targets = input_ids[begin : begin + max_length], labels[begin : begin + max_length]
+        if begin:
+            targets[0] = IGNORED_LABEL
+        features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": targets})
     return features

@@ -3,45 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from ptv2_fast.training.data import read_examples
-from ptv2_fast.training.labels import LabelSet
+from ptv2_fast.training.data.source import DataSource
 from ptv2_fast.training.settings import FitSettings
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where examples come from: a file or a `datasets` name, with the columns and the split to read."""
-
-    path: str
-    split: str | None = None
-    text_column: tuple[str, ...] = ()
-    label_column: str | None = None
-    prompt_column: str | None = None
-    completion_column: str | None = None
-
-    def read(
-        self,
-        task_type: str,
-        labels: LabelSet | None = None,
-        *,
-        labelled: bool = True,
-        problem_type: str | None = None,
-    ) -> list[dict[str, Any]]:
-        """The examples, checked; see `read_examples`."""
-        return read_examples(
-            self.path,
-            task_type,
-            text_column=self.text_column or None,
-            label_column=self.label_column,
-            prompt_column=self.prompt_column,
-            completion_column=self.completion_column,
-            split=self.split,
-            labels=labels,
-            labelled=labelled,
-            problem_type=problem_type,
-        )
 
 
 @dataclass(frozen=True)

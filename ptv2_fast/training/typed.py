@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ptv2_fast.training.examples import check_text
+from ptv2_fast.training.data.examples import check_text
+from ptv2_fast.training.data.tasks import reading_task
 from ptv2_fast.training.tasks import training_task
 
 
@@ -29,6 +30,7 @@ def examples_of(
             examples.append(task.typed(check_text(place, line), place, number, context))
     if not examples:
         raise ValueError(f"{where}: expected at least one line with text; got none")
-    if task.check is not None:
-        task.check(where, examples, [], None)
+    check = reading_task(task_type).check
+    if check is not None:
+        check(where, examples, [], None)
     return examples

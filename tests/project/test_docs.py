@@ -18,7 +18,7 @@ from ptv2_fast.cli import app
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/design.md", "CONTRIBUTING.md")
 READMES = ("README.md", "benchmarks/README.md", "kernels/README.md", "examples/README.md")
-LINKED = (*PAGES, *READMES, "docs/serving.md", "CHANGELOG.md")
+LINKED = (*PAGES, *READMES, "docs/data.md", "docs/serving.md", "CHANGELOG.md")
 FOLDERS = ("ptv2_fast", "kernels", "tests", "benchmarks")
 # Packages whose names a document may use as well.
 OTHERS = ("torch", "transformers", "triton")

@@ -10,7 +10,7 @@ import pytest
 import ptv2_fast.training.data as training_data
 from ptv2_fast.training.data import LabelSet, read_examples
 
-DATA = Path(training_data.__file__).parents[1] / "demo" / "data"
+DATA = Path(training_data.__file__).parents[2] / "demo" / "data"
 
 
 def sentiment(part):

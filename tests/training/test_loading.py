@@ -60,9 +60,23 @@ NO_NAMES = [True, 0, 1.5, {}, [1], [[]], [None]]
         (("reads",), [["label", "text"], None], ["x", *NO_NAMES]),
         (("data",), [{}, None], [True, 0, "x", [], [1]]),
         (("data", "text_column"), [[], ["text"], None], ["x", *NO_NAMES]),
-        (("data", "label_column"), ["label", None], [["x"], *NO_NAMES]),
+        (("data", "label_column"), ["label", ["rude", "short"], None], NO_NAMES),
+        (("data", "label_names"), [["no", "yes"], None], ["x", *NO_NAMES]),
+        (("data", "tag_scheme"), ["BIO", None], [["x"], *NO_NAMES]),
+        (("chat",), [True, False, None], [0, 1.5, "x", []]),
     ],
-    ids=["row_length", "doc_stride", "no_answer", "reads", "data", "text_column", "label_column"],
+    ids=[
+        "row_length",
+        "doc_stride",
+        "no_answer",
+        "reads",
+        "data",
+        "text_column",
+        "label_column",
+        "label_names",
+        "tag_scheme",
+        "chat",
+    ],  # fmt: skip
 )
 def test_settings_of_other_kinds_are_refused_by_name(run, tmp_path, place, good, bad):
     folder = tmp_path / "run"

@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.training.formats import Row
+from ptv2_fast.training.data.rows import Row
 from ptv2_fast.training.labels import LabelSet, differing_by_case, same_spelled_twice
-from ptv2_fast.training.tags import TAG, stray_insides, to_iob2
 
 # Up to so many classes may have an example each without a word.
 _FEW_CLASSES = 20
+# What programs write for a cell that was empty.
+_MISSING = ("nan", "null", "<na>", "#n/a")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller says of labels.
+
+    Attributes:
+        labels: those of training; others are refused.
+        label_names: what the numbers 0, 1, ... of a file are called.
+        tag_scheme: how tags say where entities begin and end, as `tags.SCHEMES` has it.
+    """
+
+    labels: LabelSet | None = None
+    label_names: tuple[str, ...] = ()
+    tag_scheme: str | None = None
+
+    def named(self, where: str, label: Any) -> Any:
+        """A label, by its name where it is a number and names are given.
+
+        Raises:
+            ValueError: names are given, and the label is no number that has one.
+        """
+        if not self.label_names:
+            return label
+        if isinstance(label, str) and label in self.label_names:
+            return label
+        text = str(label).strip()
+        if isinstance(label, bool) or not text.isdecimal() or int(text) >= len(self.label_names):
+            raise ValueError(
+                f"{where}: expected a number from 0 to {len(self.label_names) - 1}, which label_names (--label-names)"
+                f" names; got {label!r}"
+            )
+        return self.label_names[int(text)]
 
 
 def value_of(row: Row, column: str) -> Any:
@@ -56,49 +92,29 @@ def class_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -
     if "label" not in roles:
         return example
     label = value_of(row, roles["label"])
+    if isinstance(label, list) and len(label) == 1:
+        label = label[0]
+    if isinstance(label, list) and len(label) > 1:
+        raise ValueError(
+            f"{row.where}: expected one label in {roles['label']!r}; got {label!r}; --problem-type"
+            " multi_label_classification (problem_type) reads several"
+        )
     if isinstance(label, str):
         label = check_text(row.where, label).strip()
     if not isinstance(label, str | int) or label == "":
         raise ValueError(f"{row.where}: expected a label (text or an integer) in {roles['label']!r}; got {label!r}")
     example["label"] = str(label)
-    check_known(row.where, "label", example["label"], labels)
     return example
 
 
-def tokens_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:
-    """Words and their tags, in IOB2."""
-    tokens = value_of(row, roles["tokens"])
-    if not _is_texts(tokens) or not tokens:
-        raise ValueError(f"{row.where}: expected a list of words in {roles['tokens']!r}; got {tokens!r}")
-    for index, token in enumerate(tokens):
-        if not token.strip(" \t\r\n"):
-            raise ValueError(f"{row.where}, token {index + 1}: expected a word; got {token!r}")
-    example: dict[str, Any] = {"tokens": [check_text(row.where, token) for token in tokens]}
-    if "tags" not in roles:
-        return example
-    tags = value_of(row, roles["tags"])
-    if not isinstance(tags, list | tuple):
-        raise ValueError(f"{row.where}: expected a list of IOB tags; got {tags!r}")
-    if len(tokens) != len(tags):
-        raise ValueError(f"{row.where}: expected as many tags as tokens; got {len(tokens)} tokens and {len(tags)} tags")
-    for index, tag in enumerate(tags):
-        where = f"{row.where}, token {index + 1}"
-        if row.lines is not None:
-            where = f"{row.where.rpartition(', line ')[0]}, line {row.lines[index]}"
-        if not isinstance(tag, str) or not TAG.fullmatch(tag):
-            raise ValueError(f"{where}: expected the tag O, B-x or I-x; got {tag!r}")
-        check_known(where, "tag", check_text(where, tag), labels)
-    strays = len(stray_insides(tags))
-    # Labels without a B-x are the caller's own scheme.
-    if strays and (labels is None or all(tag in labels for tag in to_iob2(tags))):
-        example |= {"tags": to_iob2(tags), "strays": strays}
-    else:
-        example["tags"] = list(tags)
-    return example
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+def settle_classes(
+    name: str | Path, rows: Sequence[Row], examples: list[dict[str, Any]], given: Given, notes: list[str]
+) -> None:
+    """Give numbers their names, in place, and refuse a class that training did not have."""
+    for row, example in zip(rows, examples, strict=True):
+        if "label" in example:
+            example["label"] = given.named(row.where, example["label"])
+            check_known(row.where, "label", example["label"], given.labels)
 
 
 def question_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:
@@ -167,6 +183,9 @@ def check_classes(
 ) -> None:
     """Refuse a class that is spelled in two ways; note what looks odd about the classes."""
     found = {example["label"] for example in examples if "label" in example}
+    missing = [label for label in sorted(found) if label.lower() in _MISSING]
+    if missing and labels is None:
+        notes.append(f"{name}: a class is called {missing[0]!r}; is that a label, or a cell that was empty?")
     refuse_two_spellings(name, found, notes)
     if labels is None and len(found) > max(_FEW_CLASSES, len(examples) / 2):
         some = ", ".join(sorted(found)[:3])
@@ -186,13 +205,10 @@ def refuse_two_spellings(name: str | Path, found: Collection[str], notes: list[s
         notes.append(f"{name}: classes that differ by upper and lower case alone: {', '.join(map(repr, cased))}")
 
 
-def check_tags(name: str | Path, examples: Sequence[dict[str, Any]], notes: list[str], labels: LabelSet | None) -> None:
-    """Note tags that came in another scheme."""
-    strays = sum(example.pop("strays", 0) for example in examples)
-    if strays:
-        notes.append(f"{name}: IOB1 tags are read as IOB2: {strays} I-x that begin an entity become B-x")
-
-
-def language_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -> dict[str, Any]:
-    """Text, or a prompt with what follows it."""
-    return {role: text_of(row, column) for role, column in roles.items()}
+def json_object(line: str) -> dict[str, Any] | None:
+    """The JSON object that a line is; None where it is none."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None

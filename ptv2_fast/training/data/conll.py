@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from ptv2_fast.training.formats import Row, lines_of, read_text
-from ptv2_fast.training.tags import TAG
+from ptv2_fast.training.data.conllu import COLUMNS as CONLLU_COLUMNS
+from ptv2_fast.training.data.rows import Row, lines_of, read_text, suffix_of
+from ptv2_fast.training.data.tags import TAG
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def conll_rows(
     lines = [line for sentence in found for line in sentence]
     if token_column is None:
         _refuse_counted(path, found, width, tagged)
-        if not tagged and path.suffix.lower() == ".txt":
+        if not tagged and suffix_of(path) == ".txt":
             _refuse_sentences(path, lines)
     token, tag = (_index(path, lines, name) for name in (token_column, tag_column if tagged else None))
     read = {0 if token is None else token, width - 1 if tag is None else tag} if token_column or tag_column else None
@@ -119,6 +120,7 @@ def _refuse_counted(path: Path, sentences: Sequence[_Sentence], width: int, tagg
         raise ValueError(
             f"{path}, line {sentences[0][0].number}: the first of {width} columns counts the tokens; name the columns"
             f" by their numbers, as in {option} (text_column, label_column)"
+            + ("; --format conllu (format) reads CoNLL-U" if width == len(CONLLU_COLUMNS) else "")
         )
 
 

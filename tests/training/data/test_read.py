@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptv2_fast.training.data import LabelSet, read_examples
-from ptv2_fast.training.tags import to_iob2
+from ptv2_fast.training.data.tags import to_iob2
 
 
 def write(folder, name, text):

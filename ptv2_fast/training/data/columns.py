@@ -6,12 +6,12 @@ or another column holds text as well, the table is refused with the option that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ptv2_fast.training.delimited import TEXT_WORDS
-from ptv2_fast.training.formats import Row
+from ptv2_fast.training.data.delimited import TEXT_WORDS
+from ptv2_fast.training.data.rows import Row
 
 PAIR_COLUMNS = (
     ("sentence1", "sentence2"),
@@ -28,24 +28,28 @@ TAG_COLUMNS = ("tags", "ner_tags", "labels")
 TOKEN_COLUMNS = ("tokens", "words")
 QUESTION_COLUMNS = ("id", "question", "context", "answers", "is_impossible")
 # What no model is meant to read.
-_MARKS = frozenset(("id", "idx", "index", "guid", *LABEL_COLUMNS))
+MARKS = frozenset(("id", "idx", "index", "guid", *LABEL_COLUMNS))
 _TEXT_NAMES = frozenset((*TEXT_COLUMNS, *(name for pair in PAIR_COLUMNS for name in pair), "prompt", "completion"))
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The columns that the caller names, and whether labels (tags, answers, completions) are read."""
+    """The columns that the caller names, and whether labels (tags, answers, completions) are read.
+
+    `flags` are columns of 0 and 1, one for each label, where there are several in the place of `label`.
+    """
 
     texts: tuple[str, ...] = ()
     label: str | None = None
     prompt: str | None = None
     completion: str | None = None
     labelled: bool = True
+    flags: tuple[str, ...] = ()
 
     @property
     def named(self) -> tuple[str, ...]:
         """Every column that must be there; what is not read need not."""
-        more = (self.label, self.completion) if self.labelled else ()
+        more = (self.label, *self.flags, self.completion) if self.labelled else ()
         return tuple(name for name in (*self.texts, self.prompt, *more) if name is not None)
 
     def check(self, task: str, most_texts: int, options: Sequence[str]) -> None:
@@ -62,12 +66,19 @@ class Wanted:
             raise ValueError(f"text_column: {task} takes at most {most_texts} column names; got {self.texts}")
         if self.label is not None and "label_column" not in options:
             raise ValueError(f"label_column: {task} has no label column; got {self.label!r}")
+        if self.flags and "label_columns" not in options:
+            raise ValueError(
+                "label_column: several columns, of 0 and 1, are for multi_label_classification alone (--problem-type);"
+                f" got {self.flags}"
+            )
         for argument, name in (("prompt_column", self.prompt), ("completion_column", self.completion)):
             if name is not None and argument not in options:
                 raise ValueError(f"{argument}: only CAUSAL_LM has one, not {task}; got {name!r}")
             if name is not None and self.texts:
                 raise ValueError(f"{argument}: must be None beside text_column {self.texts[0]!r}; got {name!r}")
-        every = [name for name in (*self.texts, self.label, self.prompt, self.completion) if name is not None]
+        every = [
+            name for name in (*self.texts, self.label, *self.flags, self.prompt, self.completion) if name is not None
+        ]
         if len(set(every)) < len(every):
             raise ValueError(f"text_column, label_column, prompt_column, completion_column must differ; got {every}")
 
@@ -88,7 +99,11 @@ def choose_columns(
     """
     table = Table(rows)
     roles = choose(table, wanted)
-    unread = () if wanted.labelled else (*LABEL_COLUMNS, *TAG_COLUMNS, "answers", wanted.label, wanted.completion)
+    unread = (
+        ()
+        if wanted.labelled
+        else (*LABEL_COLUMNS, *TAG_COLUMNS, "answers", wanted.label, *wanted.flags, wanted.completion)
+    )
     left = [name for name in table.names if name not in roles.values() and name not in unread]
     if left:
         notes.append(f"{source}: columns left out: {len(left)} ({', '.join(map(repr, left))})")
@@ -128,12 +143,16 @@ class Table:
 
     def refuse_other_texts(self, read: Sequence[str], argument: str, words: int) -> None:
         """Refuse a table in which a column that is not read holds texts of so many words."""
-        others = [n for n in self.names if n not in read and n not in _MARKS and self._holds_text(n, words)]
+        others = [n for n in self.names if n not in read and n not in MARKS and self._holds_text(n, words)]
         if others:
             raise ValueError(
                 f"{self.where}: {' and '.join(map(repr, read))} would be read, and {others} hold text as well;"
                 f" {_option(argument)} decides; the columns are {self.names}"
             )
+
+    def values(self, name: str) -> Iterable[object]:
+        """What the rows have in a column, of those that have it."""
+        return (row.values[name] for row in self.rows if name in row.values)
 
     def _holds_text(self, name: str, words: int) -> bool:
         words = 1 if name in _TEXT_NAMES else words
@@ -175,44 +194,12 @@ def label_column(table: Table, wanted: Wanted, usual: Sequence[str]) -> str | No
     return found
 
 
-def tagged(table: Table, wanted: Wanted) -> dict[str, str]:
-    """Words and tags."""
-    if wanted.texts:
-        tokens: str | None = table.need(wanted.texts[0], "text_column")
-    else:
-        tokens = table.one_of(TOKEN_COLUMNS, "text_column")
-    if tokens is None:
-        raise table.missing(f"a column of {list(TOKEN_COLUMNS)}", "text_column")
-    tags = label_column(table, wanted, TAG_COLUMNS)
-    return {"tokens": tokens} if tags is None else {"tokens": tokens, "tags": tags}
-
-
 def asked(table: Table, wanted: Wanted) -> dict[str, str]:
     """Questions, contexts and answers."""
     needed = ("question", "context", "answers") if wanted.labelled else ("question", "context")
     for name in needed:
         table.need(name, name)
     return {name: name for name in QUESTION_COLUMNS if name in table.names}
-
-
-def continued(table: Table, wanted: Wanted) -> dict[str, str]:
-    """Text, or prompts and what follows them."""
-    if wanted.texts:
-        return {"text": table.need(wanted.texts[0], "text_column")}
-    parts = ("prompt", "completion") if wanted.labelled else ("prompt",)
-    if wanted.prompt is not None or wanted.completion is not None:
-        names = {"prompt": wanted.prompt or "prompt", "completion": wanted.completion or "completion"}
-        return {part: table.need(names[part], f"{part}_column") for part in parts}
-    found: list[tuple[str, ...]] = [(name,) for name in TEXT_COLUMNS if name in table.names]
-    if all(part in table.names for part in parts):
-        found.append(parts)
-    deciding = "text_column, prompt_column, completion_column"
-    table.refuse_several(found, deciding)
-    if not found:
-        raise table.missing(f"a column of {list(TEXT_COLUMNS)}, or 'prompt' and 'completion'", deciding)
-    unread = () if wanted.labelled or found[0] != parts else ("completion",)
-    table.refuse_other_texts([*found[0], *unread], deciding, 1)
-    return {"text": found[0][0]} if found[0] != parts else dict(zip(parts, parts, strict=True))
 
 
 # (the table, what the caller names) -> role of an example: the column that it is in.

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from ptv2_fast.training.formats import DELIMITED_SUFFIXES, Row, lines_of, read_text
+from ptv2_fast.training.data.rows import Row, lines_of, read_text
 
 Line: TypeAlias = tuple[str, list[str]]  # where it stands, its cells
 
@@ -35,6 +35,7 @@ def delimited_rows(
     path: Path,
     named: Sequence[str] = (),
     *,
+    separator: str,
     task: str = "SEQ_CLS",
     headers: Collection[str] = (),
     labelled: bool = True,
@@ -48,6 +49,7 @@ def delimited_rows(
 
     Args:
         named: the columns that the caller asks for.
+        separator: between cells, "," or a tab.
         task, labelled: what for, as in `read_examples`.
         headers: usual names of the task's own columns.
         notes: is given a line for whatever is left out.
@@ -55,7 +57,7 @@ def delimited_rows(
     Raises:
         ValueError: rows differ in length, the quoting is broken, or header and columns cannot be told.
     """
-    lines = list(_lines(path, notes))
+    lines = list(_lines(path, separator, notes))
     if not lines:
         raise ValueError(f"{path}, line 1: expected at least one example; found none")
     where, first = lines[0]
@@ -200,9 +202,9 @@ def _words(cells: Sequence[str]) -> int:
     return sum(len(cell.split()) for cell in cells)
 
 
-def _lines(path: Path, notes: list[str]) -> Iterator[Line]:
+def _lines(path: Path, separator: str, notes: list[str]) -> Iterator[Line]:
     """Rows that are not blank; those of empty cells are counted in a note."""
-    text, separator = read_text(path), DELIMITED_SUFFIXES[path.suffix.lower()]
+    text = read_text(path)
     empty = 0
     quoted = _is_quoted(text, separator)
     for where, cells in _quoted(path, text, separator, notes) if quoted else _plain(path, text, notes):
