@@ -27,12 +27,12 @@ from ptv2_fast.config import PTuningV2Config
 from ptv2_fast.families.registry import sizes_of
 from ptv2_fast.storage.files import locked, write_set
 from ptv2_fast.storage.files import write_whole as write_whole
+from ptv2_fast.storage.names import CONFIG_NAME as CONFIG_NAME
+from ptv2_fast.storage.names import WEIGHTS_NAME as WEIGHTS_NAME
 from ptv2_fast.storage.names import check_key, namesake
 from ptv2_fast.storage.tensors import read_json, read_metadata, read_safetensors, write_tensors
 
 FORMAT_VERSION = 1
-WEIGHTS_NAME = "ptv2_model.safetensors"
-CONFIG_NAME = "ptv2_config.json"
 # Trainer writes a model's state dict under this name; ours carries its description as a tensor of
 # bytes.
 TRAINER_WEIGHTS_NAME = "model.safetensors"

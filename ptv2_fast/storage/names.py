@@ -1,12 +1,13 @@
-"""Names that adapters can have: those of folders on any system, and parts of a state dict's keys."""
+"""Names of an adapter's files, and those adapters can have: folders' on any system, parts of a state dict's keys."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
 
-from torch import nn
-
+# An adapter's two files.
+WEIGHTS_NAME = "ptv2_model.safetensors"
+CONFIG_NAME = "ptv2_config.json"
 # What the usual file systems take as one name.
 MAX_NAME_BYTES = 200
 # Windows opens devices by these, whatever folder they stand in.
@@ -33,6 +34,8 @@ def check_key(name: object) -> None:
             "name must be a printable string that can name a folder, without dots, slashes, or blanks at its ends; "
             f"got {name!r}"
         )
+    from torch import nn  # the names of an adapter's files do not wait for it
+
     # A ModuleDict cannot hold a module under the name of an attribute of its own.
     if hasattr(nn.ModuleDict(), str(name)):
         raise ValueError(f"name must not be an attribute of torch.nn.ModuleDict; got {name!r}")

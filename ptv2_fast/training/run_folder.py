@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.saving.checkpoint import WEIGHTS_NAME, write_whole
+from ptv2_fast.storage.files import write_whole
+from ptv2_fast.storage.names import WEIGHTS_NAME
 
 SETTINGS_NAME, METRICS_NAME, CURVES_NAME = "settings.json", "metrics.json", "curves.png"
 CHECKPOINTS, RUN_NAME = "checkpoints", "run.json"
