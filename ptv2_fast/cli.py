@@ -1,4 +1,4 @@
-"""The command line: ptv2-fast train | search | eval | predict | export | info.
+"""The command line: ptv2-fast train | search | eval | predict | report | export | info.
 
 Errors are one line on standard error; bad input has exit code 2, before anything is written. Everything
 heavy is imported inside the commands, so that help is instant.
@@ -277,6 +277,23 @@ def predict(
         return
     for record in records(adapter, next(iter(names), None), asked):
         typer.echo(plain_json(record) if as_json else line_of(record))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `train` or `search` left.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    data: Annotated[str | None, typer.Option(help="Labelled data to judge on; else each run's own --dev.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Most rows of a list.")] = 20,
+) -> None:
+    """One HTML page about runs: settings, scores, curves, mistakes, prompts; several runs beside one another."""
+    from ptv2_fast.report.asked import asked
+
+    wanted = asked(runs, output, data=data, examples=examples)
+    quiet()
+    from ptv2_fast.report.write import write
+
+    typer.echo(f"{write(wanted)}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
 
 
 @app.command()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
+from ptv2_fast import PTuningV2Config, PTuningV2Model, __version__, get_ptv2_model
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.config import HEAD_TASKS, HeadConfig
 from ptv2_fast.families.registry import family_of
@@ -168,6 +170,10 @@ class PreparedRun:
             "total_parameters": total,
             "seconds": round(result.seconds, 2),
             "tokens_per_second": round(result.tokens_per_second, 1),
+            "rows_per_second": round(result.rows_per_second, 2),
+            "rows": result.rows,
+            "dev_rows": result.dev_rows,
+            "versions": _versions(),
             "history": list(result.history),
         }
         found = {
@@ -245,6 +251,12 @@ def _check_alike(
             f"{request.dev.path}: expected {' and '.join(sorted(there))} as in {request.data.path};"
             f" got {' and '.join(sorted(here))}; name the columns (--text-column, --prompt-column, --completion-column)"
         )
+
+
+def _versions() -> dict[str, str]:
+    """What the run was made with."""
+    others = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {"ptv2_fast": __version__, **others, "python": platform.python_version()}
 
 
 def _digests(train: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]] | None) -> dict[str, str | None]:

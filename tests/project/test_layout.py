@@ -34,6 +34,7 @@ LAYERS = (
     ("task_models",),
     ("public", "checkpoint", "export", "hub"),
     ("training", "tutorials", "interop"),
+    ("report",),
     ("cli", "demo"),
 )
 RANK = {layer: rank for rank, row in enumerate(LAYERS) for layer in row}
