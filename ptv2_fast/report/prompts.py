@@ -66,7 +66,7 @@ def _words(prompts: Tensor, encoder: Any, model: Any, tokenizer: Any) -> Html:
     if encoder.injection == "deep" and encoder.layers[0] != 0:
         return join([title, note("The first layer has no prompt. ", _NO_WORDS["deep"])])
     first = (prompts if encoder.injection == "shallow" else prompts[0])[:MOST_TOKENS]
-    table_of_words = getattr(model.base_model.get_input_embeddings(), "weight", None)
+    table_of_words: Any = getattr(model.base_model.get_input_embeddings(), "weight", None)
     if not _comparable(table_of_words, first):
         return join([title, note("The base's words are vectors of another kind or width: nothing is compared.")])
     near = nearest(first, table_of_words, NEAREST)

@@ -14,10 +14,10 @@ from ptv2_fast.training.tags import stray_insides, to_iob2
 # Words of a sentence that are shown on each side of an error.
 _AROUND = 14
 KINDS = {
-    "missed": "an entity of which nothing is found",
-    "spurious": "found where there is none",
-    "wrong type": "the right words under another type",
-    "wrong border": "it overlaps, and begins or ends elsewhere",
+    "missed": "no predicted entity goes with it",
+    "spurious": "no true entity goes with it",
+    "wrong type": "the right words, under another type",
+    "wrong border": "words are shared, and it begins or ends elsewhere",
 }
 
 
