@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ptv2_fast.report.html import Html, el, number
+from ptv2_fast.report.html import Html, el, note, number
 from ptv2_fast.report.svg import Axes, drawing, figure, line
 
 BINS = 10
@@ -46,6 +46,8 @@ def expected_error(bins: Sequence[Bin]) -> float:
 def calibration_chart(confidences: Sequence[float], right: Sequence[bool]) -> Html:
     """The reliability diagram: how often predictions of a bin are right, against how sure they are."""
     bins = bins_of(confidences, right)
+    if not bins:
+        return note("The model gives no probabilities.")
     axes = Axes((0.0, 1.0), (0.0, 1.0))
     most = max(one.count for one in bins)
     bars = []

@@ -14,6 +14,7 @@ from ptv2_fast.report.judged import Judged
 # Classes of a confusion matrix that a page has room for; the others are one.
 MOST_CLASSES = 16
 OTHERS = "(others)"
+_LONGEST_NAME = 40
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def _confusion_table(truth: Sequence[str], guess: Sequence[str], labels: Sequenc
     rows = []
     for name, row in zip(shown, counts, strict=True):
         cells = [_share(count, sum(row), name == other) for other, count in zip(shown, row, strict=True)]
-        rows.append([el("th", name, scope="row"), *cells])
-    header = [el("th", "true \\ predicted"), *(el("th", name, class_="n") for name in shown)]
+        rows.append([el("th", clipped(name, _LONGEST_NAME), scope="row"), *cells])
+    header = [el("th", "true \\ predicted"), *(el("th", clipped(name, _LONGEST_NAME), class_="n") for name in shown)]
     return join([table(header, rows), note("Rows of each true class: how many, and the share of the class.")])
 
 

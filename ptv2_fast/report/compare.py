@@ -66,7 +66,7 @@ def _names(scores: Sequence[Mapping[str, float]]) -> list[str]:
 
 def _differ(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
     """Whether the rows that were judged here gave other scores than training wrote down."""
-    return any(abs(value - one.get(name, float("inf"))) > 1e-4 for name, value in other.items())
+    return any(not isinstance(one.get(name), float) or abs(value - one[name]) > 1e-4 for name, value in other.items())
 
 
 def _marked(name: str, scores: Sequence[Mapping[str, float]], runs: Sequence[Run]) -> list[object]:
@@ -74,7 +74,7 @@ def _marked(name: str, scores: Sequence[Mapping[str, float]], runs: Sequence[Run
     cells: list[object] = []
     for run, one in zip(runs, scores, strict=True):
         value = one.get(name)
-        rivals = [o[name] for r, o in zip(runs, scores, strict=True) if r.task == run.task and name in o]
+        rivals = [o[name] for r, o in zip(runs, scores, strict=True) if r.task == run.task and o.get(name) is not None]
         best = len(rivals) > 1 and value == (min if name in SMALLER_IS_BETTER else max)(rivals)
         cells.append(el("b", number(value)) if best else number(value))
     return cells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,9 @@ def number_body(judged: Judged, most: int) -> Html:
     """Predicted against true numbers, and the rows that are furthest off."""
     pairs = [(float(e["label"]), p.value) for e, p in zip(judged.examples, judged.predictions or (), strict=True)]
     step = -(-len(pairs) // _MOST_POINTS)
+    points = [pair for pair in pairs[::step] if math.isfinite(pair[1])]
+    if not points:
+        return note("The model gives no finite number.")
     worst = sorted(range(len(pairs)), key=lambda i: -abs(pairs[i][0] - pairs[i][1]))[:most]
     rows = [
         [el("td", text_of(judged.examples[i]), class_="text"), *map(number, (*pairs[i], pairs[i][1] - pairs[i][0]))]
@@ -29,7 +33,7 @@ def number_body(judged: Judged, most: int) -> Html:
     shown = note(f"Every {step}th row is drawn.") if step > 1 else None
     return join(
         [
-            el("div", scatter("Predicted against true", "true", "predicted", pairs[::step]), class_="charts"),
+            el("div", scatter("Predicted against true", "true", "predicted", points), class_="charts"),
             shown,
             el("h3", "Furthest off"),
             table(("text", "true", "predicted", "off by"), rows),

@@ -9,11 +9,20 @@ from typing import Any
 
 from ptv2_fast.report.asked import Asked
 from ptv2_fast.storage.names import WEIGHTS_NAME
+from ptv2_fast.task_types import SINGLE_LABEL
 from ptv2_fast.training.described import read_description, read_settings
-from ptv2_fast.training.run_folder import METRICS_NAME, read_object
+from ptv2_fast.training.run_folder import METRICS_NAME, SETTINGS_NAME, read_object
 
 # Of all scores that a run may have, those of which less is better.
 SMALLER_IS_BETTER = ("loss", "perplexity", "mse")
+# Of what kind the parts of both files are that the page reads: [kind] is a list, {kind} an object of such values; None
+# may stand for any.
+_METRICS: Mapping[str, Any] = {
+    "metric": str, "dev": {float}, "history": [dict], "versions": {str}, "best_epoch": int, "rows": int,
+    "dev_rows": int, "epochs": float, "seconds": float, "tokens_per_second": float, "rows_per_second": float,
+    "trained_parameters": int, "total_parameters": int,
+}  # fmt: skip
+_SETTINGS: Mapping[str, Any] = {"task_type": str, "data": dict, "dev": dict, "fit": dict}
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,10 @@ class Run:
     def task(self) -> str:
         """The task, and what its head solves where that is not one class for each row."""
         task = str(self.settings.get("task_type") or self.config.get("task_type"))
-        problem = self.settings.get("problem_type")
+        heads = self.config.get("heads")
+        said = heads.values() if isinstance(heads, dict) else ()  # a head may be its number of labels alone
+        problems = {head.get("problem_type", SINGLE_LABEL) for head in said if isinstance(head, dict)} - {SINGLE_LABEL}
+        problem = ", ".join(sorted(problems)) or None
         return task if problem is None else f"{task}, {problem}"
 
     @property
@@ -86,11 +98,34 @@ def _read(name: str, folder: Path, table: Path | None) -> Run:
         folder=folder,
         config=description["config"],
         base=description["base"],
-        settings=read_settings(folder),
-        metrics=read_object(folder / METRICS_NAME) or {},
+        settings=_checked(folder / SETTINGS_NAME, read_settings(folder), _SETTINGS),
+        metrics=_checked(folder / METRICS_NAME, read_object(folder / METRICS_NAME) or {}, _METRICS),
         size=(folder / WEIGHTS_NAME).stat().st_size,
         trials=() if table is None else _rows_of(table.read_text(encoding="utf-8")),
     )
+
+
+def _checked(path: Path, values: dict[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, which are of their kinds.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, kind in kinds.items():
+        if not _is(values.get(name), kind):
+            raise ValueError(f"{path} is damaged: {name} cannot be {values[name]!r}")
+    return values
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind: a type, a list of one ([kind]), or an object with values of one ({kind})."""
+    if value is None:
+        return True
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is(inner, kind[0]) for inner in value)
+    if isinstance(kind, set):
+        return isinstance(value, dict) and all(_is(inner, next(iter(kind))) for inner in value.values())
+    return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
 
 
 def _rows_of(markdown: str) -> list[list[str]]:

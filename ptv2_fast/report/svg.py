@@ -157,11 +157,11 @@ def legend_of(series: Sequence[Series]) -> Html:
 
 
 def scatter(title: str, x_label: str, y_label: str, points: Sequence[Point]) -> Html:
-    """Points, and the diagonal on which both numbers are the same."""
-    ends = widened([value for point in points for value in point])
-    axes = Axes(ends, ends)
+    """Points, and as much as there is of the diagonal on which both numbers are the same."""
+    axes = Axes(*(widened(side) for side in zip(*points, strict=True)))
     dots = (dot(axes.at(point), 0, fill_opacity=0.55) for point in points)
-    diagonal = line(axes.at((ends[0], ends[0])), axes.at((ends[1], ends[1])), "diagonal")
+    low, high = max(axes.x[0], axes.y[0]), min(axes.x[1], axes.y[1])
+    diagonal = line(axes.at((low, low)), axes.at((high, high)), "diagonal") if low < high else None
     return figure(title, drawing(axes.drawn(x_label, y_label), diagonal, *dots, name=title))
 
 

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 _WHOLE = ("meta",)
 _TAGS = {
     "html", "head", "meta", "title", "style", "body", "main", "nav", "section", "article", "div", "span", "p", "a",
-    "h1", "h2", "h3", "b", "small", "code", "mark", "ul", "li", "dl", "dt", "dd", "table", "caption", "thead", "tbody", "tr",
-    "th", "td", "figure", "figcaption", "svg", "line", "text", "polyline", "circle", "rect",
+    "h1", "h2", "h3", "b", "small", "code", "mark", "ul", "li", "dl", "dt", "dd", "table", "caption", "thead",
+    "tbody", "tr", "th", "td", "figure", "figcaption", "svg", "line", "text", "polyline", "circle", "rect",
 }  # fmt: skip
 # Markup that data may hold: the page shows it as it is written.
 EVIL = "<script>alert(1)</script>"
@@ -126,6 +126,11 @@ def test_what_is_missing_is_left_out_with_a_sentence(trained, tmp_path):
     assert "--data names some" in Page(write_report([bare], tmp_path / "bare.html")).text
     judged = Page(write_report([bare], tmp_path / "bare.html", data=trained / "dev.jsonl", examples=1)).text
     assert number(_metrics(trained / "short")["dev"]["accuracy"]) in judged
+    (bare / "metrics.json").write_text('{"metric": "accuracy", "dev": {"accuracy": null}, "history": [{"loss": null}]}')
+    assert "accuracy" in Page(write_report([bare, trained / "long"], tmp_path / "bare.html")).text
+    (bare / "metrics.json").write_text('{"history": [7]}')
+    with pytest.raises(ValueError, match="metrics.json is damaged: history"):
+        write_report([bare], tmp_path / "bare.html")
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         write_report([bare], tmp_path / "other.html", data="gone.jsonl")
 
