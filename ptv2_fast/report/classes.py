@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptv2_fast.report.calibration import calibration_chart
-from ptv2_fast.report.html import Html, clipped, el, join, note, number, table
+from ptv2_fast.report.html import Html, clipped, el, join, note, number, shown_rows, table
 from ptv2_fast.report.judged import Judged
 
 # Classes of a confusion matrix that a page has room for; the others are one.
 MOST_CLASSES = 16
+# Classes of a table.
+MOST_ROWS = 60
 OTHERS = "(others)"
 _LONGEST_NAME = 40
 
@@ -35,10 +37,24 @@ def quality(right: int, guessed: int, true: int) -> Quality:
 
 def quality_row(name: str, one: Quality) -> list[object]:
     """The same as cells of a table."""
-    return [name, number(one.precision), number(one.recall), number(one.f1), number(one.support)]
+    return [
+        clipped(name, _LONGEST_NAME),
+        number(one.precision),
+        number(one.recall),
+        number(one.f1),
+        number(one.support),
+    ]
 
 
 QUALITY_HEADER = ("", "precision", "recall", "F1", "support")
+
+
+def quality_table(qualities: Sequence[tuple[str, Quality]]) -> Html:
+    """Classes and how good each is found; of very many the most frequent."""
+    kept = sorted(range(len(qualities)), key=lambda i: -qualities[i][1].support)[:MOST_ROWS]
+    rows = [quality_row(*qualities[index]) for index in sorted(kept)]
+    left = len(qualities) - len(rows)
+    return join([table(QUALITY_HEADER, rows), note(f"{left:,} rarer ones are left out.") if left else None])
 
 
 def confusion(truth: Sequence[str], guess: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
@@ -59,7 +75,7 @@ def class_body(judged: Judged, most: int) -> Html:
             el("h3", "Confusion"),
             _confusion_table(truth, guess, judged.labels),
             el("h3", "Each class"),
-            table(QUALITY_HEADER, [quality_row(name, one) for name, one in _qualities(truth, guess, judged.labels)]),
+            quality_table(_qualities(truth, guess, judged.labels)),
             el("div", chart, class_="charts apart"),
             mistakes(judged, right, most),
         ]
@@ -105,15 +121,15 @@ def mistakes(judged: Judged, right: Sequence[bool], most: int) -> Html:
     rows = []
     for index in wrong[:most]:
         example, prediction = judged.examples[index], predictions[index]
-        said = _named(example, prediction.value), _named(example, example["label"]), number(prediction.score, 3)
-        rows.append([el("td", text_of(example), class_="text"), *said])
-    count = f"{min(most, len(wrong))} of {len(wrong):,} wrong rows of {len(right):,}, the most confident first."
-    return join([title, table(("text", "predicted", "true", "probability"), rows, words=3), note(count)])
+        guess, true = _named(example, prediction.value), _named(example, example["label"])
+        rows.append((f"predicted {guess} ({number(prediction.score, 3)}), true {true}", text_of(example)))
+    count = f"{min(most, len(wrong))} of {len(wrong):,} wrong rows, of {len(right):,}, each with its probability."
+    return join([title, shown_rows(rows), note(count)])
 
 
 def _named(example: Mapping[str, Any], label: Any) -> str:
     """A class by its name, a choice by its text."""
-    return clipped(example["choices"][label], 120) if "choices" in example else str(label)
+    return f"“{clipped(example['choices'][label], 120)}”" if "choices" in example else str(label)
 
 
 def text_of(example: Mapping[str, Any]) -> Html:

@@ -78,6 +78,12 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], *, words: 
     return el("div", el("table", title, head, body), class_="scroll")
 
 
+def shown_rows(rows: Iterable[tuple[object, object]]) -> Html:
+    """Rows of the data below one another: what is said of each, in small letters, and the row."""
+    items = (el("li", el("span", said, class_="said"), el("div", row)) for said, row in rows)
+    return el("ul", *items, class_="rows")
+
+
 def is_cell(cell: object) -> bool:
     """Whether it is a cell of a table already, with attributes of its own."""
     return isinstance(cell, Html) and cell.startswith(("<td", "<th"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ptv2_fast.report.calibration import calibration_chart
-from ptv2_fast.report.classes import QUALITY_HEADER, mistakes, quality, quality_row, text_of
-from ptv2_fast.report.html import Html, clipped, el, join, note, number, table
+from ptv2_fast.report.classes import mistakes, quality, quality_table, text_of
+from ptv2_fast.report.html import Html, clipped, el, join, note, number, shown_rows, table
 from ptv2_fast.report.judged import Judged
 from ptv2_fast.report.svg import scatter
 from ptv2_fast.training.metrics import answer_f1
@@ -27,8 +27,7 @@ def number_body(judged: Judged, most: int) -> Html:
         return note("The model gives no finite number.")
     worst = sorted(range(len(pairs)), key=lambda i: -abs(pairs[i][0] - pairs[i][1]))[:most]
     rows = [
-        [el("td", text_of(judged.examples[i]), class_="text"), *map(number, (*pairs[i], pairs[i][1] - pairs[i][0]))]
-        for i in worst
+        (f"predicted {number(pairs[i][1])}, true {number(pairs[i][0])}", text_of(judged.examples[i])) for i in worst
     ]
     shown = note(f"Every {step}th row is drawn.") if step > 1 else None
     return join(
@@ -36,7 +35,7 @@ def number_body(judged: Judged, most: int) -> Html:
             el("div", scatter("Predicted against true", "true", "predicted", points), class_="charts"),
             shown,
             el("h3", "Furthest off"),
-            table(("text", "true", "predicted", "off by"), rows),
+            shown_rows(rows),
         ]
     )
 
@@ -46,22 +45,30 @@ def labels_body(judged: Judged, most: int) -> Html:
     pairs = [(set(e["labels"]), set(p.value)) for e, p in zip(judged.examples, judged.predictions or (), strict=True)]
     true, guessed = (Counter(name for pair in pairs for name in pair[side]) for side in (0, 1))
     right = Counter(name for one, other in pairs for name in one & other)
-    qualities = [quality_row(name, quality(right[name], guessed[name], true[name])) for name in judged.labels]
+    qualities = [(name, quality(right[name], guessed[name], true[name])) for name in judged.labels]
     wrong = [index for index, (one, other) in enumerate(pairs) if one != other]
     wrong.sort(key=lambda index: -len(pairs[index][0] ^ pairs[index][1]))
     rows = [
-        [el("td", text_of(judged.examples[i]), class_="text"), *(", ".join(sorted(side)) or "–" for side in pairs[i])]
+        (", ".join(f"{what} {_set(side)}" for what, side in zip(("true", "predicted"), pairs[i], strict=True)), i)
         for i in wrong[:most]
     ]
     return join(
         [
             el("h3", "Each label"),
-            table(QUALITY_HEADER, qualities),
+            quality_table(qualities),
             el("h3", "Rows with the most wrong labels"),
-            table(("text", "true", "predicted"), rows, words=3) if rows else note("There is none."),
+            shown_rows((said, text_of(judged.examples[i])) for said, i in rows) if rows else note("There is none."),
             note(f"{len(rows)} of {len(wrong):,} rows with a wrong label, of {len(pairs):,}.") if rows else None,
         ]
     )
+
+
+def _set(names: Collection[str]) -> str:
+    return " + ".join(sorted(names)) or "none"
+
+
+def _quoted(answer: str) -> str:
+    return f"“{clipped(answer, 200)}”" if answer else "no answer"
 
 
 def answer_body(judged: Judged, most: int) -> Html:
@@ -75,14 +82,14 @@ def answer_body(judged: Judged, most: int) -> Html:
     rows = []
     for best, _, index in wrong[:most]:
         example, given = judged.examples[index], (judged.predictions or ())[index].value
-        truth = " | ".join(dict.fromkeys(example["answers"]["text"])) or "(no answer)"
-        asked = el("td", el("div", clipped(example["question"])), el("small", clipped(example["context"], 300)))
-        rows.append([asked, clipped(given, 200) or "(no answer)", clipped(truth, 200), number(best, 2)])
+        truth = " | ".join(dict.fromkeys(example["answers"]["text"]))
+        said = f"F1 {number(best, 2)}: predicted {_quoted(given)}, true {_quoted(truth)}"
+        asked = join([el("div", clipped(example["question"])), el("small", clipped(example["context"], 300))])
+        rows.append((said, asked))
     if not rows:
         return note("Every answer is right.")
     count = f"{len(rows)} of {len(wrong):,} answers that are not wholly right, of {len(scored):,}."
-    header = ("question and context", "predicted", "true", "F1")
-    return join([el("h3", "Worst answers"), table(header, rows, words=3), note(count)])
+    return join([el("h3", "Worst answers"), shown_rows(rows), note(count)])
 
 
 def choice_body(judged: Judged, most: int) -> Html:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ptv2_fast.report.classes import QUALITY_HEADER, quality, quality_row
-from ptv2_fast.report.html import Html, el, join, note, number, table
+from ptv2_fast.report.html import Html, el, join, note, number, shown_rows, table
 from ptv2_fast.report.judged import Judged
 from ptv2_fast.training.tags import stray_insides, to_iob2
 
@@ -100,7 +100,7 @@ def tag_body(judged: Judged, most: int) -> Html:
             table(("kind", "what it is", "count"), kinds, words=2),
             el("p", el("mark", "true", class_="true"), " ", el("mark", "predicted", class_="guess"), " ",
                el("mark", "both", class_="true guess"), class_="note"),
-            el("ul", *listed, class_="errors"),
+            shown_rows(listed),
             note(f"{len(shown)} of {len(errors):,} errors, as many of each kind as there is room for."),
         ]
     )  # fmt: skip
@@ -127,18 +127,17 @@ def _chosen(errors: Sequence[tuple[int, Error]], most: int) -> list[tuple[int, E
     return [one for kind, there in by_kind.items() for one in there[: taken[kind]]]
 
 
-def _sentence(tokens: Sequence[str], error: Error) -> Html:
-    """A sentence around an error, with the words of both entities marked."""
+def _sentence(tokens: Sequence[str], error: Error) -> tuple[str, Html]:
+    """What is wrong, and the sentence around it with the words of both entities marked."""
     first, last = error.words
     start, end = max(0, first - _AROUND), min(len(tokens), last + _AROUND)
-    parts: list[object] = ["… " if start else None]
+    parts: list[object] = ["… "] if start else []
     for classes, words in _runs(range(start, end), error):
         text = " ".join(tokens[index] for index in words)
         parts += [el("mark", text, class_=classes) if classes else text, " "]
     parts.append("…" if end < len(tokens) else None)
     said = [f"true {error.true.kind}" if error.true else None, f"predicted {error.guess.kind}" if error.guess else None]
-    label = el("span", error.kind, ": ", ", ".join(filter(None, said)), class_="kind")
-    return el("li", label, el("div", *parts))
+    return f"{error.kind}: {', '.join(filter(None, said))}", join(parts)
 
 
 def _runs(words: Iterable[int], error: Error) -> list[tuple[str, list[int]]]:
