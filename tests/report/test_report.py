@@ -16,9 +16,9 @@ from ptv2_fast.cli import app
 from ptv2_fast.report.asked import asked
 from ptv2_fast.report.html import number
 from ptv2_fast.report.write import write_report
+from ptv2_fast.training.flags import source_of
 from ptv2_fast.training.loading import load_trained
 from ptv2_fast.training.predict import evaluate
-from ptv2_fast.training.runs import DataSource
 from tiny_folders import bert_folder, llama_folder, toy_examples, toy_file
 from tiny_sets import saved_set
 
@@ -176,7 +176,7 @@ def test_every_task_has_scores_and_what_is_worst(others, tmp_path, name, says):
     page = Page(write_report([others / "set" / name], tmp_path / "page.html", data=data))
     assert says in page.text
     loaded = load_trained(others / "set" / name)
-    scores = evaluate(loaded.model, loaded.codec, loaded.read(DataSource(str(data))))
+    scores = evaluate(loaded.model, loaded.codec, loaded.read(source_of(str(data), {})))
     for score, value in scores.items():
         if score != "loss":
             assert number(value) in page.text, score
