@@ -1,4 +1,4 @@
-"""The command line: ptv2-fast data | train | search | eval | predict | export | info.
+"""The command line: ptv2-fast data | train | search | eval | predict | report | export | info.
 
 Errors are one line on standard error; bad input has exit code 2, before anything is written. Everything
 heavy is imported inside the commands, so that help is instant.
@@ -10,7 +10,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +19,36 @@ try:
 except ModuleNotFoundError as error:  # pragma: no cover
     raise SystemExit("ptv2-fast: the command line needs `pip install ptv2-fast[train]`") from error
 
-from ptv2_fast import __version__, choices
-from ptv2_fast.task_types import PROBLEM_TYPES, TRAINED_TASKS
+from ptv2_fast import __version__
 from ptv2_fast.training import devices
 from ptv2_fast.training.flags import COLUMNS, numbers
 from ptv2_fast.training.flags import request_of as _request
+from ptv2_fast.training.options import (
+    AdapterArgument,
+    BatchOption,
+    CompletionColumn,
+    Content,
+    DataOption,
+    DeviceOption,
+    FormatOption,
+    HeadOption,
+    Init,
+    Injection,
+    LabelColumn,
+    LengthOption,
+    ModelOption,
+    NamesOption,
+    OneOption,
+    Pooling,
+    ProblemOption,
+    PromptColumn,
+    Schedule,
+    SchemeOption,
+    SomeOption,
+    SplitOption,
+    Task,
+    TextColumns,
+)
 from ptv2_fast.training.shell import OneLineGroup, Resumable, quiet
 
 app = typer.Typer(
@@ -33,89 +58,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Task(str, Enum):
-    """What is trained for."""
-
-    _ignore_ = "word"
-    for word in TRAINED_TASKS:
-        vars()[word] = word
-
-
-class Injection(str, Enum):
-    """How prompts enter the model."""
-
-    _ignore_ = "word"
-    for word in choices.INJECTIONS:
-        vars()[word] = word
-
-
-class Init(str, Enum):
-    """What prompts start as."""
-
-    _ignore_ = "word"
-    for word in choices.INITS:
-        vars()[word] = word
-
-
-class Pooling(str, Enum):
-    """What a classification head reads of a row."""
-
-    _ignore_ = "word"
-    for word in choices.POOLINGS:
-        vars()[word] = word
-
-
-class Problem(str, Enum):
-    """What a classification head solves."""
-
-    _ignore_ = "word"
-    for word in PROBLEM_TYPES:
-        vars()[word] = word
-
-
-class Content(str, Enum):
-    """What an export holds."""
-
-    _ignore_ = "word"
-    for word in choices.EXPORTS:
-        vars()[word] = word
-
-
-class Schedule(str, Enum):
-    """How the learning rate falls."""
-
-    _ignore_ = "word"
-    for word in choices.SCHEDULES:
-        vars()[word] = word
-
-
 _DEEP, _KEYS_AND_VALUES = Injection("deep"), Content("kv")
-ModelOption = Annotated[str | None, typer.Option(help="Hub name, folder, or .gguf file.", metavar="NAME_OR_PATH")]
-DataOption = Annotated[str, typer.Option(help="File, folder of files, or a `datasets` name; see docs/data.md.")]
-SplitOption = Annotated[str | None, typer.Option(help="Split of a folder or a `datasets` name.")]
-TextColumns = Annotated[list[str] | None, typer.Option("--text-column", help="Twice for pairs; a number (no header).")]
-LabelColumn = Annotated[list[str] | None, typer.Option(help="Label or tags; twice or more: columns of 0 and 1.")]
-PromptColumn = Annotated[str | None, typer.Option(help="Column to go on from (CAUSAL_LM).")]
-CompletionColumn = Annotated[str | None, typer.Option(help="Column to go on with (CAUSAL_LM).")]
-FormatOption = Annotated[str | None, typer.Option("--format", help="Of a file, where its suffix does not say it.")]
-SchemeOption = Annotated[str | None, typer.Option(help="Of tags: BIO, IOB1, BIOES, BILUO, BMES, BMEWO, IO or plain.")]
-NamesOption = Annotated[
-    str | None, typer.Option(help="Of labels that are numbers: a,b,c, or a file with a name a line.")
-]
-ProblemOption = Annotated[Problem | None, typer.Option(help="What a SEQ_CLS head solves; one class if not given.")]
-LengthOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of a row.")]
-AdapterArgument = Annotated[str, typer.Argument(help="Folder of a trained adapter, or of several.")]
-OneOption = Annotated[str | None, typer.Option("--adapter", help="Which one, of a folder with several.")]
-SomeOption = Annotated[
-    list[str] | None, typer.Option("--adapter", help="Which ones, of a folder with several; all if not given.")
-]
-HeadOption = Annotated[str | None, typer.Option(help="Which head, where there are several.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Rows of a batch.")]
-DeviceOption = Annotated[
-    str | None, typer.Option(metavar="cpu|cuda|cuda:N|mps", help="Where to compute [a GPU if there is one].")
-]
 
 
 def _say_version(asked: bool) -> None:
@@ -348,6 +291,26 @@ def show_data(
     options = {"task": task and task.value, "problem_type": problem_type and problem_type.value}
     facts = facts_of_data(source_of(path, flags), held_out, **options, tokenizer=model, to=to)
     typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else "\n".join(lines_of_facts(facts)))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `train` or `search` left.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    data: Annotated[str | None, typer.Option(help="Labelled data to judge on; else each run's own --dev.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Most rows of a list.")] = 20,
+    device: DeviceOption = None,
+) -> None:
+    """One HTML page about runs: settings, scores, curves, mistakes, prompts; several runs beside one another."""
+    from ptv2_fast.report.asked import asked
+
+    devices.choose(device)
+    wanted = asked(runs, output, data=data, examples=examples)
+    quiet()
+    from ptv2_fast.report.write import write
+
+    page = write(replace(wanted, device=devices.device_of(device)))
+    typer.echo(f"{page}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
 
 
 @app.command()

@@ -51,6 +51,8 @@ class FitResult:
         epochs: epochs trained, those before a resume included.
         seconds: wall time of this call.
         tokens_per_second: real tokens through training steps, a second spent in them.
+        rows_per_second: rows, in the same way.
+        rows, dev_rows: what was trained on and scored; windows of a long text are rows of their own.
     """
 
     metric: str
@@ -60,6 +62,9 @@ class FitResult:
     epochs: float
     seconds: float
     tokens_per_second: float
+    rows_per_second: float
+    rows: int
+    dev_rows: int
 
 
 class Diverged(RuntimeError):
@@ -157,6 +162,9 @@ def _result(trainer: _Trainer, metric: Metric, seconds: float) -> FitResult:
         epochs=epochs,
         seconds=seconds,
         tokens_per_second=clock.tokens / clock.seconds if clock.seconds else 0.0,
+        rows_per_second=clock.rows / clock.seconds if clock.seconds else 0.0,
+        rows=len(trainer.train_dataset),
+        dev_rows=len(trainer.dev_features),
     )
 
 
@@ -213,6 +221,7 @@ class _Trainer(Trainer):
     dev_features: list[dict[str, Any]]
     # What `fit` gives it, of the many kinds that Trainer takes.
     model: nn.Module
+    train_dataset: list[dict[str, Any]]
     eval_dataset: list[dict[str, Any]]
     optimizer: torch.optim.Optimizer
 
@@ -251,18 +260,19 @@ class _Trainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Trainer's step, with its real tokens counted."""
+        """Trainer's step, with its real tokens and rows counted."""
         self.clock.tokens += int(inputs["attention_mask"].sum())
+        self.clock.rows += len(inputs["attention_mask"])
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.guard.check(self.state, "the loss", [loss])
         return loss
 
 
 class _Clock(TrainerCallback):
-    """Real tokens, and the seconds spent in training steps alone: no evaluation, no saving."""
+    """Real tokens and rows, and the seconds spent in training steps alone: no evaluation, no saving."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.rows = self.tokens = 0
         self.seconds = 0.0
         self._started = 0.0
 

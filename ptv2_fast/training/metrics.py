@@ -99,13 +99,9 @@ def entity_scores(
     for index, (guessed, true) in enumerate(zip(predictions, references, strict=True)):
         if len(guessed) != len(true):
             raise ValueError(f"predictions[{index}]: expected {len(true)} tags; got {len(guessed)}")
-    truth, guess = [list(tags) for tags in references], [list(tags) for tags in predictions]
-    scheme = _scheme(truth)
-    if scheme.name == "plain":
+    guess, truth, has_entities = comparable_tags(predictions, references)
+    if not has_entities:
         return word_scores(guess, truth)
-    if scheme.name not in ("BIO", "IOB1"):
-        # seqeval parts entities of these schemes where their letters do not fit; as IOB2 they are whole.
-        truth, guess = ([to_entities(tags, scheme)[0] for tags in side] for side in (truth, guess))
     from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
     from seqeval.scheme import IOB2
 
@@ -118,6 +114,18 @@ def entity_scores(
         "recall": float(recall_score(truth, guess, **options)),
         "accuracy": float(accuracy_score(truth, guess)),
     }
+
+
+def comparable_tags(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+) -> tuple[list[list[str]], list[list[str]], bool]:
+    """Predictions and references as IOB1 or IOB2, and whether their tags are of entities; if not, as they are."""
+    truth, guess = [list(tags) for tags in references], [list(tags) for tags in predictions]
+    scheme = _scheme(truth)
+    if scheme.name not in ("BIO", "IOB1", "plain"):
+        # seqeval parts entities of these schemes where their letters do not fit; as IOB2 they are whole.
+        truth, guess = ([to_entities(tags, scheme)[0] for tags in side] for side in (truth, guess))
+    return guess, truth, scheme.name != "plain"
 
 
 def _scheme(references: Sequence[Sequence[str]]) -> Scheme:

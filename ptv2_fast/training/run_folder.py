@@ -4,7 +4,7 @@ A run's folder holds
 
     ptv2_model.safetensors, ptv2_config.json   the adapter at its best epoch
     settings.json                              what it was trained with, and which weights it speaks of
-    metrics.json                               dev scores, history, speed
+    metrics.json                               dev scores, history, speed, rows, versions
     curves.png                                 losses and metrics over the steps
     checkpoints/                               Trainer's checkpoints: the best and the last epoch
     checkpoints/run.json                       what the run in progress was asked for; `--resume` compares it

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ptv2_fast import PTuningV2Model, get_ptv2_model
+from ptv2_fast import PTuningV2Model, __version__, get_ptv2_model
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.training.bases import digest_of_weights, load_base
@@ -84,6 +86,10 @@ class PreparedRun:
             "total_parameters": total,
             "seconds": round(result.seconds, 2),
             "tokens_per_second": round(result.tokens_per_second, 1),
+            "rows_per_second": round(result.rows_per_second, 2),
+            "rows": result.rows,
+            "dev_rows": result.dev_rows,
+            "versions": _versions(),
             "history": list(result.history),
         }
         found = {
@@ -144,6 +150,12 @@ def build(checked: CheckedRun, device: str | None = None) -> PreparedRun:
     model = _build(request, base, codec, train)
     _try_longest(model, codec, [*train, *(dev or ())])
     return PreparedRun(checked, model, codec, digest, device)
+
+
+def _versions() -> dict[str, str]:
+    """What the run was made with."""
+    others = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {"ptv2_fast": __version__, **others, "python": platform.python_version()}
 
 
 def _usual_length(request: TrainRequest, base: Any) -> int:

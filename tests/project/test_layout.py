@@ -34,6 +34,7 @@ LAYERS = (
     ("task_models",),
     ("public", "checkpoint", "export", "hub"),
     ("training", "tutorials", "interop"),
+    ("report",),
     ("cli", "demo"),
 )
 RANK = {layer: rank for rank, row in enumerate(LAYERS) for layer in row}
@@ -242,7 +243,7 @@ def test_the_wheel_holds_the_kernels_as_they_are(tmp_path):
         if path.name == "__init__.py":
             inside = installed / path.relative_to(ROOT)
         assert inside.read_bytes() == path.read_bytes(), path
-    assert "ptv2_fast/py.typed" in names
+    assert {"ptv2_fast/py.typed", "ptv2_fast/report/style.css"} <= names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
     data = {f"ptv2_fast/demo/data/{path.name}" for path in (PACKAGE / "demo" / "data").iterdir()}
     assert data and data <= names

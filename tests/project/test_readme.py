@@ -128,7 +128,8 @@ def test_the_commands_run(hub):
     for name in ("train.conll", "dev.conll", "test.conll"):
         (hub / name).write_text(SENTENCE * 4)
     commands = [shlex.split(line) for line in block.splitlines()]
-    assert [command[1] for command in commands] == ["data", "train", "search", "eval", "predict", "export", "info"]
+    order = ["data", "train", "search", "eval", "predict", "report", "export", "info"]
+    assert [command[1] for command in commands] == order
     for program, *arguments in commands:
         if arguments[0] == "search":
             arguments += ["--trials", "1", "--epochs", "1"]

@@ -72,7 +72,8 @@ def test_learns_a_toy_task(task_type, tmp_path):
     losses = [record["loss"] for record in result.history if "loss" in record]
     assert losses[-1] < 0.7 * losses[0], losses
     assert all_equal(frozen, dict(model.base_model.named_parameters())), "the base changed"
-    assert result.tokens_per_second > 0
+    assert result.tokens_per_second > result.rows_per_second > 0
+    assert result.dev_rows >= len(dev) and result.rows >= len(train)
 
 
 def test_a_language_model_prompt_lowers_perplexity(tmp_path):
