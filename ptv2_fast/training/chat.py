@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from ptv2_fast.losses import IGNORED_LABEL
+from ptv2_fast.task_types import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 

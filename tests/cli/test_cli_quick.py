@@ -46,7 +46,10 @@ def lines_in(place: Path) -> list[tuple[int, str, list[object]]]:
     searched = ["search", "--model", place / "base", "--task", "SEQ_CLS", "--output", place / "new"]
     return [
         (0, "ptv2-fast 0", ["--version"]),
-        *((0, "--help", [command, "--help"]) for command in ("train", "search", "eval", "predict", "export", "info")),
+        *(
+            (0, "--help", [command, "--help"])
+            for command in ("data", "train", "search", "eval", "predict", "report", "export", "info")
+        ),
         (0, '"num_virtual_tokens": 3', ["info", one, "--json"]),
         (0, '"stored_parameters": 19', ["info", place / "base", "--json"]),
         (2, "must be a model folder", ["info", place / "nowhere" / "adapter"]),
