@@ -25,6 +25,7 @@ import triton
 
 from ptv2_fast.kernels import launch
 from ptv2_fast.kernels.aot_compile import card_name, compile_launch, fingerprint, kernel_name, tile_of
+from ptv2_fast.kernels.float8_rows import quantize_rows, transposed
 from ptv2_fast.kernels.prompt_backward import Needs, prompt_attention_backward
 from ptv2_fast.kernels.prompt_decode import prompt_attention_decode
 from ptv2_fast.kernels.prompt_forward import prompt_attention_forward
@@ -91,7 +92,12 @@ CELLS: dict[str, dict[str, Any]] = {
     **{f"projection P{length}{' bias' if bias else ''}": {
            "head_dims": (64,), "prompt": length, "projection_bias": bias, "only": "projection"}
        for length in (8, 20, 64) for bias in (False, True)},
+    "float8": {"head_dims": (64,), "only": "float8"},
 }  # fmt: skip
+# Kernels that multiply no matrices.
+_NO_PRODUCTS = (
+    "prompt_attention_delta", "sum_slots", "merge_chunks", "rows_by_entry", "quantize_rows", "transpose_bytes",
+)  # fmt: skip
 DIGEST_MARK = "<!-- digest -->"
 # Two dozen loads and stores of spilled registers in a loop were as fast as none on an H200 (text backward, d = 128,
 # causal, Triton 3.6); what many more of them cost is not known.
@@ -149,7 +155,7 @@ def all_cases() -> list[Case]:
 def record_case(case: Case) -> list[launch.Launch]:
     """The launches of a forward, a full backward, a decoding step and a projection, on stand-in tensors.
 
-    Of a cell of the benchmarks those that it is about: a step's, or decoding's, or a projection's.
+    Of a cell of the benchmarks those that it is about: a step's, or decoding's, or a projection's, or float8's.
     """
     options = (FEATURES | CELLS)[case.features]
     only = options.get("only", "step" if case.features in CELLS else None)
@@ -202,6 +208,11 @@ def record_case(case: Case) -> list[launch.Launch]:
             x = torch.zeros(2, prompt_length, 1024, dtype=dtype, requires_grad=True)
             y = prompt_projection(x, weights, biases)
             y.backward(torch.zeros_like(y))
+        if only == "float8":
+            x = torch.zeros(rows * tokens, 1024, dtype=dtype)
+            quantize_rows(x, torch.float8_e4m3fn)
+            values, _ = quantize_rows(x, torch.float8_e4m3fn, torch.zeros(1024))
+            transposed(values)
     return launches
 
 
@@ -267,7 +278,7 @@ def problems(report: Report) -> list[str]:
         found.append(f"{name}: reads or writes spilled registers in a loop, {report.spill_bytes} bytes a thread")
     if report.shared_bytes > launch.shared_memory_limit(report.arch):
         found.append(f"{name}: {report.shared_bytes} bytes of shared memory, the card has less")
-    multiplies = report.kernel not in ("prompt_attention_delta", "sum_slots", "merge_chunks", "rows_by_entry")
+    multiplies = report.kernel not in _NO_PRODUCTS
     if multiplies and report.dtype != "fp32" and report.tensor_core_instructions == 0:
         found.append(f"{name}: no tensor-core instruction")
     return found

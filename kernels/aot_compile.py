@@ -27,7 +27,7 @@ from ptv2_fast.kernels.machine_code import local_memory_in_loops
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64",
-    torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8",
+    torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 # Ampere's, Hopper's and Blackwell's; the older form remains right for tiles too small for the newer.
 _TENSOR_CORE = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma"

@@ -18,7 +18,6 @@ from ptv2_fast.kernels.tiles import (
     block_start,
     count_blocks,
     dropout_keep,
-    load_statistics,
     load_tile,
     offset_of,
     program_coordinates,
@@ -60,16 +59,28 @@ class PromptTensors(NamedTuple):
 
 
 @triton.jit
-def tile_statistics(own, place, stride, start, num_rows, BLOCK: tl.constexpr, CHECK: tl.constexpr):
-    """(lse in powers of two, delta) of the tile of queries from `start` on; some of them may be missing if CHECK.
+def statistics_place(strides, outer, head, row):
+    """Element offset of (outer, head, row) in lse and delta, in 32 bits: theirs is one number where q, o and do have d.
 
-    place: where query 0 stands. num_rows: how many there are from it on.
+    2^31 of them would be of a q, an o and a do of 64 GiB each and more.
     """
-    rows = start + tl.arange(0, BLOCK)
+    return (outer * strides[0] + head * strides[1] + row * strides[2]).to(tl.int32)
+
+
+@triton.jit
+def tile_statistics(lse, delta, rows_left, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """(lse in powers of two, delta) of a tile of queries, pointers of which are given.
+
+    Of those from `rows_left` on (if CHECK) lse is +inf: their probabilities become 0. Behind the last one is memory for
+    a whole tile: loads without a mask are copied ahead by an instruction each; a predicate costs seven more for each.
+    """
+    own_lse = tl.load(lse)
+    own_delta = tl.load(delta)
     if CHECK:
-        return load_statistics(own.lse, own.delta, place, stride, rows, num_rows)
-    else:
-        return tl.load(own.lse + place + widen(rows) * stride), tl.load(own.delta + place + widen(rows) * stride)
+        there = tl.arange(0, BLOCK) < rows_left
+        own_lse = tl.where(there, own_lse, float("inf"))
+        own_delta = tl.where(there, own_delta, 0.0)
+    return own_lse, own_delta
 
 
 @triton.jit
@@ -169,33 +180,36 @@ def _prompt_attention_backward_text_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
 
+    in_tile = widen(tl.arange(0, BLOCK_M)) * own_strides.lse[2]
+    lse_tile = own.lse + in_tile  # [BLOCK_M]
+    delta_tile = own.delta + in_tile
     HIDES: tl.constexpr = switches.IS_CAUSAL or switches.HAS_WINDOW
     for CHECK in tl.static_range(2):
         num_blocks, head_blocks = count_blocks(blocks, BLOCK_M, CHECK)
         # One loop over the blocks of every head of the group: its copies are not drained from head to head. Which head
-        # and block is counted, and where the full ones of several heads stand is stepped to: a division in the loop
-        # takes tens of instructions, and products of 64 bits as many.
+        # and block is counted, and where the full ones stand is stepped to: a division in the loop takes tens of
+        # instructions, and products of 64 bits as many.
         head = kv_head * switches.GROUP
         block = 0
         first = first_token + block_start(block, head_blocks, blocks, BLOCK_M, CHECK)
-        q_place = offset_of(strides.q, memory_row, head, first)
-        do_place = offset_of(own_strides.do, memory_row, head, first)
-        place = offset_of(own_strides.lse, memory_row, head, first)
+        q_first = inputs.q + offset_of(strides.q, memory_row, head, first)
+        do_first = own.do + offset_of(own_strides.do, memory_row, head, first)
+        place = statistics_place(own_strides.lse, memory_row, head, first)
         q_step, q_jump = steps_of(strides.q, num_blocks, BLOCK_M)
         do_step, do_jump = steps_of(own_strides.do, num_blocks, BLOCK_M)
         step, jump = steps_of(own_strides.lse, num_blocks, BLOCK_M)
         for _ in range(switches.GROUP * num_blocks):
             start_m = block_start(block, head_blocks, blocks, BLOCK_M, CHECK)
-            if switches.GROUP == 1 or CHECK:
+            if CHECK:
                 first = first_token + start_m
-                q_place = offset_of(strides.q, memory_row, head, first)
-                do_place = offset_of(own_strides.do, memory_row, head, first)
-                place = offset_of(own_strides.lse, memory_row, head, first)
+                q_first = inputs.q + offset_of(strides.q, memory_row, head, first)
+                do_first = own.do + offset_of(own_strides.do, memory_row, head, first)
+                place = statistics_place(own_strides.lse, memory_row, head, first)
             rows_left = end - start_m
             # [BLOCK_M, BLOCK_D]
-            q = load_tile(inputs.q + q_place, strides.q, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
-            do = load_tile(own.do + do_place, own_strides.do, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
-            lse, delta = tile_statistics(own, place, own_strides.lse[2], 0, rows_left, BLOCK_M, CHECK)
+            q = load_tile(q_first, strides.q, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
+            do = load_tile(do_first, own_strides.do, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
+            lse, delta = tile_statistics(lse_tile + place, delta_tile + place, rows_left, BLOCK_M, CHECK)
             rows = start_m + tl.arange(0, BLOCK_M)
             queries = rows[None, :]
             bias = None
@@ -222,14 +236,18 @@ def _prompt_attention_backward_text_kernel(
                     mask=(queries < end) & (keys < num_keys),
                 )
             block += 1
+            is_last = block == num_blocks
             if switches.GROUP > 1:
-                is_last = block == num_blocks
                 block = tl.where(is_last, 0, block)
                 head += is_last.to(tl.int32)
             if switches.GROUP > 1 and not CHECK:
-                q_place += tl.where(is_last, q_jump, q_step)
-                do_place += tl.where(is_last, do_jump, do_step)
-                place += tl.where(is_last, jump, step)
+                q_first += tl.where(is_last, q_jump, q_step)
+                do_first += tl.where(is_last, do_jump, do_step)
+                place += tl.where(is_last, jump.to(tl.int32), step.to(tl.int32))
+            elif not CHECK:
+                q_first += q_step
+                do_first += do_step
+                place += step.to(tl.int32)
 
     # A masked key was computed like any other, with a probability that may overflow: its sums are replaced, not scaled.
     dk = tl.where(attended, dk * factors.scale, 0.0)
@@ -246,6 +264,19 @@ def mixed_radix(number, tiles, rows):
     tiles = tl.maximum(tiles, 1)
     rows = tl.maximum(rows, 1)
     return number // tiles // rows, number // tiles % rows, number % tiles
+
+
+@triton.jit
+def item_steps(strides, radix, BLOCK: tl.constexpr):
+    """How far an item stands from the program's next: in its row; in a row further; and what a head further adds.
+
+    radix: the step as (tiles, rows, heads), tiles of a row, rows of a head.
+    """
+    tile_step, row_step, head_step, tiles, num_rows = radix
+    tile = widen(strides[2]) * BLOCK
+    row = widen(strides[0])
+    step = tile * tile_step + row * row_step + widen(strides[1]) * head_step
+    return step, step + row - tile * tiles, widen(strides[1]) - row * num_rows
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -307,7 +338,13 @@ def _prompt_attention_backward_prompt_kernel(
     dv = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_P], dtype=tl.float32)
 
-    # As in the text's kernel, one loop over all heads, whose items are counted: by tile, then row, then head.
+    in_tile = widen(tl.arange(0, BLOCK_M)) * own_strides.lse[2]
+    lse_tile = own.lse + in_tile  # [BLOCK_M]
+    delta_tile = own.delta + in_tile
+    # As in the text's kernel, one loop over all heads, whose items are counted: by tile, then row, then head. Where
+    # whole tiles stand is stepped to, but for rows in another order and for short prompts: steps take registers, with
+    # which a multiprocessor would hold a block less of the latter.
+    STEPS: tl.constexpr = own.row_order is None and BLOCK_P >= 64
     for CHECK in tl.static_range(2):
         first_tile = 0
         tiles = whole_tiles
@@ -316,22 +353,32 @@ def _prompt_attention_backward_prompt_kernel(
             tiles = tl.cdiv(num_queries, BLOCK_M) - whole_tiles
         head, member, tile_number = mixed_radix(split, tiles, num_rows)
         head_step, row_step, tile_step = mixed_radix(num_splits, tiles, num_rows)
+        row = first_row + member
+        start_m = tile_number * BLOCK_M
+        q_first = inputs.q + offset_of(strides.q, row, first_head + head, start_m)
+        do_first = own.do + offset_of(own_strides.do, row, first_head + head, start_m)
+        place = statistics_place(own_strides.lse, row, first_head + head, start_m)
+        radix = (tile_step, row_step, head_step, tiles, num_rows)
+        q_step, q_row, q_head = item_steps(strides.q, radix, BLOCK_M)
+        do_step, do_row, do_head = item_steps(own_strides.do, radix, BLOCK_M)
+        step, next_row, next_head = item_steps(own_strides.lse, radix, BLOCK_M)
         for _ in range(split, HEADS_IN_LOOP * num_rows * tiles, num_splits):
             row = first_row + member
             if own.row_order is not None:
                 row = tl.load(own.row_order + row)
             start_m = (first_tile + tile_number) * BLOCK_M
             memory_row, first_token, row_queries, _ = row_extent(inputs.cu_seqlens, row, num_queries, num_keys)
-            first = first_token + start_m
             rows_left = row_queries - start_m
             query_head = first_head + head
+            if CHECK or not STEPS:
+                first = first_token + start_m
+                q_first = inputs.q + offset_of(strides.q, memory_row, query_head, first)
+                do_first = own.do + offset_of(own_strides.do, memory_row, query_head, first)
+                place = statistics_place(own_strides.lse, memory_row, query_head, first)
             # [BLOCK_M, BLOCK_D]
-            address = inputs.q + offset_of(strides.q, memory_row, query_head, first)
-            q = load_tile(address, strides.q, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
-            address = own.do + offset_of(own_strides.do, memory_row, query_head, first)
-            do = load_tile(address, own_strides.do, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
-            place = offset_of(own_strides.lse, memory_row, query_head, first_token)
-            lse, delta = tile_statistics(own, place, own_strides.lse[2], start_m, row_queries, BLOCK_M, CHECK)
+            q = load_tile(q_first, strides.q, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
+            do = load_tile(do_first, own_strides.do, rows_left, BLOCK_M, switches.HEAD_DIM, BLOCK_D, CHECK)
+            lse, delta = tile_statistics(lse_tile + place, delta_tile + place, rows_left, BLOCK_M, CHECK)
             rows = start_m + tl.arange(0, BLOCK_M)
             queries = rows[None, :]
             bias = None
@@ -356,10 +403,18 @@ def _prompt_attention_backward_prompt_kernel(
             over = tile_number >= tiles
             tile_number -= tl.where(over, tiles, 0)
             member += row_step + over.to(tl.int32)
+            if STEPS and not CHECK:
+                q_first += tl.where(over, q_row, q_step)
+                do_first += tl.where(over, do_row, do_step)
+                place += tl.where(over, next_row.to(tl.int32), step.to(tl.int32))
             if HEADS_IN_LOOP > 1:
                 over = member >= num_rows
                 member -= tl.where(over, num_rows, 0)
                 head += head_step + over.to(tl.int32)
+                if STEPS and not CHECK:
+                    q_first += tl.where(over, q_head, 0)
+                    do_first += tl.where(over, do_head, 0)
+                    place += tl.where(over, next_head.to(tl.int32), 0)
 
     # Keys beyond the entry's length were read as zeros and attended to like any other: their sums are replaced.
     real = keys < length

@@ -19,7 +19,6 @@ from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.arguments import Blocks, Inputs, KeyList, Pairs, QueryTile, Results
 from ptv2_fast.kernels.problem import UNSPECIALIZED, Form, Problem, heads_strides
 from ptv2_fast.kernels.tiles import (
-    block_place,
     block_start,
     count_blocks,
     dropout_keep,
@@ -29,6 +28,7 @@ from ptv2_fast.kernels.tiles import (
     load_tile,
     offset_of,
     online_softmax_step,
+    product,
     program_coordinates,
     prompt_entry,
     row_extent,
@@ -59,10 +59,15 @@ def attend_range(
     In full blocks every pair is visible.
     """
     num_blocks, head_blocks = count_blocks(blocks, BLOCK_N, CHECK)
+    k_place = product(blocks.head_end, key_list.k_strides[2])
+    v_place = product(blocks.head_end, key_list.v_strides[2])
     for block in range(num_blocks):
         start = block_start(block, head_blocks, blocks, BLOCK_N, CHECK)
+        if CHECK:
+            k_place = product(start, key_list.k_strides[2])
+            v_place = product(start, key_list.v_strides[2])
         # [BLOCK_N, BLOCK_D]
-        first = key_list.k + block_place(block, head_blocks, blocks, key_list.k_strides[2], BLOCK_N, CHECK)
+        first = key_list.k + k_place
         k = load_tile(first, key_list.k_strides, blocks.end - start, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK)
         dots = tl.dot(tile.q, tl.trans(k), input_precision=switches.PRECISION)  # [BLOCK_M, BLOCK_N]
         keys = start + tl.arange(0, BLOCK_N)[None, :]
@@ -72,9 +77,12 @@ def attend_range(
         if switches.HAS_DROPOUT:
             keep = dropout_keep(tile.seed, tile.stream, tile.queries, pairs.first_column + keys, factors.dropout_p)
             probs = tl.where(keep, probs, 0.0)
-        first = key_list.v + block_place(block, head_blocks, blocks, key_list.v_strides[2], BLOCK_N, CHECK)
+        first = key_list.v + v_place
         v = load_keys(first, key_list.v_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK)
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=switches.PRECISION)
+        if not CHECK:
+            k_place += product(BLOCK_N, key_list.k_strides[2])
+            v_place += product(BLOCK_N, key_list.v_strides[2])
     return acc, row_max, row_sum
 
 

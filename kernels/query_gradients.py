@@ -23,6 +23,7 @@ from ptv2_fast.kernels.tiles import (
     load_statistics,
     load_tile,
     offset_of,
+    product,
     program_coordinates,
     prompt_entry,
     row_extent,
@@ -95,12 +96,17 @@ def query_gradient_range(
 ):
     """Add the share of one key list's blocks to dq / scale; which of them as in `attend_range`."""
     num_blocks, head_blocks = count_blocks(blocks, BLOCK_N, CHECK)
+    k_place = product(blocks.head_end, key_list.k_strides[2])
+    v_place = product(blocks.head_end, key_list.v_strides[2])
     for block in range(num_blocks):
         start = block_start(block, head_blocks, blocks, BLOCK_N, CHECK)
+        if CHECK:
+            k_place = product(start, key_list.k_strides[2])
+            v_place = product(start, key_list.v_strides[2])
         # [BLOCK_N, BLOCK_D]
-        first = key_list.k + widen(start) * key_list.k_strides[2]
+        first = key_list.k + k_place
         k = load_keys(first, key_list.k_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK)
-        first = key_list.v + widen(start) * key_list.v_strides[2]
+        first = key_list.v + v_place
         v = load_keys(first, key_list.v_strides, start, blocks.end, pairs, BLOCK_N, switches.HEAD_DIM, BLOCK_D, CHECK)
         dots = tl.dot(tile.q, tl.trans(k), input_precision=switches.PRECISION)  # [BLOCK_M, BLOCK_N]
         keys = start + tl.arange(0, BLOCK_N)[None, :]
@@ -112,6 +118,9 @@ def query_gradient_range(
             keep = dropout_keep(tile.seed, tile.stream, tile.queries, pairs.first_column + keys, factors.dropout_p)
         dscores, _ = score_gradient(probs, dprobs, tile.delta[:, None], keep, factors.dropout_p, switches.HAS_DROPOUT)
         dq = tl.dot((dscores * slope).to(k.dtype), k, dq, input_precision=switches.PRECISION)
+        if not CHECK:
+            k_place += product(BLOCK_N, key_list.k_strides[2])
+            v_place += product(BLOCK_N, key_list.v_strides[2])
     return dq
 
 

@@ -83,7 +83,7 @@ def load_tile(
     """A [BLOCK, BLOCK_D] tile starting at `ptr`; rows from `rows_left` on (if CHECK) and padded columns read as 0."""
     rows = tl.arange(0, BLOCK)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + rows * strides[2] + cols * strides[3]  # [BLOCK, BLOCK_D]
+    ptrs = ptr + (rows * strides[2] + cols * strides[3])  # [BLOCK, BLOCK_D]
     if CHECK:
         if HEAD_DIM == BLOCK_D:
             return tl.load(ptrs, mask=rows < rows_left, other=0.0)
@@ -119,7 +119,7 @@ def load_keys(
         cols = tl.arange(0, BLOCK_D)[None, :]
         keys = start + rows
         attended = tl.load(pairs.mask + widen(keys) * pairs.mask_stride, mask=keys < end, other=0) != 0
-        return tl.load(first + rows * strides[2] + cols * strides[3], mask=attended & (cols < HEAD_DIM), other=0.0)
+        return tl.load(first + (rows * strides[2] + cols * strides[3]), mask=attended & (cols < HEAD_DIM), other=0.0)
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def store_tile(ptr, strides, rows_left, tile, BLOCK: tl.constexpr, HEAD_DIM: tl.
     """Write a [BLOCK, BLOCK_D] tile at `ptr`, rows before `rows_left` and real columns only."""
     rows = tl.arange(0, BLOCK)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + rows * strides[2] + cols * strides[3]
+    ptrs = ptr + (rows * strides[2] + cols * strides[3])
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(rows < rows_left) & (cols < HEAD_DIM))
 
 
@@ -224,19 +224,6 @@ def block_start(block, head_blocks, blocks, BLOCK: tl.constexpr, CHECK: tl.const
         return tl.where(block < head_blocks, blocks.begin + block * BLOCK, behind)
     else:
         return blocks.head_end + block * BLOCK
-
-
-@triton.jit
-def block_place(block, head_blocks, blocks, stride, BLOCK: tl.constexpr, CHECK: tl.constexpr):
-    """How far the start of the block-th block stands from index 0, in elements.
-
-    From full block to full block it is a sum, which the compiler carries along; it cannot split a product of 64 bits
-    with a start that was worked out in 32.
-    """
-    if CHECK:
-        return widen(block_start(block, head_blocks, blocks, BLOCK, CHECK)) * stride
-    else:
-        return widen(blocks.head_end) * stride + widen(block) * (widen(stride) * BLOCK)
 
 
 @triton.jit

@@ -84,6 +84,7 @@ def _map(context: Context, tokens: int, inputs: int, outputs: int) -> dict[str, 
         "y in bf16": _error(scaled_product(rows, weight, None, dtype), x.double() @ w.double().T),
     }
     wrong = [name for name in ("y", "dx") if not errors[name] < _ALLOWED]
+    wrong += [name for name, same in _kernels_agree(x, g, weight).items() if not same]
     calls = {
         "bf16": lambda: F.linear(x, w),
         "float8": lambda: float8.float8_linear(x, weight, None),
@@ -91,13 +92,33 @@ def _map(context: Context, tokens: int, inputs: int, outputs: int) -> dict[str, 
         "input quantized alone": lambda: quantize_rows(x),
         "bf16 backward": lambda: g @ w,
         "float8 backward": lambda: float8.input_gradient(g, weight, dtype),
-        "weight transposed alone": lambda: weight.values.T.clone(memory_format=torch.contiguous_format),
+        "weight transposed alone": lambda: float8.transposed(weight.values),
     }
     return {
         "status": "wrong" if wrong else "passed",
         "reason": ", ".join(f"{name} {error:.1e}" for name, error in errors.items()),
         "peers": _timed(calls, context),
     }
+
+
+def _kernels_agree(x: Tensor, g: Tensor, weight: Float8Rows) -> dict[str, bool]:
+    """Whether what eager calls quantize and transpose by kernels is to the bit what torch's operations make."""
+    factors = weight.scales.view(-1)
+    # A subclass is what kernels do not take.
+    plain = [quantize_rows(x.as_subclass(_Plain)), quantize_rows(g.as_subclass(_Plain), float8.GRADIENTS, factors)]
+    own = [quantize_rows(x), quantize_rows(g, float8.GRADIENTS, factors)]
+    same = [all(torch.equal(*(part.view(torch.uint8) for part in pair)) for pair in zip(*two, strict=True))
+            for two in zip(plain, own, strict=True)]  # fmt: skip
+    turned = float8.transposed(weight.values).view(torch.uint8)
+    return {
+        "inputs as torch's": same[0],
+        "gradients as torch's": same[1],
+        "transposed": torch.equal(turned, weight.values.view(torch.uint8).T),
+    }
+
+
+class _Plain(Tensor):
+    """A tensor like any other."""
 
 
 def _step(context: Context) -> dict[str, object]:

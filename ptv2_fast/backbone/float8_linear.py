@@ -13,6 +13,9 @@ Gradients are e4m3 too: with a scale of its own each row needs precision, and no
 A product's second operand must lie with what is summed over innermost (Hopper's tensor cores read float8 no other
 way). So backward transposes the copy each time: two bytes of traffic a weight beside the 2 M operations of the product,
 instead of one more byte of memory a weight for good.
+
+Eager calls on CUDA quantize and transpose by a kernel each (`kernels/float8_rows.py`), others by torch's operations,
+which the compiler makes one kernel of: the same numbers to the bit.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ import torch
 from torch import Tensor
 
 from ptv2_fast.attention.autocast import autocast_dtype
+from ptv2_fast.attention.triton_backend import unavailable_reason
 
 FLOAT8 = GRADIENTS = torch.float8_e4m3fn
 # `torch._scaled_mm` takes sizes that are multiples of it.
 MULTIPLE = 16
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A row of zeros has a scale too, by which it can be divided.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
@@ -43,16 +48,31 @@ class Float8Rows(NamedTuple):
     scales: Tensor
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype = FLOAT8) -> Float8Rows:
+def quantize_rows(x: Tensor, dtype: torch.dtype = FLOAT8, factors: Tensor | None = None) -> Float8Rows:
     """A matrix (R, C) in float8, contiguous, the largest number of each row as the largest that float8 has.
 
-    Nothing but a reduction and two maps over x, which the compiler makes one kernel of. What is infinite or NaN makes
-    its row NaN where it stands or everywhere, and is never cut to a number.
+    What is infinite or NaN makes its row NaN where it stands or everywhere, and is never cut to a number.
+
+    Args:
+        x: float.
+        dtype: a float8.
+        factors: (C,) float32, contiguous, of columns of x: the product is what is quantized. None: x is.
     """
+    if _has_kernels(x) and x.dtype in _KERNEL_DTYPES:
+        from ptv2_fast.kernels import float8_rows
+
+        return Float8Rows(*float8_rows.quantize_rows(x, dtype, factors))
+    if factors is not None:
+        x = x * factors
     largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=_at_least_float32(x))
     scales = (largest.float() / torch.finfo(dtype).max).clamp(min=_SMALLEST_SCALE)
     # A quotient lies as x does, which a transposed x would have by columns.
     return Float8Rows((x / scales).to(dtype, memory_format=torch.contiguous_format), scales)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels serve a tensor: one with memory, of an eager call."""
+    return type(x) is Tensor and x.is_cuda and not torch.compiler.is_compiling() and not unavailable_reason(x.device)
 
 
 def float8_linear(x: Tensor, weight: Float8Rows, bias: Tensor | None) -> Tensor:
@@ -70,11 +90,22 @@ def float8_linear(x: Tensor, weight: Float8Rows, bias: Tensor | None) -> Tensor:
 
 def input_gradient(grad_output: Tensor, weight: Float8Rows, dtype: torch.dtype) -> Tensor:
     """dx (..., K) of dy (..., N) and the weight (N, K) that y was computed with."""
-    rows = quantize_rows(grad_output.reshape(-1, grad_output.shape[-1]) * weight.scales.T, GRADIENTS)
-    transposed = weight.values.T.clone(memory_format=torch.contiguous_format)
-    ones = weight.scales.new_ones(transposed.shape[0], 1)
-    grad = scaled_product(rows, Float8Rows(transposed, ones), None, dtype)
-    return grad.view(*grad_output.shape[:-1], transposed.shape[0])
+    # One scale for all rows is one for each here.
+    factors = weight.scales.expand(len(weight.values), 1).contiguous().view(-1)
+    rows = quantize_rows(grad_output.reshape(-1, grad_output.shape[-1]), GRADIENTS, factors)
+    values = transposed(weight.values)
+    ones = weight.scales.new_ones(len(values), 1)
+    grad = scaled_product(rows, Float8Rows(values, ones), None, dtype)
+    return grad.view(*grad_output.shape[:-1], len(values))
+
+
+def transposed(values: Tensor) -> Tensor:
+    """A contiguous matrix (R, C) of float8 as a contiguous one (C, R)."""
+    if _has_kernels(values):
+        from ptv2_fast.kernels import float8_rows
+
+        return float8_rows.transposed(values)
+    return values.T.clone(memory_format=torch.contiguous_format)
 
 
 class _Float8Linear(torch.autograd.Function):

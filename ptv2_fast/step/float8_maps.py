@@ -56,6 +56,8 @@ def _maps_of(backbone: PreTrainedModel, layers_path: str) -> dict[str, nn.Module
 def why_not_device(device: torch.device) -> str | None:
     """Why a device has no products of float8 numbers with scales by rows; None where it has, or they are imitated."""
     if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "ROCm's float8 are other numbers"
         capability = torch.cuda.get_device_capability(device)
         return None if capability >= (8, 9) else f"the card's compute capability is {capability}, less than (8, 9)"
     return None if device.type == "cpu" else f"the device type is {device.type!r}, neither 'cuda' nor 'cpu'"
