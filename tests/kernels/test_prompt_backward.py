@@ -42,6 +42,24 @@ def test_matches_reference(call, budget):
     check_gradients(call, budget)
 
 
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "group", "prompt", "queries"),
+    # A program steps by tiles (and so at times to another row or head), by rows, by heads.
+    [(3, 2, 2, 70, 53), (5, 1, 1, 64, 48), (2, 1, 4, 64, 20)],
+)
+def test_prompt_gradients_of_whole_tiles(make_call, budget, batch, kv_heads, group, prompt, queries):
+    call = make_call(
+        batch=batch, kv_heads=kv_heads, heads=kv_heads * group, queries=queries, keys=queries, prompt=prompt,
+        head_dim=16, scaled=False,
+    )  # fmt: skip
+    output, lse = call.kernel()
+    grad_output = torch.randn_like(output)
+    config = launch.LaunchConfig(block_m=16, block_n=64, num_warps=4, num_stages=1)
+    gradients = call.kernel_gradients(grad_output, output, lse, config=config)
+    for name, value, truth in zip(NAMES, gradients, call.truth(grad_output), strict=False):
+        budget.check(f"d {name}", value, truth, None)
+
+
 @hypothesis.settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=CHECKS, phases=PHASES)
 @hypothesis.given(data=st.data())
 def test_matches_reference_on_drawn_shapes(data, make_call, budget):
