@@ -196,7 +196,14 @@ def record_case(case: Case) -> list[launch.Launch]:
                 prompt_bias=bool(options.get("prompt_bias")) and not options.get("frozen_bias"),
                 bias=bool(options.get("bias")) and not options.get("frozen_bias"),
             )
-            prompt_attention_backward(output, q, k, v, prompt_k, prompt_v, output, lse, needs=needs, **arguments)
+            given = (output, q, k, v, prompt_k, prompt_v, output, lse)
+            prompt_attention_backward(*given, needs=needs, **arguments)
+            # At the first prompted layer nothing upstream trains.
+            of_prompt = Needs(prompt=True, prompt_bias=needs.prompt_bias)
+            with launch.record(case.arch) as first_layer:
+                prompt_attention_backward(*given, needs=of_prompt, **arguments)
+            known = {fingerprint(recorded) for recorded in launches}
+            launches += [recorded for recorded in first_layer if fingerprint(recorded) not in known]
         if only in (None, "decode") and not packed:
             one_query = {"dropout_p": 0.0, "bias": arguments["bias"] if arguments["bias"] is None
                          else arguments["bias"][:, :, :1]}  # fmt: skip

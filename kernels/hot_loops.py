@@ -1,9 +1,10 @@
-"""The hot loops of Hopper's kernels, read from their machine code, and the rules that they keep.
+"""The hot loops of the kernels on NVIDIA's cards, read from their machine code, and the rules that they keep.
 
     python -m ptv2_fast.kernels.hot_loops --out kernels/hot_loops.json
 
-A row for each innermost loop with tensor-core instructions of what 16-bit calls launch at d = 64 and 128, and of
-attention as a textbook has it with the same tiles (`plain_loops.py`), by which they are measured. Rows whose code is
+A row for each innermost loop with tensor-core instructions of what 16-bit calls launch at d = 64 and 128. On Hopper
+also of attention as a textbook has it with the same tiles (`plain_loops.py`), by which they are measured; of Ampere
+and Blackwell the plainest calls. Rows whose code is
 unchanged are kept, as in `aot.py`. A loop that needs more instructions or has fewer blocks a multiprocessor
 than the kept one has to be accepted (`--accept-worse`). Must run without TRITON_INTERPRET.
 """
@@ -22,6 +23,7 @@ import triton
 from ptv2_fast.kernels import launch
 from ptv2_fast.kernels.aot import Case, record_case
 from ptv2_fast.kernels.aot_compile import (
+    card_name,
     compiled_launch,
     cuobjdump,
     fingerprint,
@@ -48,6 +50,8 @@ FEATURES = ("plain", "causal", "padded", "packed")
 SHORT_PROMPTS = ("P20", "packed P20")
 # With prompts that the kernel of short rows sums itself: another prompt has a loop of its own, with three products.
 ROWS = ("rows padded P20", "rows causal P20", "short rows padded P20", "short rows causal P20")
+OTHER_ARCHS = (80, 100)
+OF_OTHERS = ("plain", "causal", "padded", "P20")
 
 
 _ROWS_KERNEL = "prompt_attention_backward_rows"
@@ -63,13 +67,14 @@ class Subject:
     head_dim: int
     features: str
     recorded: launch.Launch
+    arch: int = ARCH
 
     @property
     def names(self) -> dict[str, Any]:
         """All of what a report says of a launch that its code does not decide."""
         return {
             "kernel": self.kernel, "dtype": self.dtype, "head_dim": self.head_dim, "features": self.features,
-            "tile": tile_of(self.recorded),
+            "tile": tile_of(self.recorded), "arch": self.arch,
         }  # fmt: skip
 
     @property
@@ -85,7 +90,12 @@ def cases() -> list[Case]:
         for dtype in ("bf16", "fp16") for head_dim in (64, 128) for features in FEATURES
     ]  # fmt: skip
     short = [Case(ARCH, "bf16", 64, features) for features in SHORT_PROMPTS]
-    return usual + short + [Case(ARCH, "bf16", head_dim, features) for head_dim in (64, 128) for features in ROWS]
+    rows = [Case(ARCH, "bf16", head_dim, features) for head_dim in (64, 128) for features in ROWS]
+    others = [
+        Case(arch, "bf16", head_dim, features)
+        for arch in OTHER_ARCHS for head_dim in (64, 128) for features in OF_OTHERS
+    ]  # fmt: skip
+    return usual + short + rows + others
 
 
 def subjects() -> list[Subject]:
@@ -94,13 +104,13 @@ def subjects() -> list[Subject]:
     Of short rows only the kernel that owns them.
     """
     ours = [
-        Subject(kernel_name(recorded), case.dtype, case.head_dim, case.features, recorded)
+        Subject(kernel_name(recorded), case.dtype, case.head_dim, case.features, recorded, case.arch)
         for case in cases() for recorded in record_case(case)
         if kernel_name(recorded) in WORK and (case.features not in ROWS or kernel_name(recorded) == _ROWS_KERNEL)
     ]  # fmt: skip
     plain: dict[tuple[str, str], Subject] = {}
     for one in ours:
-        recorded = plain_launch(one.kernel, one.recorded)
+        recorded = plain_launch(one.kernel, one.recorded) if one.arch == ARCH else None
         if recorded is not None:
             features = f"{short_name(one.kernel)} {tile_of(recorded)}"
             subject = Subject(kernel_name(recorded), one.dtype, one.head_dim, features, recorded)
@@ -111,20 +121,25 @@ def subjects() -> list[Subject]:
 def reports_of(subject: Subject) -> list[Report]:
     """Compile a launch and look at its loops."""
     arguments = subject.recorded.arguments
-    compiled = compiled_launch(subject.recorded, ARCH)
+    compiled = compiled_launch(subject.recorded, subject.arch)
     cubin = compiled.asm["cubin"]
     registers, _ = resource_usage(cubin)
-    loops = [loop for loop in innermost_loops(cuobjdump(cubin, "-sass")) if loop.group_products + loop.warp_products]
+    loops = [
+        loop for loop in innermost_loops(cuobjdump(cubin, "-sass"))
+        if loop.group_products + loop.block_products + loop.warp_products
+    ]  # fmt: skip
     num_warps = arguments["num_warps"]
-    blocks = blocks_of(registers, 32 * num_warps, compiled.metadata.shared)
-    above = registers_above_step(registers, 32 * num_warps, compiled.metadata.shared)
+    # Columns of tensor memory, where a card has it.
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    room = (registers, 32 * num_warps, compiled.metadata.shared, subject.arch, columns)
+    blocks, above = blocks_of(*room), registers_above_step(*room)
     return [
         Report(
             **subject.names, num_warps=num_warps, num_stages=arguments["num_stages"],
             maxnreg=arguments.get("maxnreg"), source=subject.source, loop=place,
             useful_flops=_useful(subject, loop), executed_flops=loop.flops(num_warps),
-            group_products=loop.group_products, warp_products=loop.warp_products,
-            products=WORK[subject.kernel].products, arrivals=loop.count(r"WARPGROUP\.ARRIVE"),
+            group_products=loop.group_products + loop.block_products, warp_products=loop.warp_products,
+            products=WORK[subject.kernel].products, arrivals=loop.count(r"WARPGROUP\.ARRIVE|UTCBAR"),
             instructions=len(loop.instructions), special=loop.count("MUFU"), spills=loop.local_memory,
             wide_loads=loop.wide_loads, barriers=loop.count("BAR"), registers=registers, blocks=blocks,
             above_step=above,
@@ -141,7 +156,7 @@ def _useful(subject: Subject, loop: Loop) -> int:
         for rows, others in work.tiles
     ]
     executed = loop.flops(sizes["num_warps"])
-    return min(asked, key=lambda useful: abs(executed / useful - 1))
+    return min(asked, key=lambda useful: abs((executed or 0) / useful - 1))
 
 
 def read_table(path: Path) -> tuple[str, list[Report]]:
@@ -165,22 +180,25 @@ def write_table(path: Path, reports: Sequence[Report]) -> None:
 def digest(reports: Sequence[Report]) -> str:
     """The kernels in bf16 as markdown, with their shortest and their longest loop: that one checks visibility."""
     head = [
-        "kernel", "d", "features", "tile", "warps, stages", "registers", "blocks", "products", "instructions, 100k",
-        "of plain", "ceiling",
+        "card", "kernel", "d", "features", "tile", "warps, stages", "registers", "blocks", "products",
+        "instructions, 100k", "of plain", "ceiling",
     ]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + "--|" * len(head)]
     chosen: dict[tuple, list[Report]] = {}
     for report in reports:
         if report.dtype == "bf16" and not report.is_plain:
-            chosen.setdefault((report.kernel, report.head_dim, report.features), []).append(report)
-    for (kernel, head_dim, features), group in sorted(chosen.items()):
-        kind = "wgmma" if all(report.group_products for report in group) else "mma.sync"
+            call = report.arch, report.kernel, report.head_dim, report.features
+            chosen.setdefault(call, []).append(report)
+    for (arch, kernel, head_dim, features), group in sorted(chosen.items()):
+        grouped = all(report.group_products for report in group)
+        kind = ("tcgen05" if arch >= 100 else "wgmma") if grouped else "mma.sync"
         slots = f"{min(r.per_useful for r in group):.0f} – {max(r.per_useful for r in group):.0f}"
         best = min(group, key=lambda r: r.per_useful)
         plain = of_plain(best, reports)
+        share = "" if plain is None else f"{plain:.2f}"
         lines.append(
-            f"| {short_name(kernel)} | {head_dim} | {features} | {best.tile} | {best.num_warps}, {best.num_stages} | "
-            f"{best.registers} | {best.blocks} | {kind} | {slots} | {'' if plain is None else f'{plain:.2f}'} | "
+            f"| {card_name(arch)} | {short_name(kernel)} | {head_dim} | {features} | {best.tile} | "
+            f"{best.num_warps}, {best.num_stages} | {best.registers} | {best.blocks} | {kind} | {slots} | {share} | "
             f"{best.ceiling:.2f} |"
         )
     return "\n".join(lines)
@@ -196,14 +214,15 @@ def main(words: Sequence[str] | None = None) -> int:
     if chosen.out.exists():
         version, kept = read_table(chosen.out)
     # Features that make no difference to a kernel share its code.
-    known: dict[str, dict[int, Report]] = {}
+    known: dict[tuple[int, str], dict[int, Report]] = {}
     for report in kept if kept and version == triton.__version__ else ():
-        known.setdefault(report.source, {})[report.loop] = report
+        known.setdefault((report.arch, report.source), {})[report.loop] = report
     found = []
     for subject in subjects():
-        if subject.source not in known:
-            known[subject.source] = {report.loop: report for report in reports_of(subject)}
-        found += [Report(**{**asdict(report), **subject.names}) for report in known[subject.source].values()]
+        code = subject.arch, subject.source
+        if code not in known:
+            known[code] = {report.loop: report for report in reports_of(subject)}
+        found += [Report(**{**asdict(report), **subject.names}) for report in known[code].values()]
     wrong = [text for report in found for text in problems(report)] + costly(found)
     declined = [] if chosen.accept_worse else worse(found, kept)
     print(*wrong, *declined, sep="\n")

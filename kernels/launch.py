@@ -70,6 +70,15 @@ _HOPPER_HALF: _Table = {
     "backward_prompt": {64: (64, 64, 4, 3), 128: (32, 64, 4, 3)},
     "decode": {128: (64, 64, 8, 2, 128)},
 }
+# Ampere's own: sums of 64 rows have work for four warps of 16; eight compute some products twice (the table of hot
+# loops says so), and two blocks of four are as many warps.
+_AMPERE_HALF: _Table = {
+    "backward_query": {128: (64, 32, 4, 2)},
+    "backward_text": {128: (32, 64, 4, 2)},
+    "backward_prompt": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2)},
+}
+# Blackwell's own, for the same reason: 32 virtual tokens and fewer are too small a tile for its products of blocks.
+_BLACKWELL_HALF: _Table = {"backward_prompt": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}}
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
 _SINGLE = {
     "forward": {64: (32, 16, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
@@ -166,6 +175,10 @@ def _exceptions(arch: int, dtype: torch.dtype, crowded: bool) -> _Table:
     single, blackwell = dtype == torch.float32, 100 <= arch < 120
     if arch == 90 and not crowded and not single:
         return _HOPPER_HALF
+    if arch == 80 and not crowded and not single:
+        return _AMPERE_HALF
+    if blackwell and not crowded and not single:
+        return _BLACKWELL_HALF
     if arch == GFX942 and not crowded and not single:
         return _GFX942
     if crowded and single:

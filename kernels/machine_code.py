@@ -8,10 +8,16 @@ from functools import cached_property
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\S+\s+)?([A-Z][A-Z0-9_.a-z]*)([^;/]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)")
-# M x N x K of one instruction: of a group of four warps, and of one warp.
+# M x N x K of one instruction: of a group of four warps, of a block, and of one warp.
 _GROUP_PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.")
+_BLOCK_PRODUCT = re.compile(r"UTCHMMA\.(\d+)x(\d+)x(\d+)$")
 _WARP_PRODUCT = re.compile(r"HMMA\.(\d+)\.")
 _WARP_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8)}
+# A product of a block (tcgen05.mma) says its shape in a register that was given a number before: N / 8 in the six bits
+# from 17 on, M / 16 in the five from 24 on; of 16-bit operands K is 16 (PTX ISA, instruction descriptor of tcgen05).
+_DESCRIPTOR = re.compile(r"idesc\[(UR\d+)\]")
+_WRITTEN = re.compile(r"(UR\d+)(?:, (0x[0-9a-f]+)\s*$)?")
+_BLOCK_DEPTH = 16
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,24 @@ class Loop:
         """Those that a warp gives alone (mma.sync)."""
         return self.count("HMMA")
 
-    def flops(self, num_warps: int) -> int:
-        """Multiplications and additions of the tensor cores in one round of a block of so many warps."""
+    @property
+    def block_products(self) -> int:
+        """Those that one thread gives for its whole block (tcgen05)."""
+        return self.count("UTCHMMA")
+
+    def flops(self, num_warps: int) -> int | None:
+        """Multiplications and additions of the tensor cores in one round of a block of so many warps.
+
+        None where an instruction does not say how many.
+        """
         total = 0
         for instruction in self.instructions:
-            if found := _GROUP_PRODUCT.match(instruction.name):
+            if found := _BLOCK_PRODUCT.match(instruction.name):
+                rows, columns, depth = map(int, found.groups())
+                total += 2 * rows * columns * depth
+            elif instruction.name.startswith("UTCHMMA"):
+                return None
+            elif found := _GROUP_PRODUCT.match(instruction.name):
                 rows, columns, depth = map(int, found.groups())
                 total += 2 * rows * columns * depth * (num_warps // 4)
             elif found := _WARP_PRODUCT.match(instruction.name):
@@ -67,9 +86,18 @@ class Loop:
 
 
 def instructions_of(listing: str) -> list[Instruction]:
-    """What `cuobjdump -sass` lists, in order."""
-    found = (match.groups() for match in _LINE.finditer(listing))
-    return [Instruction(int(address, 16), name, operands) for address, name, operands in found]
+    """What `cuobjdump -sass` lists, in order; a product of a block is named with its shape, as others are."""
+    found = []
+    numbers: dict[str, int | None] = {}
+    for address, name, operands in (match.groups() for match in _LINE.finditer(listing)):
+        descriptor = _DESCRIPTOR.search(operands) if name == "UTCHMMA" else None
+        number = None if descriptor is None else numbers.get(descriptor.group(1))
+        if number is not None:
+            name = f"UTCHMMA.{(number >> 24 & 31) * 16}x{(number >> 17 & 63) * 8}x{_BLOCK_DEPTH}"
+        elif written := _WRITTEN.match(operands.strip()):
+            numbers[written.group(1)] = int(written.group(2), 16) if name == "UMOV" and written.group(2) else None
+        found.append(Instruction(int(address, 16), name, operands))
+    return found
 
 
 def innermost_loops(listing: str) -> list[Loop]:

@@ -104,10 +104,7 @@ def prompt_attention_backward(
     grad_output, output = launch.tile_safe(grad_output, token_axis), launch.tile_safe(output, token_axis)
     if by_rows and dq is not None and dk is not None and dv is not None:
         return _gradients_by_rows(problem, grad_output, output, lse, (dq, dk, dv), needs.prompt, config)
-    delta, lse2 = _row_statistics(problem, grad_output, output, lse, config)
-    saved = _Saved(grad_output, lse2, delta, heads_strides(grad_output), problem.row_stride(lse2))
-    if dq is not None:
-        _query_gradient(problem, saved, dq, config)
+    saved = _query_passes(problem, grad_output, output, lse, dq, config)
     dbias = None if dk is None or dv is None else _text_gradients(problem, saved, dk, dv, needs.bias, config)
     prompt: ThreeGradients = (None, None, None)
     if needs.prompt or needs.prompt_bias:
@@ -138,31 +135,45 @@ def _gradients_by_rows(
     return Gradients(*text, *_prompt_gradients(problem, saved, False, None))
 
 
-def _row_statistics(
+def _query_passes(
     problem: Problem,
     grad_output: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
+    dq: torch.Tensor | None,
     config: launch.LaunchConfig | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """rowsum(grad_output * output) and lse in powers of two, with lse's strides: kernels read both by one offset."""
-    block_m = (config or problem.config("backward_query")).block_m
-    delta, lse2 = launch.allocate_pair_like(lse, max(block_m, _MOST_QUERIES))
-    grid, constants = _statistics_launch(
-        problem.form, block_m, heads_strides(output), heads_strides(grad_output), problem.row_stride(lse)
-    )
+) -> _Saved:
+    """Write dq, which has q's shape, where it is asked for; gives what is made on the way for the kernels of keys.
+
+    Those read lse in powers of two and delta by one offset: both lie as lse does.
+    """
+    config = config or problem.config("backward_query")
+    delta, lse2 = launch.allocate_pair_like(lse, max(config.block_m, _MOST_QUERIES))
+    saved = _Saved(grad_output, lse2, delta, heads_strides(grad_output), problem.row_stride(lse))
+    strides = (heads_strides(output), saved.do_strides, saved.lse_strides)
+    if dq is None:
+        grid, constants = _delta_launch(problem.form, config.block_m, *strides)
+        launch.run(
+            _prompt_attention_delta_kernel,
+            grid,
+            lse.device,
+            (output, grad_output, lse, problem.cu_seqlens, delta, lse2),
+            constants,
+        )
+        return saved
+    grid, constants = _query_launch(problem.form, config, *strides, heads_strides(dq))
     launch.run(
-        _prompt_attention_delta_kernel,
+        _prompt_attention_backward_query_kernel,
         grid,
         lse.device,
-        (output, grad_output, lse, problem.cu_seqlens, delta, lse2),
+        (problem.tensors("backward_query"), (output, grad_output, lse, delta, lse2, dq)),
         constants,
     )
-    return delta, lse2
+    return saved
 
 
 @functools.lru_cache(launcher.MOST_REMEMBERED)
-def _statistics_launch(
+def _delta_launch(
     form: Form, block_m: int, o_strides: tuple[int, ...], do_strides: tuple[int, ...], lse_strides: tuple[int, ...]
 ) -> tuple[tuple[int, ...], launcher.Constants]:
     """The grid and the arguments that are no tensors."""
@@ -182,23 +193,11 @@ def _statistics_launch(
     )
 
 
-def _query_gradient(problem: Problem, saved: _Saved, dq: torch.Tensor, config: launch.LaunchConfig | None) -> None:
-    """Write dq, which has q's shape."""
-    config = config or problem.config("backward_query")
-    grid, constants = _query_launch(problem.form, config, saved.do_strides, saved.lse_strides, heads_strides(dq))
-    launch.run(
-        _prompt_attention_backward_query_kernel,
-        grid,
-        dq.device,
-        (problem.tensors("backward_query"), (*saved.tensors, dq)),
-        constants,
-    )
-
-
 @functools.lru_cache(launcher.MOST_REMEMBERED)
 def _query_launch(
     form: Form,
     config: launch.LaunchConfig,
+    o_strides: tuple[int, ...],
     do_strides: tuple[int, ...],
     lse_strides: tuple[int, ...],
     dq_strides: tuple[int, ...],
@@ -208,7 +207,7 @@ def _query_launch(
     return (num_tiles * form.num_heads * form.num_rows,), launcher.Constants(
         {
             **form.constants("backward_query"),
-            "own_strides": QueryTensors(do_strides, lse_strides, lse_strides, dq_strides),
+            "own_strides": QueryTensors(o_strides, do_strides, lse_strides, lse_strides, lse_strides, dq_strides),
             "num_tiles": num_tiles,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

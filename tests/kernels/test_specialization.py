@@ -57,8 +57,8 @@ def record(form, tokens):
             prompt_attention_decode(q[:, :, :1], k, v, *prompts, **arguments)
         else:
             o, lse = prompt_attention_forward(q, k, v, *prompts, **arguments)
-            needs = Needs(query=True, text=True, prompt=True)
-            prompt_attention_backward(o, q, k, v, *prompts, o, lse, needs=needs, **arguments)
+            for needs in (Needs(query=True, text=True, prompt=True), Needs(prompt=True)):
+                prompt_attention_backward(o, q, k, v, *prompts, o, lse, needs=needs, **arguments)
     return launches
 
 
