@@ -77,8 +77,13 @@ _AMPERE_HALF: _Table = {
     "backward_text": {128: (32, 64, 4, 2)},
     "backward_prompt": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2)},
 }
-# Blackwell's own, for the same reason: 32 virtual tokens and fewer are too small a tile for its products of blocks.
-_BLACKWELL_HALF: _Table = {"backward_prompt": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}}
+# Blackwell's own, the prompt's for the same reason: 32 virtual tokens and fewer are too small a tile for its products of
+# blocks. Without a bound dQ takes some registers more than two blocks of a multiprocessor have; with it nothing is
+# spilled in a loop.
+_BLACKWELL_HALF: _Table = {
+    "backward_query": {64: (128, 64, 8, 2, 128)},
+    "backward_prompt": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2)},
+}
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
 _SINGLE = {
     "forward": {64: (32, 16, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
@@ -94,14 +99,12 @@ _SINGLE_CROWDED = {
     "backward_text": {64: (16, 32, 16, 1), 128: (16, 32, 16, 1), 256: (16, 16, 8, 1)},
 }
 _BLACKWELL_SINGLE = {"backward_query": {256: (16, 16, 16, 1)}}
-# Without a bound dQ takes some registers more than two blocks of a multiprocessor have; with it nothing is spilled in a
-# loop.
-_BLACKWELL_HALF: _Table = {"backward_query": {64: (128, 64, 8, 2, 128)}}
 _HALF_CROWDED: _Table = {"backward_text": {128: (16, 32, 8, 1)}}
 _BLACKWELL_HALF_CROWDED: _Table = {
     "backward_query": {128: (32, 32, 8, 2)}, "backward_text": {64: (16, 128, 8, 1), 128: (16, 32, 8, 1)},
 }  # fmt: skip
-_GFX942 = {"backward_query": {128: (64, 32, 8, 1)}, "backward_prompt": {128: (16, 64, 8, 1)}}
+_GFX942: _Table = {"backward_query": {128: (64, 32, 8, 1)}, "backward_prompt": {128: (16, 64, 8, 1)}}
+_HALF_OF_ITS_OWN: dict[int, _Table] = {80: _AMPERE_HALF, 90: _HOPPER_HALF, GFX942: _GFX942}
 # Short rows: as many queries as the pass's name says, and their keys in tiles; one table for every card in 16 bits.
 # `row_backward.refusal` refuses float32 and d = 256 on a card: the last row stands for both.
 _ROWS: _Table = {
@@ -172,22 +175,12 @@ def choose_config(
 
 
 def _exceptions(arch: int, dtype: torch.dtype, crowded: bool) -> _Table:
-    single, blackwell = dtype == torch.float32, 100 <= arch < 120
-    if arch == 90 and not crowded and not single:
-        return _HOPPER_HALF
-    if arch == 80 and not crowded and not single:
-        return _AMPERE_HALF
-    if blackwell and not crowded and not single:
-        return _BLACKWELL_HALF
-    if arch == GFX942 and not crowded and not single:
-        return _GFX942
-    if crowded and single:
-        return _SINGLE_CROWDED
-    if blackwell and single:
-        return _BLACKWELL_SINGLE
+    blackwell = 100 <= arch < 120
+    if dtype == torch.float32:
+        return _SINGLE_CROWDED if crowded else _BLACKWELL_SINGLE if blackwell else {}
     if crowded:
         return _BLACKWELL_HALF_CROWDED if blackwell else _HALF_CROWDED
-    return _BLACKWELL_HALF if blackwell else {}
+    return _BLACKWELL_HALF if blackwell else _HALF_OF_ITS_OWN.get(arch, {})
 
 
 @dataclass(frozen=True)
