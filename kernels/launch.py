@@ -77,8 +77,8 @@ _AMPERE_HALF: _Table = {
     "backward_text": {128: (32, 64, 4, 2)},
     "backward_prompt": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2)},
 }
-# Blackwell's own, the prompt's for the same reason: 32 virtual tokens and fewer are too small a tile for its products of
-# blocks. Without a bound dQ takes some registers more than two blocks of a multiprocessor have; with it nothing is
+# Blackwell's own, the prompt's for the same reason: 32 virtual tokens and fewer are too small a tile for its products
+# of blocks. Without a bound dQ takes some registers more than two blocks of a multiprocessor have; with it nothing is
 # spilled in a loop.
 _BLACKWELL_HALF: _Table = {
     "backward_query": {64: (128, 64, 8, 2, 128)},
