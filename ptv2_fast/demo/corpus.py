@@ -56,8 +56,8 @@ class DemoTask:
         def few() -> Splits:
             return {name: rows[:_FAST_ROWS] for name, rows in self.read().items()}
 
-        settings = {"deep": replace(self.deep, epochs=1), "head": replace(self.head, epochs=1)}
-        return replace(self, read=few, num_virtual_tokens=4, **settings)
+        deep, head = replace(self.deep, epochs=1), replace(self.head, epochs=1)
+        return replace(self, read=few, num_virtual_tokens=4, deep=deep, head=head)
 
     def head_config(self, labels: LabelSet) -> HeadConfig:
         """A linear head."""
