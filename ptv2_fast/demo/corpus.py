@@ -112,23 +112,36 @@ _OWN_SENTIMENT = DemoTask(
 )
 
 
-def _of_reviews(archive: Path) -> DemoTask:
-    def read() -> Splits:
-        test, movies = split_balanced(snippets(archive, "movie"), 1000)
-        dev, movies = split_balanced(movies, 400)
-        return {"train": split_balanced(movies, 3000)[0], "dev": dev, "test": test}
+# Sentences of film and of product reviews in each split: as many as the products allow, twice as many of films to learn
+# from. Measured with MiniLM, 3,000 sentences, 400 of each kind held out, and our own training sentences, which are of
+# hotels, concerts and phones: 84.5, 81.8 and 72.3 % with films alone, 79.5, 87.0 and 75.3 % with a third of products, all
+# at 5e-3; 81.5, 86.8 and 75.3 % at 1e-2.
+_REVIEWS = {"test": (600, 400), "dev": (240, 160), "train": (2400, 1200)}
 
+
+def _of_reviews(archive: Path) -> DemoTask:
     return replace(
         _OWN_SENTIMENT,
-        corpus="sentences of film reviews (Hutto and Gilbert 2014)",
-        deep=_settings(5e-3, 2),
+        corpus="sentences of film and product reviews (Hutto and Gilbert, 2014)",
+        deep=_settings(1e-2, 2),
         head=_settings(1e-2, 10),
         minutes=3,
-        read=read,
+        read=partial(_review_splits, archive),
     )
 
 
-# Trained on three quarters of the first 328 training sentences: F1 0.81 at (32, 3e-2), 0.80 at (32, 2e-2), (64, 3e-2).
+def _review_splits(archive: Path) -> Splits:
+    movies, products = snippets(archive, "movie"), snippets(archive, "amazon")
+    splits = {}
+    for name, (of_movies, of_products) in _REVIEWS.items():
+        first, movies = split_balanced(movies, of_movies)
+        second, products = split_balanced(products, of_products)
+        splits[name] = first + second
+    return splits
+
+
+# Measured on every eighth training sentence: F1 0.78 after 8 epochs, 0.75 after 6 of them; the head alone 0.50 at 1e-2,
+# 0.48 at 3e-2.
 _NAMES = DemoTask(
     name="ner",
     what="which words name people, places, companies?",

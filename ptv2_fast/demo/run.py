@@ -79,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = json.dumps(rows, indent=2) + "\n"
     write_whole(options.output / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     seconds = time.perf_counter() - start
-    console.print(f"\n{seconds:.0f} s in all. {options.output} has the two prompts, the table above (results.json),")
-    console.print("how they were learned (curves.png) and which words moved each mood (words.png).")
+    console.print(
+        f"\n{seconds:.0f} s in all. In {options.output}: the two prompts, results.json with the table,", soft_wrap=True
+    )
+    console.print("curves.png, how they were learned, and words.png, which words moved each decision.")
     console.print("For more sentences:")
     # Run by make, the command stands in an environment that is not on the path.
     program = "ptv2-fast" if shutil.which("ptv2-fast") else Path(sys.executable).with_name("ptv2-fast")
