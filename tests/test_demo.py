@@ -24,6 +24,7 @@ from ptv2_fast.demo.corpus import SENTENCES, demo_tasks
 from ptv2_fast.demo.head_alone import HeadAlone
 from ptv2_fast.demo.show import print_sentence, scores_table
 from ptv2_fast.demo.words import ReadSentence, read_sentences, without_each_word
+from ptv2_fast.training.metrics import metric_for
 from ptv2_fast.training.predict import predict
 from tiny_folders import bert_folder, tiny_bert
 
@@ -82,11 +83,20 @@ def test_the_results_say_what_was_trained_and_the_table_shows_it(tiny_run):
         assert row["deep"]["trained_parameters"] == 2 * 4 * 32 + 33 * labels
         assert row["total_parameters"] >= base + row["deep"]["trained_parameters"]
         assert row["test_sentences"] == 24 and row["deep"]["tokens_per_second"] > 0
-        assert any(["nothing", f"{row['untrained']['score']:.3f}"] == line[-5:-3] for line in lines)
+        assert any(["commonest", "answer", f"{row['commonest']['score']:.3f}"] == line[-6:-3] for line in lines)
         for way, name in (("head", ["head", "alone"]), ("deep", ["head", "and", "prompts"])):
             end = [*name, f"{row[way]['score']:.3f}", f"{row[way]['trained_parameters']:,}"]
             assert any(end == line[-len(end) - 3 : -3] for line in lines)
             assert 0 <= row[way]["score"] <= 1 and 0 <= row[way]["dev"] <= 1
+
+
+def test_the_commonest_answer_is_that_of_the_training_rows():
+    rows = {"train": [{"label": "a"}, {"label": "b"}, {"label": "b"}], "test": [{"label": name} for name in "abbb"]}
+    assert demo._commonest(SimpleNamespace(task_type="SEQ_CLS", metric=metric_for("SEQ_CLS")), rows, "test") == 0.75
+    rows = {"train": [{"tags": ["B-LOC", "B-LOC", "O"]}], "test": [{"tags": ["B-LOC", "O", "B-LOC"]}]}
+    metric = metric_for("TOKEN_CLS")
+    # Two of the three places that it says are there.
+    assert demo._commonest(SimpleNamespace(task_type="TOKEN_CLS", metric=metric), rows, "test") == pytest.approx(0.8)
 
 
 def test_the_sentences_of_the_user_are_shown_with_a_mood(tiny_run):
@@ -110,12 +120,12 @@ def test_a_sentence_is_shown_as_it_was_written_with_its_entities():
 def test_the_table_fits_a_terminal_of_eighty_columns():
     printed = io.StringIO()
     way = {"score": 1.0, "trained_parameters": 1_234_567, "seconds": 123.4}
-    row = {"metric": "entity F1", "untrained": {"score": 0.0}, "head": way, "deep": way}
+    row = {"metric": "entity F1", "commonest": {"score": 0.0}, "head": way, "deep": way}
     sizes = {"total_parameters": 22_713_216, "test_sentences": 1000}
     Console(file=printed, width=80).print(scores_table([{"task": task.name, **row, **sizes} for task in TASKS]))
     assert "…" not in printed.getvalue()
     lines = [" ".join(line.split()) for line in printed.getvalue().splitlines()]
-    assert "sentiment nothing 0.000 – – –" in lines
+    assert "sentiment commonest answer 0.000 – – –" in lines
     assert "1,000 sentences head and prompts 1.000 1,234,567 5.435 % 123" in lines
 
 

@@ -151,8 +151,7 @@ def _train(
 ) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
     """Train the head alone, then the prompts; the task's entry of results.json, and the history of the prompts."""
     key = codec.metric.name
-    untrained = evaluate(model, codec, splits["test"])[key]
-    before = {"epoch": 0.0, f"eval_{key}": evaluate(model, codec, splits["dev"])[key]}
+    before = {"epoch": 0.0, f"eval_{key}": _commonest(codec, splits, "dev")}
     head = HeadAlone(model, task.head_config(codec.known_labels))
     alone, _ = _fitted(head, task.head, codec, splits, None)
     deep, result = _fitted(model, task.deep, codec, splits, task.name)
@@ -163,11 +162,20 @@ def _train(
         "key": key,
         **{f"{name}_sentences": len(rows) for name, rows in splits.items()},
         "total_parameters": model.trainable_parameters()[1],
-        "untrained": {"score": untrained},
+        "commonest": {"score": _commonest(codec, splits, "test")},
         "head": alone,
         "deep": deep | {"tokens_per_second": result.tokens_per_second},
     }
     return row, [before, *result.history]
+
+
+def _commonest(codec: TaskCodec, splits: Splits, split: str) -> float:
+    """The score of who gives every row, or every word, the commonest label of the training rows."""
+    words = codec.task_type == "TOKEN_CLS"
+    labels = [label for row in splits["train"] for label in (row["tags"] if words else [row["label"]])]
+    answer = max(sorted(set(labels)), key=labels.count)
+    truth = [row["tags" if words else "label"] for row in splits[split]]
+    return codec.metric.compute([[answer] * len(row) if words else answer for row in truth], truth)[codec.metric.name]
 
 
 def _fitted(

@@ -14,20 +14,20 @@ from ptv2_fast.demo.words import ReadSentence
 from ptv2_fast.training.records import words_of
 
 _COLOURS = {"PER": "bold cyan", "LOC": "bold green", "ORG": "bold magenta"}
-# What is trained, by its entry of results.json.
-_WAYS = {"untrained": "nothing", "head": "head alone", "deep": "head and prompts"}
+# The methods, by their entry of results.json.
+_WAYS = {"commonest": "commonest answer", "head": "head alone", "deep": "head and prompts"}
 
 
 def scores_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Three lines a task: nothing trained, the head alone, head and prompts; each with its score and what it cost."""
+    """Three lines a task: the commonest answer, the head alone, head and prompts; each with its score and its cost."""
     table = Table(title="held-out test sentences", box=SIMPLE)
-    for heading in ("task", "trained", "score", "parameters", "share", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("task", "trained") else "right")
+    for heading in ("task", "method", "score", "parameters", "share", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("task", "method") else "right")
     for row in rows:
         about = (row["task"], row["metric"], f"{row['test_sentences']:,} sentences")
         for text, way in zip(about, _WAYS, strict=True):
             cost = ["–", "–", "–"]
-            if way != "untrained":
+            if way != "commonest":
                 trained = row[way]["trained_parameters"]
                 share = trained / row["total_parameters"]
                 cost = [f"{trained:,}", f"{100 * share:.3f} %", f"{row[way]['seconds']:.0f}"]
