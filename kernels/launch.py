@@ -78,11 +78,11 @@ _AMPERE_HALF: _Table = {
     "backward_prompt": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2)},
 }
 # Blackwell's own, the prompt's for the same reason: 32 virtual tokens and fewer are too small a tile for its products
-# of blocks. Without a bound dQ takes some registers more than two blocks of a multiprocessor have; with it nothing is
-# spilled in a loop.
+# of blocks. Without a bound dQ takes some registers more than two blocks of a multiprocessor have, and the prompt's two
+# more than four; with it nothing is spilled in a loop.
 _BLACKWELL_HALF: _Table = {
     "backward_query": {64: (128, 64, 8, 2, 128)},
-    "backward_prompt": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2)},
+    "backward_prompt": {64: (32, 64, 4, 2, 128), 128: (32, 64, 4, 2)},
 }
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
 _SINGLE = {
