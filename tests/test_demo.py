@@ -68,7 +68,7 @@ def test_nobody_but_the_demo_speaks(tiny_run):
     _, ran = tiny_run
     assert ran.stdout.startswith("one frozen encoder: bert, ")
     lines = [line for line in ran.stderr.splitlines() if line.strip()]
-    assert len(lines) == len(TASKS) and all(line.startswith("epoch 1: loss ") for line in lines), ran.stderr
+    assert len(lines) == len(TASKS) and all(line.startswith("epoch 1 of 1: loss ") for line in lines), ran.stderr
 
 
 def test_the_results_say_what_was_trained_and_the_table_shows_it(tiny_run):
