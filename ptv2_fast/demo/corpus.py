@@ -35,7 +35,7 @@ class DemoTask:
         pooling: what the head reads.
         num_virtual_tokens: P of the deep prompt.
         deep, head: how prompt and head are trained, and how the head alone.
-        minutes: about what all of it takes on two idle cores; 320 (reviews) and 170 (names) seconds of one were measured.
+        minutes: about what all of it takes on two idle cores; one took 320 (reviews) and 170 seconds (names) for it.
         read: the examples of "train", "dev" and "test".
     """
 
