@@ -9,10 +9,11 @@ import pytest
 import transformers
 from transformers import modeling_outputs
 
-from ptv2_fast import choices, cli
+from ptv2_fast import choices
 from ptv2_fast.task_models import retrieval
 from ptv2_fast.task_models.classes import MODEL_CLASSES
 from ptv2_fast.task_types import PROBLEM_TYPES, TASKS, TRAINED_TASKS
+from ptv2_fast.training import options
 from ptv2_fast.training.data.tasks import reading_task
 from ptv2_fast.training.metrics import METRICS
 from ptv2_fast.training.tasks import BY_PREDICTION, training_task
@@ -83,13 +84,13 @@ def test_the_tasks_are_listed_once():
 
 def test_the_command_line_s_choices_are_the_tables_own():
     words = {
-        cli.Task: TRAINED_TASKS,
-        cli.Problem: PROBLEM_TYPES,
-        cli.Injection: choices.INJECTIONS,
-        cli.Init: choices.INITS,
-        cli.Pooling: choices.POOLINGS,
-        cli.Schedule: choices.SCHEDULES,
-        cli.Content: choices.EXPORTS,
+        options.Task: TRAINED_TASKS,
+        options.Problem: PROBLEM_TYPES,
+        options.Injection: choices.INJECTIONS,
+        options.Init: choices.INITS,
+        options.Pooling: choices.POOLINGS,
+        options.Schedule: choices.SCHEDULES,
+        options.Content: choices.EXPORTS,
     }
     for kind, expected in words.items():
         assert tuple(member.value for member in kind) == expected
