@@ -217,8 +217,8 @@ def record_case(case: Case) -> list[launch.Launch]:
             y.backward(torch.zeros_like(y))
         if only == "float8":
             x = torch.zeros(rows * tokens, 1024, dtype=dtype)
-            quantize_rows(x, torch.float8_e4m3fn)
-            values, _ = quantize_rows(x, torch.float8_e4m3fn, torch.zeros(1024))
+            quantize_rows(x, torch.float8_e4m3fn, 1e-38)
+            values, _ = quantize_rows(x, torch.float8_e4m3fn, 1e-38, torch.zeros(1024))
             transposed(values)
     return launches
 

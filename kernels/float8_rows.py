@@ -15,8 +15,6 @@ import triton.language as tl
 from ptv2_fast.kernels import launch, launcher
 from ptv2_fast.kernels.tiles import widen
 
-# A row of zeros has a scale too, by which it can be divided.
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # Columns that are read at once, and the sides of a tile that is transposed.
 _MOST_COLUMNS, _SIDE = 2048, 64
 
@@ -68,13 +66,14 @@ def _transpose_bytes_kernel(x_ptr, out_ptr, rows, columns, SIDE: tl.constexpr):
 
 
 def quantize_rows(
-    x: torch.Tensor, dtype: torch.dtype, factors: torch.Tensor | None = None
+    x: torch.Tensor, dtype: torch.dtype, smallest: float, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows in float8 with the largest number of each as the largest that float8 has; gives (values, scales).
 
     Args:
         x: (R, C) float16, bfloat16 or float32, any strides.
         dtype: a float8.
+        smallest: what no scale is below.
         factors: (C,) float32, contiguous: x f is what is quantized. None: x is.
     Returns:
         values (R, C) in `dtype` and scales (R, 1) float32, contiguous. What is NaN stays so where it stands; an
@@ -92,7 +91,7 @@ def quantize_rows(
             x_strides=x.stride(),
             columns=columns,
             largest=torch.finfo(dtype).max,
-            smallest=SMALLEST_SCALE,
+            smallest=smallest,
             BLOCK=min(_MOST_COLUMNS, triton.next_power_of_2(columns)),
         ),
     )

@@ -325,20 +325,6 @@ def finish_softmax(acc, row_max, row_sum):
 
 
 @triton.jit
-def load_statistics(lse_ptr, delta_ptr, base, stride, rows, num_rows):
-    """(lse in powers of two, delta) of rows of queries; rows that are missing have lse +inf: their probs become 0.
-
-    base: where row 0 stands; both lie in the same places, and behind the last one is memory for a whole tile. Loads
-    without a mask are copied ahead by an instruction each; a predicate costs seven more for every element.
-    """
-    places = base + widen(rows) * stride
-    there = rows < num_rows
-    lse = tl.load(lse_ptr + places)
-    delta = tl.load(delta_ptr + places)
-    return tl.where(there, lse, float("inf")), tl.where(there, delta, 0.0)
-
-
-@triton.jit
 def dropout_keep(seed, stream, queries, columns, dropout_p):
     """Keep decisions of a tile, a pure function of (seed, row and head `stream`, query, column); indices are 2-D."""
     bits, _, _, _ = tl.philox(seed, columns + queries * 0, queries + columns * 0, stream, 0, n_rounds=PHILOX_ROUNDS)

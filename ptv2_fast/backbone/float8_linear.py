@@ -33,7 +33,7 @@ FLOAT8 = GRADIENTS = torch.float8_e4m3fn
 MULTIPLE = 16
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A row of zeros has a scale too, by which it can be divided.
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Float8Rows(NamedTuple):
@@ -61,11 +61,11 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = FLOAT8, factors: Tensor | None
     if _has_kernels(x) and x.dtype in _KERNEL_DTYPES:
         from ptv2_fast.kernels import float8_rows
 
-        return Float8Rows(*float8_rows.quantize_rows(x, dtype, factors))
+        return Float8Rows(*float8_rows.quantize_rows(x, dtype, SMALLEST_SCALE, factors))
     if factors is not None:
         x = x * factors
     largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=_at_least_float32(x))
-    scales = (largest.float() / torch.finfo(dtype).max).clamp(min=_SMALLEST_SCALE)
+    scales = (largest.float() / torch.finfo(dtype).max).clamp(min=SMALLEST_SCALE)
     # A quotient lies as x does, which a transposed x would have by columns.
     return Float8Rows((x / scales).to(dtype, memory_format=torch.contiguous_format), scales)
 

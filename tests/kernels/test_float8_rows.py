@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ptv2_fast.backbone import float8_linear
+from ptv2_fast.backbone.float8_linear import SMALLEST_SCALE
 from ptv2_fast.kernels import float8_rows
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -49,8 +50,8 @@ def test_rows_are_torchs_to_the_bit(device, dtype, kind, columns):
     factors = torch.rand(columns, device=device) + 1e-3
     strided = x.T.contiguous().T
     for given in (x, strided):
-        assert same(float8_rows.quantize_rows(given, kind), plain(given, kind, None))
-        assert same(float8_rows.quantize_rows(given, kind, factors), plain(given, kind, factors))
+        assert same(float8_rows.quantize_rows(given, kind, SMALLEST_SCALE), plain(given, kind, None))
+        assert same(float8_rows.quantize_rows(given, kind, SMALLEST_SCALE, factors), plain(given, kind, factors))
 
 
 def plain(x, kind, factors):
@@ -63,13 +64,13 @@ def plain(x, kind, factors):
 def test_what_is_no_number_is_not_hidden_and_stays_in_its_row(device, odd):
     x = torch.ones(3, 40, device=device)
     x[1, 4] = odd
-    values, scales = float8_rows.quantize_rows(x, torch.float8_e4m3fn)
+    values, scales = float8_rows.quantize_rows(x, torch.float8_e4m3fn, SMALLEST_SCALE)
     numbers = values.float() * scales
     assert numbers[1, 4].isnan() and torch.equal(numbers[[0, 2]], x[[0, 2]])
 
 
 def test_no_rows(device):
-    values, scales = float8_rows.quantize_rows(torch.empty(0, 48, device=device), torch.float8_e4m3fn)
+    values, scales = float8_rows.quantize_rows(torch.empty(0, 48, device=device), torch.float8_e4m3fn, SMALLEST_SCALE)
     assert values.shape == (0, 48) and scales.shape == (0, 1)
 
 
