@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run(options, results)
     except (OSError, ValueError) as error:
         sys.exit(f"quality: {error}")
-    print(table(results.values))
+    print(table(results.values), searched(results.values), sep="\n\n")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -105,7 +105,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--fast", action="store_true", help="a few rows and one epoch: a smoke test")
     parser.add_argument("--resume", action="store_true", help="go on with the runs that FILE lacks")
-    parser.add_argument("--table", action="store_true", help="only print the table of FILE")
+    parser.add_argument("--table", action="store_true", help="only print the tables of FILE")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1)")
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     options = parser.parse_args(arguments)
@@ -265,6 +265,19 @@ def table(values: dict[str, Any]) -> str:
     language = values["cells"].get(f"{LANGUAGE_MODEL}/deep", {}).get("final")
     if language is not None:
         lines += ["", language_model.sentence(language)]
+    return "\n".join(lines)
+
+
+def searched(values: dict[str, Any]) -> str:
+    """What each search tried, with the dev score of each candidate in percent, as markdown."""
+    lines = ["| task | method | rows, epochs | dev by candidate |", "|---|---|---|---|"]
+    for task, (task_type, _) in TASKS.items():
+        for method in METHODS:
+            runs = values["cells"].get(f"{task}/{method}", {}).get("search", [])
+            if runs:
+                metric = metric_for(task_type).name
+                tried = (f"{run['candidate'].replace('lr=', 'rate ')}: {100 * run['dev'][metric]:.1f}" for run in runs)
+                lines.append(f"| {task} | {method} | {runs[0]['rows']}, {runs[0]['epochs']} | {'; '.join(tried)} |")
     return "\n".join(lines)
 
 
