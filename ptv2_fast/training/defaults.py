@@ -1,11 +1,11 @@
 """What the command line trains with where nobody says otherwise: what the table of measured quality chose.
 
-Source: benchmarks/results/quality_minilm_cpu.json, of which docs/choosing.md has the table: the candidate with the best dev score
-of each task and injection on MiniLM, and the run of SmolLM2 for text. Deep and prefix prompts of 64 tokens at 1e-2 for
-classes, deep ones of 32 and prefixes of 64 at 2e-2 for tags, shallow ones of 20 at 1e-2 for both, deep ones of 16 at
-5e-3 in 3 epochs for text; a head over rows read their mean. Tasks that were not measured have what classes have. The
-best epoch of prompts was the last one, or nearly, of the 3 to 7 that there was time for: more of them, 10, of which the
-best by dev is kept.
+Source: benchmarks/results/quality_minilm_cpu.json, of which docs/choosing.md has the table: the candidate with the best
+dev score of each task and injection on MiniLM, and the run of SmolLM2 for text. Deep and prefix prompts of 64 tokens at
+1e-2 for classes, deep ones of 32 and prefixes of 64 at 2e-2 for tags, shallow ones of 20 at 1e-2 for both, deep ones of
+16 at 5e-3 in 3 epochs for text; a head over rows read their mean. Tasks that were not measured have what classes have.
+The best epoch of prompts was the last one, or nearly, of the 3 to 7 that there was time for: more of them, 10, of which
+the best by dev is kept.
 """
 
 from __future__ import annotations

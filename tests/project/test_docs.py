@@ -63,7 +63,7 @@ def _members() -> dict[str, set[str]]:
 
 
 def _is_file(name: str) -> bool:
-    return "/" in name or name.endswith((".py", ".md", ".json", ".toml")) or name == "Makefile"
+    return "/" in name or name.endswith((".py", ".md", ".json", ".toml", ".yml")) or name == "Makefile"
 
 
 def _missing_file(name: str) -> bool:
