@@ -164,7 +164,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             input_ids: one or more ids.
             max_new_tokens: where neither this nor the generation configuration says it, a text whose positions end
                 somewhere ends there.
-            adapter_name: the request's adapter; "__base__" for none. None means the one that is active now.
+            adapter_name: the request's adapter; `"__base__"` for none. None means the one that is active now.
             task: the head that reads the text, where the adapter has several. What is said of tokens is not looked at
                 where a head reads.
 
