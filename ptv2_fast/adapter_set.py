@@ -90,7 +90,8 @@ class AdapterSet(nn.Module):
             name: a name that no adapter has, in any case, and that can be a folder's everywhere: no dots, slashes or
                 blanks at its ends, no device of Windows.
             config: its configuration.
-            tokenizer, init_text: the text for `prompt_init="text"`, and what splits it into tokens.
+            tokenizer: splits `init_text` into tokens.
+            init_text: the text for `prompt_init="text"`, or several.
 
         Raises:
             ValueError: the name is taken or unusable, or the configuration does not fit the base.
@@ -104,6 +105,9 @@ class AdapterSet(nn.Module):
         """Make an adapter the one that runs by default and the only one that trains.
 
         The model's class becomes that of the adapter's task: Trainer and pipelines tell by it what a model is for.
+
+        Raises:
+            ValueError: there is no adapter of that name, or the model's class, one of your own, cannot serve its task.
         """
         self._check_name(name)
         self.active_adapter = name
@@ -111,7 +115,11 @@ class AdapterSet(nn.Module):
             adapter.requires_grad_(other == name)
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter; if it was active, the oldest remaining one becomes active."""
+        """Remove an adapter; if it was active, the oldest remaining one becomes active.
+
+        Raises:
+            ValueError: there is no adapter of that name, or it is the only one.
+        """
         self._check_name(name)
         if len(self.adapters) == 1:
             raise ValueError(f"name must leave at least one adapter; {name!r} is the only one")

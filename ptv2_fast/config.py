@@ -37,12 +37,27 @@ class HeadConfig:
             a row for each choice).
         num_labels: number of classes; 2 for QUESTION_ANS (start, end), 1 for MULTIPLE_CHOICE (the score).
         pooling: what a head with one vector per row reads: the row's "first" or "last" real token, or the "mean" of
-            its real tokens. An image's first is its class token; IMAGE_CLS and AUDIO_CLS have no "last".
+            its real tokens. On a causal model the first token has seen nothing of the text behind it: say "last" there.
+            An image's first is its class token; IMAGE_CLS and AUDIO_CLS have no "last".
         dropout: dropout before the linear layer, in [0, 1).
         labels: names of the classes in the order of their ids, or None.
-        problem_type: what a head with one vector per row solves, in transformers' words: "single_label_classification",
-            "regression" (labels (B,) for one number a row, else (B, num_labels), floating; mean squared error) or
-            "multi_label_classification" (labels (B, num_labels), floating in [0, 1]; binary cross-entropy).
+        problem_type: what a head with one vector per row solves, in transformers' words: "single_label_classification"
+            (the default; labels (B,)), "regression" (labels (B,) for one number a row, else (B, num_labels), floating;
+            mean squared error) or "multi_label_classification" (labels (B, num_labels), floating in [0, 1]; binary
+            cross-entropy).
+
+    Raises:
+        ValueError: a value is unknown or two values contradict each other; the message names the field.
+
+    Example:
+        ```python
+        from ptv2_fast import HeadConfig, PTuningV2Config
+
+        topic = HeadConfig("SEQ_CLS", 3, labels=["sports", "politics", "science"])
+        stars = HeadConfig("SEQ_CLS", 1, pooling="mean", problem_type="regression")
+        config = PTuningV2Config("SEQ_CLS", heads={"topic": topic, "stars": stars})
+        assert config.heads["topic"].labels[2] == "science"
+        ```
     """
 
     task_type: str
@@ -77,8 +92,8 @@ class PTuningV2Config:
     """How prompts are injected into a frozen model, and what is trained on top.
 
     Attributes:
-        task_type: a row of `ptv2_fast.task_types.TASKS`: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, MULTIPLE_CHOICE, CAUSAL_LM,
-            SEQ_2_SEQ_LM, FEATURE_EXTRACTION, SENTENCE_RETRIEVAL, IMAGE_CLS or AUDIO_CLS.
+        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, MULTIPLE_CHOICE, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION,
+            SENTENCE_RETRIEVAL, IMAGE_CLS or AUDIO_CLS.
         num_virtual_tokens: P, the length of the prompt.
         injection: "deep" (a trained hidden state per layer and token), "shallow" (one at the
             embeddings, evolving through the layers) or "prefix" (trained keys and values per
@@ -108,8 +123,16 @@ class PTuningV2Config:
             virtual tokens stand in front of the encoder's text.
 
     Raises:
-        ValueError: a value is unknown or two values contradict each other; the message names the
-            field.
+        ValueError: a value is unknown or two values contradict each other; the message names the field.
+
+    Example:
+        ```python
+        from ptv2_fast import PTuningV2Config
+
+        config = PTuningV2Config("SEQ_CLS", num_virtual_tokens=8, injection="prefix", heads={"topic": 4})
+        assert config.heads["topic"].pooling == "first"
+        assert PTuningV2Config.from_dict(config.to_dict()) == config
+        ```
     """
 
     task_type: str

@@ -46,6 +46,24 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
 
     Attributes:
         task_type: the task of the class, a row of `TASKS`; None for this one, which serves none.
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import PTuningV2Config, PTuningV2Model, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"topic": 3}), "topics")
+        model.add_adapter("names", PTuningV2Config("TOKEN_CLS", heads={"tags": 5}))
+        model.print_trainable_parameters()  # of the active adapter, "topics"
+        model.save_pretrained("adapters")
+
+        model = PTuningV2Model.from_pretrained(base, "adapters")  # frozen, in eval mode
+        output = model(torch.tensor([[101, 7592, 102]] * 2), adapter_names=["topics", "names"])
+        assert [tuple(row.shape) for row in output.logits] == [(3,), (3, 5)]
+        ```
     """
 
     task_type: ClassVar[str | None] = None
@@ -182,11 +200,16 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
         """Run the base with prompts: what the base returns, for the N tokens of each row.
 
         Args:
-            input_ids: (B, N); or inputs_embeds (B, N, D).
+            input_ids: (B, N) int64.
             attention_mask: (B, N) over the text alone, any padding side; or (B, 1, N, N).
-            adapter_names: one name per row, "__base__" for none; None runs the active adapter on
-                all rows.
+            token_type_ids: (B, N), where the base has them.
+            position_ids: (B, N), counted as without prompts.
+            inputs_embeds: (B, N, D) in place of input_ids.
+            adapter_names: one name per row, `"__base__"` for none; None runs the active adapter on all rows.
             kwargs: whatever else the base takes.
+
+        Raises:
+            ValueError: an argument that nobody reads, an unknown adapter, or shapes that disagree.
         """
         self._check_read(kwargs)
         inputs = {

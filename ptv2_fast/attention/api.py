@@ -34,8 +34,9 @@ def prompt_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a prompt shared by the batch, followed by each row's own keys.
 
-    out = softmax(scale * q [prompt_k ; k]^T) [prompt_v ; v], as one softmax. Masks, causality and
-    windows apply to the text's keys only: every query sees the whole prompt.
+        out = softmax(scale * q [prompt_k ; k]^T) [prompt_v ; v]
+
+    It is one softmax. Masks, causality and windows apply to the text's keys only: every query sees the whole prompt.
 
     What is hidden reaches nothing, be it NaN or infinite: neither a result nor a gradient depends on text keys and
     values where `key_mask` is zero, on prompt keys and values past `prompt_lens`, on the biases of both, or on another
@@ -44,9 +45,10 @@ def prompt_attention(
 
     Args:
         q: queries, (B, H, N, D), any strides; or packed (T, H, D) with `cu_seqlens`.
-        k, v: the text's keys and values, (B, Hkv, M, D) with Hkv dividing H; packed (T, Hkv, D).
-        prompt_k, prompt_v: the prompt's keys and values, (Hkv, P, D), P >= 0; or a bank (R, Hkv, P,
-            D) with `prompt_index`. Same dtype and device as q.
+        k: the text's keys, (B, Hkv, M, D) with Hkv dividing H; packed (T, Hkv, D). All five have one dtype and device.
+        v: the text's values, as k.
+        prompt_k: the prompt's keys, (Hkv, P, D), P >= 0; or a bank (R, Hkv, P, D) with `prompt_index`.
+        prompt_v: the prompt's values, as prompt_k.
         key_mask: (B, M) bool or integers of any kind, nonzero where a text key may be attended to.
         cu_seqlens: (S + 1,) int32, row boundaries of the packed form; excludes `key_mask` and
             `bias`.
@@ -58,11 +60,10 @@ def prompt_attention(
         bias: (1 or B, 1 or H, N, M), added to the text's scores; may hold -inf, and may ask for its gradient (one that
             is made of queries or keys does).
         causal: query i stands at position i + M - N and sees text keys up to that position.
-        scale: factor on the scores, positive; D ** -0.5 when None.
+        scale: factor on the scores, positive; `D ** -0.5` when None.
         dropout_p: probability of dropping an attention weight, in [0, 1).
-        window: with `causal`, text keys with position - key < window; otherwise |position - key| <=
-            window.
-        softcap: scores become softcap * tanh(scores / softcap), before the biases.
+        window: with `causal`, text keys with `position - key < window`; otherwise `|position - key| <= window`.
+        softcap: scores become `softcap * tanh(scores / softcap)`, before the biases.
         backend: "auto" (triton for CUDA tensors of a head size and dtype that it has, else torch), "triton",
             "torch" or "reference". A backend named here serves the call or raises; it is never replaced by another.
         return_lse: also return the natural log-sum-exp of each query's scores, without gradient.
@@ -77,8 +78,22 @@ def prompt_attention(
             was expected and what came.
         RuntimeError: the backend named cannot serve these tensors.
 
-    Source: P-Tuning v2 (Liu et al., 2022), section 3; one softmax over two key ranges as in
-        Prefix-Tuning (Li and Liang, 2021).
+    Source: P-Tuning v2 (Liu et al., 2022), section 3; one softmax over two key ranges as in Prefix-Tuning (Li and
+    Liang, 2021).
+
+    Example:
+        ```python
+        import torch
+
+        from ptv2_fast import prompt_attention
+
+        q = torch.randn(2, 4, 7, 16)  # (B, H, N, D)
+        k, v = torch.randn(2, 2, 2, 7, 16)  # (B, Hkv, M, D) each
+        prompt_k, prompt_v = torch.randn(2, 2, 5, 16)  # (Hkv, P, D) each, for both rows
+        mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])  # the second row has four tokens
+        out = prompt_attention(q, k, v, prompt_k, prompt_v, key_mask=mask, causal=True)
+        assert out.shape == q.shape
+        ```
     """
     check_arguments(
         q,

@@ -53,7 +53,22 @@ class Family:
         layers_path: where the layers are in a backbone.
         norm_path: the norm before attention, in a layer; None where attention reads a layer's input as it is.
         attention_path: the attention module, in a layer.
-        key_path, value_path: the projections, in an attention module.
+        key_path: the projection of keys, in an attention module.
+        value_path: the projection of values, there too.
+
+    Example:
+        ```python
+        from ptv2_fast.families.family import Family
+        from ptv2_fast.families.llama import Llama
+
+        class PostNorm(Family):  # layers in `layers`, attention in `self_attn`, and so on: as below
+            layers_path = "encoder.layers"
+
+        class MyModel(Llama):  # like Llama, but for three names
+            attention_path, key_path, value_path = "attention", "wk", "wv"
+
+        assert MyModel().causal and not PostNorm().causal
+        ```
     """
 
     causal: bool = False
@@ -158,8 +173,10 @@ class Family:
         """Keys (..., P, Hkv, d) turned as attention does it; for families with `rotary`.
 
         Args:
-            cos, sin: the tables (P, 1, size) of the P positions, in the order and size in which the backbone's
-                `rotary_emb` gives them.
+            keys: the projected ones.
+            cos: the table (P, 1, size) of the P positions, in the order and size in which the backbone's
+                `rotary_emb` gives it.
+            sin: the same.
         """
         return rotary.rotate(keys, cos, sin)
 

@@ -109,9 +109,15 @@ def register_family(model_type: str, family: Family) -> None:
             brings.
 
     Example:
-        >>> class MyModel(Llama):
-        ...     attention_path, key_path, value_path = "attention", "wk", "wv"
-        >>> register_family("my_model", MyModel())
+        ```python
+        from ptv2_fast import register_family
+        from ptv2_fast.families.llama import Llama
+
+        class MyModel(Llama):
+            attention_path, key_path, value_path = "attention", "wk", "wv"
+
+        register_family("my_model", MyModel())
+        ```
     """
     global _registered
     if not isinstance(model_type, str) or not model_type.strip():
@@ -135,8 +141,22 @@ def register_family(model_type: str, family: Family) -> None:
 def unregister_family(model_type: str) -> None:
     """Take back what `register_family` did; models that are wrapped keep their family, copies of them apart.
 
+    Args:
+        model_type: what was registered.
+
     Raises:
         ValueError: nobody registered that model type.
+
+    Example:
+        ```python
+        from ptv2_fast import register_family
+        from ptv2_fast.families.llama import Llama
+        from ptv2_fast.families.registry import families, unregister_family
+
+        register_family("my_model", Llama())
+        unregister_family("my_model")
+        assert "my_model" not in families()
+        ```
     """
     global _registered
     with _registering:
@@ -154,9 +174,22 @@ def families() -> dict[str, Family]:
 def family_of(backbone: PreTrainedModel) -> Family:
     """The family of a backbone: by its `config.model_type`, or the listed one that it behaves like.
 
+    Args:
+        backbone: a model without a head, as AutoModel makes it; a model with one has it as its `base_model`.
+
     Raises:
         ValueError: its model type is not listed and it behaves like none that is, or its family refuses it; the message
             lists the known ones.
+
+    Example:
+        ```python
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast.families.registry import family_of
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        assert family_of(base).attention_path == "attention.self"
+        ```
     """
     model_type: Any = getattr(backbone.config, "model_type", None)
     family, name = listed_family(backbone), type(backbone).__name__

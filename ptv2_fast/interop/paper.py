@@ -53,6 +53,24 @@ def from_paper(
             have, or the code's `--prompt` mode, which runs the text through the embeddings twice.
 
     Source: P-Tuning v2 (Liu et al., 2022) and the code released with it.
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertForSequenceClassification
+
+        from ptv2_fast import from_paper
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        base = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
+        state = {
+            "prefix_encoder.embedding.weight": torch.randn(8, 2 * 2 * 32),  # (P, L * 2 * D)
+            "classifier.weight": torch.randn(3, 32),
+            "classifier.bias": torch.zeros(3),
+        }
+        model = from_paper(base, state)  # or the folder of a run
+        assert model.ptv2_config["default"].position_offset == 8
+        ```
     """
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"base must be a transformers PreTrainedModel; got {type(base).__name__}")

@@ -110,13 +110,28 @@ def from_peft(
         is_trainable: whether the active adapter goes on training; otherwise everything is frozen and in eval mode.
 
     Returns:
-        The model of the adapter's task; its base runs our attention until `unload()`.
+        The model of the adapter's task.
 
     Raises:
         ValueError: nothing to load, a damaged or foreign or pickled file, another kind of adapter, another base; the
             message names the file or the tensor.
 
     Source: PEFT 0.21, `peft_model.py` and the encoders under `tuners/`.
+
+    Example:
+        ```python
+        from transformers import BertConfig, BertForSequenceClassification
+
+        from ptv2_fast import PTuningV2Config, from_peft, get_ptv2_model
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        base = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
+        config = PTuningV2Config("SEQ_CLS", 8, injection="prefix", position_offset=8)  # as PEFT counts
+        get_ptv2_model(base, config).save_pretrained("adapter", format="peft")  # what PEFT writes too
+
+        model = from_peft(base, "adapter", is_trainable=True)
+        assert model.ptv2_config["default"].injection == "prefix"
+        ```
     """
     if isinstance(model, PreTrainedModel):
         if folder is None:

@@ -42,7 +42,7 @@ def write_report(
     data: str | Path | None = None,
     examples: int = 20,
 ) -> Path:
-    """Write one HTML file about finished runs, which needs no other file and no network.
+    r"""Write one HTML file about finished runs, which needs no other file and no network.
 
     Args:
         runs: folders of `ptv2-fast train`, or of `ptv2-fast search`, of which the best run is meant.
@@ -56,6 +56,27 @@ def write_report(
     Raises:
         FileNotFoundError: a run or the data is not there.
         ValueError: a folder holds no finished run, the page cannot be where it shall be, or `data` cannot be read.
+
+    Example:
+        ```python
+        from pathlib import Path
+
+        from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
+
+        from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+        from ptv2_fast.report.write import write_report
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "poor", "film"]
+        BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained("base")
+        BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)).save_pretrained("base")
+        head = HeadConfig("SEQ_CLS", 2, labels=["bad", "good"])
+        config = PTuningV2Config("SEQ_CLS", heads={"opinion": head})
+        get_ptv2_model(AutoModel.from_pretrained("base"), config).save_pretrained("adapter")
+
+        Path("test.csv").write_text("text,label\nfine film,good\npoor film,bad\n")
+        page = write_report(["adapter"], "report.html", data="test.csv")
+        assert "Predictions" in page.read_text()
+        ```
     """
     return write(asked(runs, output, data=data, examples=examples))
 

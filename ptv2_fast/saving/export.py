@@ -22,6 +22,7 @@ def prompt_tensors(model: AdapterSet, what: str, adapter_name: str | None = None
     """An adapter's prompts as plain tensors on the CPU.
 
     Args:
+        model: a PTuningV2Model.
         what: "kv": `layers.{i}.key` and `layers.{i}.value`, (Hkv, P, d) for every prompted layer, as attention reads
             them: projected, normalised and rotated to positions -P..-1 where the family is rotary; `layers.{i}.bias`
             (H, P), to be added to their scores, where there is a gate or a term for distances. Reparameterisation is
@@ -30,6 +31,19 @@ def prompt_tensors(model: AdapterSet, what: str, adapter_name: str | None = None
 
     Raises:
         ValueError: the adapter is unknown, or its prompts cannot be written that way.
+
+    Example:
+        ```python
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+        from ptv2_fast.export import prompt_tensors
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100))
+        model = get_ptv2_model(base, PTuningV2Config("CAUSAL_LM", 5, injection="shallow"))
+        assert prompt_tensors(model, "embeddings")["prompt_embeddings"].shape == (5, 32)
+        ```
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     model._check_name(name)
@@ -75,8 +89,28 @@ def export_prompts(model: AdapterSet, path: str | Path, what: str = "kv", adapte
 
     An earlier export is replaced, nothing else is.
 
+    Args:
+        model: a PTuningV2Model.
+        path: the file; its folder is made where it does not exist.
+        what: "kv" or "embeddings", as `prompt_tensors` says.
+        adapter_name: None means the active adapter.
+
     Raises:
         ValueError: as `prompt_tensors`, or `path` is there and no earlier export, or cannot be in its folder.
+
+    Example:
+        ```python
+        from safetensors.torch import load_file
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+        from ptv2_fast.export import export_prompts
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        model = get_ptv2_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100)), PTuningV2Config("CAUSAL_LM", 5))
+        export_prompts(model, "prompts.safetensors")
+        assert load_file("prompts.safetensors")["layers.1.key"].shape == (2, 5, 16)
+        ```
     """
     path = Path(path)
     _check_free(path)

@@ -31,8 +31,8 @@ _AS_IT_IS: dict[str, tuple[Any, ...]] = {
 class Persistence(AdapterSet):
     """Saving and loading of a set of adapters; what a PTuningV2Model knows of it.
 
-    The state dict holds the adapters alone, with a description of themselves: Trainer's checkpoints
-        therefore hold only what is trained, resume exactly, and can be read by `from_pretrained`.
+    The state dict holds the adapters alone, with a description of themselves: Trainer's checkpoints therefore hold only
+    what is trained, resume exactly, and can be read by `from_pretrained`.
     """
 
     @classmethod
@@ -99,7 +99,21 @@ class Persistence(AdapterSet):
         checkpoint.save_adapters(save_directory, parts, list(self.adapters))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload adapters with a model card; see `ptv2_fast.saving.hub.push_to_hub` for what it takes."""
+        """Create the hub's repository where it does not exist and upload adapters with a model card, in one commit.
+
+        What is pushed is what the repository then holds: the commit removes adapters that an earlier push left there.
+
+        Args:
+            repo_id: the repository, "name" or "owner/name".
+            kwargs: adapter_names, a list (None means all); metrics, name -> value of a single adapter, for the card;
+                private; token; revision; commit_message.
+
+        Returns:
+            The hub's description of the commit.
+
+        Raises:
+            ValueError: as `save_pretrained`; nothing is created then.
+        """
         from ptv2_fast.saving.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **kwargs)
@@ -128,7 +142,8 @@ class Persistence(AdapterSet):
                 frozen and in eval mode.
             adapter_name: which adapter becomes active; None means the first. A folder with a single
                 adapter gives it this name.
-            revision, token: of the hub's repository.
+            revision: of the hub's repository: a branch, a tag or a commit.
+            token: for the hub, where the repository is private.
 
         Raises:
             ValueError: nothing to load, a damaged or foreign checkpoint, an unknown version,
@@ -147,7 +162,10 @@ class Persistence(AdapterSet):
     def load_adapter(self, load_directory: str | Path, adapter_name: str, *, is_trainable: bool = False) -> None:
         """Add the single adapter of a folder, or of a hub's repository, under a name.
 
-        `is_trainable` makes it the active one.
+        Args:
+            load_directory: a folder, or a repository's name, with one adapter.
+            adapter_name: what it is called here.
+            is_trainable: whether it becomes the active one, and trains.
 
         Raises:
             ValueError: as `from_pretrained`, or the folder holds several adapters, or the name is

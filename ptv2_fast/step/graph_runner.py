@@ -39,21 +39,28 @@ class _Bucket:
 class GraphRunner:
     """Runs training steps with one launch for a forward and backward pass, and one for the optimizer.
 
-    Batches are packed on the host (no padding reaches the device), filled up to sizes that repeat, and copied into the
-    buffers of their size. The first two passes of a size run eagerly; the third is captured and replayed from then on.
-    Lengths stay on the device, so nothing in a step waits for the host. What cannot be captured or packed runs eagerly
-    and gives the same losses; why is logged once. In a distributed job gradients are averaged over the processes.
+    Batches are packed on the host, filled up to sizes that repeat, and copied into the buffers of their size. The first
+    two passes of a size run eagerly; the third is captured and replayed from then on. Nothing in a step waits for the
+    host. What cannot be captured or packed runs eagerly and gives the same losses; why is logged once. In a distributed
+    job gradients are averaged over the processes.
 
-    A step begins with zeroed gradients and leaves its own behind, averaged and clipped, as an eager loop does.
-    Captured passes add to gradients at one address: if something else takes their place, as after `zero_grad()`, they
-    are put back. Learning rates may change at every step. What was captured is dropped, and the log says why, when
-    another adapter, other switches, moved weights, replaced modules or other trained parameters would make it wrong;
-    of the optimizer's update alone, when its state was replaced (`load_state_dict`) or its betas, weight decay and
-    the like changed.
+    A step zeroes gradients first and leaves its own behind, averaged and clipped. Learning rates may change at every
+    step. What was captured is dropped, and the log says why, when another adapter, other switches, moved weights, other
+    modules or trained parameters, or the optimizer's state and settings would make it wrong.
 
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import GraphRunner, PTuningV2Config, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"topic": 3})).train()
         runner = GraphRunner(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-        for batch in batches:        # padded, on the CPU
-            loss = runner.step(batch)
+        for _ in range(3):  # batches are padded, on the CPU
+            loss = runner.step({"input_ids": torch.tensor([[101, 7592, 102]]), "labels": torch.tensor([2])})
+        ```
     """
 
     def __init__(

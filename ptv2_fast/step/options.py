@@ -52,6 +52,22 @@ class StepOptions:
             quantized copies of their weights (docs/float8.md); refused where no map can. It is no saving that
             leaves results as they are, so None is: off, but for maps that are float8 already and have no backward of
             their own.
+
+    Raises:
+        ValueError: a switch is something else than True, False or None.
+
+    Example:
+        ```python
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import PTuningV2Config, StepOptions, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        config = PTuningV2Config("SEQ_CLS", heads={"topic": 3})
+        model = get_ptv2_model(base, config, step_options=StepOptions(unpad=False))
+        print(model.train().step_plan())  # each switch, and why it is on or off
+        model.step_options = StepOptions()
+        ```
     """
 
     unpad: bool | None = None
@@ -72,13 +88,26 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step does, and for each switch why.
+    """What a step does, and for each switch why; fields named as in `StepOptions` say whether a switch is on.
 
     Attributes:
+        reasons: for each switch whether it is on, and why.
         weights_owner: who brings the weights only while their modules run (`backbone.sharded_weights` says); None where
             they stay.
         worth_unpadding: multiply-adds of a layer that dropped padding has to save.
         float8_copies: float8 multiplies copies of weights that are not float8 themselves, too.
+
+    Example:
+        ```python
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"topic": 3}))
+        plan = model.train().step_plan()
+        assert plan.last_rows and "last_rows on (training)" in plan.reasons
+        ```
     """
 
     unpad: bool

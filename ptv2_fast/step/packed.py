@@ -198,8 +198,26 @@ class Buckets:
     next power of two.
 
     Attributes:
-        tokens, rows, targets: the smallest steps of tokens, of rows, and of tokens that have labels.
+        tokens: the smallest step of tokens.
+        rows: of rows.
+        targets: of tokens that have labels.
         slots: of the tokens of padded rows, where nothing is packed.
+
+    Raises:
+        ValueError: a step is not a positive integer.
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import Buckets, GraphRunner, PTuningV2Config, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"topic": 3})).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        runner = GraphRunner(model, optimizer, buckets=Buckets(tokens=256, rows=32))  # fewer sizes, more filling
+        ```
     """
 
     tokens: int = 64

@@ -81,6 +81,22 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     parameters in place is read from the next step on. Who deletes an adapter fails the requests that have it, those
     alone, with the reason as their error; another one of that name serves requests that are added after it. A request
     that outgrows all pages fails alone too, with the tokens that it has.
+
+    Example:
+        ```python
+        from transformers import ContinuousBatchingConfig, LlamaConfig, LlamaForCausalLM
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100))
+        model = get_ptv2_model(base, PTuningV2Config("CAUSAL_LM"), "writer")
+        pages = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+        with model.continuous_batching_context_manager(continuous_batching_config=pages) as manager:
+            request = manager.add_request([5, 6, 7], max_new_tokens=4, adapter_name="writer")
+            output = manager.get_result(request, timeout=60)
+        assert len(output.generated_tokens) == 4
+        ```
     """
 
     def __init__(
@@ -164,7 +180,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             input_ids: one or more ids.
             max_new_tokens: where neither this nor the generation configuration says it, a text whose positions end
                 somewhere ends there.
-            adapter_name: the request's adapter; "__base__" for none. None means the one that is active now.
+            adapter_name: the request's adapter; `"__base__"` for none. None means the one that is active now.
             task: the head that reads the text, where the adapter has several. What is said of tokens is not looked at
                 where a head reads.
 

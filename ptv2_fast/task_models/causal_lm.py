@@ -36,7 +36,23 @@ from ptv2_fast.task_models.task_model import for_tasks, text_inputs
 
 
 class PTuningV2ModelForCausalLM(ContinuousBatching, CapturedModel):
-    """Prompts for a causal language model (task_type CAUSAL_LM)."""
+    """Prompts for a causal language model (task_type CAUSAL_LM).
+
+    Example:
+        ```python
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100))
+        model = get_ptv2_model(base, PTuningV2Config("CAUSAL_LM", injection="prefix"))
+        ids = torch.tensor([[5, 6, 7]])
+        assert model(ids, labels=ids).loss > 0
+        assert model.eval().generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 7)
+        ```
+    """
 
     task_type = "CAUSAL_LM"
     # The base's loss divides by Trainer's num_items_in_batch, the labels of all accumulated batches.
@@ -59,6 +75,10 @@ class PTuningV2ModelForCausalLM(ContinuousBatching, CapturedModel):
         A row's first token has nothing before it: its label counts nowhere, on whichever side the padding is.
 
         Args:
+            input_ids: (B, N); or inputs_embeds (B, N, D).
+            attention_mask: (B, N) over the text alone, any padding side; with a cache over what is in it, too.
+            labels: (B, N) int64, the input's own ids; -100 is ignored.
+            adapter_names: one name per row, `"__base__"` for none; None runs the active adapter on all rows.
             kwargs: whatever else the base takes; num_items_in_batch is Trainer's count of the labels behind the first
                 column, in this batch and in those that are accumulated with it.
         """

@@ -25,7 +25,22 @@ from ptv2_fast.task_types import TASKS
 
 
 class PTuningV2ModelForSequenceClassification(PTuningV2ModelWithHeads):
-    """Prompts for classifying whole rows (task_type SEQ_CLS)."""
+    """Prompts for classifying whole rows (task_type SEQ_CLS).
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertForSequenceClassification
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        base = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS"))  # trains a copy of the base's head
+        output = model(torch.tensor([[101, 7592, 102]]), labels=torch.tensor([2]))
+        assert output.logits.shape == (1, 3) and output.loss > 0
+        ```
+    """
 
     task_type = "SEQ_CLS"
 
@@ -42,7 +57,16 @@ class PTuningV2ModelForSequenceClassification(PTuningV2ModelWithHeads):
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits (B, C) and, with labels (B,), the mean cross-entropy; `task` picks one of several heads."""
+        """Logits (B, C) and, with labels (B,), the mean cross-entropy; `task` picks one of several heads.
+
+        Args:
+            input_ids: (B, N); or inputs_embeds (B, N, D).
+            attention_mask: (B, N) over the text alone, any padding side.
+            labels: (B,) int64, or as `HeadConfig.problem_type` says; (B, N) for tags, -100 ignored.
+            task: which head, where an adapter has several.
+            adapter_names: one name per row, `"__base__"` for none; None runs the active adapter on all rows.
+            kwargs: whatever else the base takes.
+        """
         self._check_read(kwargs)
         inputs = text_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         spans = {name: inputs.pop(name, None) for name in ("start_positions", "end_positions")}
@@ -50,13 +74,42 @@ class PTuningV2ModelForSequenceClassification(PTuningV2ModelWithHeads):
 
 
 class PTuningV2ModelForTokenClassification(PTuningV2ModelForSequenceClassification):
-    """Prompts for tagging tokens (task_type TOKEN_CLS): logits (B, N, C), labels (B, N), -100 ignored."""
+    """Prompts for tagging tokens (task_type TOKEN_CLS): logits (B, N, C), labels (B, N), -100 ignored.
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("TOKEN_CLS", heads={"tags": 5}))
+        output = model(torch.tensor([[101, 7592, 102]]), labels=torch.tensor([[-100, 4, -100]]))
+        assert output.logits.shape == (1, 3, 5)
+        ```
+    """
 
     task_type = "TOKEN_CLS"
 
 
 class PTuningV2ModelForQuestionAnswering(PTuningV2ModelWithHeads):
-    """Prompts for extractive question answering (task_type QUESTION_ANS)."""
+    """Prompts for extractive question answering (task_type QUESTION_ANS).
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("QUESTION_ANS", heads={"span": 2}))
+        ids = torch.tensor([[101, 2040, 102, 7592, 2088, 102]])
+        output = model(ids, start_positions=torch.tensor([3]), end_positions=torch.tensor([4]))
+        assert output.start_logits.shape == output.end_logits.shape == (1, 6)
+        ```
+    """
 
     task_type = "QUESTION_ANS"
 
@@ -74,7 +127,17 @@ class PTuningV2ModelForQuestionAnswering(PTuningV2ModelWithHeads):
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Start and end logits (B, N) over the text's own tokens and, with positions (B,), their mean loss."""
+        """Start and end logits (B, N) over the text's own tokens and, with positions (B,), their mean loss.
+
+        Args:
+            input_ids: (B, N); or inputs_embeds (B, N, D).
+            attention_mask: (B, N) over the text alone, any padding side.
+            start_positions: (B,) int64, the answer's first token, counted without the prompt.
+            end_positions: (B,) int64, its last token.
+            task: which head, where an adapter has several.
+            adapter_names: one name per row, `"__base__"` for none; None runs the active adapter on all rows.
+            kwargs: whatever else the base takes.
+        """
         self._check_read(kwargs)
         inputs = text_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
         targets = {
@@ -90,13 +153,43 @@ class PTuningV2ModelForMultipleChoice(PTuningV2ModelForSequenceClassification):
 
     Inputs are (B, C, N), as transformers' own multiple-choice models take them, adapter_names one name an example;
     logits (B, C) and, with labels (B,), their mean cross-entropy.
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("MULTIPLE_CHOICE", heads={"score": 1}))
+        ids = torch.tensor([[[101, 7592, 102], [101, 2088, 102]]])  # one example, two choices
+        output = model(ids, labels=torch.tensor([1]))
+        assert output.logits.shape == (1, 2)
+        ```
     """
 
     task_type = "MULTIPLE_CHOICE"
 
 
 class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
-    """Prompts for the backbone's hidden states themselves (task_type FEATURE_EXTRACTION), and for heads of any kind."""
+    """Prompts for the backbone's hidden states themselves (task_type FEATURE_EXTRACTION), and for heads of any kind.
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        heads = {"topic": HeadConfig("SEQ_CLS", 3), "tags": HeadConfig("TOKEN_CLS", 5)}
+        model = get_ptv2_model(base, PTuningV2Config("FEATURE_EXTRACTION", heads=heads))
+        ids = torch.tensor([[101, 7592, 102]])
+        assert model(ids).last_hidden_state.shape == (1, 3, 32)
+        assert model(ids, task="tags", labels=torch.tensor([[-100, 4, -100]])).logits.shape == (1, 3, 5)
+        ```
+    """
 
     task_type = "FEATURE_EXTRACTION"
 
@@ -119,6 +212,17 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
 
         Of an encoder-decoder it is the decoder's, or the encoder's where adapters have heads, which read that.
         Images and sounds are given by name, as pixel_values and input_features.
+
+        Args:
+            input_ids: (B, N); or inputs_embeds (B, N, D).
+            attention_mask: (B, N) over the text alone, any padding side.
+            labels: what the head `task` is trained on; start_positions and end_positions for a head of spans.
+            task: which head runs; None runs none.
+            adapter_names: one name per row, `"__base__"` for none; None runs the active adapter on all rows.
+            kwargs: whatever else the base takes.
+
+        Raises:
+            ValueError: labels are given without a task.
         """
         self._check_read(kwargs)
         inputs = text_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs)
@@ -132,7 +236,22 @@ class PTuningV2ModelForFeatureExtraction(PTuningV2ModelWithHeads):
 
 
 class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):
-    """Prompts for classifying images (task_type IMAGE_CLS)."""
+    """Prompts for classifying images (task_type IMAGE_CLS).
+
+    Example:
+        ```python
+        import torch
+        from transformers import ViTConfig, ViTModel
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        base = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8))
+        model = get_ptv2_model(base, PTuningV2Config("IMAGE_CLS", heads={"kind": 10}))
+        output = model(torch.randn(2, 3, 32, 32), labels=torch.tensor([4, 7]))
+        assert output.logits.shape == (2, 10)
+        ```
+    """
 
     task_type = "IMAGE_CLS"
 
@@ -145,13 +264,36 @@ class PTuningV2ModelForImageClassification(PTuningV2ModelWithHeads):
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits (B, C) of images (B, C, H, W) and, with labels (B,), the mean cross-entropy."""
+        """Logits (B, C) of images and, with labels, the mean cross-entropy.
+
+        Args:
+            pixel_values: (B, channels, height, width), as the base's processor makes them.
+            labels: (B,) int64, or as `HeadConfig.problem_type` says.
+            task: which head, where an adapter has several.
+            adapter_names: one name per row, `"__base__"` for none; None runs the active adapter on all rows.
+            kwargs: whatever else the base takes.
+        """
         self._check_read(kwargs)
         return self._run_task({"pixel_values": pixel_values, **kwargs}, adapter_names, task, {"labels": labels})
 
 
 class PTuningV2ModelForAudioClassification(PTuningV2ModelWithHeads):
-    """Prompts for classifying sounds (task_type AUDIO_CLS)."""
+    """Prompts for classifying sounds (task_type AUDIO_CLS).
+
+    Example:
+        ```python
+        import torch
+        from transformers import WhisperConfig, WhisperForAudioClassification
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "max_source_positions": 50}
+        base = WhisperForAudioClassification(WhisperConfig(**sizes, num_labels=4))
+        model = get_ptv2_model(base, PTuningV2Config("AUDIO_CLS"))
+        output = model(torch.randn(1, 80, 100), labels=torch.tensor([3]))  # 80 bands, 100 frames
+        assert output.logits.shape == (1, 4)
+        ```
+    """
 
     task_type = "AUDIO_CLS"
 
@@ -164,7 +306,15 @@ class PTuningV2ModelForAudioClassification(PTuningV2ModelWithHeads):
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits (B, C) of spectrograms (B, M, F) and, with labels (B,), the mean cross-entropy."""
+        """Logits (B, C) of sounds and, with labels, the mean cross-entropy.
+
+        Args:
+            input_features: (B, bands, frames), as the base's feature extractor makes them.
+            labels: (B,) int64, or as `HeadConfig.problem_type` says.
+            task: which head, where an adapter has several.
+            adapter_names: one name per row, `"__base__"` for none; None runs the active adapter on all rows.
+            kwargs: whatever else the base takes.
+        """
         self._check_read(kwargs)
         return self._run_task({"input_features": input_features, **kwargs}, adapter_names, task, {"labels": labels})
 
@@ -211,6 +361,20 @@ def get_ptv2_model(
 
     Raises:
         ValueError: base and configuration do not fit together.
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))  # random weights
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", num_virtual_tokens=5, heads={"topic": 3}))
+        output = model(torch.tensor([[101, 7592, 102]]), labels=torch.tensor([2]))
+        output.loss.backward()  # gradients of the prompts and the head alone
+        assert output.logits.shape == (1, 3)
+        ```
     """
     if not isinstance(config, PTuningV2Config):
         raise ValueError(f"config must be a PTuningV2Config; got {type(config).__name__}")

@@ -114,7 +114,7 @@ class ContinuousBatching(PTuningV2Model):
         Args:
             inputs: the ids of each text.
             generation_config: None means the model's.
-            adapter_names: one for each text, "__base__" for none; None is the active adapter.
+            adapter_names: one for each text, `"__base__"` for none; None is the active adapter.
 
         Returns:
             A `GenerationOutput` for each request's id, in the order of `inputs`; a `HeadOutput` where the adapter has a

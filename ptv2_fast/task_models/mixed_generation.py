@@ -40,6 +40,25 @@ class MixedGeneration(ModelOutput):
             another.
         logits: one for each of the B rows, None where it writes text; otherwise as `MixedOutput` has them.
         generated: all that `generate` gives, where return_dict_in_generate asks for more.
+
+    Example:
+        ```python
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100))
+        model = get_ptv2_model(base, PTuningV2Config("CAUSAL_LM"), "writer")
+        topic = HeadConfig("SEQ_CLS", 3, pooling="last")
+        model.add_adapter("topics", PTuningV2Config("SEQ_CLS", heads={"topic": topic}))
+        output = model.eval().generate(
+            torch.tensor([[5, 6, 7]] * 2), adapter_names=["topics", "writer"], max_new_tokens=4, eos_token_id=None
+        )
+        assert output.sequences.shape == (1, 7) and output.rows.tolist() == [1]
+        assert output.logits[0].shape == (3,) and output.logits[1] is None
+        ```
     """
 
     sequences: Tensor | None = None

@@ -45,6 +45,22 @@ class MixedOutput(ModelOutput):
             (M, V) of its decoder's M tokens; (N, C) of tags; (C,) of a class; (N, 2) of a span's start and end; (D,) of
             length 1 of a text's embedding; (N, D) states.
         hidden_states: the backbone's, of all rows, where they are asked for.
+
+    Example:
+        ```python
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100))
+        model = get_ptv2_model(base, PTuningV2Config("CAUSAL_LM"), "writer")
+        topic = HeadConfig("SEQ_CLS", 3, pooling="last")
+        model.add_adapter("topics", PTuningV2Config("SEQ_CLS", heads={"topic": topic}))
+        output = model.eval()(torch.tensor([[5, 6, 7]] * 2), adapter_names=["writer", "topics"])
+        assert [tuple(row.shape) for row in output.logits] == [(3, 100), (3,)]
+        ```
     """
 
     loss: Tensor | None = None

@@ -30,6 +30,26 @@ class HeadOutput(GenerationOutput):
         logits: what the adapter's head gives for the request's N tokens, on the CPU: (C,) of a head over rows, (N, C)
             over tokens, (N, 2) of starts and ends. None where there is no head, or the request failed.
         last_hidden_state: (N, D) the backbone's last states, on the CPU, where the adapter has no head; else None.
+
+    Example:
+        ```python
+        from transformers import ContinuousBatchingConfig, LlamaConfig, LlamaForCausalLM
+
+        from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100))
+        model = get_ptv2_model(base, PTuningV2Config("CAUSAL_LM"), "writer")
+        topic = HeadConfig("SEQ_CLS", 3, pooling="last")
+        model.add_adapter("topics", PTuningV2Config("SEQ_CLS", heads={"topic": topic}))
+        pages = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+        names = ["writer", "topics"]
+        results = model.generate_batch(
+            [[5, 6, 7], [8, 9]], continuous_batching_config=pages, adapter_names=names, max_new_tokens=4
+        )
+        written, read = results.values()
+        assert len(written.generated_tokens) == 4 and read.logits.shape == (3,)
+        ```
     """
 
     logits: Tensor | None = None

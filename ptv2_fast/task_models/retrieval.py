@@ -31,6 +31,20 @@ class SentenceEmbeddingOutput(ModelOutput):
         embeddings: (B, D) of length 1, or (B, G, D); float32, or float64 of a base in float64. A row without a real
             token has zeros by the pooling "mean".
         hidden_states: the backbone's, of the B (or B G) rows, where they are asked for.
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("SENTENCE_RETRIEVAL", pooling="mean")).eval()
+        output = model(torch.tensor([[101, 7592, 102], [101, 2088, 102]]))
+        assert output.embeddings.shape == (2, 32) and output.loss is None
+        print(output.embeddings @ output.embeddings.T)  # cosines
+        ```
     """
 
     loss: Tensor | None = None
@@ -43,6 +57,21 @@ class PTuningV2ModelForSentenceRetrieval(CapturedModel):
 
     In training the inputs are (B, G, N): a query, the text that belongs to it, and G - 2 that do not. All rows run in
     one forward, and the other examples' texts count as ones that do not belong to a query either.
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("SENTENCE_RETRIEVAL"))
+        pairs = torch.randint(1000, 2000, (4, 2, 6))  # four queries, each with the text that belongs to it
+        assert model(pairs).loss > 0
+        vectors = model.encode(pairs[:, 0])
+        assert vectors.shape == (4, 32)
+        ```
     """
 
     task_type = "SENTENCE_RETRIEVAL"
@@ -62,6 +91,8 @@ class PTuningV2ModelForSentenceRetrieval(CapturedModel):
         """Embeddings (B, D) of texts (B, N); (B, G, D) of groups (B, G, N), with the loss of in-batch negatives.
 
         Args:
+            input_ids: (B, N), or (B, G, N); or inputs_embeds with an axis more.
+            attention_mask: as input_ids.
             return_loss: whether groups are compared.
             adapter_names: one name for each text, or for each group.
         """

@@ -19,7 +19,24 @@ from ptv2_fast.task_models.task_model import for_tasks
 
 
 class PTuningV2ModelForSeq2SeqLM(CapturedModel):
-    """Prompts for an encoder-decoder that writes text (task_type SEQ_2_SEQ_LM)."""
+    """Prompts for an encoder-decoder that writes text (task_type SEQ_2_SEQ_LM).
+
+    Example:
+        ```python
+        import torch
+        from transformers import BartConfig, BartForConditionalGeneration
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+
+        layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        base = BartForConditionalGeneration(BartConfig(vocab_size=100, d_model=32, **layers))
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_2_SEQ_LM", stacks=["encoder", "decoder"]))
+        ids = torch.tensor([[0, 5, 6, 7, 2]])
+        output = model(ids, labels=torch.tensor([[8, 9, 2]]))
+        assert output.logits.shape == (1, 3, 100)
+        print(model.eval().generate(ids, max_new_tokens=4))
+        ```
+    """
 
     task_type = "SEQ_2_SEQ_LM"
 
@@ -46,7 +63,8 @@ class PTuningV2ModelForSeq2SeqLM(CapturedModel):
             decoder_attention_mask: (B, M), or with a cache of everything in it too; padding anywhere where no cache is
                 kept, at the right where one is, or in front too where only distances count (T5). Or (B, 1, M, L) over
                 the L cached and new tokens, bool or additive, whose positions are slots.
-            adapter_names: one name per row, "__base__" for none; None runs the active adapter on all rows.
+            labels: (B, M) int64, -100 ignored.
+            adapter_names: one name per row, `"__base__"` for none; None runs the active adapter on all rows.
         """
         self._check_read(kwargs)
         if kwargs.pop("task", None) is not None:

@@ -48,7 +48,7 @@ class TaskModel(PTuningV2Model):
         The cache that it returns holds the text alone: a second turn on it is a run on the whole text.
 
         Args:
-            adapter_names: one name per row, "__base__" for none; None runs the active adapter on all rows.
+            adapter_names: one name per row, `"__base__"` for none; None runs the active adapter on all rows.
 
         Returns:
             What the base's own `generate` gives; where rows of other tasks stand among them, a `MixedGeneration`: the

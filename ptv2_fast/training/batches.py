@@ -36,6 +36,19 @@ class PadCollator:
     Raises:
         ValueError: an argument is not as expected, the features differ in their keys, or a list is
             not as long as its row's input_ids.
+
+    Example:
+        ```python
+        from transformers import BertTokenizer
+
+        from ptv2_fast.training.batches import PadCollator
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "film"]
+        tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+        rows = [{**tokenizer(text), "labels": label} for text, label in [("fine", 0), ("film film", 1)]]
+        batch = PadCollator(tokenizer)(rows)
+        assert batch["input_ids"].tolist() == [[2, 5, 3, 0], [2, 6, 6, 3]] and batch["labels"].tolist() == [0, 1]
+        ```
     """
 
     tokenizer: Any
@@ -121,6 +134,18 @@ class PredictableLabels:
 
     Args:
         collator: gives "labels" and "attention_mask", (B, N) both; a batch without either comes back as it is.
+
+    Example:
+        ```python
+        import torch
+
+        from ptv2_fast.training.batches import PredictableLabels
+
+        ids = torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]])
+        batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids}
+        collator = PredictableLabels(lambda features: batch)  # a data collator in its place
+        assert collator([])["labels"][:, 1:].tolist() == [[-100, -100, 6], [6, 7, 8]]  # nothing predicts the first
+        ```
     """
 
     collator: Callable[[list[Any]], Any]

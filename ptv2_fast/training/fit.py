@@ -52,7 +52,8 @@ class FitResult:
         seconds: wall time of this call.
         tokens_per_second: real tokens through training steps, a second spent in them.
         rows_per_second: rows, in the same way.
-        rows, dev_rows: what was trained on and scored; windows of a long text are rows of their own.
+        rows: how many were trained on; windows of a long text are rows of their own.
+        dev_rows: how many were scored.
     """
 
     metric: str
@@ -96,8 +97,9 @@ def fit(
     Args:
         model: returns a loss for the codec's features: a PTuningV2Model or any other module.
         codec: the task and how examples become features.
-        train, dev: examples as `read_examples` gives them; without dev, the last epoch is kept.
-        settings: see FitSettings.
+        train: examples as `read_examples` gives them.
+        dev: the same, to score each epoch on; without them the last epoch is kept.
+        settings: how long and how fast.
         checkpoints: a folder for Trainer's checkpoints, one an epoch, the best and the last kept.
         resume: go on from the last whole checkpoint there, if there is one.
         title: what the progress bar is called; None shows no bar.
@@ -107,6 +109,27 @@ def fit(
     Raises:
         ValueError: early stopping without dev rows, or rows that the codec refuses.
         Diverged: the loss or the weights are no numbers any more.
+
+    Example:
+        ```python
+        from transformers import BertConfig, BertModel, BertTokenizer
+
+        from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+        from ptv2_fast.training.data import LabelSet
+        from ptv2_fast.training.fit import FitSettings, fit
+        from ptv2_fast.training.task_data import TaskCodec
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "poor", "film"]
+        tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        head = HeadConfig("SEQ_CLS", 2, labels=["bad", "good"])
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"opinion": head}))
+        rows = [{"text": "fine film", "label": "good"}, {"text": "poor film", "label": "bad"}] * 8
+        codec = TaskCodec("SEQ_CLS", tokenizer, LabelSet(("bad", "good")))
+        settings = FitSettings(epochs=2, batch_size=4)
+        result = fit(model, codec, rows, rows, settings=settings, checkpoints="run", device="cpu")
+        print(result.metric, result.scores[result.metric])
+        ```
     """
     if settings.early_stopping is not None and not dev:
         raise ValueError(f"early_stopping needs dev rows to watch; got {settings.early_stopping!r} and none")

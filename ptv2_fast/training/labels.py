@@ -20,6 +20,15 @@ class LabelSet:
 
     Raises:
         ValueError: no name, or a name twice.
+
+    Example:
+        ```python
+        from ptv2_fast.training.data import LabelSet
+
+        tags = LabelSet.from_examples([{"tokens": ["in", "Oslo"], "tags": ["O", "B-place"]}])
+        assert tags.names == ("O", "B-place", "I-place")
+        assert tags.to_id("B-place") == 1 and tags.to_name(0) == "O"
+        ```
     """
 
     names: tuple[str, ...]

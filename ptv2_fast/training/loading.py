@@ -78,7 +78,7 @@ def load_trained(
     """Load an adapter folder on the base it was trained on.
 
     Args:
-        folder: what `prepare(...).execute()` or `save_pretrained` wrote.
+        folder: what `ptv2-fast train` or `save_pretrained` wrote.
         adapter: which one, where the folder holds several, each in a sub-folder.
         model: the base, where it is not where it was.
         max_length: tokens of a row; None means as in training, where the folder says it.
@@ -87,6 +87,26 @@ def load_trained(
     Raises:
         FileNotFoundError: there is no such folder, or no such base.
         ValueError: the folder holds no whole adapter, not that one, or several; or the base is another one.
+
+    Example:
+        ```python
+        from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
+
+        from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+        from ptv2_fast.training.loading import load_trained
+        from ptv2_fast.training.predict import predict
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "film"]
+        BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained("base")
+        BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)).save_pretrained("base")
+        head = HeadConfig("SEQ_CLS", 2, labels=["bad", "good"])
+        config = PTuningV2Config("SEQ_CLS", heads={"opinion": head})
+        get_ptv2_model(AutoModel.from_pretrained("base"), config).save_pretrained("adapter")
+
+        loaded = load_trained("adapter")  # or the folder of `ptv2-fast train`
+        (prediction,) = predict(loaded.model, loaded.codec, [{"text": "fine film"}])
+        assert prediction.value in ("bad", "good")
+        ```
     """
     return load_plan(plan_of(folder, adapter=adapter, model=model, head=head), max_length)
 
@@ -132,6 +152,30 @@ def load_all(
         FileNotFoundError: there is no such folder, or no such base.
         ValueError: the folder holds no such adapters, they are of several bases, one of them has a copy of its base's
             own head, or as `load_trained`.
+
+    Example:
+        ```python
+        from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
+
+        from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
+        from ptv2_fast.training.loading import load_all
+        from ptv2_fast.training.predict import predict
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "film"]
+        BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained("base")
+        BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)).save_pretrained("base")
+        opinion = HeadConfig("SEQ_CLS", 2, labels=["bad", "good"])
+        topic = HeadConfig("SEQ_CLS", 2, labels=["films", "books"])
+        base = AutoModel.from_pretrained("base")
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"opinion": opinion}), "opinions")
+        model.add_adapter("topics", PTuningV2Config("SEQ_CLS", heads={"topic": topic}))
+        model.save_pretrained("adapters")
+
+        loaded = load_all("adapters")
+        topics = loaded["topics"].chosen()
+        (prediction,) = predict(topics.model, topics.codec, [{"text": "fine film"}])
+        assert prediction.value in ("films", "books")
+        ```
     """
     return load_plans(plans_of(folder, adapters=adapters, model=model, head=head), max_length)
 

@@ -29,12 +29,31 @@ def predict(
     Args:
         model: returns logits (or start_logits and end_logits) for the codec's features.
         codec: how examples become features.
+        examples: as `read_examples` gives them; they need no labels.
         batch_size: rows of a batch.
         head: which of a model's heads; None where it has a single one.
 
     Raises:
         ValueError: the task gives no predictions (CAUSAL_LM generates, SENTENCE_RETRIEVAL embeds), or an example is
             unusable.
+
+    Example:
+        ```python
+        from transformers import BertConfig, BertModel, BertTokenizer
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+        from ptv2_fast.training.data import LabelSet
+        from ptv2_fast.training.predict import predict
+        from ptv2_fast.training.task_data import TaskCodec
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "film"]
+        tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"opinion": 2}))
+        codec = TaskCodec("SEQ_CLS", tokenizer, LabelSet(("bad", "good")))
+        (prediction,) = predict(model, codec, [{"text": "fine film"}])
+        assert prediction.value in ("bad", "good")
+        ```
     """
     return _predict(model, codec, examples, codec.encode(examples), batch_size, head)[0]
 
@@ -53,10 +72,33 @@ def evaluate(
     Of SENTENCE_RETRIEVAL it is the mean over the examples, and depends on batch_size: a batch's texts are compared.
 
     Args:
+        model: returns a loss and logits for the codec's features.
+        codec: how examples become features.
+        examples: labelled ones, as `read_examples` gives them.
+        batch_size: rows of a batch.
+        head: which of a model's heads; None where it has a single one.
         features: `codec.encode(examples)` where the caller has it at hand.
 
     Raises:
         ValueError: an example has no label, or is unusable.
+
+    Example:
+        ```python
+        from transformers import BertConfig, BertModel, BertTokenizer
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+        from ptv2_fast.training.data import LabelSet
+        from ptv2_fast.training.predict import evaluate
+        from ptv2_fast.training.task_data import TaskCodec
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "film"]
+        tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"opinion": 2}))
+        codec = TaskCodec("SEQ_CLS", tokenizer, LabelSet(("bad", "good")))
+        scores = evaluate(model, codec, [{"text": "fine film", "label": "good"}])
+        assert set(scores) == {"accuracy", "f1", "loss"}
+        ```
     """
     features = codec.encode(examples) if features is None else features
     task = codec.task

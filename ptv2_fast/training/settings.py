@@ -20,7 +20,8 @@ class FitSettings:
         schedule: "linear" (to zero at the end) or "exponential" (times `decay` after each epoch).
         decay: the factor of the exponential schedule.
         warmup: share of the steps in which the rate rises from zero (linear schedule).
-        weight_decay, max_grad_norm: of AdamW, and what gradients are clipped to.
+        weight_decay: of AdamW.
+        max_grad_norm: what gradients are clipped to.
         early_stopping: stop after so many epochs without a better dev metric; None never stops.
         restore_best: end with the weights of the best epoch on dev; False keeps the last epoch's, which is the better
             choice where there are so few dev rows that the best epoch is one by chance.
@@ -29,6 +30,14 @@ class FitSettings:
 
     Raises:
         ValueError: a value is out of range; the message names it.
+
+    Example:
+        ```python
+        from ptv2_fast.training.fit import FitSettings
+
+        settings = FitSettings(learning_rate=5e-3, epochs=20, early_stopping=3)
+        assert settings.batch_size == 32
+        ```
     """
 
     learning_rate: float = 1e-2

@@ -23,13 +23,30 @@ class TaskCodec:
     """How the examples of one task meet one tokenizer.
 
     Attributes:
-        task_type: one of `TRAINED_TASKS`.
+        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, MULTIPLE_CHOICE, SENTENCE_RETRIEVAL or CAUSAL_LM.
         tokenizer: a fast tokenizer.
         labels: the classes or tags in the order of the model's outputs; None for the other tasks.
         max_length: the most tokens of a row.
         doc_stride: tokens that neighbouring windows of a context share (QUESTION_ANS).
         no_answer: whether a question may have no answer (QUESTION_ANS).
         problem_type: what a SEQ_CLS head solves, as `HeadConfig` says it; None is one class for each row.
+
+    Raises:
+        ValueError: the task is none of these, or a number is out of range.
+
+    Example:
+        ```python
+        from transformers import BertTokenizer
+
+        from ptv2_fast.training.data import LabelSet
+        from ptv2_fast.training.task_data import TaskCodec
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "film"]
+        tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+        codec = TaskCodec("SEQ_CLS", tokenizer, LabelSet(("bad", "good")), max_length=16)
+        features = codec.encode([{"text": "fine film", "label": "good"}])
+        assert features[0]["input_ids"] == [2, 5, 6, 3] and features[0]["labels"] == 1
+        ```
     """
 
     task_type: str
@@ -82,6 +99,10 @@ class TaskCodec:
         """Features of the examples; one each, but windows of long contexts and long texts.
 
         What max_length cuts off is counted in a warning, unless `quiet`.
+
+        Args:
+            examples: as `read_examples` gives them; without labels the features have none.
+            quiet: whether nothing is warned of.
 
         Raises:
             ValueError: an example does not fit the task, the labels or max_length.

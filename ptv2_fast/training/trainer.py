@@ -28,8 +28,17 @@ class TrainingArguments(transformers.TrainingArguments):
     last checkpoint are kept. Without one each epoch is saved.
 
     Attributes:
-        eval_strategy, save_strategy, load_best_model_at_end: None means as above; also that `Trainer` of this module
-            decides, since it knows whether there is an evaluation set.
+        eval_strategy: None leaves it to `Trainer` of this module, which knows whether there is an evaluation set.
+        save_strategy: the same.
+        load_best_model_at_end: the same.
+
+    Example:
+        ```python
+        from ptv2_fast.training import TrainingArguments
+
+        args = TrainingArguments("run", num_train_epochs=3, use_cpu=True)
+        assert args.learning_rate == 1e-2 and args.per_device_train_batch_size == 32
+        ```
     """
 
     learning_rate: float = field(default=_OF_FIT.learning_rate)
@@ -93,6 +102,22 @@ class Trainer(transformers.Trainer):
 
     Raises:
         ValueError: the first row of a data set is no tokenized one; the message has its columns.
+
+    Example:
+        ```python
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast import PTuningV2Config, get_ptv2_model
+        from ptv2_fast.training import Trainer, TrainingArguments
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = get_ptv2_model(base, PTuningV2Config("SEQ_CLS", heads={"topic": 2}))
+        rows = [{"input_ids": [101, 1000 + i, 102], "labels": i % 2} for i in range(8)]
+        args = TrainingArguments("run", num_train_epochs=2, report_to=[], use_cpu=True)
+        trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        assert "eval_accuracy" in trainer.evaluate()  # of the best epoch
+        ```
     """
 
     def __init__(

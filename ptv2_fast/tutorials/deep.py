@@ -36,11 +36,21 @@ class DeepPromptEncoder(nn.Module):
     They start as nn.Embedding does, normal with deviation 1, and are made on the CPU: a seed gives the tutorial's own.
 
     Args:
-        num_layers: L; hidden_dim: D; prompt_length: P.
+        num_layers: L.
+        hidden_dim: D.
+        prompt_length: P.
         device: where they are put.
 
     Raises:
         ValueError: a size is not a positive integer.
+
+    Example:
+        ```python
+        from ptv2_fast.tutorials import DeepPromptEncoder
+
+        prompts = DeepPromptEncoder(num_layers=2, hidden_dim=32, prompt_length=5, device="cpu")
+        assert prompts(1).shape == (5, 32)
+        ```
     """
 
     def __init__(self, num_layers: int, hidden_dim: int, prompt_length: int, device: torch.device | str) -> None:
@@ -63,12 +73,14 @@ class DeepPromptEncoder(nn.Module):
 class P_Tuning_Model(nn.Module):
     """A frozen encoder with deep prompts and one trained head per task.
 
-    h[i + 1] = layer[i]([prompts[i] ; h[i]])[P:], logits = classification_heads[task_idx](h[L]). The tutorial hands each
-    layer a mask of ones and zeros, which hides nothing; here padding is hidden. Positions and the [CLS] row follow each
-    row's first real token, which makes left padding and right padding the same.
+        h[i + 1] = layer[i]([prompts[i] ; h[i]])[P:]
+        logits = classification_heads[task_idx](h[L])
 
-    The state dict has the tutorial's names: base_model.*, prompt_encoder.prompts.{i}.weight,
-    classification_heads.{i}.weight and .bias. `prompt_encoder` may be set to another one of the same sizes, and
+    The tutorial hands each layer a mask of ones and zeros, which hides nothing; here padding is hidden. Positions and
+    the [CLS] row follow each row's first real token, which makes left padding and right padding the same.
+
+    The state dict has the tutorial's names: `base_model.*`, `prompt_encoder.prompts.{i}.weight`,
+    `classification_heads.{i}.weight` and `.bias`. `prompt_encoder` may be set to another one of the same sizes, and
     `classification_heads` to others; `base_model` stays.
 
     Args:
@@ -79,6 +91,19 @@ class P_Tuning_Model(nn.Module):
 
     Raises:
         ValueError: a size is not a positive integer, there is no task, or the base is no encoder of texts.
+
+    Example:
+        ```python
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from ptv2_fast.tutorials import P_Tuning_Model
+
+        base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        model = P_Tuning_Model(base, prompt_length=5, num_labels_list=[3, 2])
+        ids = torch.tensor([[101, 7592, 102]])
+        assert model(ids, torch.ones_like(ids), task_idx=1).shape == (1, 2)
+        ```
     """
 
     def __init__(

@@ -16,7 +16,10 @@ from ptv2_fast.tutorials.sizes import check_sizes
 
 
 class SimpleTransformerLayer(nn.Module):
-    """One post-norm layer: x = norm1(x + dropout(attention(x))), then x = norm2(x + dropout(ffn(x))).
+    """One post-norm layer.
+
+        x = norm1(x + dropout(attention(x)))
+        x = norm2(x + dropout(ffn(x)))
 
     Attributes:
         attention: the nn.MultiheadAttention that holds the parameters; its forward is not called. Its dropout, of
@@ -25,11 +28,23 @@ class SimpleTransformerLayer(nn.Module):
         backend: which backend of `prompt_attention` runs.
 
     Args:
-        d_model: D; num_heads: H, a divisor of D; d_ff: width of the inner linear layer.
+        d_model: D.
+        num_heads: H, a divisor of D.
+        d_ff: width of the inner linear layer.
         dropout: of attention weights and of both branches.
 
     Raises:
         ValueError: a size is not a positive integer, or H does not divide D.
+
+    Example:
+        ```python
+        import torch
+
+        from ptv2_fast.tutorials import SimpleTransformerLayer
+
+        layer = SimpleTransformerLayer(d_model=32, num_heads=2, d_ff=64)
+        assert layer(torch.randn(2, 12, 32)).shape == (2, 12, 32)
+        ```
     """
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float = 0.1) -> None:
@@ -83,16 +98,32 @@ class SimpleTransformerLayer(nn.Module):
 class PTuningV2Model(nn.Module):
     """A small transformer with P trained virtual tokens in front of its text; no positions, no mask.
 
-    h[0] = [prompt_embeddings ; word_embeddings(input_ids)], h[i + 1] = layers[i](h[i]) on all P + N rows, logits =
-    output_layer(h[L][P:]). As in the tutorial everything trains until somebody freezes it, and a seed gives the
-    tutorial's own parameters.
+        h[0] = [prompt_embeddings ; word_embeddings(input_ids)]
+        h[i + 1] = layers[i](h[i])                                  on all P + N rows
+        logits = output_layer(h[L][P:])
+
+    As in the tutorial everything trains until somebody freezes it, and a seed gives the tutorial's own parameters.
 
     Args:
-        vocab_size: V; d_model: D; num_layers: L; num_heads: H; d_ff: width inside each layer.
+        vocab_size: V.
+        d_model: D.
+        num_layers: L.
+        num_heads: H, a divisor of D.
+        d_ff: width inside each layer.
         prefix_len: P.
 
     Raises:
         ValueError: a size is not a positive integer, or H does not divide D.
+
+    Example:
+        ```python
+        import torch
+
+        from ptv2_fast.tutorials import PTuningV2Model
+
+        model = PTuningV2Model(vocab_size=100, d_model=32, num_layers=2, num_heads=2, d_ff=64, prefix_len=5)
+        assert model(torch.tensor([[5, 6, 7]])).shape == (1, 3, 100)
+        ```
     """
 
     def __init__(

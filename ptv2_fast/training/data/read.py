@@ -112,33 +112,45 @@ def read_examples(
     tag_scheme: str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """The examples of a file, a folder or a named data set, all checked.
+    r"""The examples of a file, a folder or a named data set, all checked.
 
-    The suffix chooses the format (`formats.FORMATS`), a `.gz` behind it aside; for TOKEN_CLS .tsv and .txt are CoNLL.
+    The suffix chooses the format, a `.gz` behind it aside; for TOKEN_CLS .tsv and .txt are CoNLL.
     A folder is what `datasets.save_to_disk` wrote, or holds files of one format; anything else is a `name[:config]`
     that `datasets` loads. Columns of a CSV or TSV without a header, and of CoNLL, are named by their numbers, from "1".
 
     Args:
         path_or_name: the file, folder or dataset.
-        task: one of `TASKS`; see the module for their examples.
+        task: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, MULTIPLE_CHOICE, SENTENCE_RETRIEVAL or CAUSAL_LM.
         text_column: the column with the text (two names: a pair); found by its usual names if None.
         label_column: the column with the label or the tags; found by its usual names if None. Several are columns of
             0 and 1, one for each label (multi_label_classification).
-        prompt_column, completion_column: the two of CAUSAL_LM; "prompt" and "completion" if None.
+        prompt_column: of CAUSAL_LM; "prompt" if None.
+        completion_column: of CAUSAL_LM; "completion" if None.
         split: the split of a dataset; may stay None when there is only one.
         max_examples: stop reading after so many.
         labels: the labels of training; a label outside them is refused where it stands.
         labelled: False reads text for prediction: labels, tags, answers and completions are not read.
         problem_type: "regression" or "multi_label_classification" for what else a SEQ_CLS head solves; None is one
             class for each row.
-        format: one of `formats.FORMATS`, where the suffix does not say it.
-        tag_scheme: one of `tags.SCHEMES`, where the tags do not say it (TOKEN_CLS).
+        format: "csv", "tsv", "json", "conll", "conllu", "text" or "parquet", where the suffix does not say it.
+        tag_scheme: "BIO", "IOB1", "BIOES", "BILUO", "BMES", "BMEWO", "IO" or "plain", where the tags do not say it.
         label_names: what the numbers 0, 1, ... are called, where labels or tags are numbers.
 
     Raises:
         FileNotFoundError: no such file or dataset.
         ValueError: an argument or a record is not as expected, or it cannot be told which columns are
             meant; the message has file and line, and the argument that decides.
+
+    Example:
+        ```python
+        from pathlib import Path
+
+        from ptv2_fast.training.data import read_examples
+
+        Path("reviews.csv").write_text("text,label\nA fine film,good\nTwo lost hours,bad\n")
+        examples = read_examples("reviews.csv", "SEQ_CLS")
+        assert examples[1] == {"text": "Two lost hours", "label": "bad"}
+        ```
     """
     if task not in TASKS:
         raise ValueError(f"task: must be one of {TASKS}; got {task!r}")
