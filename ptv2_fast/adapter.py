@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ptv2_fast.backbone.locate import backbone_of
 from ptv2_fast.backbone.sharded_weights import device_of
 from ptv2_fast.backbone.view import view_of
-from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, HeadConfig, PTuningV2Config
+from ptv2_fast.config import FEATURE_TASKS, HEAD_TASKS, PTuningV2Config, checked_heads
 from ptv2_fast.families.family import Family
 from ptv2_fast.families.registry import family_of
 from ptv2_fast.heads import Head, at_least_float32, copied_heads, in_own_dtype, labels_of, resize_heads, with_labels
@@ -58,9 +58,10 @@ class Adapter(nn.Module):
         """
         super().__init__()
         backbone = backbone_of(base)
-        sizes = family_of(backbone).sizes(backbone)
+        family = family_of(backbone)
+        sizes = family.sizes(backbone)
         _check_base(base, config)
-        self.config = config.settled()
+        self.config = config.on_base(causal=family.causal).settled()
         self.encoder = PromptEncoder(
             config,
             config.resolve_layers(sizes.num_layers, sizes.decoder_layers),
@@ -71,7 +72,7 @@ class Adapter(nn.Module):
             head_dim=sizes.head_dim,
             std=config.init_std if config.init_std is not None else sizes.initializer_range,
         )
-        heads = {name: Head(sizes.output_size, head) for name, head in _heads(config).items()}
+        heads = {name: Head(sizes.output_size, head) for name, head in checked_heads(self.config).items()}
         self.heads: ModuleDictOf[Head] = ModuleDictOf(heads)
         uses_base_head = config.task_type in HEAD_TASKS and not heads
         self.base_heads = copied_heads(base) if uses_base_head else nn.ModuleDict()
@@ -172,11 +173,6 @@ def language_task(base: PreTrainedModel) -> str | None:
     return "CAUSAL_LM" if family.causal and base.get_output_embeddings() is not None else None
 
 
-def _heads(config: PTuningV2Config) -> Mapping[str, HeadConfig]:
-    """The heads that a configuration asks for, as its own checks have made them."""
-    return cast("Mapping[str, HeadConfig]", config.heads or {})
-
-
 def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
     """Refuse a base that cannot serve the task."""
     name = type(base).__name__
@@ -224,7 +220,7 @@ def _check_base(base: PreTrainedModel, config: PTuningV2Config) -> None:
 
 def _check_input(name: str, family: Family, config: PTuningV2Config) -> None:
     """Refuse tasks whose rows are not what the base reads, and what only a text has."""
-    heads = [head.task_type for head in _heads(config).values()]
+    heads = [head.task_type for head in checked_heads(config).values()]
     if reads_text(family):
         wrong = [task for task in (config.task_type, *heads) if task in FEATURE_TASKS]
         if wrong:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeGuard
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeGuard, cast
 
 from ptv2_fast.choices import BACKENDS, INITS, INJECTIONS, POOLINGS, STACKS
 from ptv2_fast.task_types import SINGLE_LABEL, TASKS
@@ -37,8 +37,8 @@ class HeadConfig:
             a row for each choice).
         num_labels: number of classes; 2 for QUESTION_ANS (start, end), 1 for MULTIPLE_CHOICE (the score).
         pooling: what a head with one vector per row reads: the row's "first" or "last" real token, or the "mean" of
-            its real tokens. On a causal model the first token has seen nothing of the text behind it: say "last" there.
-            An image's first is its class token; IMAGE_CLS and AUDIO_CLS have no "last".
+            its real tokens. None means "last" on causal models, where the first token has seen nothing of the text,
+            else "first". An image's first is its class token; IMAGE_CLS and AUDIO_CLS have no "last".
         dropout: dropout before the linear layer, in [0, 1).
         labels: names of the classes in the order of their ids, or None.
         problem_type: what a head with one vector per row solves, in transformers' words: "single_label_classification"
@@ -62,7 +62,7 @@ class HeadConfig:
 
     task_type: str
     num_labels: int
-    pooling: str = "first"
+    pooling: str | None = None
     dropout: float = 0.0
     labels: Sequence[str] | None = None
     problem_type: str = SINGLE_LABEL
@@ -70,7 +70,8 @@ class HeadConfig:
     def __post_init__(self) -> None:
         _one_of("task_type", self.task_type, HEAD_TASKS)
         _integer("num_labels", self.num_labels, 1, _MAX_INTEGER)
-        _one_of("pooling", self.pooling, POOLINGS)
+        if self.pooling is not None:
+            _one_of("pooling", self.pooling, POOLINGS)
         _probability("dropout", self.dropout)
         TASKS[self.task_type].solving(self.problem_type)
         if self.labels is not None:
@@ -130,7 +131,7 @@ class PTuningV2Config:
         from ptv2_fast import PTuningV2Config
 
         config = PTuningV2Config("SEQ_CLS", num_virtual_tokens=8, injection="prefix", heads={"topic": 4})
-        assert config.heads["topic"].pooling == "first"
+        assert config.heads["topic"].num_labels == 3
         assert PTuningV2Config.from_dict(config.to_dict()) == config
         ```
     """
@@ -167,6 +168,14 @@ class PTuningV2Config:
         copied = copy.deepcopy(self)
         copied.__dict__["_settled"] = True
         return copied
+
+    def on_base(self, *, causal: bool) -> PTuningV2Config:
+        """A copy whose heads say what they read; `causal`: a token of the base sees only those before it."""
+        heads = {}
+        for name, head in checked_heads(self).items():
+            default = "last" if causal and head.task_type not in FEATURE_TASKS else "first"
+            heads[name] = replace(head, pooling=head.pooling or default)
+        return replace(self, heads=heads or None)
 
     def __post_init__(self) -> None:
         _one_of("task_type", self.task_type, TASK_TYPES)
@@ -331,6 +340,11 @@ class PTuningV2Config:
         if "task_type" not in values:
             raise ValueError("the configuration lacks task_type")
         return cls(**values)
+
+
+def checked_heads(config: PTuningV2Config) -> Mapping[str, HeadConfig]:
+    """The heads that a configuration asks for, as its own checks have made them."""
+    return cast("Mapping[str, HeadConfig]", config.heads or {})
 
 
 def head_configs(task_type: str, heads: Mapping[str, Any]) -> dict[str, HeadConfig]:

@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+import torch
 
 from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_model
 from ptv2_fast.config import MAX_VIRTUAL_TOKENS
@@ -144,6 +145,21 @@ def test_refused(changes, message):
 def test_refused_heads(arguments, message):
     with pytest.raises(ValueError, match=message):
         HeadConfig(*arguments)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "MULTIPLE_CHOICE"])
+def test_a_head_reads_the_token_that_has_seen_the_text(task):
+    """On a decoder the last one, where nobody says otherwise: two texts with one beginning are two."""
+    assert HeadConfig(task, 1).pooling is None
+    rows = torch.tensor([[[5, 6, 7], [5, 8, 9]]])
+    rows = rows if task == "MULTIPLE_CHOICE" else rows[0]
+    for name, read in (("llama", "last"), ("bert", "first")):
+        model = get_ptv2_model(tiny_base(name), PTuningV2Config(task, num_virtual_tokens=2, heads={"own": 1})).eval()
+        assert model.adapters["default"].config.heads["own"].pooling == read
+        first, second = model(input_ids=rows).logits.flatten().tolist()
+        assert first != second
+    said = PTuningV2Config(task, heads={"own": HeadConfig(task, 1, pooling="first")})
+    assert said.on_base(causal=True).heads["own"].pooling == "first"
 
 
 @pytest.mark.parametrize("layers", [(2,), (-3,), (0, 5)])
