@@ -89,7 +89,7 @@ def cases() -> list[Case]:
         Case(ARCH, dtype, head_dim, features)
         for dtype in ("bf16", "fp16") for head_dim in (64, 128) for features in FEATURES
     ]  # fmt: skip
-    short = [Case(ARCH, "bf16", 64, features) for features in SHORT_PROMPTS]
+    short = [Case(ARCH, "bf16", head_dim, features) for head_dim in (64, 128) for features in SHORT_PROMPTS]
     rows = [Case(ARCH, "bf16", head_dim, features) for head_dim in (64, 128) for features in ROWS]
     others = [
         Case(arch, "bf16", head_dim, features)

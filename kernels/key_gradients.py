@@ -247,6 +247,7 @@ def _prompt_attention_backward_prompt_kernel(
     factors,
     switches: tl.constexpr,
     HEADS_IN_LOOP: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -290,9 +291,9 @@ def _prompt_attention_backward_prompt_kernel(
     lse_tile = own.lse + in_tile  # [BLOCK_M]
     delta_tile = own.delta + in_tile
     # As in the text's kernel, one loop over all heads, whose items are counted: by tile, then row, then head. Where
-    # whole tiles stand is stepped to, but for rows in another order and for short prompts: steps take registers, with
-    # which a multiprocessor would hold a block less of the latter.
-    STEPS: tl.constexpr = own.row_order is None and BLOCK_P >= 64
+    # whole tiles stand is stepped to, but for rows in another order and for small tiles whose registers nothing bounds:
+    # steps take some, with which a multiprocessor would hold a block less.
+    STEPPED: tl.constexpr = STEPS and own.row_order is None
     for CHECK in tl.static_range(2):
         first_tile = 0
         tiles = whole_tiles
@@ -318,7 +319,7 @@ def _prompt_attention_backward_prompt_kernel(
             memory_row, first_token, row_queries, _ = row_extent(inputs.cu_seqlens, row, num_queries, num_keys)
             rows_left = row_queries - start_m
             query_head = first_head + head
-            if CHECK or not STEPS:
+            if CHECK or not STEPPED:
                 first = first_token + start_m
                 q_first = inputs.q + offset_of(strides.q, memory_row, query_head, first)
                 do_first = own.do + offset_of(own_strides.do, memory_row, query_head, first)
@@ -351,7 +352,7 @@ def _prompt_attention_backward_prompt_kernel(
             over = tile_number >= tiles
             tile_number -= tl.where(over, tiles, 0)
             member += row_step + over.to(tl.int32)
-            if STEPS and not CHECK:
+            if STEPPED and not CHECK:
                 q_first += tl.where(over, q_row, q_step)
                 do_first += tl.where(over, do_row, do_step)
                 place += tl.where(over, next_row.to(tl.int32), step.to(tl.int32))
@@ -359,7 +360,7 @@ def _prompt_attention_backward_prompt_kernel(
                 over = member >= num_rows
                 member -= tl.where(over, num_rows, 0)
                 head += head_step + over.to(tl.int32)
-                if STEPS and not CHECK:
+                if STEPPED and not CHECK:
                     q_first += tl.where(over, q_head, 0)
                     do_first += tl.where(over, do_head, 0)
                     place += tl.where(over, next_head.to(tl.int32), 0)

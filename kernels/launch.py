@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class LaunchConfig:
     """Tile sizes and compiler options of one kernel: BLOCK_M queries by BLOCK_N keys.
 
     `maxnreg` bounds the registers of a thread (CUDA alone), so that more blocks share a multiprocessor; None leaves
-    them to the compiler.
+    them to the compiler. `short_maxnreg` is the bound where a prompt's gradients are summed in a tile of less than
+    BLOCK_N keys because the prompt is that short; None: the same.
     """
 
     block_m: int
@@ -40,6 +41,12 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    short_maxnreg: int | None = None
+
+    @property
+    def shortened(self) -> LaunchConfig:
+        """For a prompt's gradients in a tile of less than BLOCK_N keys."""
+        return replace(self, maxnreg=self.short_maxnreg or self.maxnreg)
 
     @property
     def options(self) -> dict[str, int]:
@@ -48,9 +55,9 @@ class LaunchConfig:
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
-# One row per pass: padded head size -> (block_m, block_n, warps, stages) for 16-bit tensors. Every entry is compiled
+# One row per pass: padded head size -> `LaunchConfig`'s fields in order, for 16-bit tensors. Every entry is compiled
 # ahead of time and must not spill in a loop (kernels/README.md holds the table). Starting points, not measurements.
-_Table = Mapping[str, Mapping[int, tuple[int, ...]]]
+_Table = Mapping[str, Mapping[int, tuple[Any, ...]]]
 _HALF = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
     "backward_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
@@ -62,12 +69,13 @@ _HALF = {
 # (the tile that is summed has 16 rows and more for each warp; with fewer, two groups compute the same product) and two
 # blocks a multiprocessor and more. Not in the sweep were the bound of 168 registers, without which a mask would leave
 # two blocks of three, and that of decoding, which waits for memory: it makes room for a second block, and spills
-# nothing. Crowded kernels keep the table above.
+# nothing. Nor was the bound for short prompts, the last number: it makes room for a third block, beside which the loop
+# may step to its tiles, and spills nothing at d = 64 and 128. Crowded kernels keep the table above.
 _HOPPER_HALF: _Table = {
     "forward": {64: (128, 64, 8, 3, 128), 128: (128, 32, 8, 3, 128)},
     "backward_query": {64: (64, 64, 4, 3, 168), 128: (64, 32, 4, 3)},
     "backward_text": {64: (32, 64, 4, 2, 168), 128: (32, 64, 4, 3)},
-    "backward_prompt": {64: (64, 64, 4, 3), 128: (32, 64, 4, 3)},
+    "backward_prompt": {64: (64, 64, 4, 3, None, 168), 128: (32, 64, 4, 3, None, 168)},
     "decode": {128: (64, 64, 8, 2, 128)},
 }
 # Ampere's own: sums of 64 rows have work for four warps of 16; eight compute some products twice (the table of hot
@@ -79,10 +87,10 @@ _AMPERE_HALF: _Table = {
 }
 # Blackwell's own, the prompt's for the same reason: 32 virtual tokens and fewer are too small a tile for its products
 # of blocks. Without a bound dQ takes some registers more than two blocks of a multiprocessor have, and the prompt's two
-# more than four; with it nothing is spilled in a loop.
+# more than four; with it nothing is spilled in a loop. Short prompts are bounded as on Hopper.
 _BLACKWELL_HALF: _Table = {
     "backward_query": {64: (128, 64, 8, 2, 128)},
-    "backward_prompt": {64: (32, 64, 4, 2, 128), 128: (32, 64, 4, 2)},
+    "backward_prompt": {64: (32, 64, 4, 2, 128), 128: (32, 64, 4, 2, None, 168)},
 }
 # float32 is computed exactly (no TF32), on the ordinary cores: operands sit in registers, so tiles are small.
 _SINGLE = {

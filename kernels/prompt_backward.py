@@ -345,6 +345,8 @@ def _prompt_launch(
 ) -> _PromptLaunch:
     """For `target` programs; without dbias_strides the prompt's bias has no gradient."""
     block_p = form.prompt_block(config.block_n)
+    if block_p < config.block_n:
+        config = config.shortened
     group = form.num_heads // form.num_kv_heads
     # A bias gradient belongs to one query head; the others are sums over the heads of a group.
     heads_in_loop = group if dbias_strides is None else 1
@@ -375,6 +377,7 @@ def _prompt_launch(
                 "slot_size": positions * form.num_kv_heads * form.head_dim,
                 "bias_slot_size": 0 if dbias_strides is None else positions * form.num_heads,
                 "HEADS_IN_LOOP": heads_in_loop,
+                "STEPS": block_p >= 64 or config.maxnreg is not None,
                 "BLOCK_M": config.block_m,
                 "BLOCK_P": block_p,
                 **config.options,

@@ -208,6 +208,7 @@ def _compile(job: Job, config: launch.LaunchConfig) -> None:
 
 def _name(config: launch.LaunchConfig) -> str:
     registers = "" if config.maxnreg is None else f"-r{config.maxnreg}"
+    registers += "" if config.short_maxnreg is None else f"-short-r{config.short_maxnreg}"
     return f"{config.block_m}x{config.block_n}-w{config.num_warps}-s{config.num_stages}{registers}"
 
 
@@ -216,7 +217,7 @@ def winners(cells: list[dict]) -> dict[str, object]:
 
     A configuration's score is the geometric mean of its time over the present one's; it replaces the
     present one when that is below 0.98. The tables have the form of those in `kernels/launch.py`:
-    [block_m, block_n, num_warps, num_stages, maxnreg or None].
+    [block_m, block_n, num_warps, num_stages, maxnreg or None, short_maxnreg or None].
     """
     groups: dict[tuple, list[dict]] = {}
     for cell in cells:
@@ -230,7 +231,7 @@ def winners(cells: list[dict]) -> dict[str, object]:
         if best is not None:
             table = tables.setdefault(arch, {}).setdefault(precision, {}).setdefault(kernel_pass, {})
             table[size] = best
-    return {"form": "[block_m, block_n, num_warps, num_stages, maxnreg]", "tables": tables}
+    return {"form": "[block_m, block_n, num_warps, num_stages, maxnreg, short_maxnreg]", "tables": tables}
 
 
 def _best(group: list[dict]) -> dict[str, object] | None:

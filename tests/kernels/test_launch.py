@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -32,6 +33,15 @@ def test_rocm_is_told_from_cuda_by_torch(monkeypatch):
 def test_crowded_kernels_get_smaller_tiles():
     plain, crowded = (launch.choose_config(90, 64, torch.bfloat16, "forward", crowded) for crowded in (False, True))
     assert crowded.block_n < plain.block_n
+
+
+def test_short_prompts_have_their_bound_or_the_usual_one():
+    usual = launch.LaunchConfig(64, 64, 4, 3)
+    assert usual.shortened.options == usual.options and "maxnreg" not in usual.options
+    bounded = dataclasses.replace(usual, maxnreg=128)
+    assert bounded.shortened.options["maxnreg"] == 128
+    short = dataclasses.replace(bounded, short_maxnreg=168)
+    assert (short.options["maxnreg"], short.shortened.options["maxnreg"]) == (128, 168)
 
 
 @pytest.mark.parametrize(
