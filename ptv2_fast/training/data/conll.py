@@ -51,6 +51,7 @@ def conll_rows(
             counts tokens and nobody says which one they are in.
     """
     sentences, left = _sentences(path)
+    _join_comments(sentences)
     width = _width([line for sentence in sentences for line in sentence])
     bare = [_without_comments(sentence, width) for sentence in sentences]
     comments = sum(map(len, sentences)) - sum(map(len, bare))
@@ -95,6 +96,16 @@ def _columns(line: str) -> list[str]:
     if "\t" in line:
         return [column.strip(" \r") for column in line.split("\t")]
     return re.split(" +", line.strip(" \r"))
+
+
+def _join_comments(sentences: Sequence[_Sentence]) -> None:
+    """Where tabs part the columns of all lines that cannot be comments, one of blanks that begins with # is one."""
+    lines = [line for sentence in sentences for line in sentence]
+    words = [line for line in lines if not line.text.startswith("#")]
+    if words and all("\t" in line.text for line in words):
+        for line in lines:
+            if line.text.startswith("#") and "\t" not in line.text:
+                line.columns[:] = [line.text]
 
 
 def _width(lines: Sequence[_Line]) -> int:

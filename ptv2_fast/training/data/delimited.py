@@ -29,6 +29,8 @@ _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 # More words than a label has.
 TEXT_WORDS = 3
+# Most characters of a cell: what a C long holds everywhere. Python's own limit, 131072, is less than a long document.
+_LONGEST_CELL = 2**31 - 1
 
 
 def delimited_rows(
@@ -242,6 +244,8 @@ def _quoted(path: Path, text: str, separator: str, notes: list[str]) -> Iterator
     wrapped: list[str] = []
     while True:
         where = f"{path}, line {reader.line_num + 1}"
+        # The limit is the whole program's, which has its own again behind each row.
+        limit = csv.field_size_limit(_LONGEST_CELL)
         try:
             cells = next(reader)
         except StopIteration:
@@ -252,6 +256,8 @@ def _quoted(path: Path, text: str, separator: str, notes: list[str]) -> Iterator
         except csv.Error as error:
             kind = "comma" if separator == "," else "tab"
             raise ValueError(f"{where}: expected {kind}-separated values; {error}") from error
+        finally:
+            csv.field_size_limit(limit)
         wrapped += [where for cell in cells if cell.startswith(" ") and _wrapped(cell.strip())]
         if cells:
             yield where, cells

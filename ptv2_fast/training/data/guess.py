@@ -9,6 +9,7 @@ from typing import Any
 
 from ptv2_fast.task_types import TRAINED_TASKS
 from ptv2_fast.training.data.columns import Table, Wanted
+from ptv2_fast.training.data.examples import MISSING
 from ptv2_fast.training.data.folders import file_parts, saved_parts
 from ptv2_fast.training.data.formats import FORMATS, Reading, chosen_split, is_conll, splits_in
 from ptv2_fast.training.data.read import Source
@@ -108,8 +109,10 @@ def _is_tagged(path: Path) -> bool:
 
 def _problem(rows: Sequence[Row], column: str) -> str | None:
     """What a head would solve whose labels are the values of a column."""
-    values = [row.values[column] for row in rows if row.values.get(column) not in (None, "")]
-    if any(isinstance(value, list) or (isinstance(value, str) and "|" in value) for value in values):
+    values = [row.values.get(column) for row in rows]
+    values = [value for value in values if str(value).strip().lower() not in ("", "none", *MISSING)]
+    lists = [len(value) for value in values if isinstance(value, list)]
+    if any(count != 1 for count in lists) or any(isinstance(value, str) and "|" in value for value in values):
         return "multi_label_classification"
     numbers = [_number(value) for value in values]
     whole = [number is not None and number.is_integer() for number in numbers]
