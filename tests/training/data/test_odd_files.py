@@ -107,6 +107,17 @@ GERMEVAL = (
 
 
 class TestConll:
+    @pytest.mark.parametrize(
+        ("content", "part"),
+        [
+            ("sentence\tlabel\ngood film\t1\nbad film\t0\n", "line 1: ['sentence', 'label'] looks like a header"),
+            ("Word POS\nthe DET\ncat NOUN\n", "line 1: ['Word', 'POS'] looks like a header"),
+            ("good film\t1\nbad film\t0\nfine\t1\n", "line 1: expected one word a line and its tag; got 'good film'"),
+        ],
+    )
+    def test_a_table_is_no_list_of_words(self, tmp_path, content, part):
+        refused(write(tmp_path, "a.tsv", content), "TOKEN_CLS", part, "a table of texts and labels is for SEQ_CLS")
+
     def test_a_comment_of_two_words_is_no_token_where_tabs_part_columns(self, tmp_path, caplog):
         path = write(tmp_path, "a.conll", "# newdoc\nthe\tDET\n#\tSYM\n\n# newpar\ncats\tNOUN\n")
         assert [example["tokens"] for example in read_examples(path, "TOKEN_CLS")] == [["the", "#"], ["cats"]]
