@@ -13,6 +13,7 @@ from ptv2_fast.training.labels import LabelSet, differing_by_case, same_spelled_
 
 # Up to so many classes may have an example each without a word.
 _FEW_CLASSES = 20
+_BYTES = frozenset(map(chr, range(0xDC80, 0xDD00)))
 # What programs write for a cell that was empty.
 MISSING = ("nan", "null", "<na>", "#n/a")
 
@@ -74,8 +75,11 @@ def check_text(where: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
+        found = text[error.start]
+        # What Python makes of a byte that is no UTF-8, of standard input for instance.
+        byte = f", as the byte 0x{ord(found) - 0xDC00:02x} is read, which is no UTF-8" if found in _BYTES else ""
         raise ValueError(
-            f"{where}: expected text; character {error.start} is half of a surrogate pair: {text[error.start]!a}"
+            f"{where}: expected text; character {error.start} is half of a surrogate pair: {found!a}{byte}"
         ) from error
     return text
 
