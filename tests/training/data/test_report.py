@@ -67,6 +67,16 @@ def test_a_folder_of_tagged_words_is_looked_into(tmp_path):
     assert facts["in_both"]["train and validation"]["rows"] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [("entities", [["0", "4", "PER"]]), ("spans", [{"begin": 0, "end": 4}]), ("cats", {"good": 1.0, "bad": 0.0})],
+)
+def test_labels_that_cannot_be_read_leave_no_bare_text(tmp_path, name, labels):
+    path = write(tmp_path, "a.jsonl", [{"text": "Bob", name: []}, {"text": "Anna", name: labels}])
+    with pytest.raises(ValueError, match=f"TOKEN_CLS: .*expected spans of 'text'.*CAUSAL_LM: '{name}' holds lists"):
+        guess_task(path, {})
+
+
 def test_what_fits_no_task_says_what_each_lacks(tmp_path):
     path = write(tmp_path, "a.jsonl", [{"a": 1, "b": 2}])
     with pytest.raises(ValueError, match=r"--task says.*TOKEN_CLS: .*SEQ_CLS: .*CAUSAL_LM: "):
