@@ -78,7 +78,9 @@ def delimited_rows(
     body = lines if own is None else lines[1:]
     for where, cells in body:
         if len(cells) != len(header):
-            raise ValueError(f"{where}: expected {len(header)} columns {header}; got {len(cells)}: {cells}")
+            is_open = separator == "\t" and any(cell.startswith('"') and cell.count('"') % 2 for cell in cells)
+            more = "; a quote is open, and cells of a .tsv are quoted only where its header is" if is_open else ""
+            raise ValueError(f"{where}: expected {len(header)} columns {header}; got {len(cells)}: {cells}{more}")
         if own is not None and cells == first:
             raise ValueError(f"{where}: repeats the header {first}; expected an example")
         yield Row(where, dict(zip(header, cells, strict=True)))

@@ -71,6 +71,12 @@ class TestTables:
         read_examples(path, "SEQ_CLS")
         assert f"{path}, line 2: 2 cells stand in quotes, which are kept: a blank is in front of them" in caplog.text
 
+    def test_a_line_in_a_quoted_cell_of_a_tsv_says_what_quotes_are(self, tmp_path):
+        path = write(tmp_path, "a.tsv", 'text\tlabel\n"two\nlines"\t1\nbad day\t0\n')
+        refused(path, "SEQ_CLS", "line 2: expected 2 columns", "a quote is open", "only where its header is")
+        path.write_text(path.read_text().replace("text\tlabel", '"text"\t"label"'))
+        assert [example["text"] for example in read_examples(path, "SEQ_CLS")] == ["two\nlines", "bad day"]
+
     def test_a_cell_holds_a_long_document(self, tmp_path):
         limit, document = csv.field_size_limit(), "word " * 30_000
         path = write(tmp_path, "a.csv", f"{TABLE}{document},1\n")
