@@ -176,7 +176,7 @@ def search(
     lengths, rates = numbers("--num-virtual-tokens", num_virtual_tokens, int), numbers("--lr", lr, float)
     if len(rates) != 2:
         raise ValueError(f"--lr must be two numbers, as in 1e-3,5e-2; got {lr!r}")
-    space = SearchSpace(lengths, rates, tuple(injection.split(",")))
+    space = SearchSpace(lengths, rates, tuple(name.strip() for name in injection.split(",")))
     request = _request({**_TRAIN_DEFAULTS, **asked})
     checked = check_search(request, output, space, trials=trials)
     quiet()

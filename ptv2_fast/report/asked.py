@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,8 @@ def _check_page(path: Path) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ValueError(f"output must name a file in a folder; {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"output must name a file in a folder to write to; {above} is read-only")
     if path.exists() and GENERATOR not in _beginning(path):
         raise ValueError(f"output must be free or an earlier report; {path} is something else and is not overwritten")
 

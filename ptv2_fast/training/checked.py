@@ -11,7 +11,8 @@ from typing import Any
 from ptv2_fast.config import HEAD_TASKS, HeadConfig, PTuningV2Config
 from ptv2_fast.task_types import SINGLE_LABEL
 from ptv2_fast.training.labels import LabelSet
-from ptv2_fast.training.locating import check_base
+from ptv2_fast.training.locating import check_base, locate
+from ptv2_fast.training.plain_configs import plain_facts
 from ptv2_fast.training.run_folder import RunFolder, digest_of
 from ptv2_fast.training.tasks import task_row
 from ptv2_fast.training.train_request import TrainRequest
@@ -60,7 +61,7 @@ def check_run(
     if request.fit.early_stopping is not None and request.dev is None:
         raise ValueError("early stopping needs dev data to watch; got none")
     check_base(request.model)
-    config_of(request)
+    _check_sizes(request, config_of(request))
     train = request.data.read(request.task_type, problem_type=request.problem_type)
     labels = None
     if row.names_labels:
@@ -80,6 +81,22 @@ def check_run(
     if resume:
         folder.check_data(digests_of(train, dev))
     return CheckedRun(request, folder, train, dev, labels, resume)
+
+
+def _check_sizes(request: TrainRequest, config: PTuningV2Config) -> None:
+    """Refuse layers that a folder's model does not have, and text of a model that writes none, where its kind is known.
+
+    Raises:
+        ValueError: see above.
+    """
+    source, options = locate(request.model)
+    sizes = None if options else plain_facts(Path(source))
+    if sizes is None:
+        return
+    config.resolve_layers(sizes["num_layers"])
+    if task_row(request.task_type).gives == "text" and not sizes["causal"]:
+        kind = sizes["model_type"]
+        raise ValueError(f"model must be a causal language model for {request.task_type}; {request.model} is a {kind}")
 
 
 def config_of(request: TrainRequest, heads: Mapping[str, HeadConfig] | None = None) -> PTuningV2Config:

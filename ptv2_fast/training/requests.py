@@ -14,6 +14,7 @@ from ptv2_fast.training.data.columns import TOKEN_COLUMNS, Table, Wanted
 from ptv2_fast.training.data.examples import check_text, json_object
 from ptv2_fast.training.data.read import Source, read_rows
 from ptv2_fast.training.data.rows import Row
+from ptv2_fast.training.data.text_files import typed_lines
 from ptv2_fast.training.flags import source_of
 from ptv2_fast.training.plans import Reader
 
@@ -46,13 +47,9 @@ def typed_requests(
         ValueError: there is no line with text, or one is no example for an adapter that it is for.
     """
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            place = f"{where}, line {number}"
-            values = json_object(check_text(place, line))
-            rows.append(Row(place, {"text": line.rstrip("\r\n")} if values is None else values))
-    if not rows:
-        raise ValueError(f"{where}: expected at least one line with text; got none")
+    for _, place, line in typed_lines(lines, where):
+        values = json_object(line)
+        rows.append(Row(place, {"text": line.rstrip("\r\n")} if values is None else values))
     return _requests(members, rows, where, {name: Wanted(labelled=False) for name in members}, context)
 
 

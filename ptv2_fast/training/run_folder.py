@@ -36,6 +36,19 @@ _NEW, _OLD, _SAVED = ".checkpoints.new", ".checkpoints.old", ".adapter.new"
 _RUN_KEYS = {"model", "task_type", "data", "fit"}
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that is a file, or can be neither made nor written to.
+
+    Raises:
+        ValueError: see above.
+    """
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"output must be a folder; {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"output must be a folder to write to; {above} is read-only")
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A folder for one run at a time."""
@@ -58,8 +71,7 @@ class RunFolder:
         """
         if resume and overwrite:
             raise ValueError("--resume and --overwrite (resume, overwrite) contradict each other; give one of them")
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output must be a folder; {self.path} is a file")
+        check_writable(self.path)
         if resume:
             differing = differences(self._run()["asked"], asked)
             if differing:

@@ -23,7 +23,7 @@ from ptv2_fast.choices import INJECTIONS
 from ptv2_fast.storage.files import write_whole
 from ptv2_fast.training.checked import CheckedRun, check_run
 from ptv2_fast.training.metrics import Metric, metric_for
-from ptv2_fast.training.run_folder import differences
+from ptv2_fast.training.run_folder import check_writable, differences
 from ptv2_fast.training.train_request import TrainRequest
 
 LOG_NAME, TABLE_NAME, PLOT_NAME, BEST_NAME = "trials.log", "trials.md", "trials.png", "best"
@@ -278,8 +278,7 @@ def _check(request: TrainRequest, output: Path, trials: int) -> None:
         raise ValueError(f"trials must be a positive integer; got {trials!r}")
     if request.dev is None:
         raise ValueError("dev data is needed: a search compares runs by it")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output must be a folder; {output} is a file")
+    check_writable(output)
     if output.is_dir() and any(output.iterdir()) and not (output / LOG_NAME).is_file():
         raise ValueError(f"output {output} holds something else than a search; name another folder")
 

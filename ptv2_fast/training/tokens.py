@@ -24,11 +24,11 @@ def check_fast(tokenizer: Any) -> None:
 
 
 def check_room(tokenizer: Any, max_length: int, pair: bool) -> None:
-    """Refuse a length that special tokens alone exceed: nothing would be cut then, and rows would be longer."""
-    special = tokenizer.num_special_tokens_to_add(pair=pair)
-    if max_length < special:
+    """Refuse a length that special tokens take alone: of no text anything would be left."""
+    least = tokenizer.num_special_tokens_to_add(pair=pair) + (2 if pair else 1)
+    if max_length < least:
         texts = "pairs of texts" if pair else "texts"
-        raise ValueError(f"max_length must be at least {special} for {texts} of this tokenizer; got {max_length}")
+        raise ValueError(f"max_length must be at least {least} for {texts} of this tokenizer; got {max_length}")
 
 
 def encode_classification(
@@ -98,9 +98,11 @@ def encode_tokens(
         max_length cuts off are counted in a warning; `decode_tags` calls them O.
 
     Raises:
-        ValueError: the tokenizer is not fast, `labels` is missing or does not know a tag.
+        ValueError: the tokenizer is not fast, max_length has no room for a word, `labels` is missing or does not know
+            a tag.
     """
     check_fast(tokenizer)
+    check_room(tokenizer, max_length, pair=False)
     spaced = splits_differ(tokenizer)
     features, cut = [], 0
     for example in examples:

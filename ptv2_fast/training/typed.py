@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
-from ptv2_fast.training.data.examples import check_text
-from ptv2_fast.training.data.tasks import reading_task
+from ptv2_fast.training.data.examples import json_object
+from ptv2_fast.training.data.tasks import reading_task, task_row
+from ptv2_fast.training.data.text_files import typed_lines
 from ptv2_fast.training.tasks import training_task
+
+logger = logging.getLogger(__name__)
 
 
 def examples_of(
@@ -20,16 +24,20 @@ def examples_of(
     "choices" in any case (MULTIPLE_CHOICE).
 
     Raises:
-        ValueError: there is no line with text, a line is not such an object, or the lines do not go together.
+        ValueError: there is no line with text, one holds what is no character or is not such an object, or the lines do
+            not go together.
     """
     task = training_task(task_type)
-    examples: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            place = f"{where}, line {number}"
-            examples.append(task.typed(check_text(place, line), place, number, context))
-    if not examples:
-        raise ValueError(f"{where}: expected at least one line with text; got none")
+    typed = typed_lines(lines, where)
+    examples = [task.typed(line, place, number, context) for number, place, line in typed]
+    if task_row(task_type).predicts not in ("answer", "choice"):
+        objects = [place for _, place, line in typed if json_object(line) is not None]
+        if objects:
+            logger.warning(
+                "%s: %d lines are JSON objects, which are read as texts, this the first; --file reads what is in them",
+                objects[0],
+                len(objects),
+            )
     check = reading_task(task_type).check
     if check is not None:
         check(where, examples, [], None)

@@ -173,12 +173,12 @@ def test_a_typed_line_is_an_object():
         examples_of([line, more], "MULTIPLE_CHOICE")
 
 
-def test_a_length_that_special_tokens_exceed_is_refused(tiny_tokenizer):
+def test_a_length_that_leaves_nothing_of_a_pair_is_refused(tiny_tokenizer):
     example = {"text": "the film", "choices": ["good", "bad"], "text_pair": "was good"}
     for task in ("MULTIPLE_CHOICE", "SEQ_CLS"):
-        assert TaskCodec(task, tiny_tokenizer, max_length=4).encode([example], quiet=True)
-        with pytest.raises(ValueError, match="max_length must be at least 3 for pairs of texts of this tok.*; got 2"):
-            TaskCodec(task, tiny_tokenizer, max_length=2).encode([example])
+        assert TaskCodec(task, tiny_tokenizer, max_length=5).encode([example], quiet=True)
+        with pytest.raises(ValueError, match="max_length must be at least 5 for pairs of texts of this tok.*; got 4"):
+            TaskCodec(task, tiny_tokenizer, max_length=4).encode([example])
 
 
 def test_an_example_without_choices_is_refused(tiny_tokenizer):

@@ -166,6 +166,12 @@ def test_overwrite_killed_at_random_is_one_run_and_can_be_resumed(
         assert not any(path.name.startswith(".") for path in folder.iterdir()), "leftovers are removed"
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} is read-only"):
+        RunFolder(tmp_path / "new" / "run").check({}, resume=False, overwrite=False)
+
+
 def test_resume_notices_other_data(place, tmp_path):
     data = tmp_path / "train.tsv"
     data.write_bytes((place / "train.tsv").read_bytes())

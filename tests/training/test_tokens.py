@@ -48,6 +48,15 @@ class TestClassification:
         with pytest.raises(ValueError, match="fast tokenizer.*got object"):
             encode_classification([{"text": "good"}], object())
 
+    @pytest.mark.parametrize(("example", "least"), [({"text": "good"}, 3), ({"text": "good", "text_pair": "bad"}, 5)])
+    def test_a_length_that_leaves_no_text_is_refused(self, tiny_tokenizer, example, least):
+        (feature,) = encode_classification([example], tiny_tokenizer, max_length=least)
+        assert len(feature["input_ids"]) == least
+        with pytest.raises(ValueError, match=f"max_length must be at least {least} for .*texts.*; got {least - 1}"):
+            encode_classification([example], tiny_tokenizer, max_length=least - 1)
+        with pytest.raises(ValueError, match="max_length must be at least 3 for texts"):
+            encode_tokens([{"tokens": ["good"]}], tiny_tokenizer, max_length=2)
+
 
 class TestTokens:
     example = {

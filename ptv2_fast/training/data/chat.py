@@ -77,7 +77,7 @@ def chat_example(row: Row, roles: Mapping[str, str]) -> dict[str, Any]:
     if column is not None:
         messages = messages_of(row, column, row.values.get(column))
         system = row.values.get("system") if "system" in roles else None
-        if system is not None and str(system).strip():
+        if _said(system):
             messages = [_message(row, "'system'", "system", system), *messages]
     else:
         messages = _alpaca(row, roles)
@@ -117,11 +117,18 @@ def messages_of(row: Row, column: str, value: Any) -> list[dict[str, str]]:
         calls = next((name for name in _CALLS if message.get(name)), None)
         if calls is not None:
             raise ValueError(f"{where}: expected text alone; {calls!r} is not read")
+        if message.get("weight", 1) not in (1, None):
+            raise ValueError(f"{where}: 'weight' must be 1, as all that is learned counts; got {message['weight']!r}")
         role, content = _either(message, "role", "from"), _either(message, "content", "value")
         if role not in _ROLES:
             raise ValueError(f"{where}: expected a role of {', '.join(_ROLES)} in {column!r}; got {role!r}")
         found.append(_message(row, f"{column}, message {number}", _ROLES[role], content))
     return found
+
+
+def _said(value: Any) -> bool:
+    """Whether a part that need not be there is: blanks are none."""
+    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def _either(message: Mapping[str, Any], name: str, other: str) -> Any:
@@ -141,7 +148,7 @@ def _message(row: Row, what: str, role: str, content: Any) -> dict[str, str]:
 def _alpaca(row: Row, roles: Mapping[str, str]) -> list[dict[str, str]]:
     values = {role: row.values.get(column) for role, column in roles.items()}
     messages = []
-    if values.get("system"):
+    if _said(values.get("system")):
         messages.append(_message(row, "'system'", "system", values["system"]))
     for number, pair in enumerate(values.get("history") or (), start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -149,7 +156,7 @@ def _alpaca(row: Row, roles: Mapping[str, str]) -> list[dict[str, str]]:
         both = zip(("user", "assistant"), pair, strict=True)
         messages += [_message(row, f"'history', pair {number}", role, said) for role, said in both]
     asked = _message(row, "'instruction'", "user", values["instruction"])
-    if values.get("input"):
+    if _said(values.get("input")):
         more = _message(row, "'input'", "user", values["input"])
         asked = {"role": "user", "content": f"{asked['content']}\n\n{more['content']}"}
     messages.append(asked)

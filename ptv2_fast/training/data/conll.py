@@ -22,6 +22,9 @@ class _Line:
 
 
 _Sentence: TypeAlias = list[_Line]
+# What the first and the last column are called where somebody has put a header above them.
+_TOKEN_HEADERS = frozenset("token tokens word words form text sentence".split())
+_TAG_HEADERS = frozenset("tag tags label labels ner ner_tag ner_tags pos upos xpos iob iob_tag class".split())
 # Tokens of several words, and empty ones, between those that CoNLL-U counts.
 _BETWEEN = re.compile(r"\d+[-.]\d+")
 
@@ -51,11 +54,13 @@ def conll_rows(
             counts tokens and nobody says which one they are in.
     """
     sentences, left = _sentences(path)
+    _join_comments(sentences)
     width = _width([line for sentence in sentences for line in sentence])
     bare = [_without_comments(sentence, width) for sentence in sentences]
     comments = sum(map(len, sentences)) - sum(map(len, bare))
     found = [sentence for sentence in bare if sentence]
     lines = [line for sentence in found for line in sentence]
+    _refuse_table(path, lines, token_column)
     if token_column is None:
         _refuse_counted(path, found, width, tagged)
         if not tagged and suffix_of(path) == ".txt":
@@ -97,6 +102,16 @@ def _columns(line: str) -> list[str]:
     return re.split(" +", line.strip(" \r"))
 
 
+def _join_comments(sentences: Sequence[_Sentence]) -> None:
+    """Where tabs part the columns of all lines that cannot be comments, one of blanks that begins with # is one."""
+    lines = [line for sentence in sentences for line in sentence]
+    words = [line for line in lines if not line.text.startswith("#")]
+    if words and all("\t" in line.text for line in words):
+        for line in lines:
+            if line.text.startswith("#") and "\t" not in line.text:
+                line.columns[:] = [line.text]
+
+
 def _width(lines: Sequence[_Line]) -> int:
     """How many columns most lines have that cannot be comments."""
     counts = Counter(len(line.columns) for line in lines if not line.columns[0].startswith("#"))
@@ -121,6 +136,23 @@ def _refuse_counted(path: Path, sentences: Sequence[_Sentence], width: int, tagg
             f"{path}, line {sentences[0][0].number}: the first of {width} columns counts the tokens; name the columns"
             f" by their numbers, as in {option} (text_column, label_column)"
             + ("; --format conllu (format) reads CoNLL-U" if width == len(CONLLU_COLUMNS) else "")
+        )
+
+
+def _refuse_table(path: Path, lines: Sequence[_Line], token_column: str | None) -> None:
+    """Refuses a table of sentences and classes between tabs, and a header above words and tags."""
+    first = [cell.lower() for cell in lines[0].columns] if lines else [""]
+    if len(first) > 1 and first[0] in _TOKEN_HEADERS and first[-1] in _TAG_HEADERS:
+        raise ValueError(
+            f"{path}, line {lines[0].number}: {lines[0].columns} looks like a header; expected the first word and its"
+            " tag, since CoNLL files have none (a table of texts and labels is for SEQ_CLS)"
+        )
+    at = int(token_column) - 1 if token_column is not None and token_column.isdecimal() else 0
+    several = [line for line in lines if 0 <= at < len(line.columns) and " " in line.columns[at]]
+    if len(several) > len(lines) / 2:
+        raise ValueError(
+            f"{path}, line {several[0].number}: expected one word a line and its tag; got {several[0].columns[at]!r},"
+            f" as in {len(several)} of {len(lines)} lines (a table of texts and labels is for SEQ_CLS)"
         )
 
 

@@ -29,6 +29,8 @@ _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 # More words than a label has.
 TEXT_WORDS = 3
+# Most characters of a cell: what a C long holds everywhere. Python's own limit, 131072, is less than a long document.
+_LONGEST_CELL = 2**31 - 1
 
 
 def delimited_rows(
@@ -76,7 +78,9 @@ def delimited_rows(
     body = lines if own is None else lines[1:]
     for where, cells in body:
         if len(cells) != len(header):
-            raise ValueError(f"{where}: expected {len(header)} columns {header}; got {len(cells)}: {cells}")
+            is_open = separator == "\t" and any(cell.startswith('"') and cell.count('"') % 2 for cell in cells)
+            more = "; a quote is open, and cells of a .tsv are quoted only where its header is" if is_open else ""
+            raise ValueError(f"{where}: expected {len(header)} columns {header}; got {len(cells)}: {cells}{more}")
         if own is not None and cells == first:
             raise ValueError(f"{where}: repeats the header {first}; expected an example")
         yield Row(where, dict(zip(header, cells, strict=True)))
@@ -242,6 +246,8 @@ def _quoted(path: Path, text: str, separator: str, notes: list[str]) -> Iterator
     wrapped: list[str] = []
     while True:
         where = f"{path}, line {reader.line_num + 1}"
+        # The limit is the whole program's, which has its own again behind each row.
+        limit = csv.field_size_limit(_LONGEST_CELL)
         try:
             cells = next(reader)
         except StopIteration:
@@ -252,6 +258,8 @@ def _quoted(path: Path, text: str, separator: str, notes: list[str]) -> Iterator
         except csv.Error as error:
             kind = "comma" if separator == "," else "tab"
             raise ValueError(f"{where}: expected {kind}-separated values; {error}") from error
+        finally:
+            csv.field_size_limit(limit)
         wrapped += [where for cell in cells if cell.startswith(" ") and _wrapped(cell.strip())]
         if cells:
             yield where, cells

@@ -13,8 +13,9 @@ from ptv2_fast.training.labels import LabelSet, differing_by_case, same_spelled_
 
 # Up to so many classes may have an example each without a word.
 _FEW_CLASSES = 20
+_BYTES = frozenset(map(chr, range(0xDC80, 0xDD00)))
 # What programs write for a cell that was empty.
-_MISSING = ("nan", "null", "<na>", "#n/a")
+MISSING = ("nan", "null", "<na>", "#n/a")
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,11 @@ def check_text(where: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
+        found = text[error.start]
+        # What Python makes of a byte that is no UTF-8, of standard input for instance.
+        byte = f", as the byte 0x{ord(found) - 0xDC00:02x} is read, which is no UTF-8" if found in _BYTES else ""
         raise ValueError(
-            f"{where}: expected text; character {error.start} is half of a surrogate pair: {text[error.start]!a}"
+            f"{where}: expected text; character {error.start} is half of a surrogate pair: {found!a}{byte}"
         ) from error
     return text
 
@@ -102,7 +106,10 @@ def class_example(row: Row, roles: Mapping[str, str], labels: LabelSet | None) -
     if isinstance(label, str):
         label = check_text(row.where, label).strip()
     if not isinstance(label, str | int) or label == "":
-        raise ValueError(f"{row.where}: expected a label (text or an integer) in {roles['label']!r}; got {label!r}")
+        more = "; --problem-type regression (problem_type) reads numbers" if isinstance(label, float) else ""
+        raise ValueError(
+            f"{row.where}: expected a label (text or an integer) in {roles['label']!r}; got {label!r}{more}"
+        )
     example["label"] = str(label)
     return example
 
@@ -183,10 +190,14 @@ def check_classes(
 ) -> None:
     """Refuse a class that is spelled in two ways; note what looks odd about the classes."""
     found = {example["label"] for example in examples if "label" in example}
-    missing = [label for label in sorted(found) if label.lower() in _MISSING]
+    missing = [label for label in sorted(found) if label.lower() in MISSING]
     if missing and labels is None:
         notes.append(f"{name}: a class is called {missing[0]!r}; is that a label, or a cell that was empty?")
     refuse_two_spellings(name, found, notes)
+    if labels is None and len(found) == 1 < len(examples):
+        notes.append(
+            f"{name}: all {len(examples)} examples are of one class, {found.pop()!r}; two are learned at least"
+        )
     if labels is None and len(found) > max(_FEW_CLASSES, len(examples) / 2):
         some = ", ".join(sorted(found)[:3])
         notes.append(

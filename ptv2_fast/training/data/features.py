@@ -38,5 +38,7 @@ def _decoded(value: Any, names: list[str] | None) -> Any:
         return value
     if isinstance(value, list):
         return [_decoded(item, names) for item in value]
+    if type(value) is not int:
+        return value  # Somebody has changed the column behind its description.
     # A split without labels stores -1, which names no class.
     return names[value] if 0 <= value < len(names) else None

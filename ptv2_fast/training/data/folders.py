@@ -56,6 +56,11 @@ def _shards(folder: Path) -> tuple[str | None, list[Path]]:
     names = [one.get("filename") for one in files if isinstance(one, dict)] if isinstance(files, list) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ValueError(f"{folder / 'state.json'}: expected the names of Arrow files; got {files!r}")
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise ValueError(
+            f"{folder / 'state.json'}: expected rows as they stand; an older `datasets` has kept which of them count:"
+            " load and save the folder anew (load_from_disk, flatten_indices, save_to_disk)"
+        )
     split = state.get("_split")
     return split if isinstance(split, str) else None, [folder / str(name) for name in names]
 

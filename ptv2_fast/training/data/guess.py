@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ptv2_fast.task_types import TRAINED_TASKS
-from ptv2_fast.training.data.columns import Table, Wanted
+from ptv2_fast.training.data.columns import LABEL_COLUMNS, TAG_COLUMNS, Table, Wanted
+from ptv2_fast.training.data.examples import MISSING
 from ptv2_fast.training.data.folders import file_parts, saved_parts
 from ptv2_fast.training.data.formats import FORMATS, Reading, chosen_split, is_conll, splits_in
 from ptv2_fast.training.data.read import Source
 from ptv2_fast.training.data.rows import Row, lines_of, read_text, suffix_of
+from ptv2_fast.training.data.spans import SPAN_COLUMNS
 from ptv2_fast.training.data.tags import look_like_iob
 from ptv2_fast.training.data.tasks import reading_task, task_row
 
@@ -60,6 +62,10 @@ def guess_task(
             except ValueError as error:
                 failed.setdefault(task, str(error))
                 continue
+            unread = _unread_labels(rows, roles) if task == "CAUSAL_LM" else None
+            if unread is not None:
+                failed.setdefault(task, f"{unread!r} holds lists or objects, which look like labels of a text")
+                continue
             fitting.setdefault(task, (problem, roles))
     if not fitting:
         reasons = "; ".join(f"{task}: {reason}" for task, reason in failed.items())
@@ -72,6 +78,18 @@ def guess_task(
         problem = _problem(rows, roles["label"])
     because = "the columns " + ", ".join(dict.fromkeys(map(repr, roles.values())))
     return Guess(task, problem, because, tuple(name for name in fitting if name != task))
+
+
+def _unread_labels(rows: Sequence[Row], roles: Mapping[str, str]) -> str | None:
+    """A column of a usual name for labels, with lists or objects in it that nobody would read beside a bare text."""
+    if list(roles) != ["text"]:
+        return None
+    usual = dict.fromkeys((*SPAN_COLUMNS, *LABEL_COLUMNS, *TAG_COLUMNS, "cats"))
+    return next((name for name in usual if any(_is_full(row.values.get(name)) for row in rows)), None)
+
+
+def _is_full(value: Any) -> bool:
+    return isinstance(value, list | dict) and bool(value)
 
 
 def _first_file(place: Path) -> Path:
@@ -108,8 +126,10 @@ def _is_tagged(path: Path) -> bool:
 
 def _problem(rows: Sequence[Row], column: str) -> str | None:
     """What a head would solve whose labels are the values of a column."""
-    values = [row.values[column] for row in rows if row.values.get(column) not in (None, "")]
-    if any(isinstance(value, list) or (isinstance(value, str) and "|" in value) for value in values):
+    values = [row.values.get(column) for row in rows]
+    values = [value for value in values if str(value).strip().lower() not in ("", "none", *MISSING)]
+    lists = [len(value) for value in values if isinstance(value, list)]
+    if any(count != 1 for count in lists) or any(isinstance(value, str) and "|" in value for value in values):
         return "multi_label_classification"
     numbers = [_number(value) for value in values]
     whole = [number is not None and number.is_integer() for number in numbers]

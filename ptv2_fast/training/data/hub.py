@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from ptv2_fast.training.data.features import class_names, named
 from ptv2_fast.training.data.rows import Row
+
+# user/name:config; whatever else is meant as a path.
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.*)?")
 
 
 def hub_splits(name: str, known: str) -> dict[str, Any]:
@@ -18,6 +22,8 @@ def hub_splits(name: str, known: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: it cannot be found or loaded.
     """
+    if not _NAME.fullmatch(name):
+        raise FileNotFoundError(f"{name}: expected {known}; there is none")
     try:
         import datasets
     except ModuleNotFoundError as error:

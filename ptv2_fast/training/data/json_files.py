@@ -1,4 +1,4 @@
-"""JSON: lines of objects, a list of them, SQuAD's nested questions, tasks of Label Studio, pairs as spaCy has them."""
+"""JSON: lines of objects, a list of them, SQuAD's nested questions, and what annotation tools write."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_fast.training.data.label_studio import is_task, task_values
+from ptv2_fast.training.data.prodigy import answered_values, is_answered
 from ptv2_fast.training.data.rows import Row, lines_of, read_text, suffix_of
 
 _LINES = (".jsonl", ".ndjson")
@@ -72,21 +73,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _kept(rows: Iterator[Row], path: Path, notes: list[str]) -> Iterator[Row]:
-    """The rows, tasks of Label Studio as their values; those that nobody has labelled are counted in a note."""
-    skipped: list[str] = []
+    """The rows, those of annotation tools as their values; what nobody labelled or accepted is counted in a note."""
+    skipped: dict[str, list[str]] = {}
     for row in rows:
-        if not is_task(row.values):
-            yield row
-            continue
-        values = task_values(row.where, row.values)
+        values: dict[str, Any] | None = row.values
+        if is_task(row.values):
+            values, why = task_values(row.where, row.values), "tasks without a submitted annotation"
+        elif is_answered(row.values):
+            values, why = answered_values(row.where, row.values), "examples that were rejected or ignored"
         if values is None:
-            skipped.append(row.where)
+            skipped.setdefault(why, []).append(row.where)
         else:
             yield Row(row.where, values)
-    if skipped:
-        notes.append(
-            f"{path}: {len(skipped)} tasks without a submitted annotation are left out, {skipped[0]} the first"
-        )
+    notes += [f"{path}: {len(where)} {why} are left out, {where[0]} the first" for why, where in skipped.items()]
 
 
 def _json_object(where: str, values: object) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def _marked(where: str, result: Any) -> dict[str, Any]:
         raise ValueError(f"{where}: expected a list as an annotation's 'result'; got {result!r}")
     spans, chosen = [], []
     for one in result:
+        if isinstance(one, dict) and one.get("type") == "relation":
+            continue  # An arrow between two spans, which says nothing of either.
         value = one.get("value") if isinstance(one, dict) else None
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected a result with a 'value'; got {one!r}")

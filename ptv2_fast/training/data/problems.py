@@ -64,7 +64,7 @@ def label_set_columns(table: Table, wanted: Wanted) -> dict[str, str]:
     """Text, or a pair of texts, and labels: in one column, or in columns of 0 and 1, one for each label.
 
     Columns are such where the caller names several, or where no column has a usual name and two or more hold 0 and 1
-    alone.
+    alone; empty cells, which `labels_example` refuses, decide nothing.
     """
     flags = tuple(table.need(name, "label_column") for name in wanted.flags) if wanted.labelled else ()
     usual = any(name in table.names for name in LABEL_COLUMNS)
@@ -78,7 +78,7 @@ def label_set_columns(table: Table, wanted: Wanted) -> dict[str, str]:
 
 
 def _holds_flags(table: Table, name: str) -> bool:
-    values = list(table.values(name))
+    values = [value for value in table.values(name) if value is not None and str(value).strip()]
     return bool(values) and all(_flag(value) is not None for value in values)
 
 

@@ -18,6 +18,8 @@ from ptv2_fast.training.data.tags import TAG
 
 # Parts of an example that are no input of a model.
 _ANSWERS = ("label", "labels", "tags", "answers", "id", "completion")
+# Roles of columns that no row may have empty.
+_TEXTS = frozenset("text text_pair tokens question context query positive prompt instruction output".split())
 
 
 @dataclass
@@ -28,12 +30,14 @@ class Part:
         rows, examples: of those that can be used, side by side.
         refused: what is wrong with each of the others, with its place.
         empty: how many of these have no text.
+        unusable: why no row can be used, though each is as expected: their labels do not go together.
     """
 
     rows: list[Row] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     empty: int = 0
+    unusable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def _part(asked: Asked, name: str, rows: Sequence[Row], roles: dict[str, str], n
             example = handled.example(row, roles, asked.given.labels)
         except ValueError as error:
             part.refused.append(str(error))
-            texts = [row.values.get(column) for role, column in roles.items() if role not in _ANSWERS]
+            texts = [row.values.get(column) for role, column in roles.items() if role in _TEXTS]
             part.empty += any(text is None or text != text or not str(text).strip() for text in texts)
             continue
         part.rows.append(row)
@@ -96,7 +100,7 @@ def _part(asked: Asked, name: str, rows: Sequence[Row], roles: dict[str, str], n
         if handled.check is not None and part.examples:
             handled.check(name, part.examples, notes, asked.given.labels)
     except ValueError as error:
-        part.refused.append(str(error))
+        part.unusable = str(error)
     return part
 
 
@@ -118,12 +122,12 @@ def _answer(example: dict[str, Any]) -> str:
 def label_counts(part: Part) -> dict[str, int]:
     """How often each label occurs: of tags the entities of each type, or the words of each class."""
     counts: Counter[str] = Counter()
-    iob = all(TAG.fullmatch(tag) for example in part.examples for tag in example.get("tags", ()))
+    iob = all(TAG.fullmatch(str(tag)) for example in part.examples for tag in example.get("tags", ()))
     for example in part.examples:
         if "tags" in example:
-            counts.update(tag[2:] for tag in example["tags"] if tag.startswith("B-")) if iob else counts.update(
-                example["tags"]
-            )
+            # Numbers that nobody has named are still themselves.
+            tags = [str(tag) for tag in example["tags"]]
+            counts.update(tag[2:] for tag in tags if tag.startswith("B-")) if iob else counts.update(tags)
         elif "labels" in example:
             counts.update(example["labels"])
         elif isinstance(example.get("label"), str | int):

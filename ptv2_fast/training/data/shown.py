@@ -90,6 +90,7 @@ def _guess(guess: Guess) -> dict[str, Any]:
 def _facts(part: Part, count: Callable[[str], int] | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"rows": len(part.examples), "refused": len(part.refused), "empty": part.empty}
     facts["first_refused"] = part.refused[:_SHOWN]
+    facts["unusable"] = part.unusable
     facts["labels"] = label_counts(part)
     numbers = [example["label"] for example in part.examples if isinstance(example.get("label"), float)]
     if numbers:
@@ -106,6 +107,8 @@ def _written(path: Path, parts: Mapping[str, Part], task: str, problem_type: str
     if len(parts) > 1:
         raise ValueError(f"--to writes one split; choose it (--split) of {', '.join(parts)}")
     (part,) = parts.values()
+    if part.unusable is not None:
+        raise ValueError(f"--to writes data that can be used: {part.unusable}")
     if part.refused:
         raise ValueError(f"--to writes data that is read whole; {len(part.refused)} rows are not: {part.refused[0]}")
     write_examples(path, part.examples, task, problem_type)
@@ -174,6 +177,9 @@ def _split_lines(name: str, split: Mapping[str, Any]) -> Iterator[str]:
         empty = f", {split['empty']} of them without text" if split["empty"] else ""
         yield f"warning   {split['refused']} rows cannot be used{empty}:"
         yield from (f"          {message}" for message in split["first_refused"])
+    if split["unusable"] is not None:
+        yield "warning   no row can be used, as labels stand:"
+        yield f"          {split['unusable']}"
     again = split["duplicates"]
     if again["rows"]:
         yield f"warning   {again['rows']} rows repeat others: {'; '.join(again['first'])}"

@@ -39,13 +39,12 @@ def _spans_column(table: Table, wanted: Wanted, tokens: str) -> str | None:
     if not wanted.labelled or not any(isinstance(value, str) for value in table.values(tokens)):
         return None
     if wanted.label is not None:
-        return wanted.label if _all_spans(table, wanted.label) else None
-    return table.one_of([name for name in SPAN_COLUMNS if _all_spans(table, name)], "label_column")
+        return wanted.label if _some_spans(table, wanted.label) else None
+    return table.one_of([name for name in SPAN_COLUMNS if _some_spans(table, name)], "label_column")
 
 
-def _all_spans(table: Table, name: str) -> bool:
-    values = [value for value in table.values(name) if value is not None]
-    return bool(values) and any(values) and all(map(holds_spans, values))
+def _some_spans(table: Table, name: str) -> bool:
+    return any(value and holds_spans(value) for value in table.values(name))
 
 
 def _holds(table: Table, name: str, kind: type) -> bool:

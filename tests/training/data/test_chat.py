@@ -36,6 +36,7 @@ def write(folder, *records, name="a.jsonl"):
         pytest.param({"id": "x_0", "conversations": SHAREGPT}, id="sharegpt"),
         pytest.param({"conversation": MESSAGES, "source": "web"}, id="conversation"),
         pytest.param({"instruction": "who is anna ?", "input": "", "output": "good film"}, id="alpaca"),
+        pytest.param({"instruction": "who is anna ?", "input": " ", "system": "", "output": "good film"}, id="blanks"),
         pytest.param({"messages": PARTS}, id="parts"),
     ],
 )
@@ -68,6 +69,7 @@ def test_prompts_are_texts_or_messages(tmp_path):
         ({"messages": MESSAGES[:1]}, ["message of the assistant", "['user']"]),
         ({"messages": [{"role": "boss", "content": "x"}]}, ["message 1", "role", "'boss'"]),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, ["message 1", "'tool_calls'"]),
+        ({"messages": [MESSAGES[0], {**MESSAGES[1], "weight": 0}]}, ["message 2", "'weight' must be 1", "got 0"]),
         ({"messages": [*MESSAGES, {"role": "system", "content": "x"}]}, ["message 3", "'system'"]),
         ({"messages": [MESSAGES[0], {"role": "assistant", "content": " "}]}, ["message 2", "expected text", "' '"]),
         ({"prompt": MESSAGES[:1], "completion": "good"}, ["lists of messages", "'completion': 'str'"]),

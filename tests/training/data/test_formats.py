@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import subprocess
 import sys
 
@@ -85,6 +86,14 @@ class TestArrow:
         parquet.write_table(self.table(pyarrow, (1.5, None)), path)
         refused(path, "SEQ_CLS", f"{path}, row 0", "label", "1.5")
         refused(write(tmp_path, "b.parquet", b"PAR1 and no more"), "SEQ_CLS", "b.parquet", "Parquet")
+        # Somebody has replaced a column that `datasets` had described.
+        described = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["no", "yes"]}}}}
+        for labels in (("good", "bad"), (1.5, None)):
+            table = self.table(pyarrow, labels).replace_schema_metadata({"huggingface": json.dumps(described)})
+            parquet.write_table(table, path)
+            if labels[1] is not None:
+                assert read_examples(path, "SEQ_CLS") == READ
+        refused(path, "SEQ_CLS", f"{path}, row 0", "label", "1.5", "--problem-type regression")
         shards = [tmp_path / "data" / f"{name}.parquet" for name in ("test-0", "train-00000-of-2", "train-00001-of-2")]
         shards[0].parent.mkdir()
         for number, shard in enumerate(shards):
@@ -122,6 +131,16 @@ print(sorted({{"datasets", "torch", "transformers", "numpy"}} & set(sys.modules)
         refused(tmp_path, "SEQ_CLS", "state.json", "Arrow files")
         write(tmp_path, "state.json", '{"_data_files": [{"filename": "a.arrow"}]}')
         refused(tmp_path, "SEQ_CLS", "a.arrow", "there is none")
+        state = {"_data_files": [{"filename": "a.arrow"}], "_indices_data_files": [{"filename": "i.arrow"}]}
+        write(tmp_path, "state.json", json.dumps(state))
+        refused(tmp_path, "SEQ_CLS", "state.json", "flatten_indices")
+
+    @pytest.mark.parametrize("place", ["./no/such", "no/such/folder", "C:\\data", "no such"])
+    def test_what_can_be_no_name_on_the_hub_is_not_asked_for(self, tmp_path, monkeypatch, place):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        for name in (place, str(tmp_path / "nosuch")):
+            with pytest.raises(FileNotFoundError, match="expected a data file .*; there is none"):
+                read_examples(name, "SEQ_CLS")
 
 
 class TestFolders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -70,6 +71,18 @@ class TestTables:
         read_examples(path, "SEQ_CLS")
         assert f"{path}, line 2: 2 cells stand in quotes, which are kept: a blank is in front of them" in caplog.text
 
+    def test_a_line_in_a_quoted_cell_of_a_tsv_says_what_quotes_are(self, tmp_path):
+        path = write(tmp_path, "a.tsv", 'text\tlabel\n"two\nlines"\t1\nbad day\t0\n')
+        refused(path, "SEQ_CLS", "line 2: expected 2 columns", "a quote is open", "only where its header is")
+        path.write_text(path.read_text().replace("text\tlabel", '"text"\t"label"'))
+        assert [example["text"] for example in read_examples(path, "SEQ_CLS")] == ["two\nlines", "bad day"]
+
+    def test_a_cell_holds_a_long_document(self, tmp_path):
+        limit, document = csv.field_size_limit(), "word " * 30_000
+        path = write(tmp_path, "a.csv", f"{TABLE}{document},1\n")
+        assert [len(example["text"]) for example in read_examples(path, "SEQ_CLS")] == [8, 7, len(document) - 1]
+        assert csv.field_size_limit() == limit
+
     def test_tokens_are_in_no_table(self, tmp_path):
         path = write(tmp_path, "a.csv", "tokens,tags\n\"['a','b']\",\"['O','O']\"\n")
         refused(path, "TOKEN_CLS", str(path), "CoNLL", "JSON", ".csv")
@@ -100,6 +113,22 @@ GERMEVAL = (
 
 
 class TestConll:
+    @pytest.mark.parametrize(
+        ("content", "part"),
+        [
+            ("sentence\tlabel\ngood film\t1\nbad film\t0\n", "line 1: ['sentence', 'label'] looks like a header"),
+            ("Word POS\nthe DET\ncat NOUN\n", "line 1: ['Word', 'POS'] looks like a header"),
+            ("good film\t1\nbad film\t0\nfine\t1\n", "line 1: expected one word a line and its tag; got 'good film'"),
+        ],
+    )
+    def test_a_table_is_no_list_of_words(self, tmp_path, content, part):
+        refused(write(tmp_path, "a.tsv", content), "TOKEN_CLS", part, "a table of texts and labels is for SEQ_CLS")
+
+    def test_a_comment_of_two_words_is_no_token_where_tabs_part_columns(self, tmp_path, caplog):
+        path = write(tmp_path, "a.conll", "# newdoc\nthe\tDET\n#\tSYM\n\n# newpar\ncats\tNOUN\n")
+        assert [example["tokens"] for example in read_examples(path, "TOKEN_CLS")] == [["the", "#"], ["cats"]]
+        assert "2 comments" in caplog.text
+
     @pytest.mark.parametrize("comment", ["# id = 1", "# text = Anna sings here", "# id 5239d808\tdomain=en\tand so on"])
     @pytest.mark.parametrize("tagged", [True, False])
     def test_comments_are_no_tokens(self, tmp_path, caplog, comment, tagged):

@@ -33,7 +33,10 @@ def write(folder, name, content):
         ("a.csv", "text,label\nfine day,1\nbad day,0\n", "SEQ_CLS", None),
         ("a.csv", "text,score\nfine day,4.5\nbad day,1\n", "SEQ_CLS", NUMBERS),
         ("a.csv", "text,label\nfine day,4.5\nbad day,1\n", "SEQ_CLS", NUMBERS),
+        ("a.csv", "text,label\nfine day,1\nbad day,0\nno day,nan\nold day,\n", "SEQ_CLS", None),
+        ("a.csv", "text,label\nfine day,4.5\nbad day,1\nno day,nan\n", "SEQ_CLS", NUMBERS),
         ("a.csv", "text,labels\nfine day,a|b\nbad day,a\n", "SEQ_CLS", MULTI),
+        ("a.csv", "text,toxic,rude\nfine day,0,0\nbad day,1,\n", "SEQ_CLS", MULTI),
         ("a.csv", "text,toxic,rude\nfine day,0,0\nbad day,1,0\n", "SEQ_CLS", MULTI),
         ("a.csv", "query,positive\nwho is it,anna is\nwhere,there\n", "SENTENCE_RETRIEVAL", None),
         ("a.txt", "once upon a time\nthere was\n", "CAUSAL_LM", None),
@@ -42,6 +45,7 @@ def write(folder, name, content):
         ("a.jsonl", [{"tokens": ["a"], "ner_tags": ["O"]}], "TOKEN_CLS", None),
         ("a.jsonl", [{"text": "Anna", "label": [[0, 4, "PER"]]}], "TOKEN_CLS", None),
         ("a.jsonl", [{"text": "Anna", "label": ["a", "b"]}], "SEQ_CLS", MULTI),
+        ("a.jsonl", [{"text": "Anna", "label": ["a"]}, {"text": "Bob", "label": ["b"]}], "SEQ_CLS", None),
         ("a.jsonl", [{"question": "who", "context": "Anna", "answers": []}], "QUESTION_ANS", None),
         ("a.jsonl", [{"premise": "a", "choice1": "b", "choice2": "c", "question": "cause", "label": 0}],
          "MULTIPLE_CHOICE", None),
@@ -61,6 +65,16 @@ def test_a_folder_of_tagged_words_is_looked_into(tmp_path):
     facts = facts_of_data(DataSource(str(tmp_path)))
     assert facts["task"] == "TOKEN_CLS" and list(facts["splits"]) == ["train", "validation"]
     assert facts["in_both"]["train and validation"]["rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [("entities", [["0", "4", "PER"]]), ("spans", [{"begin": 0, "end": 4}]), ("cats", {"good": 1.0, "bad": 0.0})],
+)
+def test_labels_that_cannot_be_read_leave_no_bare_text(tmp_path, name, labels):
+    path = write(tmp_path, "a.jsonl", [{"text": "Bob", name: []}, {"text": "Anna", name: labels}])
+    with pytest.raises(ValueError, match=f"TOKEN_CLS: .*expected spans of 'text'.*CAUSAL_LM: '{name}' holds lists"):
+        guess_task(path, {})
 
 
 def test_what_fits_no_task_says_what_each_lacks(tmp_path):
@@ -94,6 +108,19 @@ def test_every_trouble_is_counted_and_has_its_row(said):
         assert part in text, text
     for part in ("guessed by the columns 'text', 'label'", "(--task, --problem-type)", "label   good: 2", "odd"):
         assert part in text, text
+
+
+def test_labels_that_do_not_go_together_leave_no_row_to_use(tmp_path):
+    numbers = write(tmp_path, "a.jsonl", [{"tokens": ["Anna"], "ner_tags": [1]}, {"tokens": ["a"], "ner_tags": [0]}])
+    facts = facts_of_data(DataSource(str(numbers)))
+    split = facts["splits"]["data"]
+    assert split["labels"] == {"1": 1, "0": 1} and split["refused"] == 0
+    assert "got 1; label_names (--label-names)" in split["unusable"]
+    assert "warning   no row can be used, as labels stand:" in list(lines_of_facts(facts))
+    with pytest.raises(ValueError, match=r"--to writes data that can be used: .*--label-names"):
+        facts_of_data(DataSource(str(numbers)), to=tmp_path / "b.jsonl")
+    alike = facts_of_data(DataSource(str(write(tmp_path, "c.csv", "text,label\na,1\nb,1\n"))))
+    assert any("all 2 examples are of one class, '1'" in note for note in alike["notes"])
 
 
 EXAMPLES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -15,7 +16,8 @@ EXAMPLE = {
     "tags": ["B-PER", "I-PER", "O", "O", "B-LOC", "I-LOC", "O"],
 }
 OBJECTS = [{"start": start, "end": end, "label": label} for start, end, label in SPANS]
-WORDS = [{"text": word, "start": TEXT.index(word), "end": TEXT.index(word) + len(word)} for word in EXAMPLE["tokens"]]
+NEWER = [{"id": 7, "start_offset": start, "end_offset": end, "label": label} for start, end, label in SPANS]
+WORDS = [{"text": m[0], "start": m.start(), "end": m.end()} for m in re.finditer(r"\w+|\.", TEXT)]
 
 
 def label_studio(text, spans, **more):
@@ -38,6 +40,7 @@ def write(folder, name, *records):
     [
         pytest.param("a.jsonl", {"id": 1, "text": TEXT, "label": SPANS}, id="doccano"),
         pytest.param("a.jsonl", {"text": TEXT, "labels": SPANS[::-1]}, id="doccano, older"),
+        pytest.param("a.jsonl", {"id": 1, "text": TEXT, "entities": NEWER, "relations": []}, id="doccano, newer"),
         pytest.param("a.jsonl", {"text": TEXT, "entities": SPANS}, id="entities"),
         pytest.param("a.json", [TEXT, {"entities": SPANS}], id="spacy"),
         pytest.param("a.jsonl", {"text": TEXT, "tokens": WORDS, "spans": OBJECTS, "answer": "accept"}, id="prodigy"),
@@ -70,6 +73,15 @@ def test_what_is_no_span_is_refused(tmp_path, spans, parts):
     assert not [part for part in (f"{path}, line 2", *parts) if part not in str(caught.value)], caught.value
 
 
+def test_words_that_overlap_and_a_span_without_an_end_are_refused(tmp_path):
+    words = {"text": TEXT, "spans": OBJECTS, "tokens": [*WORDS, WORDS[0]]}
+    with pytest.raises(ValueError, match=r"line 1: expected words one behind the other; got \[26, 27\) and \[0, 4\)"):
+        read_examples(write(tmp_path, "a.jsonl", words), "TOKEN_CLS")
+    path = write(tmp_path, "b.jsonl", {"text": TEXT, "spans": OBJECTS}, {"text": TEXT, "spans": [{"start": 0}]})
+    with pytest.raises(ValueError, match="line 2: expected a list of spans"):
+        read_examples(path, "TOKEN_CLS")
+
+
 def test_a_cut_word_is_split_and_said(tmp_path, caplog):
     path = write(tmp_path, "a.jsonl", {"text": "in New-York", "label": [[7, 11, "LOC"]]})
     assert read_examples(path, "TOKEN_CLS") == [{"tokens": ["in", "New-", "York"], "tags": ["O", "O", "B-LOC"]}]
@@ -88,6 +100,26 @@ def test_offsets_of_a_browser_are_told_by_the_spans_own_text(tmp_path):
     value["start"], value["end"] = 3, 7
     assert value["text"] == "Anna"
     assert read_examples(write(tmp_path, "a.json", task), "TOKEN_CLS")[0]["tags"] == ["O", "B-PER", "O"]
+
+
+def test_ends_of_lines_in_a_span_and_arrows_between_spans_are_as_label_studio_writes_them(tmp_path):
+    task = label_studio("Anna\nLee sings", [[0, 8, "PER"]])
+    result = task["annotations"][0]["result"]
+    result[0]["value"]["text"] = "Anna\\nLee"
+    result.append({"type": "relation", "from_id": "a", "to_id": "b", "direction": "right"})
+    assert read_examples(write(tmp_path, "a.json", task), "TOKEN_CLS")[0]["tags"] == ["B-PER", "I-PER", "O"]
+
+
+def test_what_prodigy_rejected_is_left_out_and_what_was_chosen_is_read(tmp_path, caplog):
+    accepted, other = (
+        {"text": text, "spans": OBJECTS, "answer": "accept"} for text in (TEXT, TEXT.replace("Anna", "Emma"))
+    )
+    path = write(tmp_path, "a.jsonl", accepted, {**other, "answer": "reject"}, {**other, "answer": "ignore"})
+    assert read_examples(path, "TOKEN_CLS") == [EXAMPLE]
+    assert f"2 examples that were rejected or ignored are left out, {path}, line 2 the first" in caplog.text
+    options = [{"id": name, "text": name} for name in ("good", "bad")]
+    asked = {"text": TEXT, "options": options, "accept": ["bad"], "answer": "accept", "_task_hash": 1}
+    assert read_examples(write(tmp_path, "b.jsonl", asked), "SEQ_CLS") == [{"text": TEXT, "label": "bad"}]
 
 
 def test_tasks_that_nobody_labelled_are_counted_and_two_opinions_refused(tmp_path, caplog):
