@@ -7,7 +7,8 @@ from pathlib import PurePath
 
 from ptv2_fast.report.html import Html, Section, el, join, note, number, table
 from ptv2_fast.report.judged import Judged
-from ptv2_fast.report.run import SMALLER_IS_BETTER, Run
+from ptv2_fast.report.run import Run
+from ptv2_fast.training.metrics import SMALLER_IS_BETTER
 
 
 def compare_section(runs: Sequence[Run], judged: Sequence[Judged | str]) -> Section:

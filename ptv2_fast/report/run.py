@@ -13,8 +13,6 @@ from ptv2_fast.task_types import SINGLE_LABEL
 from ptv2_fast.training.described import read_description, read_settings
 from ptv2_fast.training.run_folder import METRICS_NAME, SETTINGS_NAME, read_object
 
-# Of all scores that a run may have, those of which less is better.
-SMALLER_IS_BETTER = ("loss", "perplexity", "mse")
 # Of what kind the parts of both files are that the page reads: [kind] is a list, {kind} an object of such values; None
 # may stand for any.
 _METRICS: Mapping[str, Any] = {
