@@ -48,11 +48,18 @@ class Run:
     def task(self) -> str:
         """The task, and what its head solves where that is not one class for each row."""
         task = str(self.settings.get("task_type") or self.config.get("task_type"))
+        return ", ".join([task, *sorted(self._of_heads("problem_type") - {SINGLE_LABEL})])
+
+    @property
+    def pooling(self) -> str | None:
+        """What of a row its heads read."""
+        return ", ".join(sorted(self._of_heads("pooling"))) or None
+
+    def _of_heads(self, name: str) -> set[str]:
+        """What the descriptions of the heads say under a name."""
         heads = self.config.get("heads")
         said = heads.values() if isinstance(heads, dict) else ()  # a head may be its number of labels alone
-        problems = {head.get("problem_type", SINGLE_LABEL) for head in said if isinstance(head, dict)} - {SINGLE_LABEL}
-        problem = ", ".join(sorted(problems)) or None
-        return task if problem is None else f"{task}, {problem}"
+        return {str(head[name]) for head in said if isinstance(head, dict) and head.get(name) is not None}
 
     @property
     def metric(self) -> str | None:
