@@ -252,5 +252,5 @@ def _as_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
 
 
 def _classified(head: nn.Module, states: Tensor) -> Tensor:
-    """A head's logits; it may be wider than the base."""
-    return head(states.to(head.weight.dtype))
+    """A head's logits; it may be wider than the base, and any module."""
+    return head(states.to(next((p.dtype for p in head.parameters() if p.is_floating_point()), states.dtype)))
