@@ -52,8 +52,12 @@ class DeepPromptEncoder(nn.Module):
 
     @property
     def device(self) -> str:
-        """Where the prompts are."""
+        """Where the prompts are; the tutorial's is set by whoever moves it, which changes nothing here."""
         return str(self.prompts[0].weight.device)
+
+    @device.setter
+    def device(self, device: torch.device | str) -> None:
+        torch.device(device)  # refuses what is none
 
     def forward(self, layer_idx: int) -> Tensor:
         """The prompts of one layer, (P, D): the parameter itself."""
@@ -102,8 +106,12 @@ class P_Tuning_Model(nn.Module):
 
     @property
     def device(self) -> str:
-        """Where the base computes."""
+        """Where the base computes; the tutorial's is set by whoever moves it, which changes nothing here."""
         return str(device_of(self.base_model))
+
+    @device.setter
+    def device(self, device: torch.device | str) -> None:
+        torch.device(device)  # refuses what is none
 
     @property
     def backend(self) -> str:

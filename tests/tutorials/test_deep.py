@@ -200,6 +200,14 @@ def test_prompts_that_were_saved_whole_are_set_and_the_base_is_not():
         model.base_model = other.base_model
 
 
+def test_whoever_moves_a_model_may_say_where_it_is():
+    """The tutorial's `device` is an attribute that `.to(...)` does not follow, so its programs set it."""
+    model = _pair()[0]
+    for module in (model, model.prompt_encoder):
+        module.device = "meta"
+        assert module.device == "cpu", "its weights say where it is"
+
+
 def test_train_and_eval_are_the_bases_too():
     base = tiny_base("bert", hidden_dropout_prob=0.5)
     model, batch = P_Tuning_Model(base, P, LABELS), padded(text_rows(), "right")
