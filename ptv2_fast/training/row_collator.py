@@ -48,7 +48,7 @@ class RowCollator:
         numbers: labels are floating-point numbers, whatever a data set writes them as.
 
     Raises:
-        ValueError: labels are names; or as `PadCollator`.
+        ValueError: a row is no mapping, or its labels are names; or as `PadCollator`.
     """
 
     pad: PadCollator
@@ -94,6 +94,8 @@ class RowCollator:
         return {**batch, **apart}
 
     def _plain(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"rows must be mappings of names to lists or numbers; got {type(row).__name__}")
         feature = {}
         for name, value in row.items():
             if name not in LABELS and value is not None and not isinstance(value, str):

@@ -47,27 +47,33 @@ class TrainingArguments(transformers.TrainingArguments):
     weight_decay: float = field(default=_OF_FIT.weight_decay)
     # Autograd's version counters see what it writes; they do not see the default, fused one.
     optim: str = field(default="adamw_torch")
-    eval_strategy: Any = field(default=None)
-    save_strategy: Any = field(default=None)
+    eval_strategy: str | None = field(default=None)  # type: ignore[assignment]
+    save_strategy: str | None = field(default=None)  # type: ignore[assignment]
     save_total_limit: int | None = field(default=2)
-    load_best_model_at_end: Any = field(default=None)
+    load_best_model_at_end: bool | None = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        """Fill in what is None, as without an evaluation set; remember what it was."""
-        self.left_open = {name for name in _OPEN if getattr(self, name) is None}
+        """Fill in what is None, as without an evaluation set; remember what it was and what it became."""
+        left_open = {name for name in _OPEN if getattr(self, name) is None}
         plateau = self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
-        if "eval_strategy" in self.left_open and (self.load_best_model_at_end or plateau):
+        if "eval_strategy" in left_open and (self.load_best_model_at_end or plateau):
             # Both need scores, and cannot wait for what Trainer knows.
-            self.left_open.remove("eval_strategy")
+            left_open.remove("eval_strategy")
             steps = self.load_best_model_at_end and self.save_strategy == "steps"
             self.eval_strategy = "steps" if steps else "epoch"
-        elif "eval_strategy" in self.left_open:
+        elif "eval_strategy" in left_open:
             self.eval_strategy = "no"
-        if "save_strategy" in self.left_open:
+        if "save_strategy" in left_open:
             self.save_strategy = "epoch" if self.eval_strategy == "no" else self.eval_strategy
-        if "load_best_model_at_end" in self.left_open:
+        if "load_best_model_at_end" in left_open:
             self.load_best_model_at_end = False
         super().__post_init__()
+        self._filled_in = {name: getattr(self, name) for name in left_open}
+
+    @property
+    def left_open(self) -> set[str]:
+        """What nobody has said, neither when these arguments were made nor since."""
+        return {name for name, value in self._filled_in.items() if getattr(self, name) == value}
 
     def completed(self, metric: ArrayMetric | None, sets: Sequence[str] = ()) -> TrainingArguments:
         """A copy for a run with an evaluation set: what was left open evaluates, saves and keeps the best epoch.
@@ -76,21 +82,22 @@ class TrainingArguments(transformers.TrainingArguments):
             metric: what epochs are compared by, where the arguments do not say it; None is the loss.
             sets: the names of several evaluation sets, of which the first is compared where the arguments name none.
         """
-        args = copy.copy(self)
-        if "eval_strategy" in self.left_open:
+        args, left_open = copy.copy(self), self.left_open
+        if "eval_strategy" in left_open:
             args.eval_strategy, args.do_eval = IntervalStrategy.EPOCH, True
-        if "save_strategy" in self.left_open and args.eval_strategy != IntervalStrategy.NO:
+        if "save_strategy" in left_open and args.eval_strategy != IntervalStrategy.NO:
             args.save_strategy = SaveStrategy(IntervalStrategy(args.eval_strategy).value)
         by_epoch = {IntervalStrategy(args.eval_strategy).value, SaveStrategy(args.save_strategy).value} == {"epoch"}
-        if "load_best_model_at_end" in self.left_open:
+        if "load_best_model_at_end" in left_open:
             args.load_best_model_at_end = by_epoch
-        if args.load_best_model_at_end and "metric_for_best_model" in self.left_open and metric is not None:
+        if args.load_best_model_at_end and "metric_for_best_model" in left_open and metric is not None:
             args.metric_for_best_model, args.greater_is_better = metric.name, metric.greater_is_better
         elif args.load_best_model_at_end and args.metric_for_best_model is None:
             args.metric_for_best_model, args.greater_is_better = "loss", False
         name = (args.metric_for_best_model or "").removeprefix("eval_")
-        if metric is not None and "greater_is_better" in self.left_open and name.endswith(SMALLER_IS_BETTER):
-            args.greater_is_better = False
+        if name and "greater_is_better" in left_open:
+            # What scores of somebody's own mean is not known: only their loss is.
+            args.greater_is_better = not name.endswith("loss" if metric is None else SMALLER_IS_BETTER)
         if name and sets and not any(name.startswith(f"{one}_") for one in sets):
             args.metric_for_best_model = f"{sets[0]}_{name}"
         if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:

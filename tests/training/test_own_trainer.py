@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import BertForSequenceClassification, EvalPrediction
+from transformers import BertForSequenceClassification, EvalPrediction, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from ptv2_fast import HeadConfig, PTuningV2Config, get_ptv2_model
@@ -125,6 +125,8 @@ def test_rows_come_as_data_sets_write_them():
         assert {name: tensor.tolist() for name, tensor in found.items()} == {
             name: tensor.tolist() for name, tensor in expected.items()
         }
+    with pytest.raises(ValueError, match="rows must be mappings .*; got tuple"):
+        collate([([5], 1)])
     with pytest.raises(ValueError, match=r"'label' must be numbers, not names .*; got \['O'\]"):
         collate([{"input_ids": [5], "label": ["O"]}])
     states = collate([{"inputs_embeds": np.ones((n, 4)), "labels": [1] * n} for n in (2, 1)])
@@ -253,6 +255,20 @@ def test_the_best_epoch_is_found_whatever_is_given(given, several, expected, tmp
     assert (found.eval_strategy, found.save_strategy, *best) == expected
     if "lr_scheduler_type" in given:
         assert found.lr_scheduler_kwargs == {"mode": "max"}
+
+
+def test_arguments_are_set_later_and_read_from_a_command_line(tmp_path):
+    model = get_ptv2_model(tiny_bert(), PTuningV2Config("SEQ_CLS", num_virtual_tokens=2, heads={"task": 2}))
+    dev = [{"input_ids": [2, 7, 3], "labels": 1}]
+    args = TrainingArguments(str(tmp_path), **QUIET)
+    args.set_evaluate("steps", steps=3)
+    args.metric_for_best_model = "f1"
+    found = Trainer(model=model, args=args, train_dataset=dev, eval_dataset=dev).args
+    assert (found.eval_strategy, found.save_strategy, found.eval_steps) == ("steps", "steps", 3)
+    assert (found.load_best_model_at_end, found.metric_for_best_model, found.greater_is_better) == (False, "f1", True)
+    words = f"--output_dir {tmp_path} --eval_strategy steps --load_best_model_at_end True"
+    (parsed,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words.split())
+    assert (parsed.eval_strategy, parsed.save_strategy, parsed.load_best_model_at_end) == ("steps", "steps", True)
 
 
 def test_the_best_of_several_sets_and_of_models_that_trainer_makes(tmp_path):
