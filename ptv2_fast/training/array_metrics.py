@@ -117,7 +117,10 @@ def _first_of_argmax(logits: Any, labels: Any) -> Any:
 def _tag_scores(found: Any, names: Mapping[int, str], tagged: bool) -> dict[str, float]:
     """Scores of the tokens that have a label, of each row a sentence."""
     guess, truth = [], []
-    for tags, labels in zip(found.predictions, found.label_ids, strict=True):
+    best = _logits(found)
+    if best.ndim > np.ndim(found.label_ids):  # of a Trainer whose preprocess_logits_for_metrics is somebody's own
+        best = best.argmax(-1)
+    for tags, labels in zip(best, found.label_ids, strict=True):
         kept = labels != IGNORED_LABEL
         guess.append([names[int(tag)] for tag in tags[kept]])
         truth.append([names[int(label)] for label in labels[kept]])

@@ -335,3 +335,5 @@ def test_choices_and_tags_that_are_no_entities_have_an_accuracy():
         predictions=np.array([[0, 1, -100], [2, 2, 1]]), label_ids=np.array([[0, 1, -100], [2, 0, 1]])
     )
     assert metric.name == "accuracy" and metric.compute(found)["accuracy"] == pytest.approx(4 / 5)
+    logits = EvalPrediction(predictions=np.eye(3)[np.clip(found.predictions, 0, 2)], label_ids=found.label_ids)
+    assert metric.compute(logits) == metric.compute(found), "also of logits that somebody kept"
