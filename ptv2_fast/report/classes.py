@@ -97,16 +97,17 @@ def _confusion_table(truth: Sequence[str], guess: Sequence[str], labels: Sequenc
     counts = confusion(truth, guess, shown)
     rows = []
     for name, row in zip(shown, counts, strict=True):
-        cells = [_share(count, sum(row), name == other) for other, count in zip(shown, row, strict=True)]
+        # Of the others nobody sees which is taken for which, so none of them is called right.
+        cells = [_share(n, sum(row), name == other, name in labels) for other, n in zip(shown, row, strict=True)]
         rows.append([el("th", clipped(name, _LONGEST_NAME), scope="row"), *cells])
     header = [el("th", "true \\ predicted"), *(el("th", clipped(name, _LONGEST_NAME), class_="n") for name in shown)]
     return join([table(header, rows), note("Rows of each true class: how many, and the share of the class.")])
 
 
-def _share(count: int, rows: int, right: bool) -> Html:
-    """A cell, the darker the more of its row is in it: blue on the diagonal, red off it."""
+def _share(count: int, rows: int, right: bool, single: bool) -> Html:
+    """A cell, the darker the more of its row is in it: blue on the diagonal, red off it, grey where both are mixed."""
     share = count / rows if rows else 0.0
-    colour = "37, 99, 235" if right else "220, 60, 40"
+    colour = "220, 60, 40" if not right else "37, 99, 235" if single else "128, 128, 128"
     style = f"background: rgba({colour}, {0.6 * share:.3f})"
     return el("td", f"{count:,}", el("small", f"{100 * share:.0f} %"), class_="n cell", style=style)
 
@@ -129,7 +130,7 @@ def mistakes(judged: Judged, right: Sequence[bool], most: int) -> Html:
 
 def _named(example: Mapping[str, Any], label: Any) -> str:
     """A class by its name, a choice by its text."""
-    return f"“{clipped(example['choices'][label], 120)}”" if "choices" in example else str(label)
+    return f"“{clipped(example['choices'][label], 120)}”" if "choices" in example else clipped(str(label), 120)
 
 
 def text_of(example: Mapping[str, Any]) -> Html:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ptv2_fast.report.html import Html, Section, el, join, note
@@ -25,9 +26,10 @@ def curves_section(runs: Sequence[Run]) -> Section:
 
 
 def curve(run: Run, name: str) -> list[Point]:
-    """(epoch, value) of each record that has both, in order."""
+    """(epoch, value) of each record that has both as finite numbers, in order."""
     pairs = [(record.get("epoch"), record.get(name)) for record in run.history]
-    return [(float(x), float(y)) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
+    points = [(float(x), float(y)) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
+    return [point for point in points if all(map(math.isfinite, point))]
 
 
 def best_point(run: Run, points: Sequence[Point]) -> Point | None:

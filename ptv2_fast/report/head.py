@@ -52,13 +52,17 @@ def facts_of(run: Run) -> dict[str, object]:
         "virtual tokens (P)": config.get("num_virtual_tokens"),
         "layers": _listed(config.get("layers")) or "all",
         "prompts start as": config.get("prompt_init"),
+        "prompt MLP": config.get("reparameterization") or None,
+        "prompt dropout": config.get("prompt_dropout") or None,
+        "pooling": run.pooling,
         "trained parameters": f"{trained:,}{share}" if trained else None,
         "adapter on disk": f"{run.size:,} bytes",
         "training rows": _counted(metrics.get("rows"), settings.get("data")),
         "dev rows": _counted(metrics.get("dev_rows"), settings.get("dev")),
+        "tokens of a row": settings.get("max_length") or settings.get("row_length"),
         "epochs": number(metrics["epochs"], 0) if "epochs" in metrics else None,
         "learning rate": f"{fit['learning_rate']:g}, {fit.get('schedule')}" if "learning_rate" in fit else None,
-        "batch size": _batch(fit),
+        "batch size": batch_of(fit),
         "arithmetic": "bfloat16" if fit.get("bf16") else None,
         "seed": fit.get("seed"),
         "time": f"{metrics['seconds']:,.0f} s, evaluation included" if "seconds" in metrics else None,
@@ -80,7 +84,8 @@ def _counted(rows: int | None, source: Mapping[str, Any] | None) -> str | None:
     return ", ".join(said) or None
 
 
-def _batch(fit: Mapping[str, Any]) -> str | None:
+def batch_of(fit: Mapping[str, Any]) -> str | None:
+    """Rows of a batch, and how many batches are a step."""
     size, steps = fit.get("batch_size"), fit.get("gradient_accumulation", 1)
     return None if size is None else f"{size}" if steps == 1 else f"{size} × {steps} accumulated"
 

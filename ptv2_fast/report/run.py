@@ -13,8 +13,6 @@ from ptv2_fast.task_types import SINGLE_LABEL
 from ptv2_fast.training.described import read_description, read_settings
 from ptv2_fast.training.run_folder import METRICS_NAME, SETTINGS_NAME, read_object
 
-# Of all scores that a run may have, those of which less is better.
-SMALLER_IS_BETTER = ("loss", "perplexity", "mse")
 # Of what kind the parts of both files are that the page reads: [kind] is a list, {kind} an object of such values; None
 # may stand for any.
 _METRICS: Mapping[str, Any] = {
@@ -50,11 +48,18 @@ class Run:
     def task(self) -> str:
         """The task, and what its head solves where that is not one class for each row."""
         task = str(self.settings.get("task_type") or self.config.get("task_type"))
+        return ", ".join([task, *sorted(self._of_heads("problem_type") - {SINGLE_LABEL})])
+
+    @property
+    def pooling(self) -> str | None:
+        """What of a row its heads read."""
+        return ", ".join(sorted(self._of_heads("pooling"))) or None
+
+    def _of_heads(self, name: str) -> set[str]:
+        """What the descriptions of the heads say under a name."""
         heads = self.config.get("heads")
         said = heads.values() if isinstance(heads, dict) else ()  # a head may be its number of labels alone
-        problems = {head.get("problem_type", SINGLE_LABEL) for head in said if isinstance(head, dict)} - {SINGLE_LABEL}
-        problem = ", ".join(sorted(problems)) or None
-        return task if problem is None else f"{task}, {problem}"
+        return {str(head[name]) for head in said if isinstance(head, dict) and head.get(name) is not None}
 
     @property
     def metric(self) -> str | None:

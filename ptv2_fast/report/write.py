@@ -94,7 +94,8 @@ def write(asked: Asked) -> Path:
         shared.insert(0, compare_section(runs, judged))
     text = page(shared, parts)
     asked.output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(asked.output, lambda path: path.write_text(text, encoding="utf-8"))
+    # Names of folders may hold bytes that are no text.
+    write_whole(asked.output, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
     return asked.output
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from ptv2_fast.adapter import BASE_ROW, language_task
+from ptv2_fast.adapter import BASE_ROW, Adapter, language_task
 from ptv2_fast.inputs.arguments import named_arguments
 from ptv2_fast.inputs.cache import with_cache_name
 from ptv2_fast.model import PTuningV2Model
@@ -90,6 +90,15 @@ class TaskModel(PTuningV2Model):
         if mode:
             watch_rate(self)
         return super().train(mode)
+
+    def set_adapter(self, name: str) -> None:
+        """As everywhere; what trains now has its rate looked at."""
+        super().set_adapter(name)
+        watch_rate(self, begins=False)
+
+    def _register(self, name: str, adapter: Adapter) -> None:
+        super()._register(name, adapter)
+        watch_rate(self, begins=False)
 
     def _apply(self: M, *args: Any, **kwargs: Any) -> M:
         """Move or cast; what was captured, whichever task's steps, is given back first, with its memory."""

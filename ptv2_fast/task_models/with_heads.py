@@ -38,10 +38,10 @@ class PTuningV2ModelWithHeads(PackedHeads):
         config, adapter = self.base_model.config, self.adapters[self.active_adapter]
         if len(adapter.heads) != 1 and adapter.labels is None:
             return config
-        problem = _problem_of(adapter)
-        return labelled(
-            config, adapter.label_names, adapter.rename_labels, None if problem == SINGLE_LABEL else problem
-        )
+        problem: str | None = _problem_of(adapter)
+        if problem == SINGLE_LABEL and (len(adapter.heads) != 1 or getattr(config, "problem_type", None) is None):
+            problem = None
+        return labelled(config, adapter.label_names, adapter.rename_labels, problem)
 
     @config.setter
     def config(self, config: Any) -> None:

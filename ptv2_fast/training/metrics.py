@@ -18,6 +18,8 @@ from ptv2_fast.training.data.tags import Scheme, UnclearTags, scheme_of, stray_i
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # Texts that a query's ranking is judged by.
 RANKED = 10
+# Of all scores that a run may have, those of which less is better.
+SMALLER_IS_BETTER = ("loss", "perplexity", "mse")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 

@@ -62,8 +62,12 @@ class DeepPromptEncoder(nn.Module):
 
     @property
     def device(self) -> str:
-        """Where the prompts are."""
+        """Where the prompts are; the tutorial's is set by whoever moves it, which changes nothing here."""
         return str(self.prompts[0].weight.device)
+
+    @device.setter
+    def device(self, device: torch.device | str) -> None:
+        torch.device(device)  # refuses what is none
 
     def forward(self, layer_idx: int) -> Tensor:
         """The prompts of one layer, (P, D): the parameter itself."""
@@ -127,8 +131,12 @@ class P_Tuning_Model(nn.Module):
 
     @property
     def device(self) -> str:
-        """Where the base computes."""
+        """Where the base computes; the tutorial's is set by whoever moves it, which changes nothing here."""
         return str(device_of(self.base_model))
+
+    @device.setter
+    def device(self, device: torch.device | str) -> None:
+        torch.device(device)  # refuses what is none
 
     @property
     def backend(self) -> str:
@@ -277,5 +285,5 @@ def _as_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
 
 
 def _classified(head: nn.Module, states: Tensor) -> Tensor:
-    """A head's logits; it may be wider than the base."""
-    return head(states.to(head.weight.dtype))
+    """A head's logits; it may be wider than the base, and any module."""
+    return head(states.to(next((p.dtype for p in head.parameters() if p.is_floating_point()), states.dtype)))

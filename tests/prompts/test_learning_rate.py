@@ -117,6 +117,51 @@ def test_a_loop_by_hand_is_told_too_and_another_model_again(caplog):
     assert len([record for record in caplog.records if record.name == "ptv2_fast.prompts.learning_rate"]) == 2
 
 
+def warnings_of(caplog) -> int:
+    return len([record for record in caplog.records if record.name == "ptv2_fast.prompts.learning_rate"])
+
+
+@pytest.mark.parametrize("rate", [5e-5, torch.tensor(5e-5)], ids=["float", "tensor"])
+def test_who_never_calls_train_is_told_too(caplog, rate, monkeypatch):
+    """A fresh model is in training mode; and what other models do meanwhile does not count."""
+    model, other = model_of(), torch.nn.Linear(2, 2)
+    elsewhere = Adam(other.parameters())
+    for _ in range(20):
+        other(torch.ones(2)).sum().backward()
+        elsewhere.step()
+    steps(model, Adam(trained(model), lr=rate))
+    assert warnings_of(caplog) == 1
+    model = model_of()
+    monkeypatch.setattr(type(model), "train", lambda model, mode=True: model)
+    steps(model, Adam(trained(model), lr=rate))
+    assert warnings_of(caplog) == 2
+
+
+def test_each_adapter_is_looked_at_and_each_once(caplog):
+    model = model_of()
+    steps(model, Adam(trained(model), lr=1e-2))
+    model.add_adapter("two", PTuningV2Config("SEQ_CLS", num_virtual_tokens=2, heads={"task": 2}))
+    model.set_adapter("two")
+    for _ in range(2):
+        steps(model, Adam(trained(model), lr=1e-4))
+    assert warnings_of(caplog) == 1
+    model.set_adapter("default")
+    steps(model, Adam(trained(model), lr=1e-2))
+    assert warnings_of(caplog) == 1
+
+
+def test_a_low_rate_that_falls_by_hand_is_low(caplog):
+    model = model_of()
+    optimizer = Adam(trained(model), lr=1e-4)
+
+    class Falling:
+        def step(self):
+            optimizer.param_groups[0]["lr"] *= 0.9
+
+    steps(model, optimizer, Falling())
+    assert warnings_of(caplog) == 1
+
+
 def test_a_bare_base_is_not_looked_at(tmp_path, caplog):
     from transformers import BertForSequenceClassification
 

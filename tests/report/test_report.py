@@ -128,11 +128,28 @@ def test_what_is_missing_is_left_out_with_a_sentence(trained, tmp_path):
     assert number(_metrics(trained / "short")["dev"]["accuracy"]) in judged
     (bare / "metrics.json").write_text('{"metric": "accuracy", "dev": {"accuracy": null}, "history": [{"loss": null}]}')
     assert "accuracy" in Page(write_report([bare, trained / "long"], tmp_path / "bare.html")).text
+    (bare / "metrics.json").write_text('{"history": [{"epoch": 1, "loss": NaN}, {"epoch": 2, "loss": Infinity}]}')
+    assert "No curves were written down for bare" in Page(write_report([bare], tmp_path / "bare.html")).text
     (bare / "metrics.json").write_text('{"history": [7]}')
     with pytest.raises(ValueError, match="metrics.json is damaged: history"):
         write_report([bare], tmp_path / "bare.html")
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         write_report([bare], tmp_path / "other.html", data="gone.jsonl")
+
+
+def test_runs_say_in_what_they_differ(trained, tmp_path):
+    """A base or data of the same last name in another folder is another one; a name of a folder may be no text."""
+    other = shutil.copytree(trained / "short", tmp_path / "short-\udcff")
+    settings = json.loads((other / "settings.json").read_text())
+    settings |= {"data": {**settings["data"], "path": "elsewhere/train.jsonl"}, "max_length": 77}
+    settings["fit"] |= {"gradient_accumulation": 4, "schedule": "exponential"}
+    (other / "settings.json").write_text(json.dumps(settings))
+    text = Page(write_report([trained / "short", other], tmp_path / "two.html")).text
+    assert "short-?" in text and "elsewhere/train.jsonl" in text and "8 × 4 accumulated" in text
+    alike = text[text.index("The same in all") :].split(".\n")[0].split("What was trained")[0]
+    for name in ("data", "tokens of a row", "schedule", "batch"):
+        assert f"{name} " not in alike, name
+    assert "base bert" in alike and "pooling mean" in alike
 
 
 @pytest.fixture(scope="module")

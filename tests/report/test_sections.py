@@ -9,7 +9,8 @@ import torch
 
 from ptv2_fast.report.asked import _names
 from ptv2_fast.report.calibration import bins_of, expected_error
-from ptv2_fast.report.classes import confusion, quality
+from ptv2_fast.report.classes import MOST_CLASSES, OTHERS, _confusion_table, confusion, quality
+from ptv2_fast.report.compare import told_apart
 from ptv2_fast.report.html import clipped, el, number
 from ptv2_fast.report.judged import Judged
 from ptv2_fast.report.prompts import nearest
@@ -32,6 +33,28 @@ def test_confusion_counts_true_rows_and_predicted_columns():
     one = quality(right=1, guessed=2, true=4)
     assert (one.precision, one.recall, one.f1, one.support) == (0.5, 0.25, pytest.approx(1 / 3), 4)
     assert quality(0, 0, 0).f1 == 0.0
+
+
+def test_rare_classes_are_one_that_is_never_called_right():
+    names = [f"c{index}" for index in range(MOST_CLASSES + 2)]
+    truth = [*names, *names[: MOST_CLASSES - 1]]
+    guess = [*names[:-1], names[-2], *names[: MOST_CLASSES - 1]]
+    rows = _confusion_table(truth, guess, names).split("<tr>")
+    assert OTHERS in rows[-1] and "37, 99, 235" not in rows[-1] and "128, 128, 128" in rows[-1]
+    assert "37, 99, 235" in rows[-2]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/bert", "a/bert"], ["bert", "bert"]),
+        (["a/bert", "b/bert", "c"], ["a/bert", "b/bert", "c"]),
+        (["x/a/bert", "y/a/bert"], ["x/a/bert", "y/a/bert"]),
+        (["–"], ["–"]),
+    ],
+)
+def test_paths_are_told_apart_by_as_little_as_that_takes(paths, names):
+    assert told_apart(paths) == names
 
 
 def test_entities_are_those_that_the_score_counts():

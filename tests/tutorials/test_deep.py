@@ -191,11 +191,21 @@ def test_prompts_that_were_saved_whole_are_set_and_the_base_is_not():
     assert model.prompt_encoder.prompts[0].weight.grad is not None
     model.classification_heads = torch.nn.ModuleList([torch.nn.Linear(HIDDEN, 7).double()])
     assert model(*args).shape == (3, 7)
+    model.classification_heads[0] = torch.nn.Sequential(torch.nn.Dropout(0.0), model.classification_heads[0])
+    assert model(*args).shape == (3, 7)
     for value in (DeepPromptEncoder(2, HIDDEN, P + 1, "cpu"), torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match=r"prompt_encoder must be .*\(2, 3, 32\); got"):
             model.prompt_encoder = value
     with pytest.raises(ValueError, match="base_model must stay"):
         model.base_model = other.base_model
+
+
+def test_whoever_moves_a_model_may_say_where_it_is():
+    """The tutorial's `device` is an attribute that `.to(...)` does not follow, so its programs set it."""
+    model = _pair()[0]
+    for module in (model, model.prompt_encoder):
+        module.device = "meta"
+        assert module.device == "cpu", "its weights say where it is"
 
 
 def test_train_and_eval_are_the_bases_too():
