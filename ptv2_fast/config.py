@@ -131,7 +131,7 @@ class PTuningV2Config:
         from ptv2_fast import PTuningV2Config
 
         config = PTuningV2Config("SEQ_CLS", num_virtual_tokens=8, injection="prefix", heads={"topic": 4})
-        assert config.heads["topic"].num_labels == 3
+        assert config.heads["topic"].num_labels == 4
         assert PTuningV2Config.from_dict(config.to_dict()) == config
         ```
     """

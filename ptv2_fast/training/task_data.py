@@ -26,7 +26,7 @@ class TaskCodec:
         task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, MULTIPLE_CHOICE, SENTENCE_RETRIEVAL or CAUSAL_LM.
         tokenizer: a fast tokenizer.
         labels: the classes or tags in the order of the model's outputs; None for the other tasks.
-        max_length: the most tokens of a row.
+        max_length: the most tokens of a row; None, filled in, means the task's usual length.
         doc_stride: tokens that neighbouring windows of a context share (QUESTION_ANS).
         no_answer: whether a question may have no answer (QUESTION_ANS).
         problem_type: what a SEQ_CLS head solves, as `HeadConfig` says it; None is one class for each row.
@@ -52,13 +52,15 @@ class TaskCodec:
     task_type: str
     tokenizer: Any
     labels: LabelSet | None = None
-    max_length: int = 128
+    max_length: int = None  # type: ignore[assignment]
     doc_stride: int = 128
     no_answer: bool = False
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
         training_task(self.task_type, self.problem_type)
+        if self.max_length is None:
+            object.__setattr__(self, "max_length", DEFAULT_MAX_LENGTH[self.task_type])
         if not isinstance(self.max_length, int) or self.max_length < 2:
             raise ValueError(f"max_length must be an integer of at least 2; got {self.max_length!r}")
         if not isinstance(self.doc_stride, int) or self.doc_stride < 0:

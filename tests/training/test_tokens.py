@@ -7,8 +7,10 @@ import logging
 import numpy as np
 import pytest
 
+from ptv2_fast.task_types import TASKS, TRAINED_TASKS
 from ptv2_fast.training.batches import IGNORED_LABEL, PadCollator
 from ptv2_fast.training.data import LabelSet
+from ptv2_fast.training.task_data import TaskCodec
 from ptv2_fast.training.tokens import (
     decode_answers,
     decode_tags,
@@ -300,3 +302,13 @@ def test_real_tokenizer_through_the_collator(minilm_tokenizer):
     assert batch["attention_mask"].sum(1).tolist() == [len(f["input_ids"]) for f in features]
     for row, feature, example in zip(batch["labels"], features, examples, strict=True):
         assert decode_tags(row.clamp(min=0), feature, TAGS) == example["tags"]
+
+
+@pytest.mark.parametrize("task_type", TRAINED_TASKS)
+def test_a_codec_has_the_usual_length_of_its_task(task_type, tiny_tokenizer):
+    """One for questions has room for a context behind the question, and windows that share `doc_stride` tokens."""
+    codec = TaskCodec(task_type, tiny_tokenizer)
+    assert codec.max_length == TASKS[task_type].max_length
+    if task_type == "QUESTION_ANS":
+        example = {"id": "1", "question": "who met anna ?", "context": "bob met anna ."}
+        assert len(codec.encode([example])) == 1
