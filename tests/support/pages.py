@@ -14,13 +14,14 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
 
+from processes import free_port
 from ptv2_fast.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -65,9 +66,12 @@ def run_page(page: Path, folder: Path) -> None:
     for name in _BESIDE:
         (folder / name).symlink_to(ROOT / name)
     names: dict[str, Any] = {"__name__": "__main__"}
+    port = str(free_port())
     beside: list[subprocess.Popen[bytes]] = []
     try:
         for block in blocks_of(page):
+            # The port of a server that a reader starts may be taken here.
+            block = replace(block, text=re.sub(r"\b8000\b", port, block.text))
             printed = _run_python(block, page, names) if block.language == "python" else _run_shell(block, page, beside)
             if block.prints is not None:
                 assert_printed(printed, block.prints, f"{page.name}, line {block.line}")
