@@ -101,7 +101,10 @@ class PTuningV2Model(BaseAttributes, BaseMethods, Persistence):
         """
         super().__init__()
         if not isinstance(base, PreTrainedModel):
-            raise ValueError(f"base must be a transformers PreTrainedModel; got {type(base).__name__}")
+            raise ValueError(
+                f"base must be a transformers PreTrainedModel; got {type(base).__name__} (what wraps a model, "
+                "torch.compile for instance, is given the PTuningV2Model)"
+            )
         hook.check_served({}, backbone_of(base).config)
         self._look_at(base)
         self._kept = PromptCache()

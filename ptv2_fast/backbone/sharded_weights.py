@@ -88,6 +88,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def whole_of(tensor: Tensor) -> Tensor:
+    """A tensor with the parts of all processes, each of which has to ask; one that is no `DTensor` is itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def check_runs_alone(backbone: nn.Module) -> None:
     """Refuse a backbone that only runs as a part of something else, which brings the weights outside its layers.
 
@@ -99,6 +104,19 @@ def check_runs_alone(backbone: nn.Module) -> None:
         raise ValueError(
             "fully_shard must be given the whole PTuningV2Model, or the backbone, beside the layers: a shallow prompt "
             f"runs the backbone by itself; got {type(backbone).__name__} sharded by a module in between"
+        )
+
+
+def check_gathered(prompts: Tensor) -> None:
+    """Refuse prompts of which this process holds a part: what FSDP2 has wrapped does not run.
+
+    Raises:
+        ValueError: see above; it names the way to run another method than forward.
+    """
+    if isinstance(prompts, DTensor):
+        raise ValueError(
+            "prompts must be whole; got a part of them, since fully_shard brings them for forward alone: "
+            "torch.distributed.fsdp.register_fsdp_forward_method(model, 'generate') does for generate too"
         )
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt, PromptBatch, not_reached
 from ptv2_fast.backbone.hooked import Hooked
-from ptv2_fast.backbone.sharded_weights import check_runs_alone, dtype_of, kept_together
+from ptv2_fast.backbone.sharded_weights import check_gathered, check_runs_alone, dtype_of, kept_together
 from ptv2_fast.families.family import Family
 from ptv2_fast.prompts.encoder import PromptEncoder
 from ptv2_fast.prompts.projection import LayerProjections
@@ -42,9 +42,13 @@ def layer_prompts(
         One LayerPrompt of keys and values (Hkv, P, d) per layer, in the backbone's dtype; a lazy one where the layer's
         weights are there only while it runs.
 
+    Raises:
+        ValueError: FSDP2 has sharded the prompts, and what it wrapped does not run.
+
     Source: P-Tuning v2 (Liu et al., 2022), section 3.2; the batch never enters, so neither does its size.
     """
     prompts = encoder().to(dtype_of(backbone))
+    check_gathered(prompts)
     count = projections.num_layers
     gates = dict(zip(encoder.layers, encoder.gate.unbind(0), strict=True)) if encoder.gate is not None else {}
     waits = projections.must_wait()

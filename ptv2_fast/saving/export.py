@@ -11,11 +11,17 @@ from torch import Tensor
 from ptv2_fast.adapter_set import AdapterSet
 from ptv2_fast.attention.prompt_batch import LayerPrompt, LazyPrompt
 from ptv2_fast.backbone.at_rest import at_rest
+from ptv2_fast.backbone.sharded_weights import is_sharded
 from ptv2_fast.choices import EXPORTS as FORMATS
 from ptv2_fast.prompts.placement import is_inline
 from ptv2_fast.saving.checkpoint import describe
 from ptv2_fast.storage.files import write_whole
 from ptv2_fast.storage.tensors import read_metadata, write_tensors
+
+_AT_HAND = (
+    "model must have its weights at hand to be exported; got a sharded or offloaded one: load the saved adapter over a "
+    "whole base"
+)
 
 
 def prompt_tensors(model: AdapterSet, what: str, adapter_name: str | None = None) -> dict[str, Tensor]:
@@ -61,6 +67,8 @@ def prompt_tensors(model: AdapterSet, what: str, adapter_name: str | None = None
         raise ValueError(
             f"format 'kv' needs prompts that do not see the text; adapter {name!r} is shallow on a bidirectional model"
         )
+    if any(is_sharded(tensor) for tensor in adapter.state_dict().values()):
+        raise ValueError(_AT_HAND)
     with at_rest(model):
         if what == "embeddings":
             return {"prompt_embeddings": _plain(adapter.encoder())}
@@ -73,10 +81,7 @@ def _keys_and_values(prompts: Sequence[LayerPrompt | LazyPrompt | None]) -> dict
         if prompt is None:
             continue
         if isinstance(prompt, LazyPrompt):
-            raise ValueError(
-                "model must have its weights at hand for format 'kv'; got a sharded or offloaded one: load the "
-                "saved adapter over a whole base"
-            )
+            raise ValueError(_AT_HAND)
         tensors[f"layers.{layer}.key"] = _plain(prompt.keys)
         tensors[f"layers.{layer}.value"] = _plain(prompt.values)
         if prompt.bias is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.adapter import Adapter, check_tensors
 from ptv2_fast.adapter_set import AdapterSet
+from ptv2_fast.backbone.sharded_weights import is_sharded, whole_of
 from ptv2_fast.saving import checkpoint
 from ptv2_fast.storage.tensors import FLOATS
 
@@ -63,7 +64,8 @@ class Persistence(AdapterSet):
             adapter_names: which adapters; None means all.
             format: "ptv2", or "peft" for folders that `peft.PeftModel.from_pretrained` reads: prefix and shallow
                 prompts as they are, deep ones as the prefix that they make.
-            is_main_process: whether this process writes.
+            is_main_process: whether this process writes. Of prompts that FSDP2 has sharded each process brings its
+                part, so all of them call this.
             state_dict: tensors to write instead of the model's own, named as `state_dict()` names them (what
                 `accelerator.get_state_dict(model)` gathers); not with format "peft".
             save_function: None, or accelerate's `accelerator.save`, which means: on the main process alone. Files are
@@ -83,7 +85,9 @@ class Persistence(AdapterSet):
             raise ValueError(f"adapter_names must be a list of at least one name, or None; got {adapter_names!r}")
         for name in names:
             self._check_name(name)
-        if not is_main_process or not getattr(getattr(save_function, "__self__", None), "is_main_process", True):
+        writes = is_main_process and getattr(getattr(save_function, "__self__", None), "is_main_process", True)
+        # FSDP2 takes the parts apart for a state dict alone: between a forward and its backward parameters are whole.
+        if not writes and not any(is_sharded(tensor) for tensor in self.adapters.state_dict().values()):
             return
         self._check_frozen()
         if format == "peft":
@@ -95,7 +99,10 @@ class Persistence(AdapterSet):
             adapter = self.adapters[name]
             own = adapter.state_dict()
             tensors = own if state_dict is None else _given(name, own, state_dict)
-            parts[name] = checkpoint.part_of(self._described(name), tensors)
+            whole = {key: whole_of(tensor) for key, tensor in tensors.items()}
+            parts[name] = checkpoint.part_of(self._described(name), whole)
+        if not writes:
+            return
         checkpoint.save_adapters(save_directory, parts, list(self.adapters))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ptv2_fast.adapter import Adapter
 from ptv2_fast.adapter_set import AdapterSet
 from ptv2_fast.backbone.at_rest import at_rest
+from ptv2_fast.backbone.sharded_weights import weights_owner
 from ptv2_fast.families.registry import family_of, sizes_of
 from ptv2_fast.inputs.features import reads_text
 from ptv2_fast.inputs.sliding_window import smallest_window
@@ -112,8 +113,11 @@ def _check(model: AdapterSet, name: str, adapter: Adapter) -> None:
     config, family, kind = adapter.config, family_of(model.backbone), model.backbone.config.model_type
     sizes = sizes_of(model.backbone)
     length, is_shallow = config.num_virtual_tokens, config.injection == "shallow"
+    owner = weights_owner((model, model.base_model, model.backbone), family.layers(model.backbone))
     reason = None
-    if adapter.heads:
+    if owner is not None:
+        reason = f"its weights come and go ({owner}): load the saved adapter over a whole base"
+    elif adapter.heads:
         reason = f"the heads {', '.join(adapter.heads)} are ours, and PEFT trains heads of the base's own class only"
     elif not reads_text(family) or family.own_pooler:
         reason = f"PEFT puts prompts before embeddings or in a cache, and a {kind} takes no embeddings and has no cache"

@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
 
-from processes import started
+from processes import free_port, started
 from ptv2_fast import PTuningV2Model
 from ptv2_fast.task_models.continuous_batching import SERVED
 from served_adapters import (
@@ -420,3 +421,21 @@ def test_a_folder_that_is_none_is_refused_before_anything_is_loaded(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["serve.py", "--model", "m", "--adapters", "nowhere"])
     with pytest.raises(SystemExit, match="--adapters must be a folder, which may be empty; got nowhere"):
         script().app_of(script().options_of())
+
+
+def test_replicas_answer_as_the_model_alone(tmp_path):
+    pytest.importorskip("ray")
+    llama_folder(tmp_path / "llama")
+    write_adapters(tmp_path / "adapters")
+    alone, port = PTuningV2Model.from_pretrained(tiny_llama(), tmp_path / "adapters"), free_port()
+    folders = ["--model", tmp_path / "llama", "--adapters", tmp_path / "adapters", "--port", port]
+    command = [sys.executable, SCRIPT.with_name("replicas.py"), *folders]
+    process = subprocess.Popen(list(map(str, command)))
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=60)
+        for name in ("chat", "letters"):
+            answer = client.completions.create(model=name, prompt="anna met", max_tokens=7).choices[0]
+            assert (answer.text, answer.finish_reason) == generated(alone, name, "anna met", 7)[:2]
+    finally:
+        process.terminate()
+        process.wait(60)

@@ -1,26 +1,28 @@
 """A page of Markdown as a reader runs it: its blocks from top to bottom, in an empty folder, with nothing supplied.
 
-Blocks of Python share one namespace. Of a block for the shell `ptv2-fast` runs in this process, `python` and
-`torchrun` in one of their own, a line that ends in `&` beside the rest; `pip`, `make` and `git` are for the reader, and
-only extras and targets are looked up. A block of text right behind another is what that one prints.
+Blocks of Python share one namespace. Of a block for the shell `ptv2-fast` runs in this process, `python` and `torchrun`
+in some of their own, forked from one that has imported what takes long, a line that ends in `&` beside the rest; `pip`,
+`make` and `git` are for the reader, and only extras and targets are looked up. A block of text right behind another is
+what that one prints.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import shlex
 import subprocess
-import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from itertools import zip_longest
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
 
+from processes import free_port, started, torchruns
 from ptv2_fast.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -65,16 +67,19 @@ def run_page(page: Path, folder: Path) -> None:
     for name in _BESIDE:
         (folder / name).symlink_to(ROOT / name)
     names: dict[str, Any] = {"__name__": "__main__"}
-    beside: list[subprocess.Popen[bytes]] = []
+    port = str(free_port())
+    beside: list[BaseProcess] = []
     try:
         for block in blocks_of(page):
+            # The port of a server that a reader starts may be taken here.
+            block = replace(block, text=re.sub(r"\b8000\b", port, block.text))
             printed = _run_python(block, page, names) if block.language == "python" else _run_shell(block, page, beside)
             if block.prints is not None:
                 assert_printed(printed, block.prints, f"{page.name}, line {block.line}")
     finally:
         for process in beside:
             process.terminate()
-            process.wait(timeout=60)
+            process.join(60)
 
 
 def assert_printed(printed: str, shown: str, where: str) -> None:
@@ -99,7 +104,7 @@ def _run_python(block: Block, page: Path, names: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
-def _run_shell(block: Block, page: Path, beside: list[subprocess.Popen[bytes]]) -> str:
+def _run_shell(block: Block, page: Path, beside: list[BaseProcess]) -> str:
     printed = []
     for line in re.sub(r"\\\n\s*", "", block.text).splitlines():
         if words := shlex.split(line, comments=True):
@@ -108,7 +113,7 @@ def _run_shell(block: Block, page: Path, beside: list[subprocess.Popen[bytes]]) 
     return "".join(printed)
 
 
-def _run_command(words: list[str], where: str, beside: list[subprocess.Popen[bytes]]) -> str:
+def _run_command(words: list[str], where: str, beside: list[BaseProcess]) -> str:
     program, arguments = words[0], words[1:]
     if program in ("pip", "make", "git", "cd"):
         _look_up(program, arguments, where)
@@ -117,17 +122,30 @@ def _run_command(words: list[str], where: str, beside: list[subprocess.Popen[byt
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, f"{where}\n{result.output}\n{result.exception!r}"
         return result.stdout
-    assert program in ("python", "torchrun", "curl"), f"nothing runs {where}"
-    command = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    command_line = [*command.get(program, [program]), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    if arguments[-1] == "&":
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        beside.append(subprocess.Popen(command_line[:-1], env=environment, **quiet))
+    if program == "curl":
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{where}\n{done.stderr}"
+        return done.stdout
+    assert program in ("python", "torchrun"), f"nothing runs {where}"
+    ranks: list[dict[str, str]] = [{}]
+    if program == "torchrun":
+        option, world, *arguments = arguments
+        assert option == "--nproc-per-node", f"what torchrun would do is not known: {where}"
+        port = free_port()
+        ranks = [torchruns(rank, int(world), port) for rank in range(int(world))]
+    behind = arguments[-1] == "&"
+    running = []
+    for told in ranks:
+        said = Path(tempfile.mkdtemp(prefix=".said-", dir=Path.cwd()))
+        environment = {"CUDA_VISIBLE_DEVICES": "", **told}
+        running.append((started(arguments[:-1] if behind else arguments, said, environment), said))
+    if behind:
+        beside += [process for process, _ in running]
         return ""
-    done = subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{where}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    for process, said in running:
+        process.join(300)
+        assert process.exitcode == 0, f"{where}\n{(said / 'stderr').read_text()}"
+    return "".join((said / "stdout").read_text() for _, said in running)
 
 
 def _look_up(program: str, arguments: list[str], where: str) -> None:

@@ -41,21 +41,24 @@ def forkserver() -> BaseContext:
     return context
 
 
-def started(command: Sequence[object], said: Path) -> BaseProcess:
+def started(command: Sequence[object], said: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
     """`python <command>` in a process that has imported what takes long: a file to run, or "-m" and a module.
 
     Args:
         said: a folder for the files "stdout" and "stderr".
+        environment: variables to set for it.
     """
     for name in ("stdout", "stderr"):
         (said / name).touch()
-    process = forkserver().Process(target=_command, args=(list(map(str, command)), os.getcwd(), said))
+    words, told = list(map(str, command)), dict(environment or {})
+    process = forkserver().Process(target=_command, args=(words, os.getcwd(), said, told))
     process.start()
     return process
 
 
-def _command(command: list[str], folder: str, said: Path) -> None:
+def _command(command: list[str], folder: str, said: Path, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
+    os.environ.update(environment)
     os.chdir(folder)
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_APPEND), stream)
@@ -77,6 +80,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def torchruns(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process by its environment."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in told.items()}
+
+
 def in_two_processes(checks: Mapping[str, Callable[[int], Any]]) -> list[dict[str, Any]]:
     """What every check gives in every process: (rank) -> a value, or the text of what it raised.
 
@@ -90,9 +99,7 @@ def in_two_processes(checks: Mapping[str, Callable[[int], Any]]) -> list[dict[st
 
 def _run(rank: int, port: int, checks: dict[str, Callable[[int], Any]], results: mp.SimpleQueue) -> None:
     torch.set_num_threads(1)
-    # What torchrun tells its processes.
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in told.items()})
+    os.environ.update(torchruns(rank, WORLD, port))
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",

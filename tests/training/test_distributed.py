@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import tempfile
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -144,18 +145,28 @@ def _lower_precision(rank: int) -> None:
         assert sharded.adapters["default"].encoder.prompts.grad.isfinite().all()
 
 
-def _text_and_files(rank: int) -> None:
+def _text_and_files(root: str, rank: int) -> None:
     whole, sharded = (_model("llama", "deep", "CAUSAL_LM").eval() for _ in range(2))
-    _shard(sharded, "base")
+    _shard(sharded, root)
     ids = _batch("CAUSAL_LM", 0)["input_ids"]
+    if root == "model":
+        with pytest.raises(ValueError, match=r"prompts must be whole; .*register_fsdp_forward_method"):
+            sharded.generate(input_ids=ids, max_new_tokens=5)
+        register_fsdp_forward_method(sharded, "generate")
     texts = [m.generate(input_ids=ids, max_new_tokens=5, do_sample=False) for m in (whole, sharded)]
     assert torch.equal(*texts)
     with tempfile.TemporaryDirectory() as folder:
+        sharded.save_pretrained(folder, is_main_process=rank == 0)
+        assert len(list(Path(folder).iterdir())) == (2 if rank == 0 else 0)
         sharded.save_pretrained(folder)
         loaded = PTuningV2Model.from_pretrained(tiny_base("llama", "CAUSAL_LM"), folder)
     assert_same_bits(loaded(input_ids=ids).logits, whole.requires_grad_(False)(input_ids=ids).logits)
     with pytest.raises(ValueError, match="model must have its weights at hand"):
         prompt_tensors(sharded, "kv")
+    with pytest.raises(
+        ValueError, match=r"its weights come and go \(FSDP2\): load the saved adapter over a whole base"
+    ):
+        sharded.save_pretrained("nowhere", format="peft")
 
 
 def _train(run, optimizer, task: str, part: slice, steps: int = 3) -> torch.Tensor:
@@ -253,7 +264,7 @@ CHECKS = {
     "a shallow prompt on a base that is no root": _shallow_on_a_part,
     "several adapters": _bank,
     "lower precision": _lower_precision,
-    "text and files": _text_and_files,
+    **{f"text and files, the {root} sharded": functools.partial(_text_and_files, root) for root in ("base", "model")},
     **{f"steps of ddp, {case}": functools.partial(_steps, "ddp", case) for case in TRAINED},
     **{f"steps of fsdp2, {case}": functools.partial(_steps, "fsdp2", case) for case in TRAINED},
     "steps of the runner, llama text": functools.partial(_steps, "runner", "llama text"),
