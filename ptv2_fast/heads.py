@@ -35,6 +35,11 @@ class Head(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
+    @property
+    def pooling(self) -> str:
+        """What a row's vector is made of; an adapter's configuration has settled it by the base."""
+        return self.config.pooling or "first"
+
     def forward(self, hidden: Tensor, attention_mask: Tensor | None, read: Tensor | None = None) -> Tensor:
         """Logits of hidden states (B, N, D); attention_mask (B, N) marks the real tokens, None all.
 
@@ -42,7 +47,7 @@ class Head(nn.Module):
             read: (B,) the tokens of the flattened (B, N) that rows are pooled from, where that is known.
         """
         if self.config.task_type in ROW_TASKS:
-            hidden = pool(hidden, attention_mask, self.config.pooling, read)
+            hidden = pool(hidden, attention_mask, self.pooling, read)
         return self.linear(self.dropout(hidden).to(self.linear.weight.dtype))
 
 

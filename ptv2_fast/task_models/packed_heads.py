@@ -35,8 +35,8 @@ class PackedHeads(CapturedModel):
         """By what a batch is packed for the active adapter."""
         adapter = self.adapters[self.active_adapter]
         if adapter.heads:
-            head = next(iter(adapter.heads.values())).config
-            return PackedTask(head.task_type, head.pooling, head.problem_type)
+            head = next(iter(adapter.heads.values()))
+            return PackedTask(head.config.task_type, head.pooling, head.config.problem_type)
         task_type = adapter.config.task_type
         if TASKS[task_type].gives != "row":
             return PackedTask(task_type)

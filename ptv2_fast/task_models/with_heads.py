@@ -183,20 +183,19 @@ class PTuningV2ModelWithHeads(PackedHeads):
         groups: tuple[int, int] | None = None,
     ) -> Any:
         """The states of the text with prompts, then our head of each row's adapter; `groups` as for the base's head."""
+        head = self.adapters[names[0]].head(task) if len(names) == 1 else None
         read = None
-        if len(names) == 1:
-            kind = self.adapters[names[0]].head(task).config
-            read = self._read(inputs, kind.pooling) if kind.task_type in ROW_TASKS else None
+        if head is not None:
+            read = self._read(inputs, head.pooling) if head.config.task_type in ROW_TASKS else None
         output = self._run_states(inputs, adapter_names, read)
         hidden = output.last_hidden_state
         mask = inputs.get("attention_mask")
         mask = mask if mask is not None and mask.dim() == 2 and reads_text(self._family) else None
-        if len(names) == 1:
-            head = self.adapters[names[0]].head(task)
+        if head is not None:
             logits = head(hidden, mask, read if reads_text(self._family) else None)
             logits = logits if groups is None else logits.view(groups)
             chosen = chosen_loss(self.base_model)
-            return _task_output(kind.task_type, logits, targets, output, kind.problem_type, chosen)
+            return _task_output(head.config.task_type, logits, targets, output, head.config.problem_type, chosen)
         if BASE_ROW in names:
             raise ValueError(f"adapter_names must not hold {BASE_ROW!r} with heads: such a row has no head")
         if targets:
