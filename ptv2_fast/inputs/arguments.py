@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from ptv2_fast.inputs.cache import CACHE_NAMES
+from ptv2_fast.losses import causal_loss
 
 # What transformers' models, losses, Trainer and pipelines read without naming it in a signature, and what we read, or
 # refuse with a reason.
@@ -47,7 +48,7 @@ def check_read(given: Mapping[str, Any], own: Callable[..., Any], base: PreTrain
         return
     if _is_foreign(base):
         return
-    readers = [own, base.loss_function, *{type(module).forward for module in base.modules()}]
+    readers = [own, causal_loss(base), *{type(module).forward for module in base.modules()}]
     known = _COMMON.union(*map(_named, readers))
     for name in sorted(unknown - known):
         near = get_close_matches(name, known, 1)

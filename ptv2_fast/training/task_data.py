@@ -109,6 +109,12 @@ class TaskCodec:
         Raises:
             ValueError: an example does not fit the task, the labels or max_length.
         """
+        for index, example in enumerate(examples):
+            if not any(all(name in example for name in names) for names in self.task.needs):
+                expected = ", or ".join(" and ".join(map(repr, names)) for names in self.task.needs)
+                raise ValueError(
+                    f"examples[{index}] must have {expected} for task_type {self.task_type!r}; got {', '.join(example)}"
+                )
         return self.task.encode(examples, self, quiet)
 
 

@@ -18,6 +18,7 @@ class TrainingTask:
 
     Attributes:
         encode: (examples, codec, quiet) -> features.
+        needs: what an example must have: all of the names of one of these.
         shows: what a record has and no other task's has: the prediction, under any of these names.
         typed: (line, where it stands, its number, context) -> an example without labels.
         line: a record -> text for a terminal.
@@ -30,6 +31,7 @@ class TrainingTask:
     """
 
     encode: Callable[[Rows, Codec, bool], list[dict[str, Any]]]
+    needs: tuple[tuple[str, ...], ...]
     shows: tuple[str, ...]
     typed: Callable[[str, str, int, str | None], dict[str, Any]]
     line: Callable[[Mapping[str, Any]], str]
@@ -71,6 +73,7 @@ def _encode_texts(rows: Rows, codec: Codec, quiet: bool) -> list[dict[str, Any]]
 BY_PREDICTION: Mapping[str, TrainingTask] = {
     "class": TrainingTask(
         encode=_encode_classes,
+        needs=(("text",),),
         shows=("label",),
         typed=texts.typed_text,
         line=texts.class_line,
@@ -81,6 +84,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
     ),
     "number": TrainingTask(
         encode=problems.encode_numbers,
+        needs=(("text",),),
         shows=("value",),
         typed=texts.typed_text,
         line=problems.number_line,
@@ -91,6 +95,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
     ),
     "labels": TrainingTask(
         encode=problems.encode_label_sets,
+        needs=(("text",),),
         shows=("labels",),
         typed=texts.typed_text,
         line=problems.labels_line,
@@ -101,6 +106,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
     ),
     "tags": TrainingTask(
         encode=_encode_tags,
+        needs=(("tokens",),),
         shows=("tags",),
         typed=texts.typed_sentence,
         line=texts.tags_line,
@@ -111,6 +117,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
     ),
     "answer": TrainingTask(
         encode=_encode_questions,
+        needs=(("question", "context"),),
         shows=("answer",),
         typed=texts.typed_question,
         line=texts.answer_line,
@@ -121,6 +128,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
     ),
     "choice": TrainingTask(
         encode=multiple_choice.encode_choices,
+        needs=(("text", "choices"),),
         shows=("choice",),
         typed=multiple_choice.typed_choice,
         line=multiple_choice.choice_line,
@@ -131,6 +139,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
     ),
     "text": TrainingTask(
         encode=_encode_texts,
+        needs=(("text",), ("messages",), ("prompt", "completion")),
         shows=("prompt",),
         typed=texts.typed_prompt,
         line=texts.text_line,
@@ -139,6 +148,7 @@ BY_PREDICTION: Mapping[str, TrainingTask] = {
     ),
     "embedding": TrainingTask(
         encode=retrieval.encode_pairs,
+        needs=(("text",), *((part,) for part in retrieval.PARTS)),
         shows=("hits", "embedding"),
         typed=texts.typed_text,
         line=retrieval.pair_line,

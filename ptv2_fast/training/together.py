@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ptv2_fast import PTuningV2Model
+from ptv2_fast.prompts.placement import is_inline
 from ptv2_fast.training.batches import PadCollator
 from ptv2_fast.training.chat import prompt_inputs
 from ptv2_fast.training.decoding import Asked
@@ -91,6 +92,8 @@ def _shares(member: LoadedAdapter) -> bool:
     """Whether an adapter's rows may stand beside those of others."""
     adapter, row = member.model.adapters[member.name], member.codec.row
     if len(adapter.base_heads) or len(adapter.heads) > 1 or adapter.config.task_type != member.codec.task_type:
+        return False
+    if is_inline(adapter.config, member.model._family):
         return False
     return not row.in_groups or row.pools_itself
 

@@ -32,7 +32,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     The rate is 1e-2, for 10 epochs of batches of 32 rows, without weight decay, as the command line trains.
     With an evaluation set each epoch is scored and saved, and the best one is the model at the end; the best and the
-    last checkpoint are kept. Without one each epoch is saved.
+    last checkpoint are kept. Without one each epoch is saved. Memory is pinned where there is an accelerator.
 
     Attributes:
         eval_strategy: None leaves it to `Trainer` of this module, which knows whether there is an evaluation set.
@@ -56,6 +56,8 @@ class TrainingArguments(transformers.TrainingArguments):
     weight_decay: float = field(default=_OF_FIT.weight_decay)
     # Autograd's version counters see what it writes; they do not see the default, fused one.
     optim: str = field(default="adamw_torch")
+    # Where there is nothing to pin for, torch warns of it in each epoch.
+    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
     eval_strategy: str | None = field(default=None)  # type: ignore[assignment]
     save_strategy: str | None = field(default=None)  # type: ignore[assignment]
     save_total_limit: int | None = field(default=2)

@@ -62,6 +62,17 @@ def test_what_an_image_model_does_not_read_is_refused():
         model(**features("vit"), label=torch.tensor([0, 1, 2]))
 
 
+def test_a_backbone_without_a_loss_says_nothing_of_losses(monkeypatch):
+    """transformers warns where the loss of a model without one is looked at."""
+    model = tiny_model("bert", "deep", "FEATURE_EXTRACTION")
+    warned = []
+    monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", warned.append)
+    model(input_ids=IDS, adapter_names=["default"] * 2)
+    with pytest.raises(ValueError, match="mask must not be given"):
+        model(input_ids=IDS, mask=torch.ones_like(IDS))
+    assert not warned
+
+
 def test_arguments_that_transformers_and_trainer_pass_are_served():
     model = tiny_model("llama", "deep", "CAUSAL_LM")
     model(

@@ -16,7 +16,7 @@ from ptv2_fast.training.row_collator import Filling, RowCollator
 from ptv2_fast.training.task_data import TaskCodec
 from tiny_folders import tiny_bert, tiny_llama, tiny_tokenizer, toy_examples
 
-QUIET = {"report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+QUIET = {"report_to": [], "disable_tqdm": True}
 
 
 def parts_of(task_type: str):
@@ -46,6 +46,7 @@ SCORES = {
 }
 
 
+@pytest.mark.filterwarnings("error:'pin_memory' argument")
 @pytest.mark.parametrize("task_type", SCORES)
 def test_prompts_learn_with_nothing_said(task_type, tmp_path):
     model, tokenizer, train, dev = parts_of(task_type)

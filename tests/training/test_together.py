@@ -9,11 +9,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from ptv2_fast import HeadConfig, PTuningV2Config
 from ptv2_fast.training.loading import LoadedAdapter, load_all, load_trained
 from ptv2_fast.training.records import examples_of, records_of
 from ptv2_fast.training.requests import typed_requests
 from ptv2_fast.training.together import answers_of, lines_of
-from tiny_folders import WORDS, llama_folder, tiny_tokenizer
+from tiny_folders import WORDS, bert_folder, llama_folder, tiny_tokenizer
 from tiny_sets import saved_set
 
 NAMES = ("chat", "poet", "ner", "spam", "mood", "find")
@@ -93,6 +94,18 @@ def test_each_answer_is_that_of_the_adapter_alone(base, batch_size, tmp_path):
         assert_alike([record[name] for record in found], alone(folder, name), name)
     lengths = {len(record[name]["text"].split()) for record in found for name in ("chat", "poet")}
     assert len(lengths) > 1 or base != "no padding token", "texts must end at different places"
+
+
+def test_a_shallow_prompt_of_an_encoder_answers_beside_others(tmp_path):
+    """Its virtual tokens are rows of the batch, so it has a pass of its own."""
+    head = {"own": HeadConfig("SEQ_CLS", 2, labels=["no", "yes"])}
+    shallow = PTuningV2Config("SEQ_CLS", num_virtual_tokens=3, injection="shallow", heads=head)
+    folder = saved_set(tmp_path / "set", bert_folder(tmp_path / "base"), ("ner", "spam"), yes=shallow)
+    members = load_all(folder)
+    requests = typed_requests({name: one.reader for name, one in members.items()}, TEXTS)
+    found = list(answers_of(members, requests))
+    for name in ("ner", "spam", "yes"):
+        assert_alike([record[name] for record in found], alone(folder, name), name)
 
 
 def test_the_model_is_left_as_it_was(tmp_path):

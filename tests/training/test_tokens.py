@@ -312,3 +312,17 @@ def test_a_codec_has_the_usual_length_of_its_task(task_type, tiny_tokenizer):
     if task_type == "QUESTION_ANS":
         example = {"id": "1", "question": "who met anna ?", "context": "bob met anna ."}
         assert len(codec.encode([example])) == 1
+
+
+@pytest.mark.parametrize(
+    ("task_type", "example", "expected"),
+    [
+        ("TOKEN_CLS", {"words": ["a"]}, "'tokens'"),
+        ("QUESTION_ANS", {"question": "a"}, "'question' and 'context'"),
+        ("CAUSAL_LM", {"prompt": "a"}, "'text', or 'messages', or 'prompt' and 'completion'"),
+    ],
+)
+def test_an_example_with_columns_of_other_names_is_refused(task_type, example, expected, tiny_tokenizer):
+    (name,) = example
+    with pytest.raises(ValueError, match=rf"^examples\[0\] must have {expected} for .*{task_type}.*; got {name}$"):
+        TaskCodec(task_type, tiny_tokenizer).encode([example])

@@ -143,14 +143,15 @@ def _refuse_likely_header(lines: Sequence[Line]) -> None:
     if len(first) > 2:
         raise ValueError(
             f"{where}: expected a header row or sentence<separator>label; got {len(first)} columns without a known"
-            f" name: {first}; name them with text_column and label_column, by their numbers if there is no header"
+            f" name: {first}; name them by --text-column and --label-column (text_column, label_column), by their"
+            " numbers if there is no header"
         )
     rest = [cells for _, cells in lines[1:] if len(cells) == len(first)]
     columns = [[cells[index].strip() for cells in rest] for index in range(len(first))]
     if rest and _unlike([cell.strip() for cell in first], columns):
         raise ValueError(
-            f"{where}: {first} looks like a header with unknown names; name the columns with text_column and"
-            " label_column, by their numbers (--text-column 1) if it is an example"
+            f"{where}: {first} looks like a header with unknown names; name the columns by --text-column and"
+            " --label-column (text_column, label_column), by their numbers (--text-column 1) if it is an example"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -36,6 +37,14 @@ class Source:
     problem_type: str | None = None
     labelled: bool = True
     format: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.place, str | os.PathLike):
+            kind = type(self.place).__name__
+            raise ValueError(
+                f"path_or_name must be a file, a folder or the name of a data set; got a {kind}: what save_to_disk of a"
+                " datasets.Dataset writes is such a folder"
+            )
 
     @property
     def handled(self) -> ReadingTask:

@@ -67,7 +67,7 @@ class TestHeaders:
     )
     def test_a_header_of_unknown_names_becomes_no_class(self, tmp_path, text):
         path = write(tmp_path, "a.tsv", text)
-        refused(path, "SEQ_CLS", "line 1", "header", "text_column")
+        refused(path, "SEQ_CLS", "line 1", "header", "--text-column and --label-column (text_column, label_column)")
         rows = text.count("\n")
         assert len(read_examples(path, "SEQ_CLS", text_column="1", label_column="2")) == rows
         first, second = text.split("\n")[0].split("\t")

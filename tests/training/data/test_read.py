@@ -344,6 +344,10 @@ class TestDatasets:
         expected = [{"tokens": ["Anna", "sings"], "tags": ["B-PER", "O"]}]
         assert read_examples(str(tmp_path / "saved"), "TOKEN_CLS") == expected
 
+    def test_a_data_set_in_memory_is_to_be_saved(self, datasets):
+        with pytest.raises(ValueError, match="path_or_name must be a file, .*; got a Dataset: what save_to_disk"):
+            read_examples(datasets.Dataset.from_dict({"text": ["a"]}), "CAUSAL_LM")
+
     def test_folder_of_files(self, datasets, tmp_path):
         (tmp_path / "folder").mkdir()
         write(tmp_path / "folder", "train.csv", "text,label\nfine day,1\n")
