@@ -177,6 +177,14 @@ def get_recipe(name: str) -> Recipe:
 
     Raises:
         ValueError: there is none; the message lists the names.
+
+    Example:
+        ```python
+        from ptv2_fast.training.recipes import get_recipe
+
+        recipe = get_recipe("rte-bert-large")
+        assert recipe.num_virtual_tokens == 20 and recipe.learning_rate == 1e-2
+        ```
     """
     if name not in RECIPES:
         raise ValueError(f"recipe: must be one of {', '.join(sorted(RECIPES))}; got {name!r}")
