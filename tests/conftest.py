@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.util
 import logging
@@ -10,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# Importing, which takes most of collecting, makes no garbage worth looking for; `pytest_collection` is the end of it.
+gc.disable()
+import torch  # noqa: E402
 
 # Triton reads the variable when a kernel is decorated, so it stands before any import of ours.
 if not torch.cuda.is_available():
@@ -28,25 +32,31 @@ importlib.import_module("other_rounding").install_if_asked()
 
 
 _frozen_modules = 0
+atexit.register(gc.unfreeze)  # or modules in C++ report as leaks what lives until the end
 
 
-def pytest_collection_finish():
-    """What is imported by now stays: transformers, accelerate and torch collect garbage in every run, in all of it."""
+def _keep():
+    """What is there by now stays: transformers, accelerate and torch collect garbage in every run, in all of it."""
     global _frozen_modules
-    gc.collect()
     gc.freeze()
     _frozen_modules = len(sys.modules)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported by now stays."""
+    found = yield
+    _keep()
+    gc.enable()
+    return found
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     """What a test has imported, and what the tests of a file have cached, stays as well."""
     if len(sys.modules) != _frozen_modules or nextitem is None or nextitem.path != item.path:
-        pytest_collection_finish()
-
-
-def pytest_unconfigure():
-    gc.unfreeze()  # or modules in C++ report as leaks what lives until the end
+        gc.collect()
+        _keep()
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,6 @@ from served_adapters import (
     generated,
     httpx,
     messages,
-    openai,
     running,
     script,
     until,
@@ -202,6 +201,8 @@ def test_what_is_refused_is_said_in_openais_form(server, route, body, status, me
 
 
 def test_openais_client_raises_its_own_errors(server):
+    import openai
+
     with pytest.raises(openai.NotFoundError, match="must be one of base"):
         server.openai.completions.create(**GOOD | {"model": "nobody"})
     with pytest.raises(openai.BadRequestError, match="greedy"):
@@ -233,6 +234,8 @@ def test_a_client_that_hangs_up_frees_its_place(server, stream):
 
 
 def test_more_requests_than_the_queue_holds_are_told_to_come_again(server, monkeypatch):
+    import openai
+
     monkeypatch.setattr(server.engine.options, "max_queue", 2)
     body = {"model": "letters", "prompt": endless(server.alone, "letters"), "max_tokens": LONG, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as first:
@@ -377,6 +380,8 @@ def test_a_request_may_fill_the_pages_to_the_last(tmp_path):
 
 
 def test_a_server_whose_model_has_stopped_says_so(tmp_path, monkeypatch):
+    import openai
+
     with running(tmp_path) as server:
 
         def broken(*args, **kwargs):
@@ -392,6 +397,8 @@ def test_a_server_whose_model_has_stopped_says_so(tmp_path, monkeypatch):
 
 
 def test_a_signal_lets_requests_end(tmp_path):
+    import openai
+
     llama_folder(tmp_path / "llama")
     write_adapters(tmp_path / "adapters")
     alone = PTuningV2Model.from_pretrained(tiny_llama(), tmp_path / "adapters")

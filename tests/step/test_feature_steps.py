@@ -64,7 +64,11 @@ def test_compiled_layers_and_fused_projections(family, injection, monkeypatch):
         assert_equal(value, found[False][name], name)
 
 
-@pytest.mark.parametrize(("family", "injection"), COMPILED)
+# Registers are rows as patches are, so where no rows are added the model is dinov2's.
+WHOLE = [pair for pair in COMPILED if pair != ("dinov2_with_registers", "deep")]
+
+
+@pytest.mark.parametrize(("family", "injection"), WHOLE)
 def test_a_compiled_model_is_the_model(family, injection):
     torch.compiler.reset()
     layers = {"encoder_layers" if family == "whisper" else "num_hidden_layers": 2 if family == "vit" else 1}

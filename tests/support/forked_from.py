@@ -8,9 +8,10 @@ import importlib
 import os
 from contextlib import suppress
 
-import torch
+gc.disable()  # collecting garbage looks at all that may be some, which what is imported never is
+import torch  # noqa: E402
 
-import quick_interpreter
+import quick_interpreter  # noqa: E402
 
 for _name in (
     "benchmarks.card.child",
@@ -27,7 +28,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         quick_interpreter.install()
 # As in the tests' own process: threads of several phases would wait for each other.
 torch.set_num_threads(1)
-# Collecting garbage looks at all that may be some, which this never is.
-gc.collect()
 gc.freeze()
+gc.enable()
 atexit.register(gc.unfreeze)  # or modules in C++ report as leaks what lives until the end

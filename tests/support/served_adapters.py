@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -17,8 +18,11 @@ from ptv2_fast import HeadConfig, PTuningV2Config, PTuningV2Model, get_ptv2_mode
 from tiny_folders import FILLERS, PEOPLE, llama_folder, tiny_llama, tiny_tokenizer
 
 httpx = pytest.importorskip("httpx2", reason="the client of openai's package")
-openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")
+uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
+# Imported where it is used: it takes seconds, and every process collects every test.
+if importlib.util.find_spec("openai") is None:
+    pytest.skip("needs openai", allow_module_level=True)
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "serve.py"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}?"
@@ -64,12 +68,12 @@ class Running:
     def __init__(self, engine, port: int, adapters: Path) -> None:
         self.engine, self.adapters, self.url = engine, adapters, f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=60)
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        self.openai = importlib.import_module("openai").OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
         self.alone = PTuningV2Model.from_pretrained(tiny_llama(), adapters)
 
     def client(self):
         """OpenAI's client for coroutines, which belongs to one event loop."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        return importlib.import_module("openai").AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def metric(self, name: str) -> float:
         """The value of a metric, 0 where there is none."""

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("openai")
 from benchmarks.host.serve_load import BEGUN, READ, Load, near, quantiles, told_apart
 
 TEXTS = {(name, text, False): (f"{name} {text}", 0.5) for name in ("base", "chat", "other") for text in BEGUN}
