@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ import torch
 from benchmarks import health, record, run
 from benchmarks.attention import suite as kernels_suite
 from benchmarks.attention.providers import all_providers
+from ptv2_fast.kernels.launch import LaunchConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = [p for p in all_providers() if p.name in ("sdpa_user", "sdpa_outside")]
@@ -82,7 +83,9 @@ def test_tune_writes_its_winners(runs):
     assert written == runs["data"]["tune"]["winners"]
     passes = written["tables"]["0"]["single"]
     assert set(passes) == {"forward", "backward_query", "backward_text", "backward_prompt"}
-    assert all(len(best["config"]) == 5 for sizes in passes.values() for best in sizes.values())
+    count = len(fields(LaunchConfig))
+    assert written["tables"] and written["form"].count(",") + 1 == count
+    assert all(len(best["config"]) == count for sizes in passes.values() for best in sizes.values())
 
 
 def test_a_short_table_stands_last(runs):

@@ -432,6 +432,8 @@ def test_a_folder_that_is_none_is_refused_before_anything_is_loaded(monkeypatch)
 
 def test_replicas_answer_as_the_model_alone(tmp_path):
     pytest.importorskip("ray")
+    import openai
+
     llama_folder(tmp_path / "llama")
     write_adapters(tmp_path / "adapters")
     alone, port = PTuningV2Model.from_pretrained(tiny_llama(), tmp_path / "adapters"), free_port()
