@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from ptv2_fast import HeadConfig, StepOptions
 from ptv2_fast.backbone.view import TRACES_VIEWS
@@ -54,12 +55,15 @@ def test_every_family_is_compiled():
 def test_compiled_layers_and_fused_projections(family, injection, monkeypatch):
     monkeypatch.setattr(step_layers, "COMPILER", "aot_eager")
     torch.compiler.reset()
+    counters.clear()
     model = tiny_model(family, injection, TASK[family]).train()
     found = {}
     for on in (False, True):
         model.step_options = StepOptions(compile_layers=on, fused_projections=on)
         loss = model(**features(family), labels=TARGETS).loss
         found[on] = {"loss": loss, **gradients(loss, model)}
+    # Virtual tokens that are rows of the batch run through the layers as they are.
+    assert bool(counters["stats"]) == (injection != "shallow")
     for name, value in found[True].items():
         assert_equal(value, found[False][name], name)
 
